@@ -1,0 +1,34 @@
+# The two commands a newcomer needs: `make demo` and `make test`. Each installs what is missing first.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo    install into $(VENV), then make scenes, train a teacher, label, verify, report (demo/report.html)"
+	@echo "make test    install, then run the CPU test suite"
+	@echo "make lint    install, then ruff and mypy, the same as CI"
+	@echo "make clean   remove what the demo wrote"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.12 …")'
+	@echo "installing into $(VENV) (about 7 GB the first time, a few minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python -m scripts.demo --out demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf demo

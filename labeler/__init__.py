@@ -1,0 +1,75 @@
+"""Teacher networks to checked label stores: `LabelStore`, `ScoreMaps`, `label_images`, `import_token_label_files`.
+
+Importing this package loads neither torch nor Ray; each name below is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from labeler.config import LabelerConfig, TeacherConfig
+    from labeler.errors import (
+        InputError,
+        IntegrityError,
+        LabelingError,
+        MismatchError,
+        TeacherError,
+        TokenLabelError,
+    )
+    from labeler.importers import import_token_label_files
+    from labeler.run import LabelSummary, label_images
+    from labeler.score_maps import ScoreMaps
+    from labeler.store import LabelStore
+    from labeler.teacher import LoadedTeacher, Teacher, create_teacher
+
+_HOMES = {
+    "LabelerConfig": "config",
+    "TeacherConfig": "config",
+    "InputError": "errors",
+    "IntegrityError": "errors",
+    "LabelingError": "errors",
+    "MismatchError": "errors",
+    "TeacherError": "errors",
+    "TokenLabelError": "errors",
+    "import_token_label_files": "importers",
+    "LabelSummary": "run",
+    "label_images": "run",
+    "ScoreMaps": "score_maps",
+    "LabelStore": "store",
+    "LoadedTeacher": "teacher",
+    "Teacher": "teacher",
+    "create_teacher": "teacher",
+}
+
+__all__ = [
+    "InputError",
+    "IntegrityError",
+    "LabelStore",
+    "LabelSummary",
+    "LabelerConfig",
+    "LabelingError",
+    "LoadedTeacher",
+    "MismatchError",
+    "ScoreMaps",
+    "Teacher",
+    "TeacherConfig",
+    "TeacherError",
+    "TokenLabelError",
+    "create_teacher",
+    "import_token_label_files",
+    "label_images",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'labeler' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"labeler.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,238 @@
+"""The command line: `python -m labeler label | verify | report | import-token-labels`.
+
+Exit status: 0 all done; 1 the run stopped half-way (the same command resumes); 2 bad input or usage; 3 done, but some
+images are in the quarantine; 4 an integrity check failed; 143 stopped by a signal, with everything finished kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from labeler.config import AUTOCASTS, DECODERS, ORIENTATIONS, PRECISIONS, VIEWS, LabelerConfig, TeacherConfig
+from labeler.errors import InputError, TokenLabelError
+
+QUARANTINED = 3
+STOPPED = 143
+
+
+class Stopped(BaseException):
+    """SIGTERM or SIGINT arrived."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    try:
+        return options.run(options)
+    except TokenLabelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except Stopped:
+        print("stopped; everything committed is kept, and the same command goes on from there", file=sys.stderr)
+        return STOPPED
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise Stopped
+
+
+def _label(options: argparse.Namespace) -> int:
+    from labeler.run import label_images
+
+    summary = label_images(options.images, options.store, _config(options))
+    if options.json:
+        print(json.dumps(asdict(summary)))
+    else:
+        known = "" if summary.agreement is None else f", agreement with the folders' classes {summary.agreement:.1%}"
+        ignored = f" ({summary.other_files} files of other kinds left alone)" if summary.other_files else ""
+        print(
+            f"{summary.rows:,} images in {summary.shards} shards, {summary.quarantined} in the quarantine{ignored}\n"
+            f"{summary.labeled_now:,} labeled now in {summary.seconds:.1f} s ({summary.images_per_s:.1f} images/s)\n"
+            f"{summary.bytes_per_image:,.0f} bytes per image, KL to the teacher {summary.kl:.4f} nats, "
+            f"palette coverage {summary.coverage:.1%}{known}\n{summary.store}"
+        )
+        if summary.quarantined:
+            print(f"see {Path(options.store) / 'quarantine.jsonl'}", file=sys.stderr)
+    return QUARANTINED if summary.quarantined else 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from labeler.verify import verify_store
+
+    found = verify_store(
+        options.store, options.images, options.relabel, device=options.device, progress=not options.quiet
+    )
+    if options.json:
+        print(json.dumps(asdict(found)))
+    else:
+        for problem in found.problems:
+            print(f"bad: {problem}", file=sys.stderr)
+        print(found.text())
+    return 4 if found.problems else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from labeler.report import write_report
+
+    write_report(
+        options.store, options.images, options.out, truth=options.truth, sample=options.sample, title=options.title
+    )
+    print(options.out)
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from labeler.importers import import_token_label_files
+
+    summary = import_token_label_files(
+        options.files, options.images, options.store, num_classes=options.num_classes, class_names=options.class_names
+    )
+    print(json.dumps(asdict(summary)) if options.json else summary.text())
+    return QUARANTINED if summary.quarantined else 0
+
+
+def _config(options: argparse.Namespace) -> LabelerConfig:
+    teacher = TeacherConfig(
+        name=options.teacher,
+        checkpoint=options.checkpoint,
+        random_weights=options.random_weights,
+        num_classes=options.num_classes,
+        input_size=options.input_size,
+        mean=tuple(options.mean) if options.mean else None,
+        std=tuple(options.std) if options.std else None,
+        view=options.view,
+        flip=options.tta == "flip",
+        autocast=options.autocast,
+        compile=options.compile,
+    )
+    own = {name: getattr(options, name) for name in LabelerConfig.__dataclass_fields__ if hasattr(options, name)}
+    return LabelerConfig(**{**own, "teacher": teacher, "progress": not options.quiet})
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Errors of use in one line that names the help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(InputError.exit_status, f"error: {message}. See {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="python -m labeler", description="Dense class labels from a teacher, in a checked store."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_label(commands)
+    verify = _command(commands, "verify", _verify, "check every bit of a store, and that it fits its images")
+    verify.add_argument("store", type=Path)
+    verify.add_argument("--images", type=Path, help="also compare every image file with the one that was labeled")
+    verify.add_argument("--relabel", type=int, default=0, metavar="N", help="run the teacher again on N random rows")
+    verify.add_argument("--device", default="auto", help="for --relabel: cpu, cuda or auto")
+    report = _command(commands, "report", _report, "write one self-contained HTML page about a store")
+    report.add_argument("store", type=Path)
+    report.add_argument("--images", type=Path, required=True, help="the image root that was labeled")
+    report.add_argument("--out", type=Path, required=True, metavar="FILE.html")
+    report.add_argument("--truth", type=Path, help="folder of class-id PNGs by key: how often is the map right?")
+    report.add_argument("--sample", type=int, default=500, metavar="N", help="rows that the charts are drawn from")
+    report.add_argument("--title", help="heading of the page")
+    other = _command(commands, "import-token-labels", _import, "TokenLabeling / ReLabel .pt files to a store")
+    other.add_argument("files", type=Path, help="folder of .pt maps, named and laid out like the images")
+    other.add_argument("--images", type=Path, required=True)
+    other.add_argument("--store", type=Path, required=True)
+    other.add_argument("--num-classes", type=int, default=1000)
+    other.add_argument("--class-names", help="text file, one class a line")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _add_label(commands: Any) -> None:
+    default = LabelerConfig(TeacherConfig(""))
+    label = _command(commands, "label", _label, "label a folder of images; the same command again resumes")
+    label.add_argument("images", type=Path, help="image root; sub-folders may name the classes")
+    label.add_argument("--store", type=Path, required=True, help="folder of the label store")
+    label.add_argument("--image-list", metavar="FILE", help="label only these keys, one a line")
+    label.add_argument("--class-names", metavar="FILE", help="one class a line, in the teacher's order")
+
+    teacher = label.add_argument_group("teacher")
+    teacher.add_argument(
+        "--teacher", required=True, metavar="NAME", help="timm model, torchvision:NAME or package.module:function"
+    )
+    teacher.add_argument("--checkpoint", metavar="FILE", help=".safetensors or weights-only .pt")
+    teacher.add_argument("--random-weights", action="store_true", help="seeded random weights, to try the machinery")
+    teacher.add_argument("--num-classes", type=int)
+    teacher.add_argument(
+        "--input-size", type=int, metavar="S", help="side of the square input (default: the teacher's own)"
+    )
+    teacher.add_argument("--mean", type=float, nargs=3)
+    teacher.add_argument("--std", type=float, nargs=3)
+    teacher.add_argument(
+        "--view", choices=VIEWS, default="full", help="the whole picture, or the teacher's centre crop"
+    )
+    teacher.add_argument("--tta", choices=("none", "flip"), default="none", help="average with the mirrored image")
+    teacher.add_argument("--autocast", choices=AUTOCASTS, default="auto", help="auto: bf16 on a GPU, none on a CPU")
+    teacher.add_argument("--compile", action="store_true", help="torch.compile the teacher")
+
+    labels = label.add_argument_group("labels")
+    labels.add_argument(
+        "--palette", type=int, default=default.palette, metavar="P", help="most classes kept per image (%(default)s)"
+    )
+    labels.add_argument("--precision", choices=PRECISIONS, default=default.precision)
+    labels.add_argument(
+        "--fine-step", type=float, default=default.fine_step, help="nats between codes near 0 (%(default)s)"
+    )
+    labels.add_argument("--knee", type=float, default=default.knee, help="where the coarse steps begin (%(default)s)")
+    labels.add_argument(
+        "--coarse-step", type=float, default=default.coarse_step, help="nats between codes below (%(default)s)"
+    )
+    labels.add_argument(
+        "--score-floor", type=float, default=default.score_floor, help="lower scores are cut (%(default)s)"
+    )
+
+    images = label.add_argument_group("images")
+    images.add_argument(
+        "--orientation", choices=ORIENTATIONS, default=default.orientation, help="turn images as EXIF says, or not"
+    )
+    images.add_argument(
+        "--min-side", type=int, default=default.min_side, help="smaller images are quarantined (%(default)s px)"
+    )
+    images.add_argument("--max-pixels", type=int, default=default.max_pixels, help="larger ones too (%(default)s)")
+    images.add_argument("--decoder", choices=DECODERS, default=default.decoder)
+
+    work = label.add_argument_group("work")
+    work.add_argument("--workers", type=int, default=0, help="0: in this process; else Ray actors, each with a teacher")
+    work.add_argument(
+        "--ray-address", metavar="ADDR", help='"auto" or host:port of a running cluster (default: a private Ray here)'
+    )
+    work.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    work.add_argument("--gpus-per-worker", type=float, default=1.0, help="may be a fraction")
+    work.add_argument("--threads", type=int, help="CPU threads per worker (default: the cores shared out)")
+    work.add_argument("--batch-size", type=int, default=default.batch_size)
+    work.add_argument(
+        "--shard-size", type=int, help="images per shard (default: by the number of images, at most 10,000)"
+    )
+    work.add_argument("--max-attempts", type=int, default=default.max_attempts, help="tries per shard (%(default)s)")
+
+
+if __name__ == "__main__":
+    # A signal between the return of main and here must not print a stack trace.
+    status = main()
+    sys.stdout.flush()
+    os._exit(status) if status == STOPPED else sys.exit(status)

@@ -1,0 +1,115 @@
+"""Settings of a labeling run: typed, frozen, checked at the door."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from labeler.errors import InputError
+
+VIEWS = ("full", "center")
+PRECISIONS = ("uint8", "float16")
+ORIENTATIONS = ("exif", "ignore")
+DECODERS = ("auto", "dali", "pil")
+AUTOCASTS = ("auto", "none", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Which network labels, and how it sees an image.
+
+    name            timm model, `torchvision:NAME`, or `package.module:function` that returns an nn.Module
+    checkpoint      .safetensors or weights-only .pt/.pth file; without it, the library's pretrained weights
+    random_weights  the architecture with seeded random weights (tests and benchmarks)
+    num_classes     classes of the head, where the name alone does not tell
+    input_size      side S of the square input in pixels; None: the teacher's own
+    mean, std       per-channel normalisation of images in 0..1; None: the teacher's own
+    view            "full": the whole picture squeezed to S×S; "center": the teacher's own evaluation crop
+    flip            average with the pass over the mirrored image, mirrored back
+    autocast        "auto": bf16 on a GPU, none on a CPU
+    compile         run the teacher through torch.compile
+    """
+
+    name: str
+    checkpoint: str | None = None
+    random_weights: bool = False
+    num_classes: int | None = None
+    input_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    view: str = "full"
+    flip: bool = False
+    autocast: str = "auto"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("--view", self.view, VIEWS)
+        _one_of("--autocast", self.autocast, AUTOCASTS)
+        _positive("--input-size", self.input_size)
+        _positive("--num-classes", self.num_classes)
+        for option, values in (("--mean", self.mean), ("--std", self.std)):
+            if values is not None and len(values) != 3:
+                raise InputError(f"{option} takes one number per colour", got=values, expected="three numbers")
+        if self.checkpoint and self.random_weights:
+            raise InputError("--checkpoint and --random-weights exclude each other", remedy="Give one of them.")
+
+
+@dataclass(frozen=True)
+class LabelerConfig:
+    """One labeling run.
+
+    palette       P, the most classes kept per image, each as one dense plane
+    precision     "uint8": codes into one table of 256 scores; "float16": the scores themselves
+    fine_step     nats between codes from 0 down to `knee`; `coarse_step` below; scores under `score_floor` are cut there
+    orientation   "exif": turn images as their EXIF tag says (the loaders follow the store's setting); "ignore": do not
+    min_side      images with a shorter side, in pixels, go to the quarantine
+    max_pixels    images with more pixels go to the quarantine before they are decoded
+    shard_size    images per shard; None: chosen from the number of images, at most 10,000
+    workers       0: label in this process; otherwise the number of Ray actors
+    ray_address   None: a private Ray on this machine; "auto" or an address: that cluster
+    threads       CPU threads per worker; None: the machine's cores shared out
+    max_attempts  how often one shard is tried before the run gives it up and names it
+    """
+
+    teacher: TeacherConfig
+    palette: int = 8
+    precision: str = "uint8"
+    fine_step: float = 0.06
+    knee: float = -3.0
+    coarse_step: float = 0.25
+    score_floor: float = -20.0
+    orientation: str = "exif"
+    min_side: int = 8
+    max_pixels: int = 100_000_000
+    class_names: str | None = None
+    image_list: str | None = None
+    shard_size: int | None = None
+    batch_size: int = 32
+    device: str = "auto"
+    decoder: str = "auto"
+    workers: int = 0
+    ray_address: str | None = None
+    gpus_per_worker: float = 1.0
+    threads: int | None = None
+    max_attempts: int = 3
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("--precision", self.precision, PRECISIONS)
+        _one_of("--orientation", self.orientation, ORIENTATIONS)
+        _one_of("--decoder", self.decoder, DECODERS)
+        for name in ("palette", "shard_size", "batch_size", "threads", "max_attempts", "min_side", "max_pixels"):
+            _positive("--" + name.replace("_", "-"), getattr(self, name))
+        if self.workers < 0:
+            raise InputError("--workers is a count", got=self.workers, expected="0 (this process) or more")
+        if not self.gpus_per_worker > 0:
+            raise InputError("--gpus-per-worker must be positive", got=self.gpus_per_worker)
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{option} is not known", got=repr(value), expected=" or ".join(allowed))
+
+
+def _positive(option: str, value: int | None) -> None:
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise InputError(f"{option} must be a positive whole number", got=repr(value))

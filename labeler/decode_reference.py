@@ -1,0 +1,57 @@
+"""The readable decoder, with PIL: twin of `decode_dali`, and its stand-in where DALI has no wheel.
+
+Legend: B images; S side of the teacher's square input.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+
+from labeler.decode import Decoded, teacher_region
+
+
+class ReferenceDecoder:
+    """Encoded images to the teacher's input, one after the other."""
+
+    name = "pil"
+
+    def __init__(self, size: int, view: str, crop_pct: float, interpolation: str, orientation: str) -> None:
+        self.size, self.view, self.crop_pct = size, view, crop_pct
+        self.interpolation, self.orientation = interpolation, orientation
+
+    def __call__(self, encoded: list[bytes]) -> Decoded:
+        from PIL import Image
+
+        pixels, sizes, failures, kept = [], [], {}, []
+        for i, data in enumerate(encoded):
+            try:
+                image = open_rgb(data, self.orientation)
+            except Exception as error:  # PIL's decoders raise many types
+                failures[i] = f"cannot be decoded: {error}"
+                continue
+            height, width = image.height, image.width
+            y0, x0, y1, x1 = teacher_region(height, width, self.view, self.crop_pct)
+            box = (x0 * width, y0 * height, x1 * width, y1 * height)
+            method = Image.Resampling[self.interpolation.upper()]
+            pixels.append(np.asarray(image.resize((self.size, self.size), method, box=box)))
+            sizes.append((height, width))
+            kept.append(i)
+        stack = np.stack(pixels) if pixels else np.zeros((0, self.size, self.size, 3), np.uint8)
+        return Decoded(torch.from_numpy(stack), np.array(sizes, np.int64).reshape(-1, 2), kept, failures)
+
+
+def open_rgb(data: bytes, orientation: str):
+    """A fully decoded RGB PIL image; `orientation` "exif" turns it as its tag says."""
+    from PIL import Image, ImageOps
+
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    if orientation == "exif":
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        # PIL clips 16-bit grey at 255 when it converts; DALI scales it, as a viewer would.
+        image = Image.fromarray((np.asarray(image, np.uint16) // 257).astype(np.uint8))
+    return image.convert("RGB")

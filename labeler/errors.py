@@ -1,0 +1,58 @@
+"""The project's errors: what was got, what was expected, and what to do, in one line each.
+
+Every error that a user can cause or mend derives from `TokenLabelError`; the command lines print its text without a stack
+trace and exit with `exit_status`.
+"""
+
+
+class TokenLabelError(Exception):
+    """Base of all errors that the project raises on purpose.
+
+    `problem` says what is wrong; `got`, `expected` and `remedy` are added to the message where they are given.
+    """
+
+    exit_status = 1
+
+    def __init__(self, problem: str, *, got: object = None, expected: object = None, remedy: str | None = None) -> None:
+        self.problem, self.got, self.expected, self.remedy = problem, got, expected, remedy
+        parts = [problem]
+        if got is not None:
+            parts.append(f"got {got}")
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        text = ", ".join([": ".join(parts[:2]), *parts[2:]])
+        super().__init__(f"{text}. {remedy}" if remedy else text)
+
+    def __reduce__(self) -> tuple:
+        # The default would call __init__ with the finished message alone and lose the parts on the way out of a worker.
+        return _rebuild, (type(self), self.problem, self.got, self.expected, self.remedy)
+
+
+class InputError(TokenLabelError):
+    """Bad usage or unusable input: a wrong option, a missing folder, an unreadable list."""
+
+    exit_status = 2
+
+
+class TeacherError(InputError):
+    """The teacher cannot be built, or cannot give a dense map."""
+
+
+class MismatchError(InputError):
+    """Two things that must belong together do not: store and images, store and settings, store and reader version."""
+
+
+class IntegrityError(TokenLabelError):
+    """Stored data is damaged, incomplete or not what its own records say."""
+
+    exit_status = 4
+
+
+class LabelingError(TokenLabelError):
+    """A labeling run could not finish; everything committed is kept and the same command resumes."""
+
+    exit_status = 1
+
+
+def _rebuild(cls: type[TokenLabelError], problem: str, got: object, expected: object, remedy: str | None) -> Exception:
+    return cls(problem, got=got, expected=expected, remedy=remedy)

@@ -1,0 +1,200 @@
+"""Where shards are labeled: in this process, or by Ray actors. The only file that imports Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from labeler.config import LabelerConfig
+from labeler.errors import InputError, LabelingError, TokenLabelError
+from labeler.plan import Plan
+from labeler.worker import ShardLabeler, ShardResult, ShardTask
+
+log = logging.getLogger("labeler")
+
+# Tells how many more images are done: after each batch in this process, after each shard on Ray.
+Advance = Callable[[int], None]
+
+
+def run_in_process(
+    tasks: list[ShardTask], root: Path, store: Path, plan: Plan, config: LabelerConfig, device: str, advance: Advance
+) -> Iterator[ShardResult]:
+    """Label the shards one after the other."""
+    labeler = ShardLabeler(root, store, plan, config, device, config.threads or os.cpu_count() or 1)
+    for task in tasks:
+        try:
+            yield labeler(task, advance)
+        except TokenLabelError:
+            raise
+        except Exception as error:
+            raise LabelingError(
+                f"shard {task.shard} (images {task.keys[0]!r} to {task.keys[-1]!r}) could not be labeled",
+                got=f"{type(error).__name__}: {error}",
+                remedy="The shards before it are committed; the same command goes on from there.",
+            ) from error
+
+
+def run_on_ray(
+    tasks: list[ShardTask], root: Path, store: Path, plan: Plan, config: LabelerConfig, device: str, advance: Advance
+) -> Iterator[ShardResult]:
+    """Label the shards with `config.workers` actors, each holding a teacher; results come as shards are finished.
+
+    Actors that the cluster has no room for wait until it has, so workers come and go with the nodes. Errors that every
+    worker would meet (a wrong checkpoint, a full disk) end the run at once. A shard over which workers die, or which
+    fails otherwise, is tried `config.max_attempts` times; the others are finished before LabelingError names it.
+    """
+    import ray
+
+    threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)
+    ours = not ray.is_initialized()
+    if ours:
+        _connect(config.ray_address, threads * config.workers)
+    worker = ray.remote(num_cpus=threads, num_gpus=config.gpus_per_worker if device.startswith("cuda") else 0)(_Worker)
+    arguments = (root.absolute(), store.absolute(), plan, config, device, threads)
+    pool = _Pool(ray, lambda: worker.remote(*arguments), tasks, config, advance)
+    try:
+        yield from pool.results()
+    finally:
+        pool.close()
+        if ours:
+            ray.shutdown()
+
+
+class _Worker:
+    """The actor. It loads the teacher in its first call, whose errors reach the driver as themselves."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.labeler: ShardLabeler | None = None
+
+    def prepare(self) -> None:
+        self.labeler = ShardLabeler(*self.arguments)
+
+    def label(self, task: ShardTask) -> ShardResult:
+        assert self.labeler is not None, "prepare comes first"
+        return self.labeler(task)
+
+
+class _Pool:
+    """Hands shards to actors, replaces actors that died, and counts how often each shard was tried.
+
+    Ray's own restarts and retries stay off: they would retry an actor that the kernel kills for its memory for ever.
+    """
+
+    def __init__(
+        self, ray: Any, start: Callable[[], Any], tasks: list[ShardTask], config: LabelerConfig, advance: Advance
+    ) -> None:
+        self.ray, self.start, self.config, self.advance = ray, start, config, advance
+        self.waiting = deque(tasks)
+        self.unfinished = len(tasks)
+        self.attempts: Counter[int] = Counter()
+        self.failed_starts = 0
+        self.given_up: dict[int, tuple[ShardTask, str]] = {}
+        self.idle: list[Any] = []
+        # A call under way -> its actor and its shard, or None for an actor that loads its teacher.
+        self.running: dict[Any, tuple[Any, ShardTask | None]] = {}
+        for _ in range(min(config.workers, len(tasks))):
+            self._start_actor()
+
+    def results(self) -> Iterator[ShardResult]:
+        while self.unfinished:
+            while self.waiting and self.idle:
+                actor, task = self.idle.pop(), self.waiting.popleft()
+                self.running[actor.label.remote(task)] = (actor, task)
+            (call,), _ = self.ray.wait(list(self.running), num_returns=1)
+            result = self._finish(call, *self.running.pop(call))
+            if result is not None:
+                yield result
+        if self.given_up:
+            raise self._failure()
+
+    def close(self) -> None:
+        for actor in [*self.idle, *(actor for actor, _ in self.running.values())]:
+            # Losing the connection to Ray is one of the ways to get here.
+            with contextlib.suppress(Exception):
+                self.ray.kill(actor)
+
+    def _start_actor(self) -> None:
+        actor = self.start()
+        self.running[actor.prepare.remote()] = (actor, None)
+
+    def _finish(self, call: Any, actor: Any, task: ShardTask | None) -> ShardResult | None:
+        try:
+            result = self.ray.get(call)
+        except self.ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if task is None or isinstance(cause, TokenLabelError):
+                raise cause from None
+            self.idle.append(actor)
+            self._retry(task, f"{type(cause).__name__}: {cause}")
+            return None
+        except self.ray.exceptions.RayError as error:
+            self._start_actor()
+            reason = str(error).strip().splitlines()[0]
+            if task is None:
+                self._count_failed_start(reason)
+            else:
+                self._retry(task, reason)
+            return None
+        self.idle.append(actor)
+        if task is None:
+            return None
+        self.unfinished -= 1
+        self.failed_starts = 0
+        self.advance(len(task.keys))
+        return result
+
+    def _retry(self, task: ShardTask, reason: str) -> None:
+        self.attempts[task.shard] += 1
+        tried, allowed = self.attempts[task.shard], self.config.max_attempts
+        log.warning("shard %d failed, attempt %d of %d: %s", task.shard, tried, allowed, reason)
+        if tried < allowed:
+            self.waiting.append(task)
+        else:
+            self.given_up[task.shard] = (task, reason)
+            self.unfinished -= 1
+
+    def _count_failed_start(self, reason: str) -> None:
+        self.failed_starts += 1
+        if self.failed_starts >= self.config.max_attempts * self.config.workers:
+            raise LabelingError(
+                "the workers die while they load the teacher",
+                got=f"{self.failed_starts} deaths, the last: {reason}",
+                remedy="Try one worker, more memory, or a smaller teacher.",
+            )
+
+    def _failure(self) -> LabelingError:
+        shard = min(self.given_up)
+        task, reason = self.given_up[shard]
+        return LabelingError(
+            f"{len(self.given_up)} shard(s) could not be labeled, "
+            f"first shard {shard} (images {task.keys[0]!r} to {task.keys[-1]!r})",
+            got=f"{self.config.max_attempts} failures, the last: {reason}",
+            remedy="All other shards are committed. Look for an image that crashes the teacher or exhausts the memory.",
+        )
+
+
+def _connect(address: str | None, cpus: int) -> None:
+    """Join the cluster at `address`, or start a private Ray on this machine. Raises InputError where none answers."""
+    import ray
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    if address is None:
+        ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), **settings)
+        return
+    del settings["include_dashboard"]
+    try:
+        ray.init(address=address, **settings)
+    except Exception as error:  # Ray raises several types, some of them plain RuntimeError
+        raise InputError(
+            f"no Ray cluster can be joined at {address!r}",
+            got=str(error).strip().splitlines()[0],
+            expected="the address of a running cluster with the same Ray and Python versions",
+            remedy="Check `ray status` on a node, or leave --ray-address out to use this machine alone.",
+        ) from None

@@ -1,0 +1,229 @@
+"""Image files: keys below a root, lists of keys, and the checks that need no decoding.
+
+A key is the file's path relative to the image root, with its extension and "/" as separator. Keys are sorted by code
+point, so that every machine cuts the same shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import xxhash
+
+from labeler.errors import InputError, MismatchError
+
+SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".gif"])
+# What the GPU loader decodes as well: a label for an image that training cannot open would be a trap.
+FORMATS = frozenset({"JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"})
+
+
+class BadImage(Exception):
+    """One image cannot be labeled; the text is the reason for the quarantine."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of a run, sorted by key.
+
+    keys      unique keys; where `problems` has the position, a printable stand-in for a name that cannot be a key
+    sizes     int64 [N]: file sizes in bytes
+    problems  position -> why the file cannot be opened as an image of this root
+    other     number of files that do not look like images by their names, and were left alone
+    """
+
+    root: Path
+    keys: tuple[str, ...]
+    sizes: np.ndarray
+    problems: dict[int, str] = field(default_factory=dict)
+    other: int = 0
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over every key and file size: changes when an image is added, removed, renamed or resized on disk."""
+        digest = hashlib.sha256()
+        for key, size in zip(self.keys, self.sizes.tolist(), strict=True):
+            digest.update(f"{len(key.encode())} {size} ".encode() + key.encode())
+        return digest.hexdigest()
+
+
+def find_images(root: str | Path, list_file: str | Path | None = None) -> ImageSet:
+    """All images below `root`, or those that `list_file` names, one key a line.
+
+    Raises InputError where the root is no folder, where nothing is found, and for a list line that leaves the root,
+    repeats a key or names no file.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        found = "a file" if root.exists() else "nothing there"
+        raise InputError(f"{str(root)!r} is not a folder of images", got=found, expected="a folder")
+    if list_file is not None:
+        return _from_list(root, Path(list_file))
+    found_images: list[tuple[str, int, str | None]] = []
+    other = 0
+    for entry, relative in _walk(root):
+        if os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
+            other += 1
+            continue
+        key, problem = relative.replace(os.sep, "/"), None
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            key = os.fsencode(key).decode("utf-8", "backslashreplace")
+            problem = "the file name is not valid UTF-8"
+        size = 0
+        if problem is None:
+            size, problem = _measure(root, entry)
+        found_images.append((key, size, problem))
+    if not found_images:
+        raise InputError(
+            f"no images below {str(root)!r}",
+            got=f"{other} files of other kinds",
+            expected="files ending in " + " ".join(sorted(SUFFIXES)),
+        )
+    return _image_set(root, found_images, other)
+
+
+def _image_set(root: Path, found: list[tuple[str, int, str | None]], other: int) -> ImageSet:
+    found.sort()
+    return ImageSet(
+        root,
+        tuple(key for key, _, _ in found),
+        np.array([size for _, size, _ in found], np.int64),
+        {i: problem for i, (_, _, problem) in enumerate(found) if problem is not None},
+        other,
+    )
+
+
+def _walk(root: Path) -> Iterator[tuple[os.DirEntry, str]]:
+    """Every file below root with its relative path; folders behind links are not entered but given as entries."""
+    pending = [("", str(root))]
+    while pending:
+        prefix, folder = pending.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                relative = f"{prefix}{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append((relative + os.sep, entry.path))
+                else:
+                    yield entry, relative
+
+
+def _measure(root: Path, entry: os.DirEntry) -> tuple[int, str | None]:
+    """File size, and why the entry cannot be used."""
+    try:
+        if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(os.path.realpath(root)):
+            return 0, "a link that leaves the image root"
+        status = entry.stat()
+    except OSError as error:
+        return 0, "a broken link" if entry.is_symlink() else f"cannot be read: {error.strerror}"
+    if not stat.S_ISREG(status.st_mode):
+        return 0, "not a regular file"
+    return status.st_size, None
+
+
+def _from_list(root: Path, list_file: Path) -> ImageSet:
+    try:
+        lines = list_file.read_bytes().decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the image list {str(list_file)!r} cannot be read", got=str(error)) from None
+    real_root = os.path.realpath(root)
+    found: list[tuple[str, int, str | None]] = []
+    seen: dict[str, int] = {}
+    for number, key in enumerate(lines, 1):
+        if not key.strip():
+            continue
+        where = f"{list_file}, line {number}"
+        if (
+            "\0" in key
+            or key.startswith("/")
+            or "\\" in key
+            or str(PurePosixPath(key)) != key
+            or ".." in key.split("/")
+        ):
+            raise InputError(where, got=repr(key), expected="a plain path relative to the image root")
+        if key.casefold() in seen:
+            raise InputError(where, got=f"{key!r} again (see line {seen[key.casefold()]})", expected="each image once")
+        seen[key.casefold()] = number
+        path = root / key
+        if not Path(os.path.realpath(path)).is_relative_to(real_root):
+            raise InputError(where, got=f"{key!r}, a link that leaves the image root", expected="a file below it")
+        if not path.is_file():
+            raise InputError(where, got=f"{key!r}, which is not a file", expected=f"a file below {str(root)!r}")
+        found.append((key, path.stat().st_size, None))
+    if not found:
+        raise InputError(f"the image list {str(list_file)!r} names no image")
+    return _image_set(root, found, 0)
+
+
+def read_image(root: Path, key: str, size: int) -> bytes:
+    """The file's bytes. Raises BadImage where it cannot be read, is empty, or is not the file that was listed."""
+    try:
+        data = (root / key).read_bytes()
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror or error}") from None
+    if not data:
+        raise BadImage("empty file")
+    if len(data) != size:
+        raise BadImage(f"changed after the run began: {len(data)} bytes, listed with {size}")
+    return data
+
+
+def image_digest(data: bytes) -> int:
+    """xxh3-64 of an image file's bytes: tells a changed image from the one that was labeled."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def check_header(data: bytes, min_side: int, max_pixels: int) -> None:
+    """Refuse, before any decoding, what cannot be an image for training. Raises BadImage."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            kind, (width, height) = image.format, image.size
+    except UnidentifiedImageError:
+        raise BadImage("not an image, or of an unknown format") from None
+    except Image.DecompressionBombError:
+        raise BadImage("so many pixels that it could be a decompression bomb") from None
+    except Exception as error:  # decoders raise what they like on broken headers
+        raise BadImage(f"broken header: {error}") from None
+    if kind not in FORMATS:
+        raise BadImage(f"{kind} is not a format that the training loader decodes")
+    if min(width, height) < min_side:
+        raise BadImage(f"too small: {height}×{width} pixels, the shorter side must have {min_side}")
+    if width * height > max_pixels:
+        raise BadImage(f"too large: {height}×{width} pixels, more than {max_pixels:,} in all")
+
+
+def difference(images: ImageSet, keys: tuple[str, ...]) -> str:
+    """A few words on how the images below a root differ from stored keys, as far as these are known."""
+    if not keys:
+        return f"{len(images)} images"
+    now, then = set(images.keys), set(keys)
+    parts = []
+    for word, some in (("new", now - then), ("missing", then - now)):
+        if some:
+            parts.append(
+                f"{len(some)} {word} ({', '.join(map(repr, sorted(some)[:3]))}{' …' if len(some) > 3 else ''})"
+            )
+    return "; ".join(parts) or "the same names, other file sizes"
+
+
+def refuse_other_images(images: ImageSet, fingerprint: str, keys: tuple[str, ...], store: object) -> None:
+    """Raise MismatchError unless the images are those that the store was labeled from."""
+    if images.fingerprint != fingerprint:
+        raise MismatchError(
+            f"the images below {str(images.root)!r} are not those of the store {str(store)!r}",
+            got=f"fingerprint {images.fingerprint[:12]}, {difference(images, keys)}",
+            expected=f"fingerprint {fingerprint[:12]}",
+            remedy="Restore the images, or label these into a new store.",
+        )

@@ -1,0 +1,159 @@
+"""The plan of a store: what is labeled, with which settings, cut into which shards. Written once, first of all.
+
+Everything that decides a label's value stands in the plan; a later run that differs in any of it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from labeler import __version__
+from labeler.commit import read_sealed, write_sealed
+from labeler.errors import IntegrityError, MismatchError
+from labeler.shard_file import Layout, row_layout
+
+PLAN_FILE = "plan.json"
+FORMAT_NAME = "token-label store"
+FORMAT_VERSION = "1.0"
+# Of a teacher's record: equal weights may lie elsewhere, and the rest is told for people.
+NOT_COMPARED = frozenset({"checkpoint", "random_weights", "method", "self_test", "notes"})
+
+
+@dataclass(frozen=True)
+class StoreMeta:
+    """What a store holds; also the attributes of every shard.
+
+    grid                 H, W of the maps
+    score_kind           "logprob" or "logit" (see FORMAT.md)
+    precision            "uint8" or "float16"
+    palette              P
+    class_names          one for each of `num_classes`, or empty
+    orientation          "exif" or "ignore": how the images were turned before labeling
+    teacher              name, weights_sha256, input_size, view, interpolation, mean, std, …
+    dataset_fingerprint  of the images that were listed, see `ImageSet.fingerprint`
+    """
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    palette: int
+    grid: tuple[int, int]
+    score_kind: str
+    precision: str
+    orientation: str
+    teacher: Mapping[str, Any]
+    dataset_fingerprint: str
+    num_images: int
+    shards: int
+    format: str = FORMAT_NAME
+    format_version: str = FORMAT_VERSION
+    writer: str = f"token-labeling {__version__}"
+
+    def attributes(self, shard: int | None = None) -> dict[str, Any]:
+        """The attributes of a shard's file, or of the view over all shards; structures as JSON text."""
+        plain = asdict(self)
+        for name in ("class_names", "teacher"):
+            plain[name] = json.dumps(plain[name], ensure_ascii=False, sort_keys=True)
+        return plain if shard is None else {**plain, "shard": shard}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a store.
+
+    settings     the labeling settings that decide the labels' values
+    shard_size   images per shard; shard i holds the sorted keys from i·shard_size on
+    key_bytes    width of the key field: the longest key, in UTF-8 bytes
+    code_values  the 256 scores of the uint8 codes; empty for float16
+    class_folders  folder name -> class id, where the images' folders name their classes
+    """
+
+    meta: StoreMeta
+    settings: Mapping[str, Any]
+    shard_size: int
+    key_bytes: int
+    code_values: tuple[float, ...] = ()
+    class_folders: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Layout:
+        """The data sets of every shard."""
+        m = self.meta
+        return row_layout(m.palette, m.grid, m.num_classes, m.score_kind, m.precision, self.key_bytes)
+
+    def slice_of(self, shard: int) -> slice:
+        return slice(shard * self.shard_size, min((shard + 1) * self.shard_size, self.meta.num_images))
+
+    def save(self, store: Path) -> bool:
+        """Write the plan; False where another run's plan was there first."""
+        return write_sealed(store / PLAN_FILE, asdict(self))
+
+
+def load_plan(store: Path) -> Plan | None:
+    """The plan of a store, or None where there is none. Raises MismatchError for a newer format, IntegrityError for damage."""
+    path = store / PLAN_FILE
+    try:
+        record = read_sealed(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    meta = record.get("meta", {})
+    version = str(meta.get("format_version", "?"))
+    if meta.get("format") != FORMAT_NAME or version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+        raise MismatchError(
+            f"{str(store)!r} cannot be read by this version",
+            got=f"{meta.get('format')!r} format {version}",
+            expected=f"{FORMAT_NAME!r} format {FORMAT_VERSION.split('.')[0]}.x",
+            remedy="Install a version of this package that knows the format.",
+        )
+    known = {f.name for f in fields(StoreMeta)}
+    try:
+        meta = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in meta.items() if name in known
+        }
+        record["code_values"] = tuple(record["code_values"])
+        return Plan(**{**record, "meta": StoreMeta(**meta)})
+    except (TypeError, KeyError) as error:
+        raise IntegrityError(f"{str(path)!r} is not a plan", got=str(error), expected="the plan of a store") from None
+
+
+def refuse_other_settings(store: Path, found: Plan, wanted: Plan) -> None:
+    """Raise MismatchError naming each setting in which a run differs from the store that it would continue."""
+    differences = []
+    for old, new, names in (
+        (
+            found.meta,
+            wanted.meta,
+            ("num_classes", "class_names", "palette", "grid", "precision", "orientation", "score_kind"),
+        ),
+        (found, wanted, ("shard_size", "code_values")),
+    ):
+        differences += [
+            f"{name} {_short(getattr(new, name))}, the store has {_short(getattr(old, name))}"
+            for name in names
+            if _plain(getattr(old, name)) != _plain(getattr(new, name))
+        ]
+    teachers = [{k: v for k, v in meta.teacher.items() if k not in NOT_COMPARED} for meta in (found.meta, wanted.meta)]
+    for old, new in ((found.settings, wanted.settings), tuple(teachers)):
+        differences += [
+            f"{name} {_short(new.get(name))}, the store has {_short(old.get(name))}"
+            for name in sorted({*old, *new})
+            if _plain(old.get(name)) != _plain(new.get(name))
+        ]
+    if differences:
+        raise MismatchError(
+            f"the store {str(store)!r} was begun with other settings",
+            got="; ".join(dict.fromkeys(differences)),
+            remedy="Use the settings it was begun with, or another --store.",
+        )
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

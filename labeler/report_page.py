@@ -1,0 +1,239 @@
+"""The report's page: headline figures, pictures with their maps, charts, the quarantine and the settings.
+
+Legend: n sampled rows; P palette size; H×W map grid.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from labeler.report_charts import COLOURS, OTHER, bars, curve, heat_grid, histogram, lay_over, picture
+
+if TYPE_CHECKING:
+    from labeler.report import Sample, TruthCheck
+    from labeler.store import LabelStore
+
+PICTURES = 24
+PICTURE_SIDE = 200
+LEGEND = 4  # classes told apart on one picture
+QUARANTINE_SHOWN = 200
+
+STYLE = """
+:root { --ink:#1d2430; --soft:#5b6676; --paper:#fff; --card:#f4f6f9; --line:#dfe4ec; --accent:#1769aa; --mark:#d5450b; }
+@media (prefers-color-scheme: dark) {
+ :root { --ink:#e8ecf2; --soft:#9aa6b8; --paper:#12161d; --card:#1b212b; --line:#2c3542; --accent:#5fb0ee; --mark:#ff8a50; } }
+* { box-sizing:border-box } body { margin:0; background:var(--paper); color:var(--ink); font:15px/1.5 system-ui,sans-serif }
+main { max-width:1180px; margin:0 auto; padding:28px 24px 60px } h1 { font-size:27px; margin:0 } p { max-width:75ch }
+h2 { font-size:19px; margin:44px 0 6px } .soft { color:var(--soft) } code { font-size:13px; overflow-wrap:anywhere }
+.cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(165px,1fr)); gap:12px; margin:22px 0 }
+.card { background:var(--card); border-radius:10px; padding:13px 16px } .card b { display:block; font-size:25px; line-height:1.25 }
+.card span { color:var(--soft); font-size:13px }
+.charts { display:grid; grid-template-columns:repeat(auto-fit,minmax(320px,1fr)); gap:18px }
+figure { margin:0; background:var(--card); border-radius:10px; padding:14px } svg { width:100%; display:block }
+figcaption { color:var(--soft); font-size:13px; margin-top:6px } svg text { fill:var(--soft); font-size:11px }
+.bar,.dot { fill:var(--accent) } .line { fill:none; stroke:var(--accent); stroke-width:2 } .mark { stroke:var(--mark); stroke-width:1.5 }
+.strong { fill:var(--ink)!important; font-weight:600 } .axis,.grid { stroke:var(--line) }
+.maps { display:grid; grid-template-columns:repeat(auto-fill,minmax(424px,1fr)); gap:16px }
+.map { background:var(--card); border-radius:10px; padding:12px; overflow:hidden } .pair { display:flex; gap:6px; align-items:flex-start }
+.pair img { max-width:calc(50% - 3px); height:auto; border-radius:4px } .name { font-size:12px; color:var(--soft); overflow-wrap:anywhere }
+.legend { display:flex; flex-wrap:wrap; gap:4px 14px; font-size:13px; margin-top:7px }
+.legend i { display:inline-block; width:12px; height:12px; border-radius:3px; margin-right:5px; vertical-align:-1px }
+table { border-collapse:collapse; font-size:14px; width:100% } th { text-align:left; font-weight:500 }
+td,th { padding:4px 10px 4px 0; vertical-align:top; border-bottom:1px solid var(--line) } .n { text-align:right; white-space:nowrap }
+.bars td,.bars th { border:0; padding:1px 8px 1px 0; font-size:13px } .bars th { max-width:150px; overflow:hidden; text-overflow:ellipsis; white-space:nowrap }
+.bars td:nth-child(2) { width:60% } .rule { height:11px; border-radius:3px; background:var(--accent) }
+.note { border-left:3px solid var(--mark); padding-left:12px }
+"""
+
+
+def render(store: LabelStore, sample: Sample, images: Path, truth: TruthCheck | None, title: str) -> str:
+    """The whole page as text."""
+    meta = store.meta
+    grid = "×".join(map(str, meta.grid))
+    teacher = meta.teacher
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">{len(store):,} images, maps of {grid} cells over {meta.num_classes:,} classes, at most '
+        f"{meta.palette} of them kept per image, by <b>{escape(str(teacher['name']))}</b>. Charts are drawn from "
+        f"{len(sample.rows):,} random rows; figures marked “all” from every row.</p>",
+        _cards(store, sample, truth),
+        *(f'<p class="note">{escape(note)}</p>' for note in teacher.get("notes", ())),
+        "<h2>What the teacher sees, and where</h2>",
+        '<p class="soft">Left the image, right its stored map: each cell in the colour of its most probable class, the '
+        "stronger the surer. Percentages are shares of the whole map’s probability.</p>",
+        f'<div class="maps">{_maps(store, sample, images)}</div>',
+        _truth_part(truth),
+        "<h2>How good the labels are</h2>",
+        f'<div class="charts">{_charts(store, sample)}</div>',
+        _agreement(store, sample),
+        _quarantine(store),
+        _settings(store),
+    ]
+    body = "\n".join(part for part in parts if part)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body><main>{body}</main></body></html>\n'
+
+
+def class_name(store: LabelStore, number: int) -> str:
+    names = store.meta.class_names
+    return names[number] if 0 <= number < len(names) else f"class {number}"
+
+
+def _totals(store: LabelStore) -> dict[str, float]:
+    names = ("kl", "coverage", "entropy", "agree", "known")
+    return {name: sum(marker.stats.get(name, 0.0) for marker in store.markers) for name in names}
+
+
+def _cards(store: LabelStore, sample: Sample, truth: TruthCheck | None) -> str:
+    rows, totals = max(1, len(store)), _totals(store)
+    size = sum(file.stat().st_size for file in store.path.iterdir())
+    cards = [(f"{size / rows:,.0f} B", "per image, all files of the store counted")]
+    if store.meta.score_kind == "logprob":
+        cards += [
+            (f"{totals['kl'] / rows:.4f}", "nats lost per cell: KL from the teacher’s full softmax to the store, all"),
+            (f"{totals['coverage'] / rows:.1%}", "of the probability is in the palette, all"),
+        ]
+    if truth is not None:
+        cards.append((f"{truth.right:.1%}", f"of {truth.cells:,} object cells name the right class in the right place"))
+    if totals["known"]:
+        cards.append((f"{totals['agree'] / totals['known']:.1%}", "of images: the map’s class is the folder’s, all"))
+    cards += [
+        (f"{np.median(sample.confidence):.0%}", "median probability of a cell’s first class"),
+        (f"{len(store.quarantine):,}", "images in the quarantine"),
+    ]
+    return f'<div class="cards">{"".join(f"<div class=card><b>{a}</b><span>{b}</span></div>" for a, b in cards)}</div>'
+
+
+def _maps(store: LabelStore, sample: Sample, images: Path) -> str:
+    from labeler.decode_reference import open_rgb
+
+    chosen = np.random.default_rng(1).permutation(len(sample.rows))[:PICTURES]
+    found = []
+    for i in sorted(chosen.tolist()):
+        try:
+            image = open_rgb((images / sample.keys[i]).read_bytes(), store.meta.orientation)
+        except (OSError, ValueError) as error:
+            found.append(
+                f'<div class="map"><div class="name">{escape(sample.keys[i])}: {escape(str(error))}</div></div>'
+            )
+            continue
+        scale = PICTURE_SIDE / max(image.size)
+        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+        found.append(_one_map(store, sample, i, image))
+    return "".join(found)
+
+
+def _one_map(store: LabelStore, sample: Sample, i: int, image: object) -> str:
+    share = sample.p[i].mean((1, 2))
+    cells = np.array([(sample.top1[i] == c).mean() if c >= 0 else 0 for c in sample.maps.classes[i]])
+    shown = [place for place in np.argsort(-cells, kind="stable")[:LEGEND].tolist() if cells[place] > 0]
+    few = store.meta.num_classes <= len(COLOURS)
+    colours = np.full((*sample.top1.shape[1:], 3), OTHER, np.uint8)
+    legend = []
+    for order, place in enumerate(shown):
+        number = int(sample.maps.classes[i, place])
+        colour = COLOURS[number if few else order]
+        colours[sample.top1[i] == number] = colour
+        legend.append(
+            f'<span><i style="background:rgb{colour}"></i>{escape(class_name(store, number))} {share[place]:.0%}</span>'
+        )
+    overlay = lay_over(image, colours, 0.15 + 0.75 * sample.confidence[i], sample.maps.region[i])
+    target = int(sample.target[i])
+    label = f" · labeled <b>{escape(class_name(store, target))}</b>" if target >= 0 else ""
+    return (
+        f'<div class="map"><div class="pair">{picture(image)}{picture(overlay)}</div><div class="legend">{"".join(legend)}</div>'
+        f'<div class="name">{escape(sample.keys[i])}{label}</div></div>'
+    )
+
+
+def _charts(store: LabelStore, sample: Sample) -> str:
+    meta = store.meta
+    place_share = sample.p.mean((0, 2, 3))
+    charts = [
+        histogram(store.row_bytes(sample.rows), "Bytes of score planes per image, as compressed"),
+        curve(np.cumsum(place_share).tolist(), "Probability kept with 1, 2, 3 … palette places, mean over images"),
+        histogram(1 - sample.left.mean((1, 2)), "Palette coverage per image", top=1.0, percent=True),
+        histogram(sample.entropy, f"Entropy of each cell, nats (uniform over {meta.num_classes:,} classes: "
+                  f"{np.log(meta.num_classes):.2f})", top=float(np.log(meta.num_classes))),
+        histogram(sample.confidence, "Probability of each cell’s first class", top=1.0, percent=True),
+        bars(_common_classes(store, sample), "Share of cells by their first class, the most common"),
+    ]  # fmt: skip
+    return "".join(charts)
+
+
+def _common_classes(store: LabelStore, sample: Sample) -> list[tuple[str, float]]:
+    numbers, counts = np.unique(sample.top1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:10]
+    return [(class_name(store, int(numbers[i])), float(counts[i] / counts.sum())) for i in order]
+
+
+def _truth_part(truth: TruthCheck | None) -> str:
+    if truth is None:
+        return ""
+    turned = "" if truth.transposed is None else f", transposed {truth.transposed:.1%}"
+    return (
+        "<h2>Is the right class in the right place?</h2>"
+        f'<p class="soft">The true class of every pixel is known for {truth.images:,} of the sampled images. Of the '
+        f"{truth.cells:,} cells that one object fills by more than half, the stored map names its class in "
+        f"<b>{truth.right:.1%}</b>. The same maps, turned on purpose, would score: mirrored {truth.mirrored:.1%}{turned}. "
+        "A map that is out of place shows here at once.</p>"
+        f'<div class="charts">{heat_grid(truth.by_cell, "Share that is right, by place in the grid (green: all, red: none)")}</div>'
+    )
+
+
+def _agreement(store: LabelStore, sample: Sample) -> str:
+    known = sample.target >= 0
+    if not known.any():
+        return ""
+    found, target = sample.image_class[known], sample.target[known]
+    wrong: dict[tuple[int, int], int] = {}
+    for pair in zip(target.tolist(), found.tolist(), strict=True):
+        if pair[0] != pair[1]:
+            wrong[pair] = wrong.get(pair, 0) + 1
+    rows = "".join(
+        f"<tr><td>{escape(class_name(store, a))}</td><td>{escape(class_name(store, b))}</td><td class='n'>{count}</td></tr>"
+        for (a, b), count in sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:12]
+    )
+    table = (
+        f"<table><tr><th>folder says</th><th>map says</th><th class='n'>images</th></tr>{rows}</table>" if rows else ""
+    )
+    return (
+        "<h2>Agreement with the folders</h2>"
+        f'<p class="soft">The class with the largest share of the map is the folder’s in <b>{(found == target).mean():.1%}</b> '
+        f"of {len(found):,} sampled images. The most frequent differences:</p>{table}"
+    )
+
+
+def _quarantine(store: LabelStore) -> str:
+    entries = store.quarantine
+    if not entries:
+        return '<h2>Quarantine</h2><p class="soft">Empty: every image has its labels.</p>'
+    rows = "".join(
+        f"<tr><td><code>{escape(e['key'])}</code></td><td>{escape(e['reason'])}</td></tr>"
+        for e in entries[:QUARANTINE_SHOWN]
+    )
+    more = f'<p class="soft">… and {len(entries) - QUARANTINE_SHOWN:,} more, see quarantine.jsonl</p>'
+    return (
+        f"<h2>Quarantine</h2><p class='soft'>{len(entries):,} images could not be labeled and have no row.</p>"
+        f"<table>{rows}</table>{more if len(entries) > QUARANTINE_SHOWN else ''}"
+    )
+
+
+def _settings(store: LabelStore) -> str:
+    meta, plan = store.meta, store.plan
+    facts: dict[str, object] = {f"teacher: {name}": value for name, value in meta.teacher.items() if name != "notes"}
+    facts |= {f"setting: {name}": value for name, value in plan.settings.items()}
+    facts |= {
+        "shards": f"{meta.shards} of at most {plan.shard_size} images",
+        "scores": f"{meta.score_kind}, {meta.precision}",
+        "image orientation": meta.orientation,
+        "data-set fingerprint": meta.dataset_fingerprint,
+        "store fingerprint": store.fingerprint,
+        "format": f"{meta.format} {meta.format_version}, written by {meta.writer}",
+    }
+    rows = "".join(f"<tr><th>{escape(k)}</th><td><code>{escape(str(v))}</code></td></tr>" for k, v in facts.items())
+    return f"<h2>Settings</h2><table>{rows}</table>"

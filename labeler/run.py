@@ -1,0 +1,193 @@
+"""`label_images`: a whole labeling run, from a folder of images to a complete store. It resumes by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from labeler.class_names import name_classes, targets_of
+from labeler.commit import Marker
+from labeler.config import LabelerConfig
+from labeler.errors import TokenLabelError
+from labeler.executor import run_in_process, run_on_ray
+from labeler.images import ImageSet, find_images, refuse_other_images
+from labeler.plan import Plan, StoreMeta, load_plan
+from labeler.score_maps import code_table
+from labeler.store import LabelStore
+from labeler.writer import begin_store, committed_shards, finish_store
+
+if TYPE_CHECKING:
+    from labeler.teacher import TeacherInfo
+
+MAX_SHARD_SIZE = 10_000
+# Settings, besides the teacher's own, that decide what a label is.
+VALUE_SETTINGS = (
+    "palette",
+    "precision",
+    "fine_step",
+    "knee",
+    "coarse_step",
+    "score_floor",
+    "orientation",
+    "min_side",
+    "max_pixels",
+)
+
+
+@dataclass(frozen=True)
+class LabelSummary:
+    """What a run did. Counts are of images; `seconds` and `images_per_s` are of this run's own labeling.
+
+    kl and coverage are means over the whole store: KL(teacher ‖ store) per cell in nats, probability in the palette.
+    agreement is the share of images whose mean map names the true class, None where no true class is known.
+    """
+
+    store: str
+    rows: int
+    quarantined: int
+    labeled_now: int
+    shards: int
+    bytes_per_image: float
+    seconds: float
+    images_per_s: float
+    kl: float
+    coverage: float
+    agreement: float | None
+    other_files: int
+
+
+def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -> LabelSummary:
+    """Label every image below `images` into `store`; shards that are there already are kept.
+
+    Raises InputError, TeacherError or MismatchError before any work where the input does not fit, LabelingError where
+    the run could not finish: what is committed stays, and the same call resumes.
+    """
+    from labeler.teacher import create_teacher, resolve_device
+
+    found, path = find_images(images, config.image_list), Path(store)
+    begun = load_plan(path)
+    if begun is not None:
+        refuse_other_images(found, begun.meta.dataset_fingerprint, stored_keys(path), path)
+    device = resolve_device(config.device)
+    # Built here once, on the CPU, so that a wrong teacher is told of before any worker starts.
+    info = create_teacher(config.teacher, "cpu" if config.workers else device).info
+    plan = begin_store(path, make_plan(found, info, config, begun))
+    markers = committed_shards(path, plan)
+    tasks = [make_task(plan, found, shard) for shard in range(plan.meta.shards) if shard not in markers]
+    started = time.perf_counter()
+    rows_before = sum(marker.rows for marker in markers.values())
+    _run(tasks, found, path, plan, config, device, markers)
+    seconds = time.perf_counter() - started
+    finished = finish_store(path, plan)
+    return _summary(path, finished, sum(m.rows for m in finished) - rows_before, seconds, found.other)
+
+
+def stored_keys(store: Path) -> tuple[str, ...]:
+    """The keys of a complete store, quarantined ones included; nothing where it is not complete or damaged."""
+    try:
+        labels = LabelStore(store)
+        return tuple([*labels.keys, *(entry["key"] for entry in labels.quarantine)])
+    except TokenLabelError:
+        return ()
+
+
+def make_plan(images: ImageSet, info: TeacherInfo, config: LabelerConfig, found: Plan | None) -> Plan:
+    """The plan that `config` asks for; the shard size of a store that was begun stays unless it is set."""
+    names, folders = name_classes(images.keys, info.num_classes, config.class_names)
+    size = config.shard_size or (found.shard_size if found else default_shard_size(len(images)))
+    table = code_table(config.fine_step, config.knee, config.coarse_step, config.score_floor)
+    meta = StoreMeta(
+        num_classes=info.num_classes,
+        class_names=names,
+        palette=config.palette,
+        grid=info.grid,
+        score_kind="logprob",
+        precision=config.precision,
+        orientation=config.orientation,
+        teacher=teacher_record(info, config),
+        dataset_fingerprint=images.fingerprint,
+        num_images=len(images),
+        shards=math.ceil(len(images) / size),
+    )
+    return Plan(
+        meta=meta,
+        settings={"from_list": config.image_list is not None, **{n: getattr(config, n) for n in VALUE_SETTINGS}},
+        shard_size=size,
+        key_bytes=max(len(key.encode()) for key in images.keys),
+        code_values=tuple(table.tolist()) if config.precision == "uint8" else (),
+        class_folders=dict(folders),
+    )
+
+
+def default_shard_size(images: int) -> int:
+    """About 64 shards, so that workers share them evenly, of 32 to 10,000 images."""
+    return min(MAX_SHARD_SIZE, max(32, math.ceil(images / 64)))
+
+
+def teacher_record(info: TeacherInfo, config: LabelerConfig) -> dict[str, Any]:
+    """What a store says about its teacher: enough to compare two, and to build it again."""
+    record = dataclasses.asdict(info)
+    record.update(view=config.teacher.view, checkpoint=config.teacher.checkpoint)
+    record.update(random_weights=config.teacher.random_weights)
+    return record
+
+
+def make_task(plan: Plan, images: ImageSet, shard: int) -> Any:
+    from labeler.worker import ShardTask
+
+    part = plan.slice_of(shard)
+    keys = images.keys[part]
+    return ShardTask(
+        shard,
+        keys,
+        tuple(images.sizes[part].tolist()),
+        tuple(targets_of(keys, plan.class_folders).tolist()),
+        {i - part.start: reason for i, reason in images.problems.items() if part.start <= i < part.stop},
+    )
+
+
+def _run(
+    tasks: list[Any],
+    images: ImageSet,
+    store: Path,
+    plan: Plan,
+    config: LabelerConfig,
+    device: str,
+    markers: dict[int, Marker],
+) -> None:
+    from tqdm import tqdm
+
+    if not tasks:
+        return
+    done = sum(plan.slice_of(shard).stop - plan.slice_of(shard).start for shard in markers)
+    quarantined = sum(len(marker.quarantine) for marker in markers.values())
+    execute = run_on_ray if config.workers else run_in_process
+    with tqdm(total=len(images), initial=done, unit="img", desc="label", disable=not config.progress) as bar:
+        bar.set_postfix(quarantined=quarantined)
+        for result in execute(tasks, images.root, store, plan, config, device, lambda n: bar.update(n) and None):
+            quarantined += result.quarantined
+            bar.set_postfix(quarantined=quarantined)
+
+
+def _summary(store: Path, markers: list[Marker], labeled: int, seconds: float, other: int) -> LabelSummary:
+    rows = sum(marker.rows for marker in markers)
+    total = {name: sum(m.stats.get(name, 0.0) for m in markers) for name in ("kl", "coverage", "agree", "known")}
+    size = sum(file.stat().st_size for file in store.iterdir())
+    return LabelSummary(
+        store=str(store),
+        rows=rows,
+        quarantined=sum(len(marker.quarantine) for marker in markers),
+        labeled_now=labeled,
+        shards=len(markers),
+        bytes_per_image=size / max(1, rows),
+        seconds=seconds,
+        images_per_s=labeled / seconds if seconds > 0 else 0.0,
+        kl=total["kl"] / max(1, rows),
+        coverage=total["coverage"] / max(1, rows),
+        agreement=total["agree"] / total["known"] if total["known"] else None,
+        other_files=other,
+    )

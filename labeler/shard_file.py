@@ -1,0 +1,324 @@
+"""One shard as an HDF5 file, format 1.0 (see FORMAT.md): the only file that imports h5py.
+
+Legend: n rows of the shard; P palette size; H×W map grid.
+
+A shard is built in memory, because libhdf5 ends the process when a disk fills up under it. A shard is read through
+HDF5 once, to check its layout and to learn where each chunk lies; rows are then read from the file directly, outside
+h5py's global lock.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# A file can name filter plug-ins of its own choice; "::" tells libhdf5 to load none. It is read when HDF5 starts.
+os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
+
+import h5py
+import numpy as np
+import xxhash
+
+from labeler.errors import IntegrityError
+
+LEVEL = 6
+META_ROWS = 1024  # rows in a chunk of the small data sets
+Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # data set name -> (type, shape of one row)
+ALLOWED_FILTERS = frozenset({h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32})
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """The rows of a shard as they are stored.
+
+    scores        uint8 codes or float16 [n, P, H, W]
+    background    likewise [n, H, W]; None in a `logit` store
+    classes       uint16 or uint32 [n, P]; the type's maximum where unused
+    region        float32 [n, 4]; image_size uint32 [n, 2]; target int32 [n] (−1 unknown)
+    image_digest  uint64 [n]: xxh3-64 of the image file's bytes
+    keys          n strings
+    """
+
+    scores: np.ndarray
+    background: np.ndarray | None
+    classes: np.ndarray
+    region: np.ndarray
+    image_size: np.ndarray
+    target: np.ndarray
+    image_digest: np.ndarray
+    keys: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def checksums(self) -> np.ndarray:
+        """uint64 [n]: xxh3-64 over each row's little-endian bytes in the order of the fields above, the key last."""
+        fields = [self.scores, self.background, self.classes, self.region, self.image_size, self.target]
+        fields += [self.image_digest]
+        n = len(self)
+        parts = [little_endian(f).reshape(n, -1).view(np.uint8) for f in fields if f is not None] if n else []
+        record = np.concatenate(parts, axis=1) if n else np.zeros((0, 0), np.uint8)
+        digests = [
+            xxhash.xxh3_64_intdigest(row.tobytes() + key.encode()) for row, key in zip(record, self.keys, strict=True)
+        ]
+        return np.array(digests, np.uint64)
+
+
+def little_endian(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+
+
+def class_dtype(num_classes: int) -> np.dtype:
+    """The class id type: uint16, or uint32 where its maximum, which means "unused", could be a class."""
+    return np.dtype("<u2" if num_classes <= 65_535 else "<u4")
+
+
+def score_dtype(precision: str) -> np.dtype:
+    return np.dtype("u1" if precision == "uint8" else "<f2")
+
+
+def build_shard(
+    rows: ShardRows, layout: Layout, attributes: Mapping[str, Any], code_values: np.ndarray | None = None
+) -> bytes:
+    """The whole HDF5 file as bytes; equal arguments give equal bytes. Raises ValueError where rows do not fit `layout`."""
+    keys = [key.encode() for key in rows.keys]
+    if max(map(len, keys), default=0) > layout["key"][0].itemsize:
+        raise ValueError(f"a key is longer than the {layout['key'][0].itemsize} bytes of the layout")
+    special = {"code_values": code_values, "key": np.array(keys, layout["key"][0]), "checksum": rows.checksums()}
+    with _memory_file() as file:
+        _write_attributes(file, attributes)
+        for name, (dtype, row_shape) in layout.items():
+            array = special[name] if name in special else getattr(rows, name)
+            shape = row_shape if name == "code_values" else (len(rows), *row_shape)
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"{name} is {array.dtype} {array.shape}, the layout has {dtype} {shape}")
+            per_image = name in ("scores", "background")
+            _add(file, name, array, (1 if per_image else min(META_ROWS, max(1, shape[0])), *shape[1:]))
+        file.flush()
+        return file.id.get_file_image()
+
+
+def build_view(shards: Sequence[tuple[str, int]], layout: Layout, attributes: Mapping[str, Any]) -> bytes:
+    """`labels.h5` as bytes: one virtual data set over all shards, given as (file name, rows), per entry of `layout`.
+
+    layout: data set name -> (dtype, shape of one row); `code_values` is taken from the first shard.
+    """
+    total = sum(rows for _, rows in shards)
+    with _memory_file() as file:
+        _write_attributes(file, attributes)
+        for name, (dtype, row_shape) in layout.items():
+            if name == "code_values":
+                virtual = h5py.VirtualLayout(row_shape, dtype)
+                virtual[...] = h5py.VirtualSource(shards[0][0], name, row_shape, dtype)
+            else:
+                virtual, start = h5py.VirtualLayout((total, *row_shape), dtype), 0
+                for file_name, rows in shards:
+                    if rows:
+                        virtual[start : start + rows] = h5py.VirtualSource(file_name, name, (rows, *row_shape), dtype)
+                    start += rows
+            virtual.dcpl.set_obj_track_times(False)
+            file.create_virtual_dataset(name, virtual)
+        file.flush()
+        return file.id.get_file_image()
+
+
+def row_layout(
+    palette: int, grid: tuple[int, int], num_classes: int, kind: str, precision: str, key_bytes: int
+) -> Layout:
+    """Data set name -> (dtype, shape of one row) of every store with these settings."""
+    scores = score_dtype(precision)
+    layout: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
+        "scores": (scores, (palette, *grid)),
+        "background": (scores, grid),
+        "code_values": (np.dtype("<f4"), (256,)),
+        "classes": (class_dtype(num_classes), (palette,)),
+        "region": (np.dtype("<f4"), (4,)),
+        "image_size": (np.dtype("<u4"), (2,)),
+        "target": (np.dtype("<i4"), ()),
+        "image_digest": (np.dtype("<u8"), ()),
+        "key": (np.dtype(f"S{key_bytes}"), ()),
+        "checksum": (np.dtype("<u8"), ()),
+    }
+    if kind == "logit":
+        del layout["background"]
+    if precision != "uint8":
+        del layout["code_values"]
+    return layout
+
+
+class ShardReader:
+    """Reads rows of one shard file; safe to use from several threads.
+
+    `layout` and `rows` are what the store's plan and the shard's marker say; a file that differs is refused with
+    IntegrityError before any of its data is read. With `in_memory` the file is held, compressed, in RAM.
+    """
+
+    def __init__(self, path: Path, layout: Layout, rows: int, *, in_memory: bool = False) -> None:
+        self.path, self.rows = path, rows
+        self._layout = layout
+        try:
+            with h5py.File(path, "r", libver="v110") as file:
+                check_layout(file, layout, rows, path)
+                self.attributes = _read_attributes(file)
+                self._small = {name: file[name][()] for name in layout if name not in ("scores", "background") and rows}
+                self._chunks = {
+                    name: _chunk_table(file[name], path) for name in ("scores", "background") if name in layout
+                }
+        except IntegrityError:
+            raise
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise _damaged(path, str(error).splitlines()[0]) from None
+        self._image = path.read_bytes() if in_memory else None
+        self._handle = -1 if in_memory else os.open(path, os.O_RDONLY)
+        self.keys = [key.decode() for key in self._small["key"]] if rows else []
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", -1) >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def read(self, rows: np.ndarray) -> ShardRows:
+        """The rows [K] in the order asked for, each compared with its checksum. Raises IntegrityError naming the key."""
+        arrays = {name: self._planes(name, rows) for name in self._chunks}
+        small = {
+            name: self._small[name][rows] for name in self._small if name not in ("key", "checksum", "code_values")
+        }
+        found = ShardRows(
+            arrays["scores"],
+            arrays.get("background"),
+            **small,
+            keys=tuple(self.keys[row] for row in rows.tolist()),
+        )
+        wrong = np.nonzero(found.checksums() != self._small["checksum"][rows])[0]
+        if len(wrong):
+            raise _damaged(self.path, f"row {rows[wrong[0]]} ({found.keys[wrong[0]]!r}) does not match its checksum")
+        return found
+
+    def row_bytes(self, row: int) -> int:
+        """Compressed bytes of one row's planes."""
+        return sum(int(table[row, 1]) for _, table in self._chunks.values())
+
+    @property
+    def code_values(self) -> np.ndarray | None:
+        return self._small.get("code_values")
+
+    def small(self, name: str) -> np.ndarray:
+        """A small data set, whole: classes, region, image_size, target, image_digest or checksum."""
+        return self._small[name] if self.rows else np.zeros((0, *self._layout[name][1]), self._layout[name][0])
+
+    def _planes(self, name: str, rows: np.ndarray) -> np.ndarray:
+        dtype, shape = self._layout[name]
+        planes = np.empty((len(rows), *shape), dtype)
+        flat = planes.reshape(len(rows), -1).view(np.uint8)
+        shuffle, table = self._chunks[name]
+        for i, row in enumerate(rows.tolist()):
+            offset, size, mask = table[row].tolist()
+            # The last four bytes are HDF5's own fletcher32, which the row's checksum makes superfluous here.
+            packed = self._bytes(offset, size)[:-4]
+            try:
+                plain = np.frombuffer(packed if mask else zlib.decompress(packed), np.uint8)
+                flat[i] = plain.reshape(dtype.itemsize, -1).T.ravel() if shuffle else plain
+            except (zlib.error, ValueError) as error:
+                raise _damaged(self.path, f"row {row} of /{name}: {error}") from None
+        return planes
+
+    def _bytes(self, offset: int, size: int) -> bytes:
+        if self._image is not None:
+            return self._image[offset : offset + size]
+        return os.pread(self._handle, size, offset)
+
+
+def file_rows(path: Path, name: str) -> int:
+    """The rows that one data set of an HDF5 file shows."""
+    with h5py.File(path, "r") as file:
+        return int(file[name].shape[0])
+
+
+def check_layout(file: h5py.File, layout: Layout, rows: int, path: Path) -> None:
+    """Refuse everything that a shard of this store never has: links, virtual or external data, other shapes, types, filters."""
+    if set(file) != set(layout):
+        raise _damaged(path, f"data sets {sorted(file)}, expected {sorted(layout)}")
+    for name, (dtype, row_shape) in layout.items():
+        if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+            raise _damaged(path, f"/{name} is a link to another place")
+        data = file[name]
+        shape = row_shape if name == "code_values" else (rows, *row_shape)
+        if not isinstance(data, h5py.Dataset) or data.shape != shape or data.dtype != dtype:
+            found = (data.shape, str(data.dtype)) if isinstance(data, h5py.Dataset) else "a group"
+            raise _damaged(path, f"/{name} is {found}, expected {(shape, str(dtype))}")
+        if data.is_virtual or data.external or data.chunks is None or data.maxshape != data.shape:
+            raise _damaged(path, f"/{name} is not stored in chunks in the file itself")
+        creation = data.id.get_create_plist()
+        filters = {creation.get_filter(i)[0] for i in range(creation.get_nfilters())}
+        if not filters <= ALLOWED_FILTERS or h5py.h5z.FILTER_FLETCHER32 not in filters:
+            raise _damaged(path, f"/{name} has filters {sorted(filters)}, or no checksum")
+
+
+def _chunk_table(data: h5py.Dataset, path: Path) -> tuple[bool, np.ndarray]:
+    """(bytes are shuffled, int64 [n, 3]: file offset, size, filter mask of each row's chunk)."""
+    if data.chunks != (1, *data.shape[1:]):
+        raise _damaged(path, f"{data.name} has chunks {data.chunks}, expected one image each")
+    table = np.full((data.shape[0], 3), -1, np.int64)
+    if data.shape[0]:
+        data.id.chunk_iter(
+            lambda chunk: table.__setitem__(
+                chunk.chunk_offset[0],
+                (chunk.byte_offset, chunk.size, chunk.filter_mask & 2 if data.shuffle else chunk.filter_mask & 1),
+            )
+        )
+    if (table < 0).any() or (table[:, 0] + table[:, 1] > path.stat().st_size).any():
+        raise _damaged(path, f"{data.name} lacks chunks")
+    return bool(data.shuffle), table
+
+
+def _memory_file() -> h5py.File:
+    # The name is never a file: it only has to differ from that of every other open memory file.
+    name = f"memory-{secrets.token_hex(8)}"
+    return h5py.File(name, "w", driver="core", backing_store=False, libver=("v110", "v110"))
+
+
+def _add(file: h5py.File, name: str, array: np.ndarray, chunks: tuple[int, ...]) -> None:
+    chunks = tuple(max(1, c) for c in chunks)
+    file.create_dataset(
+        name,
+        data=little_endian(array),
+        chunks=chunks,
+        compression="gzip",
+        compression_opts=LEVEL,
+        shuffle=array.dtype.itemsize > 1 and array.dtype.kind != "S",
+        fletcher32=True,
+        track_times=False,
+    )
+
+
+def _write_attributes(file: h5py.File, attributes: Mapping[str, Any]) -> None:
+    for name, value in attributes.items():
+        if isinstance(value, str):
+            data = value.encode()
+            file.attrs.create(
+                name, np.array(data, f"S{max(1, len(data))}"), dtype=h5py.string_dtype("utf-8", max(1, len(data)))
+            )
+        else:
+            file.attrs[name] = value
+
+
+def _read_attributes(file: h5py.File) -> dict[str, Any]:
+    found = {}
+    for name, value in file.attrs.items():
+        if isinstance(value, bytes | np.bytes_):
+            value = value.decode()
+        found[name] = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    return found
+
+
+def _damaged(path: Path, problem: str) -> IntegrityError:
+    return IntegrityError(
+        f"{str(path)!r} is damaged or not a shard of this store",
+        got=problem,
+        remedy="Run the same labeling command again: it labels this shard anew.",
+    )

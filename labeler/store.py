@@ -1,0 +1,219 @@
+"""`LabelStore`: read a label store by row or by key.
+
+Legend: N rows asked for; P palette size; H×W map grid.
+
+The reader goes by the plan, the markers and shard arithmetic; it never follows links inside a file, and it compares
+every shard with its digest when it first opens it and every row with its checksum when it reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from labeler.commit import Marker, check_file, read_marker
+from labeler.errors import InputError, IntegrityError
+from labeler.plan import Plan, StoreMeta, load_plan
+from labeler.score_maps import ScoreMaps
+from labeler.shard_file import ShardReader, ShardRows
+
+if TYPE_CHECKING:
+    from labeler.verify import Verification
+
+CACHES = (None, "ram", "ram-compressed")
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows as they are stored, for decoding elsewhere: `code_values[scores]` gives the scores of uint8 codes.
+
+    classes int64 [N, P] (−1 unused); scores uint8 or float16 [N, P, H, W]; background likewise [N, H, W], or None in a
+    `logit` store, where it is 0; region float32 [N, 4].
+    """
+
+    classes: np.ndarray
+    scores: np.ndarray
+    background: np.ndarray | None
+    region: np.ndarray
+
+
+class LabelStore:
+    """A complete label store.
+
+    path    the store's folder
+    cache   None: read rows from the files; "ram-compressed": hold the files in memory; "ram": hold the decoded codes
+
+    Raises InputError where there is no store, MismatchError for a newer format, IntegrityError where shards are missing
+    or damaged. Safe to use from several threads; a copy sent to another process opens its own files.
+    """
+
+    def __init__(self, path: str | Path, cache: str | None = None) -> None:
+        if cache not in CACHES:
+            raise InputError("cache is not known", got=repr(cache), expected='None, "ram" or "ram-compressed"')
+        self.path, self.cache = Path(path), cache
+        plan = load_plan(self.path)
+        if plan is None:
+            raise InputError(
+                f"{str(path)!r} is not a label store",
+                got="no plan.json in it" if self.path.is_dir() else "no such folder",
+                remedy="Label one with `python -m labeler label`.",
+            )
+        self.plan: Plan = plan
+        self.markers: list[Marker] = self._read_markers()
+        # First row of each shard, and of the one after the last.
+        self._starts = np.cumsum([0, *(marker.rows for marker in self.markers)])
+        self._readers: dict[int, ShardReader] = {}
+
+    def _read_markers(self) -> list[Marker]:
+        shards = self.plan.meta.shards
+        markers = [read_marker(self.path, shard, shards) for shard in range(shards)]
+        missing = [shard for shard, marker in enumerate(markers) if marker is None]
+        if missing:
+            raise IntegrityError(
+                f"the store {str(self.path)!r} is not complete",
+                got=f"{shards - len(missing)} of {shards} shards, without shard {missing[0]}",
+                remedy="Run the labeling command again: it goes on where it stopped.",
+            )
+        return [marker for marker in markers if marker is not None]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __repr__(self) -> str:
+        m = self.meta
+        grid = "×".join(map(str, m.grid))
+        return (
+            f"LabelStore({str(self.path)!r}: {len(self):,} rows, {m.num_classes} classes, palette {m.palette}, {grid})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "cache": self.cache}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    @property
+    def meta(self) -> StoreMeta:
+        return self.plan.meta
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the content of every shard: equal for equal stores only."""
+        digest = hashlib.sha256(self.meta.dataset_fingerprint.encode())
+        for marker in self.markers:
+            digest.update(marker.sha256.encode())
+        return digest.hexdigest()
+
+    @property
+    def quarantine(self) -> list[dict[str, str]]:
+        """{"key", "reason"} of each image that could not be labeled."""
+        return [entry for marker in self.markers for entry in marker.quarantine]
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The key of every row, in row order, which is sorted."""
+        return [key for shard in range(len(self.markers)) for key in self.reader(shard).keys]
+
+    @property
+    def code_values(self) -> np.ndarray | None:
+        """float32 [256]: the score of each uint8 code; None where scores are float16."""
+        return np.array(self.plan.code_values, np.float32) if self.plan.code_values else None
+
+    def row_of(self, key: str) -> int:
+        """The row of an image. Raises KeyError, with the reason where the image is in the quarantine."""
+        shard = bisect_right([marker.first_key for marker in self.markers], key) - 1
+        if shard >= 0:
+            keys = self.reader(shard).keys
+            place = bisect_left(keys, key)
+            if place < len(keys) and keys[place] == key:
+                return int(self._starts[shard]) + place
+            for entry in self.markers[shard].quarantine:
+                if entry["key"] == key:
+                    raise KeyError(f"{key!r} has no labels: {entry['reason']}")
+        raise KeyError(f"{key!r} is not in the store {str(self.path)!r}")
+
+    def column(self, name: str) -> np.ndarray:
+        """A small data set over all rows: classes, region, image_size, target, image_digest or checksum."""
+        return np.concatenate([self.reader(shard).small(name) for shard in range(len(self.markers))])
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> ScoreMaps:
+        """The maps of `rows`, in the order given; rows may repeat. Raises IndexError, IntegrityError."""
+        stored, table = self.read_codes(rows), self.code_values
+        scores = table[stored.scores] if table is not None else stored.scores.astype(np.float32)
+        if stored.background is None:
+            background = np.zeros((len(scores), *self.meta.grid), np.float32)
+        else:
+            background = table[stored.background] if table is not None else stored.background.astype(np.float32)
+        return ScoreMaps(stored.classes, scores, background, stored.region, self.meta.num_classes)
+
+    def read_codes(self, rows: Sequence[int] | np.ndarray) -> StoredRows:
+        """As `read`, before decoding: a quarter of the bytes to move to a GPU."""
+        wanted = np.asarray(rows, np.int64).reshape(-1)
+        if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} asked of a store with {len(self)} rows")
+        if self.cache == "ram":
+            whole = self._decoded
+            background = None if whole.background is None else whole.background[wanted]
+            return StoredRows(whole.classes[wanted], whole.scores[wanted], background, whole.region[wanted])
+        return self._gather(wanted)
+
+    @cached_property
+    def _decoded(self) -> StoredRows:
+        return self._gather(np.arange(len(self)))
+
+    def _gather(self, wanted: np.ndarray) -> StoredRows:
+        n, layout = len(wanted), self.plan.layout
+
+        def empty(name: str) -> np.ndarray:
+            dtype, shape = layout[name]
+            return np.empty((n, *shape), dtype)
+
+        scores, region = empty("scores"), empty("region")
+        background = empty("background") if "background" in layout else None
+        classes = np.empty((n, self.meta.palette), np.int64)
+        shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
+        for shard in np.unique(shard_of).tolist():
+            places = np.nonzero(shard_of == shard)[0]
+            found = self.read_shard(shard, wanted[places] - self._starts[shard])
+            scores[places], region[places] = found.scores, found.region
+            if background is not None:
+                background[places] = found.background
+            unused = found.classes == np.iinfo(found.classes.dtype).max
+            classes[places] = np.where(unused, -1, found.classes.astype(np.int64))
+        return StoredRows(classes, scores, background, region)
+
+    def verify(self, images: str | Path | None = None) -> Verification:
+        """Check every bit of the store, and with `images` every image file; see `labeler.verify`."""
+        from labeler.verify import verify_store
+
+        return verify_store(self.path, images)
+
+    def row_bytes(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int64 [N]: the compressed bytes of the rows' score and background planes."""
+        wanted = np.asarray(rows, np.int64)
+        shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
+        places = zip(shard_of.tolist(), (wanted - self._starts[shard_of]).tolist(), strict=True)
+        return np.array([self.reader(shard).row_bytes(row) for shard, row in places], np.int64)
+
+    def read_shard(self, shard: int, rows: np.ndarray | None = None) -> ShardRows:
+        """Rows of one shard with everything stored about them; all of them where `rows` is None."""
+        reader = self.reader(shard)
+        return reader.read(np.arange(reader.rows) if rows is None else rows)
+
+    def reader(self, shard: int) -> ShardReader:
+        """The open shard; its file is compared with its digest first."""
+        reader = self._readers.get(shard)
+        if reader is None:
+            marker = self.markers[shard]
+            check_file(self.path, marker)
+            path = self.path / marker.file
+            reader = ShardReader(path, self.plan.layout, marker.rows, in_memory=self.cache == "ram-compressed")
+            self._readers[shard] = reader
+        return reader

@@ -1,0 +1,278 @@
+"""Checking a store: every bit of it, its images, and that its teacher still says the same.
+
+Legend: n rows of a shard; C classes; P palette size; H×W map grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from labeler.commit import check_file, read_marker
+from labeler.config import LabelerConfig, TeacherConfig
+from labeler.errors import InputError, IntegrityError, TokenLabelError
+from labeler.images import BadImage, image_digest, read_image
+from labeler.plan import Plan, load_plan
+from labeler.shard_file import ShardReader, ShardRows, file_rows
+from labeler.store import LabelStore
+from labeler.writer import QUARANTINE_FILE, VIEW_FILE
+
+if TYPE_CHECKING:
+    from labeler.decode import Decoder
+    from labeler.images import ImageSet
+    from labeler.teacher import LoadedTeacher
+
+MOST_PROBLEMS = 100
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked, and every problem found in one line each.
+
+    relabel_kl: mean KL(teacher run again ‖ store) in nats over the relabeled rows; stored_kl: the same when labeled.
+    """
+
+    store: str
+    shards: int
+    rows: int
+    quarantined: int
+    bytes: int
+    images_checked: int
+    relabeled: int
+    relabel_kl: float | None
+    stored_kl: float | None
+    problems: tuple[str, ...]
+
+    def text(self) -> str:
+        parts = [
+            f"{self.shards} shards, {self.rows:,} rows, {self.bytes:,} bytes, {self.quarantined} in the quarantine"
+        ]
+        if self.images_checked:
+            parts.append(f"{self.images_checked:,} image files compared")
+        if self.relabel_kl is not None:
+            parts.append(
+                f"{self.relabeled} rows labeled again: KL {self.relabel_kl:.4f} (stored with {self.stored_kl:.4f})"
+            )
+        parts.append(f"{len(self.problems)} problems" if self.problems else "all good")
+        return "; ".join(parts)
+
+
+def verify_store(
+    store: str | Path,
+    images: str | Path | None = None,
+    relabel: int = 0,
+    *,
+    device: str = "auto",
+    progress: bool = False,
+    seed: int = 0,
+) -> Verification:
+    """Check a store's plan, markers, digests, layout, rows and view; with `images`, also every image file.
+
+    relabel   run the store's teacher again on this many random rows (needs `images`)
+
+    Raises InputError where there is no store at all; everything else is a problem in the result.
+    """
+    path = Path(store)
+    plan = load_plan(path)
+    if plan is None:
+        raise InputError(f"{str(path)!r} is not a label store", got="no plan.json", remedy="Give a store's folder.")
+    if relabel and images is None:
+        raise InputError("--relabel needs --images", remedy="Give the image root that was labeled.")
+    problems: list[str] = []
+    rows = quarantined = 0
+    stored_kl = 0.0
+    for shard in _progress(range(plan.meta.shards), "verify", progress):
+        try:
+            marker = read_marker(path, shard, plan.meta.shards)
+            if marker is None:
+                problems.append(f"shard {shard} is missing: run the labeling command again")
+                continue
+            check_file(path, marker)
+            reader = ShardReader(path / marker.file, plan.layout, marker.rows)
+            found = reader.read(np.arange(marker.rows))
+            problems += [f"{marker.file}: {p}" for p in _shard_problems(plan, shard, found, reader, marker.quarantine)]
+        except TokenLabelError as error:
+            problems.append(str(error))
+            continue
+        rows, quarantined = rows + marker.rows, quarantined + len(marker.quarantine)
+        stored_kl += marker.stats.get("kl", 0.0)
+    if not problems:
+        problems += _view_problems(path, rows, quarantined)
+    checked, relabeled, relabel_kl = 0, 0, None
+    if images is not None and not problems:
+        checked = _check_images(LabelStore(path), images, problems, progress)
+    if relabel and not problems:
+        relabeled, relabel_kl = _relabel(
+            LabelStore(path), Path(str(images)), relabel, device, seed, stored_kl / max(1, rows), problems
+        )
+    size = sum(file.stat().st_size for file in path.iterdir())
+    return Verification(
+        str(path),
+        plan.meta.shards,
+        rows,
+        quarantined,
+        size,
+        checked,
+        relabeled,
+        relabel_kl,
+        stored_kl / max(1, rows) if relabel else None,
+        tuple(problems),
+    )
+
+
+def _shard_problems(
+    plan: Plan, shard: int, rows: ShardRows, reader: ShardReader, quarantine: list[dict[str, str]]
+) -> list[str]:
+    """What a digest cannot tell: attributes, order, counts, and values that no labeler writes."""
+    meta = plan.meta
+    problems = []
+    expected = meta.attributes(shard)
+    wrong = sorted(name for name in expected if _plain(reader.attributes.get(name)) != _plain(expected[name]))
+    if wrong:
+        problems.append(f"attributes differ from the plan: {', '.join(wrong)}")
+    part = plan.slice_of(shard)
+    if len(rows) + len(quarantine) != part.stop - part.start:
+        problems.append(f"{len(rows)} rows and {len(quarantine)} quarantined of {part.stop - part.start} images")
+    if list(rows.keys) != sorted(set(rows.keys)):
+        problems.append("the keys are not sorted and unique")
+    unused = np.iinfo(rows.classes.dtype).max
+    if ((rows.classes >= meta.num_classes) & (rows.classes != unused)).any():
+        problems.append(f"a class id beyond {meta.num_classes - 1}")
+    ordered = np.sort(np.where(rows.classes == unused, -1, rows.classes.astype(np.int64)), axis=1)
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        problems.append("a class twice in one palette")
+    if not np.isfinite(rows.scores).all() or (rows.background is not None and not np.isfinite(rows.background).all()):
+        problems.append("scores that are not finite")
+    y0, x0, y1, x1 = rows.region.T
+    if not ((y0 >= 0) & (y0 < y1) & (y1 <= 1) & (x0 >= 0) & (x0 < x1) & (x1 <= 1)).all():
+        problems.append("a region outside its image")
+    if (rows.target >= meta.num_classes).any() or (rows.target < -1).any():
+        problems.append("a target that is no class")
+    return problems
+
+
+def _view_problems(store: Path, rows: int, quarantined: int) -> list[str]:
+    problems = []
+    try:
+        found = file_rows(store / VIEW_FILE, "scores")
+        if found != rows:
+            problems.append(f"{VIEW_FILE} shows {found} rows of {rows}: run the labeling command again")
+        lines = len((store / QUARANTINE_FILE).read_bytes().splitlines())
+        if lines != quarantined:
+            problems.append(
+                f"{QUARANTINE_FILE} has {lines} lines for {quarantined} images: run the labeling command again"
+            )
+    except (OSError, KeyError) as error:
+        problems.append(f"the store is not finished ({error}): run the labeling command again")
+    return problems
+
+
+def _check_images(store: LabelStore, images: str | Path, problems: list[str], progress: bool) -> int:
+    """Compare every image file with the digest that was stored when it was labeled."""
+    from labeler.images import find_images, refuse_other_images
+
+    found: ImageSet = find_images(images)
+    keys = store.keys
+    try:
+        known = tuple([*keys, *(entry["key"] for entry in store.quarantine)])
+        if not store.plan.settings.get("from_list"):
+            refuse_other_images(found, store.meta.dataset_fingerprint, known, store.path)
+    except TokenLabelError as error:
+        problems.append(str(error))
+        return 0
+    sizes = dict(zip(found.keys, found.sizes.tolist(), strict=True))
+    digests = store.column("image_digest").tolist()
+    for key, digest in _progress(list(zip(keys, digests, strict=True)), "images", progress):
+        try:
+            if image_digest(read_image(found.root, key, sizes.get(key, -1))) != digest:
+                problems.append(f"{key!r} is not the image that was labeled: its bytes have changed")
+        except BadImage as error:
+            problems.append(f"{key!r} {error}")
+        if len(problems) >= MOST_PROBLEMS:
+            problems.append("… and perhaps more")
+            break
+    return len(keys)
+
+
+def teacher_of(store: LabelStore, device: str) -> tuple[LoadedTeacher, Decoder]:
+    """The store's own teacher and decoder, built again from its record. Raises TeacherError, IntegrityError."""
+    from labeler.teacher import create_teacher, resolve_device
+    from labeler.worker import decoder_for
+
+    record, device = store.meta.teacher, resolve_device(device)
+    if store.meta.score_kind != "logprob":
+        raise InputError(f"{str(store.path)!r} was imported", got="no teacher in it", expected="a store labeled here")
+    config = LabelerConfig(
+        TeacherConfig(
+            name=record["name"],
+            checkpoint=record["checkpoint"],
+            random_weights=record["random_weights"],
+            num_classes=store.meta.num_classes,
+            input_size=record["input_size"],
+            mean=tuple(record["mean"]),
+            std=tuple(record["std"]),
+            view=record["view"],
+            flip=record["flip"],
+            autocast=record["autocast"],
+        ),
+        orientation=store.meta.orientation,
+    )
+    teacher = create_teacher(config.teacher, device)
+    if teacher.info.weights_sha256 != record["weights_sha256"]:
+        raise IntegrityError(
+            "the store's teacher has changed since",
+            got=f"weights {teacher.info.weights_sha256[:12]}",
+            expected=record["weights_sha256"][:12],
+            remedy="Give it the checkpoint that it had.",
+        )
+    return teacher, decoder_for(teacher, config, device, 1)
+
+
+def teacher_kl(
+    store: LabelStore, rows: np.ndarray, images: Path, teacher: LoadedTeacher, decoder: Decoder
+) -> np.ndarray:
+    """float64 [K]: KL(teacher ‖ store) of rows, mean over cells, in nats, with the teacher run again on the images."""
+    found = []
+    for chunk in np.array_split(rows, max(1, len(rows) // 16)):
+        decoded = decoder([(images / store.keys[row]).read_bytes() for row in chunk])
+        if decoded.failures:
+            raise IntegrityError(
+                "an image cannot be decoded any more", got=store.keys[chunk[next(iter(decoded.failures))]]
+            )
+        log_p = teacher.label(decoded.pixels).double().log_softmax(1).cpu()
+        stored = store.read(chunk).to_torch().dense().double().clamp(min=1e-30).log()
+        found.append((log_p.exp() * (log_p - stored)).sum(1).mean((1, 2)).numpy())
+    return np.concatenate(found)
+
+
+def _relabel(
+    store: LabelStore, images: Path, count: int, device: str, seed: int, stored_kl: float, problems: list[str]
+) -> tuple[int, float | None]:
+    rows = np.sort(np.random.default_rng(seed).permutation(len(store))[:count])
+    try:
+        teacher, decoder = teacher_of(store, device)
+        kl = teacher_kl(store, rows, images, teacher, decoder)
+    except TokenLabelError as error:
+        problems.append(str(error))
+        return 0, None
+    # What coding cost when it was labeled, and room for another device's rounding; another image or map is far above.
+    limit = 5 * stored_kl + 0.05
+    for row, value in zip(rows.tolist(), kl.tolist(), strict=True):
+        if value > limit:
+            problems.append(
+                f"row {row} ({store.keys[row]!r}): the teacher now differs by {value:.3f} nats (limit {limit:.3f})"
+            )
+    return len(rows), float(kl.mean())
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _progress(items: Any, name: str, shown: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(items, desc=name, disable=not shown)

@@ -1,0 +1,206 @@
+"""Labeling one shard: a plain function of its images, the teacher and the plan, wherever it runs.
+
+Legend: B images of a batch; C classes; P palette size; H×W map grid; S side of the teacher's input.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from labeler.config import LabelerConfig
+from labeler.decode import Decoded, Decoder, create_decoder, teacher_region
+from labeler.errors import MismatchError
+from labeler.images import BadImage, check_header, image_digest, read_image
+from labeler.plan import Plan
+from labeler.score_maps import EncodedMaps, encode_palette
+from labeler.shard_file import ShardRows
+from labeler.teacher import LoadedTeacher, create_teacher
+from labeler.writer import store_classes, write_shard
+
+BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """The images of one shard: a contiguous slice of the sorted keys.
+
+    sizes: file sizes in bytes; targets: class ids, −1 unknown; problems: position -> why a file cannot be opened.
+    """
+
+    shard: int
+    keys: tuple[str, ...]
+    sizes: tuple[int, ...]
+    targets: tuple[int, ...]
+    problems: dict[int, str]
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What a worker tells about a finished shard; `committed` is False where another writer was first."""
+
+    shard: int
+    rows: int
+    quarantined: int
+    committed: bool
+
+
+@dataclass(frozen=True)
+class LoadedBatch:
+    """Positions in the shard [K], file digests [K], decoded images, and the reason for each position that fell out."""
+
+    positions: list[int]
+    digests: list[int]
+    decoded: Decoded
+    failures: dict[int, str]
+
+
+class ShardLabeler:
+    """A worker's teacher and decoder, loaded once and used for one shard after another."""
+
+    def __init__(self, root: Path, store: Path, plan: Plan, config: LabelerConfig, device: str, threads: int) -> None:
+        import torch
+
+        # Sums differ in their last bit between thread counts: pinned, so that a shard labeled again is the same shard.
+        torch.set_num_threads(threads)
+        self.root, self.store, self.plan, self.config = root, store, plan, config
+        self.teacher = create_teacher(config.teacher, device)
+        self.decoder = decoder_for(self.teacher, config, device, threads)
+        found = self.teacher.info.weights_sha256
+        if found != plan.meta.teacher["weights_sha256"]:
+            raise MismatchError(
+                "this worker's teacher has other weights than the run's",
+                got=found[:12],
+                expected=plan.meta.teacher["weights_sha256"][:12],
+                remedy="Give every node the same checkpoint and the same library versions.",
+            )
+
+    def __call__(self, task: ShardTask, advance: Callable[[int], None] | None = None) -> ShardResult:
+        """Label, commit and report one shard; `advance` is told of every few images done."""
+        return label_shard(
+            task, self.root, self.store, self.plan, self.config, self.teacher, self.decoder, advance or (lambda _: None)
+        )
+
+
+def decoder_for(teacher: LoadedTeacher, config: LabelerConfig, device: str, threads: int) -> Decoder:
+    return create_decoder(
+        config.decoder,
+        size=teacher.info.input_size,
+        view=config.teacher.view,
+        crop_pct=teacher.info.crop_pct,
+        interpolation=teacher.info.interpolation,
+        orientation=config.orientation,
+        batch_size=config.batch_size,
+        threads=threads,
+        device=device,
+    )
+
+
+def label_shard(
+    task: ShardTask,
+    root: Path,
+    store: Path,
+    plan: Plan,
+    config: LabelerConfig,
+    teacher: LoadedTeacher,
+    decoder: Decoder,
+    advance: Callable[[int], None],
+) -> ShardResult:
+    """Decode, label, encode and commit the images of `task`; images that cannot be labeled go to its quarantine."""
+    table = np.array(plan.code_values, np.float32) if plan.code_values else None
+    failures: dict[int, str] = {}
+    parts: list[ShardRows] = []
+    stats = dict.fromkeys(("kl", "coverage", "entropy", "agree", "known"), 0.0)
+    for batch in load_batches(task, root, config, decoder):
+        failures |= batch.failures
+        if batch.positions:
+            logits = teacher.label(batch.decoded.pixels)
+            maps = encode_palette(logits, plan.meta.palette, table, config.score_floor)
+            parts.append(_rows(task, batch, maps, plan, config, teacher.info.crop_pct))
+            predicted = logits.mean((2, 3)).argmax(1).cpu().numpy()
+            _add_stats(stats, maps, predicted, parts[-1].target)
+        advance(len(batch.positions) + len(batch.failures))
+    quarantine = [{"key": task.keys[i], "reason": failures[i]} for i in sorted(failures)]
+    rows = _join(parts, plan)
+    committed = write_shard(store, plan, task.shard, rows, quarantine, stats, task.keys)
+    return ShardResult(task.shard, len(rows), len(quarantine), committed)
+
+
+def load_batches(task: ShardTask, root: Path, config: LabelerConfig, decoder: Decoder) -> Iterator[LoadedBatch]:
+    """Batches in order, read and decoded by a thread that works ahead of the teacher."""
+    size, count = config.batch_size, len(task.keys)
+    slices = iter([range(start, min(start + size, count)) for start in range(0, count, size)])
+    thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
+    pending: deque[Future[LoadedBatch]] = deque()
+    try:
+        while True:
+            for positions in islice(slices, 1 + BATCHES_AHEAD - len(pending)):
+                pending.append(thread.submit(_load, task, positions, root, config, decoder))
+            if not pending:
+                return
+            yield pending.popleft().result()
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+def _load(task: ShardTask, positions: range, root: Path, config: LabelerConfig, decoder: Decoder) -> LoadedBatch:
+    """Read, check and decode the images at `positions`."""
+    encoded, kept, failures = [], [], {}
+    for i in positions:
+        try:
+            if i in task.problems:
+                raise BadImage(task.problems[i])
+            data = read_image(root, task.keys[i], task.sizes[i])
+            check_header(data, config.min_side, config.max_pixels)
+        except BadImage as error:
+            failures[i] = str(error)
+        else:
+            encoded.append(data)
+            kept.append(i)
+    decoded = decoder(encoded)
+    failures |= {kept[place]: reason for place, reason in decoded.failures.items()}
+    return LoadedBatch(
+        [kept[place] for place in decoded.kept],
+        [image_digest(encoded[place]) for place in decoded.kept],
+        decoded,
+        failures,
+    )
+
+
+def _rows(
+    task: ShardTask, batch: LoadedBatch, maps: EncodedMaps, plan: Plan, config: LabelerConfig, crop_pct: float
+) -> ShardRows:
+    sizes = batch.decoded.sizes
+    region = [teacher_region(height, width, config.teacher.view, crop_pct) for height, width in sizes.tolist()]
+    return ShardRows(
+        scores=maps.scores,
+        background=maps.background,
+        classes=store_classes(maps.classes, plan.meta.num_classes),
+        region=np.array(region, np.float32),
+        image_size=sizes.astype(np.uint32),
+        target=np.array([task.targets[i] for i in batch.positions], np.int32),
+        image_digest=np.array(batch.digests, np.uint64),
+        keys=tuple(task.keys[i] for i in batch.positions),
+    )
+
+
+def _join(parts: list[ShardRows], plan: Plan) -> ShardRows:
+    """All parts as one, also where there is none."""
+    arrays = {}
+    for name in ("scores", "background", "classes", "region", "image_size", "target", "image_digest"):
+        dtype, shape = plan.layout[name]
+        arrays[name] = np.concatenate([np.zeros((0, *shape), dtype), *(getattr(part, name) for part in parts)])
+    return ShardRows(**arrays, keys=tuple(key for part in parts for key in part.keys))
+
+
+def _add_stats(stats: dict[str, float], maps: EncodedMaps, predicted: np.ndarray, target: np.ndarray) -> None:
+    for name in ("kl", "coverage", "entropy"):
+        stats[name] += float(getattr(maps, name).sum(dtype=np.float64))
+    stats["known"] += int((target >= 0).sum())
+    stats["agree"] += int((predicted == target).sum())

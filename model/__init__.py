@@ -1,0 +1,1 @@
+"""Backbones and their operators. Imports none of the other packages."""

@@ -1,0 +1,1 @@
+"""Label store and images to aligned training batches. Imports `labeler` (the store) only."""

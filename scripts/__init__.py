@@ -1,0 +1,1 @@
+"""Demo, benchmarks and cluster recipes. Imports anything; nothing imports it."""

@@ -1,0 +1,63 @@
+"""Fixtures shared by the tests: small image folders, labeled stores, one Ray."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny import make_images
+
+from labeler import LabelerConfig, TeacherConfig, label_images
+
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).parents[2] / "shared"
+TINY = TeacherConfig("tiny:colour_teacher")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return make_images(tmp_path / "images")
+
+
+@pytest.fixture
+def config() -> LabelerConfig:
+    """The tiny teacher on four-image shards, in this process, with PIL: a run takes a fraction of a second."""
+    return LabelerConfig(TINY, shard_size=4, batch_size=3, decoder="pil", threads=1, progress=False)
+
+
+@pytest.fixture
+def store(images: Path, tmp_path: Path, config: LabelerConfig) -> Path:
+    label_images(images, tmp_path / "labels", config)
+    return tmp_path / "labels"
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """150 real photographs, unpacked; the test is skipped where they are not at hand."""
+    import zipfile
+
+    archive = SHARED / "data" / "imagenet-sample-150.zip"
+    if not archive.exists():
+        pytest.skip(f"real photographs are not at hand ({archive.name} in {archive.parent})")
+    folder = tmp_path_factory.mktemp("photographs")
+    zipfile.ZipFile(archive).extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One private Ray for all tests that need one: starting it takes seconds."""
+    import ray
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

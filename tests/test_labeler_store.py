@@ -1,0 +1,337 @@
+"""The store: what is written is what is read, in any order, by any way, and nothing damaged gets through."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from tiny import CLASSES, GRID, colour_teacher, make_images
+
+from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, label_images
+from labeler.decode_reference import ReferenceDecoder
+from labeler.shard_file import ShardReader, ShardRows, build_shard, row_layout
+from labeler.verify import verify_store
+
+
+def shard_of(store: Path, number: int = 0) -> Path:
+    return sorted(store.glob("shard-*.h5"))[number]
+
+
+def truth(images: Path, key: str) -> np.ndarray:
+    """[C, H, W] probabilities of the tiny teacher, straight from the file."""
+    teacher = colour_teacher()
+    pixels = ReferenceDecoder(32, "full", 1.0, "bilinear", "exif")([(images / key).read_bytes()]).pixels
+    normalised = (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+    return teacher.score_maps(normalised).softmax(1)[0].numpy()
+
+
+def test_every_row_is_the_teachers_map_of_its_own_image(store, images):
+    labels = LabelStore(store)
+    assert len(labels) == 12
+    dense = labels.read(range(12)).dense()
+    for row, key in enumerate(labels.keys):
+        np.testing.assert_allclose(dense[row], truth(images, key), atol=0.02)
+
+
+def test_maps_have_the_promised_types_and_shapes(store):
+    maps = LabelStore(store).read([3, 1])
+    assert (maps.classes.dtype, maps.scores.dtype, maps.background.dtype) == (np.int64, np.float32, np.float32)
+    assert maps.classes.shape == (2, 8)
+    assert maps.scores.shape == (2, 8, GRID, GRID)
+    assert maps.background.shape == (2, GRID, GRID)
+    assert (maps.classes[:, CLASSES:] == -1).all()
+    assert maps.num_classes == CLASSES
+
+
+@pytest.mark.parametrize("cache", [None, "ram", "ram-compressed"])
+def test_rows_come_in_the_order_asked_for_and_may_repeat(store, cache):
+    everything = LabelStore(store).read(range(12))
+    rows = [11, 0, 5, 5, 4, 11, 3]
+    some = LabelStore(store, cache=cache).read(rows)
+    for name in ("classes", "scores", "background", "region"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(everything, name)[rows])
+    assert len(LabelStore(store, cache=cache).read([])) == 0
+
+
+def test_rows_beyond_the_store_are_an_index_error(store):
+    for rows in ([12], [-1]):
+        with pytest.raises(IndexError):
+            LabelStore(store).read(rows)
+
+
+def test_keys_are_sorted_and_found_again(store):
+    labels = LabelStore(store)
+    assert labels.keys == sorted(labels.keys)
+    assert [labels.row_of(key) for key in labels.keys] == list(range(12))
+    for absent in ("class1/nothing.jpg", "a", "zzz"):
+        with pytest.raises(KeyError):
+            labels.row_of(absent)
+
+
+def test_targets_come_from_the_folders_where_they_name_the_classes(tmp_path, config):
+    images = make_images(tmp_path / "six", 12, classes=CLASSES)
+    label_images(images, tmp_path / "labels", config)
+    labels = LabelStore(tmp_path / "labels")
+    assert labels.column("target").tolist() == [int(key[5]) for key in labels.keys]
+    assert labels.meta.class_names == tuple(f"class{i}" for i in range(CLASSES))
+
+
+def test_targets_are_unknown_where_the_folders_do_not_fit(store):
+    assert LabelStore(store).column("target").tolist() == [-1] * 12
+
+
+def test_the_view_shows_the_same_to_plain_h5py(store):
+    labels = LabelStore(store)
+    with h5py.File(store / "labels.h5") as view:
+        assert [key.decode() for key in view["key"]] == labels.keys
+        np.testing.assert_array_equal(view["code_values"][:][view["scores"][:]], labels.read(range(12)).scores)
+        assert json.loads(view.attrs["teacher"])["name"] == "tiny:colour_teacher"
+        assert view.attrs["num_classes"] == CLASSES
+
+
+def test_equal_content_gives_equal_bytes_at_any_time(images, tmp_path, config):
+    for name in ("a", "b"):
+        label_images(images, tmp_path / name, config)
+        time.sleep(1.1)  # a time stamp in the files would differ
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+
+
+def test_float16_precision(images, tmp_path, config):
+    label_images(images, tmp_path / "half", dataclasses.replace(config, precision="float16"))
+    labels = LabelStore(tmp_path / "half")
+    dense = labels.read(range(12)).dense()
+    for row, key in enumerate(labels.keys):
+        np.testing.assert_allclose(dense[row], truth(images, key), atol=2e-3)
+    assert labels.code_values is None
+    assert verify_store(tmp_path / "half").problems == ()
+
+
+def test_class_ids_above_65535_are_stored_whole():
+    layout = row_layout(2, (1, 1), 70_000, "logprob", "float16", 1)
+    rows = ShardRows(
+        np.zeros((1, 2, 1, 1), np.float16),
+        np.zeros((1, 1, 1), np.float16),
+        np.array([[69_999, 65_536]], np.uint32),
+        np.array([[0, 0, 1, 1]], np.float32),
+        np.array([[8, 8]], np.uint32),
+        np.array([-1], np.int32),
+        np.array([1], np.uint64),
+        ("k",),
+    )
+    assert layout["classes"][0] == np.uint32
+    assert row_layout(2, (1, 1), 65_535, "logprob", "float16", 1)["classes"][0] == np.uint16
+    assert len(build_shard(rows, layout, {})) > 0
+
+
+def test_a_store_sent_to_another_process_still_reads(store):
+    labels = LabelStore(store)
+    copy = pickle.loads(pickle.dumps(labels))
+    np.testing.assert_array_equal(copy.read([7]).scores, labels.read([7]).scores)
+
+
+def test_a_verified_store_has_no_problems(store, images):
+    found = verify_store(store, images, relabel=5, device="cpu")
+    assert found.problems == ()
+    assert (found.rows, found.shards, found.images_checked, found.relabeled) == (12, 3, 12, 5)
+    assert found.relabel_kl == pytest.approx(found.stored_kl, abs=0.01)
+
+
+def test_verify_tells_a_changed_image_and_another_folder(store, images, tmp_path):
+    key = LabelStore(store).keys[4]
+    data = bytearray((images / key).read_bytes())
+    data[-20] ^= 1
+    (images / key).write_bytes(data)
+    (problem,) = verify_store(store, images).problems
+    assert key in problem
+    other = make_images(tmp_path / "other", 13)
+    (problem,) = verify_store(store, other).problems
+    assert "not those of the store" in problem
+    assert "1 new" in problem
+
+
+@pytest.mark.parametrize("change", ["flip", "cut", "grow", "empty", "remove"])
+def test_a_damaged_shard_is_refused_and_named(store, change):
+    path = shard_of(store, 1)
+    data = bytearray(path.read_bytes())
+    if change == "flip":
+        data[len(data) // 2] ^= 16
+    elif change == "cut":
+        del data[-100:]
+    elif change == "grow":
+        data += b"\0" * 8
+    elif change == "empty":
+        data.clear()
+    path.write_bytes(data)
+    if change == "remove":
+        path.unlink()
+    labels = LabelStore(store)
+    assert len(labels.read(range(4))) == 4  # the shard before it is good
+    with pytest.raises(IntegrityError, match=path.name):
+        labels.read([5])
+    (problem,) = verify_store(store).problems
+    assert path.name in problem
+
+
+def test_a_flipped_bit_that_the_marker_hides_is_caught_by_the_rows(store):
+    """Every byte of a row's chunk matters, also to a reader that was handed a forged digest."""
+    path = shard_of(store)
+    labels = LabelStore(store)
+    reader = labels.reader(0)
+    offset, size, _ = reader._chunks["scores"][1][2].tolist()
+    good = path.read_bytes()
+    caught = 0
+    for place in range(offset, offset + size - 4):
+        data = bytearray(good)
+        data[place] ^= 1 << (place % 8)
+        path.write_bytes(data)
+        with pytest.raises(IntegrityError):
+            ShardReader(path, labels.plan.layout, 4).read(np.array([2]))
+        caught += 1
+    assert caught > 20
+
+
+def test_a_damaged_marker_or_plan_is_refused(store):
+    marker = sorted(store.glob("shard-*.json"))[0]
+    marker.write_text(marker.read_text().replace('"rows": 4', '"rows": 3'))
+    with pytest.raises(IntegrityError, match=marker.name):
+        LabelStore(store)
+    marker.unlink()
+    with pytest.raises(IntegrityError, match="shard 0"):
+        LabelStore(store)
+    plan = store / "plan.json"
+    plan.write_text(plan.read_text()[:-40])
+    with pytest.raises(IntegrityError, match=r"plan\.json"):
+        LabelStore(store)
+
+
+def test_a_newer_format_is_refused_with_both_versions(store):
+    from labeler.commit import read_sealed, write_sealed
+
+    record = read_sealed(store / "plan.json")
+    record["meta"]["format_version"] = "2.0"
+    (store / "plan.json").unlink()
+    write_sealed(store / "plan.json", record)
+    with pytest.raises(MismatchError, match=r"2\.0.*1\.x"):
+        LabelStore(store)
+
+
+def test_what_is_no_store_is_said_so(tmp_path):
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(InputError, match="not a label store"):
+            LabelStore(path)
+    with pytest.raises(InputError, match="cache"):
+        LabelStore(tmp_path, cache="disk")
+
+
+def forge(store: Path, change) -> tuple[Path, ShardReader | None]:
+    """Change a shard's HDF5 content in place and open it as if its digest had been repaired too."""
+    path, labels = shard_of(store), LabelStore(store)
+    with h5py.File(path, "r+") as file:
+        change(file, store)
+    return path, ShardReader(path, labels.plan.layout, 4)
+
+
+def external_link(file, store):
+    del file["scores"]
+    file["scores"] = h5py.ExternalLink(str(shard_of(store, 1)), "/scores")
+
+
+def soft_link(file, store):
+    del file["background"]
+    file["background"] = h5py.SoftLink("/scores")
+
+
+def external_storage(file, store):
+    (store.parent / "secret").write_bytes(b"x" * 4096)
+    del file["target"]
+    file.create_dataset("target", (4,), "<i4", external=[(str(store.parent / "secret"), 0, h5py.h5f.UNLIMITED)])
+
+
+def huge_dimensions(file, store):
+    del file["scores"]
+    shape = (10**12, 8, GRID, GRID)
+    file.create_dataset("scores", shape, "u1", chunks=(1, 8, GRID, GRID), fletcher32=True)
+
+
+def virtual_data(file, store):
+    layout = h5py.VirtualLayout((4, 8, GRID, GRID), "u1")
+    layout[:] = h5py.VirtualSource(str(shard_of(store, 1)), "scores", (4, 8, GRID, GRID))
+    del file["scores"]
+    file.create_virtual_dataset("scores", layout)
+
+
+def no_checksum(file, store):
+    data = file["scores"][:]
+    del file["scores"]
+    file.create_dataset("scores", data=data, chunks=(1, 8, GRID, GRID))
+
+
+def variable_length(file, store):
+    del file["key"]
+    file.create_dataset("key", data=["a", "b", "c", "d"], dtype=h5py.string_dtype())
+
+
+def missing_chunks(file, store):
+    del file["scores"]
+    file.create_dataset("scores", (4, 8, GRID, GRID), "u1", chunks=(1, 8, GRID, GRID), fletcher32=True)
+
+
+def extra_object(file, store):
+    file["more"] = np.zeros(3)
+
+
+HOSTILE = [
+    external_link,
+    soft_link,
+    external_storage,
+    huge_dimensions,
+    virtual_data,
+    no_checksum,
+    variable_length,
+    missing_chunks,
+    extra_object,
+]
+
+
+@pytest.mark.parametrize("change", HOSTILE, ids=lambda change: change.__name__)
+def test_what_no_shard_of_ours_holds_is_refused_before_it_is_read(store, change):
+    with pytest.raises(IntegrityError, match="damaged or not a shard"):
+        forge(store, change)
+
+
+def test_importing_the_package_loads_neither_torch_nor_ray():
+    code = "import labeler, sys; sys.exit(bool({'torch', 'ray', 'h5py', 'timm'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_reading_a_store_loads_neither_torch_nor_ray(store):
+    code = (
+        f"import sys, labeler; print(labeler.LabelStore({str(store)!r}).read([1]).dense().shape);"
+        "sys.exit(bool({'torch', 'ray', 'timm'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_decoding_on_a_device_equals_reading(store):
+    labels = LabelStore(store)
+    codes = labels.read_codes([2, 9])
+    table = torch.from_numpy(labels.code_values)
+    np.testing.assert_array_equal(table[torch.from_numpy(codes.scores).long()].numpy(), labels.read([2, 9]).scores)
+
+
+def test_config_is_checked_at_the_door(config):
+    for wrong in ({"palette": 0}, {"precision": "int4"}, {"workers": -1}, {"batch_size": 2.5}, {"decoder": "magick"}):
+        with pytest.raises(InputError, match="--"):
+            dataclasses.replace(config, **wrong)
+    assert isinstance(config, LabelerConfig)

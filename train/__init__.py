@@ -1,0 +1,1 @@
+"""Loss, training loop, evaluation and checkpoints. Imports `pipeline` and `model`."""
