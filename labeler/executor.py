@@ -17,7 +17,7 @@ from labeler.worker import ShardLabeler, ShardResult, ShardTask
 
 log = logging.getLogger("labeler")
 
-# Tells how many more images are done: after each batch in this process, after each shard on Ray.
+# Tells how many more images are done: after each batch in this process, after each shard on Ray; 0 when work begins.
 Advance = Callable[[int], None]
 
 
@@ -26,6 +26,7 @@ def run_in_process(
 ) -> Iterator[ShardResult]:
     """Label the shards one after the other."""
     labeler = ShardLabeler(root, store, plan, config, device, config.threads or os.cpu_count() or 1)
+    advance(0)
     for task in tasks:
         try:
             yield labeler(task, advance)
@@ -143,6 +144,7 @@ class _Pool:
             return None
         self.idle.append(actor)
         if task is None:
+            self.advance(0)
             return None
         self.unfinished -= 1
         self.failed_starts = 0

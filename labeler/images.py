@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import stat
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,9 @@ import xxhash
 
 from labeler.errors import InputError, MismatchError
 
-SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".gif"])
+SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".gif"]
+)
 # What the GPU loader decodes as well: a label for an image that training cannot open would be a trap.
 FORMATS = frozenset({"JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"})
 
@@ -74,11 +77,10 @@ def find_images(root: str | Path, list_file: str | Path | None = None) -> ImageS
         if os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
             other += 1
             continue
-        key, problem = relative.replace(os.sep, "/"), None
-        try:
-            key.encode()
-        except UnicodeEncodeError:
-            key = os.fsencode(key).decode("utf-8", "backslashreplace")
+        # Through the bytes: under an old locale Python itself would not read UTF-8 names.
+        name, problem = os.fsencode(relative.replace(os.sep, "/")), None
+        key = name.decode("utf-8", "backslashreplace")
+        if key.encode() != name:
             problem = "the file name is not valid UTF-8"
         size = 0
         if problem is None:
@@ -154,7 +156,7 @@ def _from_list(root: Path, list_file: Path) -> ImageSet:
         if key.casefold() in seen:
             raise InputError(where, got=f"{key!r} again (see line {seen[key.casefold()]})", expected="each image once")
         seen[key.casefold()] = number
-        path = root / key
+        path = image_path(root, key)
         if not Path(os.path.realpath(path)).is_relative_to(real_root):
             raise InputError(where, got=f"{key!r}, a link that leaves the image root", expected="a file below it")
         if not path.is_file():
@@ -165,10 +167,14 @@ def _from_list(root: Path, list_file: Path) -> ImageSet:
     return _image_set(root, found, 0)
 
 
+def image_path(root: Path, key: str) -> Path:
+    return root / os.fsdecode(key.encode())
+
+
 def read_image(root: Path, key: str, size: int) -> bytes:
     """The file's bytes. Raises BadImage where it cannot be read, is empty, or is not the file that was listed."""
     try:
-        data = (root / key).read_bytes()
+        data = image_path(root, key).read_bytes()
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror or error}") from None
     if not data:
@@ -188,7 +194,8 @@ def check_header(data: bytes, min_side: int, max_pixels: int) -> None:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        # The limit below is ours; PIL would print a warning about its own.
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
             kind, (width, height) = image.format, image.size
     except UnidentifiedImageError:
         raise BadImage("not an image, or of an unknown format") from None

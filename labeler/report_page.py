@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from labeler.images import image_path
 from labeler.report_charts import COLOURS, OTHER, bars, curve, heat_grid, histogram, lay_over, picture
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _maps(store: LabelStore, sample: Sample, images: Path) -> str:
     found = []
     for i in sorted(chosen.tolist()):
         try:
-            image = open_rgb((images / sample.keys[i]).read_bytes(), store.meta.orientation)
+            image = open_rgb(image_path(images, sample.keys[i]).read_bytes(), store.meta.orientation)
         except (OSError, ValueError) as error:
             found.append(
                 f'<div class="map"><div class="name">{escape(sample.keys[i])}: {escape(str(error))}</div></div>'

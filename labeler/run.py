@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ VALUE_SETTINGS = (
 
 @dataclass(frozen=True)
 class LabelSummary:
-    """What a run did. Counts are of images; `seconds` and `images_per_s` are of this run's own labeling.
+    """What a run did. Counts are of images; `seconds` are this run's own, from the first worker's readiness on.
 
     kl and coverage are means over the whole store: KL(teacher ‖ store) per cell in nats, probability in the palette.
     agreement is the share of images whose mean map names the true class, None where no true class is known.
@@ -78,10 +79,8 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     plan = begin_store(path, make_plan(found, info, config, begun))
     markers = committed_shards(path, plan)
     tasks = [make_task(plan, found, shard) for shard in range(plan.meta.shards) if shard not in markers]
-    started = time.perf_counter()
     rows_before = sum(marker.rows for marker in markers.values())
-    _run(tasks, found, path, plan, config, device, markers)
-    seconds = time.perf_counter() - started
+    seconds = _run(tasks, found, path, plan, config, device, markers)
     finished = finish_store(path, plan)
     return _summary(path, finished, sum(m.rows for m in finished) - rows_before, seconds, found.other)
 
@@ -90,7 +89,7 @@ def stored_keys(store: Path) -> tuple[str, ...]:
     """The keys of a complete store, quarantined ones included; nothing where it is not complete or damaged."""
     try:
         labels = LabelStore(store)
-        return tuple([*labels.keys, *(entry["key"] for entry in labels.quarantine)])
+        return (*labels.keys, *(entry["key"] for entry in labels.quarantine))
     except TokenLabelError:
         return ()
 
@@ -158,19 +157,30 @@ def _run(
     config: LabelerConfig,
     device: str,
     markers: dict[int, Marker],
-) -> None:
+) -> float:
+    """Label the tasks; the seconds from the first worker's readiness on."""
     from tqdm import tqdm
 
     if not tasks:
-        return
+        return 0.0
     done = sum(plan.slice_of(shard).stop - plan.slice_of(shard).start for shard in markers)
     quarantined = sum(len(marker.quarantine) for marker in markers.values())
     execute = run_on_ray if config.workers else run_in_process
-    with tqdm(total=len(images), initial=done, unit="img", desc="label", disable=not config.progress) as bar:
-        bar.set_postfix(quarantined=quarantined)
-        for result in execute(tasks, images.root, store, plan, config, device, lambda n: bar.update(n) and None):
+    began: list[float] = []
+
+    def advance(images: int) -> None:
+        began.append(time.perf_counter())
+        bar.update(images)
+
+    interval = 0.1 if sys.stderr.isatty() else 10
+    with tqdm(
+        total=len(images), initial=done, unit="img", desc="label", disable=not config.progress, mininterval=interval
+    ) as bar:
+        bar.set_postfix(quarantined=quarantined, refresh=False)
+        for result in execute(tasks, images.root, store, plan, config, device, advance):
             quarantined += result.quarantined
-            bar.set_postfix(quarantined=quarantined)
+            bar.set_postfix(quarantined=quarantined, refresh=False)
+    return time.perf_counter() - began[0]
 
 
 def _summary(store: Path, markers: list[Marker], labeled: int, seconds: float, other: int) -> LabelSummary:

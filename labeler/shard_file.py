@@ -185,16 +185,15 @@ class ShardReader:
     def read(self, rows: np.ndarray) -> ShardRows:
         """The rows [K] in the order asked for, each compared with its checksum. Raises IntegrityError naming the key."""
         arrays = {name: self._planes(name, rows) for name in self._chunks}
-        small = {
-            name: self._small[name][rows] for name in self._small if name not in ("key", "checksum", "code_values")
-        }
+        names = ("classes", "region", "image_size", "target", "image_digest")
+        small = {name: self.small(name)[rows] for name in names}
         found = ShardRows(
             arrays["scores"],
             arrays.get("background"),
             **small,
             keys=tuple(self.keys[row] for row in rows.tolist()),
         )
-        wrong = np.nonzero(found.checksums() != self._small["checksum"][rows])[0]
+        wrong = np.nonzero(found.checksums() != self.small("checksum")[rows])[0]
         if len(wrong):
             raise _damaged(self.path, f"row {rows[wrong[0]]} ({found.keys[wrong[0]]!r}) does not match its checksum")
         return found
@@ -214,6 +213,8 @@ class ShardReader:
     def _planes(self, name: str, rows: np.ndarray) -> np.ndarray:
         dtype, shape = self._layout[name]
         planes = np.empty((len(rows), *shape), dtype)
+        if not len(rows):
+            return planes
         flat = planes.reshape(len(rows), -1).view(np.uint8)
         shuffle, table = self._chunks[name]
         for i, row in enumerate(rows.tolist()):
@@ -251,6 +252,8 @@ def check_layout(file: h5py.File, layout: Layout, rows: int, path: Path) -> None
         if not isinstance(data, h5py.Dataset) or data.shape != shape or data.dtype != dtype:
             found = (data.shape, str(data.dtype)) if isinstance(data, h5py.Dataset) else "a group"
             raise _damaged(path, f"/{name} is {found}, expected {(shape, str(dtype))}")
+        if 0 in shape:
+            continue  # nothing is stored
         if data.is_virtual or data.external or data.chunks is None or data.maxshape != data.shape:
             raise _damaged(path, f"/{name} is not stored in chunks in the file itself")
         creation = data.id.get_create_plist()
@@ -261,16 +264,17 @@ def check_layout(file: h5py.File, layout: Layout, rows: int, path: Path) -> None
 
 def _chunk_table(data: h5py.Dataset, path: Path) -> tuple[bool, np.ndarray]:
     """(bytes are shuffled, int64 [n, 3]: file offset, size, filter mask of each row's chunk)."""
+    if not data.shape[0]:
+        return False, np.zeros((0, 3), np.int64)
     if data.chunks != (1, *data.shape[1:]):
         raise _damaged(path, f"{data.name} has chunks {data.chunks}, expected one image each")
     table = np.full((data.shape[0], 3), -1, np.int64)
-    if data.shape[0]:
-        data.id.chunk_iter(
-            lambda chunk: table.__setitem__(
-                chunk.chunk_offset[0],
-                (chunk.byte_offset, chunk.size, chunk.filter_mask & 2 if data.shuffle else chunk.filter_mask & 1),
-            )
-        )
+    deflate_bit = 2 if data.shuffle else 1
+
+    def note(chunk: h5py.h5d.StoreInfo) -> None:
+        table[chunk.chunk_offset[0]] = chunk.byte_offset, chunk.size, chunk.filter_mask & deflate_bit
+
+    data.id.chunk_iter(note)
     if (table < 0).any() or (table[:, 0] + table[:, 1] > path.stat().st_size).any():
         raise _damaged(path, f"{data.name} lacks chunks")
     return bool(data.shuffle), table
@@ -283,7 +287,9 @@ def _memory_file() -> h5py.File:
 
 
 def _add(file: h5py.File, name: str, array: np.ndarray, chunks: tuple[int, ...]) -> None:
-    chunks = tuple(max(1, c) for c in chunks)
+    if not array.size:
+        file.create_dataset(name, data=little_endian(array), track_times=False)
+        return
     file.create_dataset(
         name,
         data=little_endian(array),

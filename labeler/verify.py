@@ -14,7 +14,7 @@ import numpy as np
 from labeler.commit import check_file, read_marker
 from labeler.config import LabelerConfig, TeacherConfig
 from labeler.errors import InputError, IntegrityError, TokenLabelError
-from labeler.images import BadImage, image_digest, read_image
+from labeler.images import BadImage, image_digest, image_path, read_image
 from labeler.plan import Plan, load_plan
 from labeler.shard_file import ShardReader, ShardRows, file_rows
 from labeler.store import LabelStore
@@ -177,7 +177,7 @@ def _check_images(store: LabelStore, images: str | Path, problems: list[str], pr
     found: ImageSet = find_images(images)
     keys = store.keys
     try:
-        known = tuple([*keys, *(entry["key"] for entry in store.quarantine)])
+        known = (*keys, *(entry["key"] for entry in store.quarantine))
         if not store.plan.settings.get("from_list"):
             refuse_other_images(found, store.meta.dataset_fingerprint, known, store.path)
     except TokenLabelError as error:
@@ -237,7 +237,7 @@ def teacher_kl(
     """float64 [K]: KL(teacher ‖ store) of rows, mean over cells, in nats, with the teacher run again on the images."""
     found = []
     for chunk in np.array_split(rows, max(1, len(rows) // 16)):
-        decoded = decoder([(images / store.keys[row]).read_bytes() for row in chunk])
+        decoded = decoder([image_path(images, store.keys[row]).read_bytes() for row in chunk])
         if decoded.failures:
             raise IntegrityError(
                 "an image cannot be decoded any more", got=store.keys[chunk[next(iter(decoded.failures))]]

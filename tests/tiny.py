@@ -6,6 +6,9 @@ Legend: B images; C classes; P palette size; H×W map grid; S input side.
 from __future__ import annotations
 
 import io
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +47,32 @@ class ColourTeacher(nn.Module):
 
 def colour_teacher() -> nn.Module:
     return ColourTeacher()
+
+
+class SlowTeacher(ColourTeacher):
+    """Takes a while over each batch, so that a run can be killed in its middle."""
+
+    def score_maps(self, images: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05)
+        return super().score_maps(images)
+
+
+def slow_teacher() -> nn.Module:
+    return SlowTeacher()
+
+
+class CrashingTeacher(ColourTeacher):
+    """Ends its process, as a crash in a native library would, over an image that is nearly all red."""
+
+    def score_maps(self, images: torch.Tensor) -> torch.Tensor:
+        red = (images[:, 0] > 0.9) & (images[:, 1] < -0.9) & (images[:, 2] < -0.9)
+        if (red.float().mean((1, 2)) > 0.9).any():
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().score_maps(images)
+
+
+def crashing_teacher() -> nn.Module:
+    return CrashingTeacher()
 
 
 def picture(seed: int, height: int = 40, width: int = 52) -> Image.Image:
