@@ -86,10 +86,14 @@ def _verify(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from labeler.report import write_report
 
-    write_report(
+    found = write_report(
         options.store, options.images, options.out, truth=options.truth, sample=options.sample, title=options.title
     )
-    print(options.out)
+    if options.json:
+        truth = None if found is None else {"right": found.right, "cells": found.cells, "images": found.images}
+        print(json.dumps({"report": str(options.out), "truth": truth}))
+    else:
+        print(options.out)
     return 0
 
 

@@ -38,8 +38,7 @@ SCALINGS = {"mul", "__mul__", "__rmul__", "div", "__truediv__"}
 AFFINE_CALLS = SCALINGS | {
     "linear", "conv2d", "batch_norm", "dropout", "add", "__add__", "__radd__", "sub", "__sub__", "stack", "cat", "view",
     "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "contiguous", "is_contiguous",
-    "to", "float", "type_as", "dim", "size", "__get__", "__getitem__", "__len__",
-    "_assert",
+    "to", "float", "type_as", "dim", "size", "__get__", "__getitem__", "__len__", "_assert",
 }  # fmt: skip
 LOCAL_CALLS = {
     "relu", "relu_", "relu6", "gelu", "silu", "hardswish", "hardtanh", "sigmoid", "tanh", "layer_norm", "rms_norm",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,7 +59,8 @@ def run_on_ray(
         _connect(config.ray_address, threads * config.workers)
     worker = ray.remote(num_cpus=threads, num_gpus=config.gpus_per_worker if device.startswith("cuda") else 0)(_Worker)
     arguments = (root.absolute(), store.absolute(), plan, config, device, threads)
-    pool = _Pool(ray, lambda: worker.remote(*arguments), tasks, config, advance)
+    paths = [os.path.abspath(path) for path in sys.path]
+    pool = _Pool(ray, lambda: worker.remote(paths, *arguments), tasks, config, advance)
     try:
         yield from pool.results()
     finally:
@@ -69,7 +72,9 @@ def run_on_ray(
 class _Worker:
     """The actor. It loads the teacher in its first call, whose errors reach the driver as themselves."""
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, paths: list[str], *arguments: Any) -> None:
+        # A teacher given as module:function may lie where only the driver looks for modules.
+        sys.path += [path for path in paths if path not in sys.path and os.path.isdir(path)]
         self.arguments = arguments
         self.labeler: ShardLabeler | None = None
 
@@ -192,6 +197,7 @@ def _connect(address: str | None, cpus: int) -> None:
         return
     del settings["include_dashboard"]
     try:
+        _knock(address)
         ray.init(address=address, **settings)
     except Exception as error:  # Ray raises several types, some of them plain RuntimeError
         raise InputError(
@@ -200,3 +206,10 @@ def _connect(address: str | None, cpus: int) -> None:
             expected="the address of a running cluster with the same Ray and Python versions",
             remedy="Check `ray status` on a node, or leave --ray-address out to use this machine alone.",
         ) from None
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()

@@ -77,8 +77,8 @@ def write_report(
     sample: int = 500,
     title: str | None = None,
     seed: int = 0,
-) -> None:
-    """Write the page. Raises InputError where the store, the images or the truth cannot be read."""
+) -> TruthCheck | None:
+    """Write the page; what the comparison with `truth` gave, where there is one. Raises InputError where the store, the images or the truth cannot be read."""
     from labeler.report_page import render
 
     labels = LabelStore(store)
@@ -92,6 +92,7 @@ def write_report(
         replace_file(Path(out), page.encode())
     except OSError as error:
         raise InputError(f"the report {str(out)!r} cannot be written", got=error.strerror) from None
+    return checked
 
 
 def draw_sample(store: LabelStore, count: int, seed: int) -> Sample:

@@ -73,7 +73,9 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     begun = load_plan(path)
     if begun is not None:
         refuse_other_images(found, begun.meta.dataset_fingerprint, stored_keys(path), path)
-    device = resolve_device(config.device)
+    # The driver of a cluster may have no GPU itself; its workers then say what is missing.
+    device = config.device if config.workers and config.device != "auto" else resolve_device(config.device)
+    config = _with_autocast(config, device)
     # Built here once, on the CPU, so that a wrong teacher is told of before any worker starts.
     info = create_teacher(config.teacher, "cpu" if config.workers else device).info
     plan = begin_store(path, make_plan(found, info, config, begun))
@@ -83,6 +85,14 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     seconds = _run(tasks, found, path, plan, config, device, markers)
     finished = finish_store(path, plan)
     return _summary(path, finished, sum(m.rows for m in finished) - rows_before, seconds, found.other)
+
+
+def _with_autocast(config: LabelerConfig, device: str) -> LabelerConfig:
+    """`config` with "auto" settled for the workers' device, so that the plan tells what they do."""
+    if config.teacher.autocast != "auto":
+        return config
+    settled = "bf16" if device.startswith("cuda") else "none"
+    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, autocast=settled))
 
 
 def stored_keys(store: Path) -> tuple[str, ...]:

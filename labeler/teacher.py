@@ -30,7 +30,7 @@ from labeler.errors import TeacherError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_CHECKPOINT_BYTES = 32 << 30
 NESTED_WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model")
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 TORCHVISION_HEADS = ("fc", "classifier", "head", "heads")
 FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 NO_WEIGHTS_REMEDY = "Give --checkpoint FILE, or --random-weights to try the machinery."
@@ -179,7 +179,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def resolve_device(device: str) -> str:
-    """ "auto" becomes "cuda" where there is a GPU, else "cpu"; a device that is not there is refused."""
+    """The device to compute on: for "auto" a GPU where there is one; a device that is not there is refused."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -188,7 +188,7 @@ def resolve_device(device: str) -> str:
         raise TeacherError("--device is not known", got=repr(device), expected="auto, cpu or cuda") from error
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise TeacherError(
-            "there is no such GPU", got=device, expected=f"one of {torch.cuda.device_count()} visible to PyTorch",
+            f"there is no device {device}", got=f"{torch.cuda.device_count()} GPUs that PyTorch can use",
             remedy="Give --device cpu, or check the driver with nvidia-smi.",
         )  # fmt: skip
     return device
@@ -327,6 +327,8 @@ def _weights_only() -> Iterator[None]:
 
 
 def _refuse_other_head(name: str, wanted: int | None, published: int | None) -> None:
+    if published == 0:
+        raise TeacherError(f"{name} is published without a classification head", remedy=NO_WEIGHTS_REMEDY)
     if wanted is not None and published is not None and wanted != published:
         raise TeacherError(
             f"the pretrained head of {name} has another number of classes", got=f"--num-classes {wanted}",
@@ -356,7 +358,10 @@ def _timm_preprocessing(published: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str) -> dict[str, Tensor]:
-    """The named tensors in a .safetensors file or a weights-only file of torch, without wrappers and prefixes."""
+    """The named tensors in a .safetensors file or a weights-only file of torch, averaged (EMA) ones first.
+
+    Prefixes that DistributedDataParallel and torch.compile put before the names are taken off.
+    """
     file = Path(path)
     if not file.is_file():
         raise TeacherError("there is no such checkpoint", got=path, remedy="Check --checkpoint.")
@@ -378,34 +383,27 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
             expected=".safetensors, or a state dict that torch.load(weights_only=True) reads",
             remedy="Nothing of it was run; save its state dict alone.",
         ) from error  # fmt: skip
-    while isinstance(content, Mapping) and (
-        inner := next((k for k in NESTED_WEIGHTS if _is_state(content.get(k))), None)
-    ):
-        content = content[inner]
-    if not _is_state(content):
+    nested = [content.get(name) for name in NESTED_WEIGHTS] if isinstance(content, Mapping) else []
+    state = next((part for part in [*nested, content] if _is_state(part)), None)
+    if state is None:
         raise TeacherError(f"checkpoint {path} holds no weights", got=type(content).__name__, expected="a state dict")
-    return {_bare(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    return {WRAPPERS.sub("", name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def _is_state(content: object) -> bool:
-    return isinstance(content, Mapping) and any(isinstance(value, (Tensor, Mapping)) for value in content.values())
-
-
-def _bare(name: str) -> str:
-    while prefix := next((prefix for prefix in WRAPPER_PREFIXES if name.startswith(prefix)), None):
-        name = name.removeprefix(prefix)
-    return name
+def _is_state(part: object) -> bool:
+    """Whether it has tensors in it, all entries named by strings."""
+    return (
+        isinstance(part, Mapping)
+        and all(isinstance(name, str) for name in part)
+        and any(isinstance(value, Tensor) for value in part.values())
+    )
 
 
 def _classes_in(state: dict[str, Tensor] | None, classifiers: str | tuple[str, ...]) -> int | None:
     """Rows of the last weight of the classifier in a checkpoint."""
-    heads = (classifiers,) if isinstance(classifiers, str) else classifiers
-    names = [
-        name
-        for name in sorted(state or {})
-        if name.endswith(".weight") and name.startswith(tuple(f"{head}." for head in heads))
-    ]
-    rows = [state[name].shape[0] for name in names if state is not None and state[name].dim() > 1]
+    heads = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
+    named = sorted((name, weight) for name, weight in (state or {}).items() if name.startswith(heads))
+    rows = [weight.shape[0] for name, weight in named if name.endswith(".weight") and weight.dim() > 1]
     return rows[-1] if rows else None
 
 

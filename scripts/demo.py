@@ -37,12 +37,12 @@ def main() -> int:
     scenes = generate_scenes(out / "scenes", options.train, options.test, options.seed, progress=True)
 
     heading(2, "teacher: a small timm network, trained on the image labels alone")
-    report = train_teacher(scenes.root, out / "teacher.safetensors", options.teacher_steps, progress=True)
-    print(f"test accuracy {report.test_accuracy:.1%} after {report.seconds:.0f} s of training")
+    teacher = train_teacher(scenes.root, out / "teacher.safetensors", options.teacher_steps, progress=True)
+    print(f"test accuracy {teacher.test_accuracy:.1%} after {teacher.seconds:.0f} s of training")
 
     images, store, page = scenes.root / "train", out / "labels", out / "report.html"
     heading(3, "labels: the teacher's map of every image, by two Ray workers")
-    label = f"label {images} --store {store} --teacher {TEACHER} --checkpoint {report.checkpoint} --tta flip --workers 2"
+    label = f"label {images} --store {store} --teacher {TEACHER} --checkpoint {teacher.checkpoint} --tta flip --workers 2"
     summary = json.loads(labeler(f"{label} --class-names {scenes.root / 'classes.txt'} --json"))
 
     heading(4, "verify: every bit, every image, and some rows labeled again")
@@ -50,17 +50,18 @@ def main() -> int:
 
     heading(5, "report")
     truth = scenes.root / "truth" / "train"
-    labeler(f"report {store} --images {images} --truth {truth} --out {page} --title 'Scenes, labeled'")
+    report_options = f"--truth {truth} --sample {options.train} --title 'Scenes, labeled' --json"
+    told = json.loads(labeler(f"report {store} --images {images} --out {page} {report_options}"))
 
     results = {
-        "teacher_accuracy": report.test_accuracy,
+        "teacher_accuracy": teacher.test_accuracy,
         "images": summary["rows"],
         "images_per_s": summary["images_per_s"],
         "bytes_per_image": summary["bytes_per_image"],
         "kl": summary["kl"],
         "coverage": summary["coverage"],
         "problems": len(verified["problems"]),
-        "map_accuracy": json.loads(labeler(f"truth {store} --truth {truth} --json"))["right"],
+        "map_accuracy": told["truth"]["right"],
         "seconds": time.perf_counter() - started,
     }
     (out / "summary.json").write_text(json.dumps(results, indent=1) + "\n")

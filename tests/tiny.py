@@ -109,3 +109,23 @@ def synthetic_logits(images: int, classes: int, grid: int, seed: int) -> torch.T
     peaks = torch.linspace(7, 4, 8)[None, :, None, None] + 2 * smooth(8, 3)
     logits.scatter_add_(1, strong[:, :, None, None].expand(-1, -1, grid, grid), peaks)
     return logits + 0.15 * torch.randn(logits.shape, generator=generator)
+
+
+class BreakingTeacher(ColourTeacher):
+    """Makes the store unwritable in the middle of the run, as a disk that goes away would."""
+
+    def score_maps(self, images: torch.Tensor) -> torch.Tensor:
+        import ray
+
+        import labeler.commit
+
+        def failing(*_: object, **__: object) -> int:
+            raise OSError(5, "Input/output error")
+
+        if ray.get_runtime_context().get_actor_id():  # the driver tries the teacher too
+            labeler.commit.os.rename = failing
+        return super().score_maps(images)
+
+
+def teacher_that_breaks_the_store() -> nn.Module:
+    return BreakingTeacher()
