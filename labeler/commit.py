@@ -28,7 +28,7 @@ class Marker:
     """The record of one finished shard: what its file must be, and which of its images could not be labeled.
 
     quarantine  {"key", "reason"} of each image of the shard's slice that has no row
-    stats       sums over the rows: kl (nats), coverage, entropy (nats), agree and known (image-level label against target)
+    stats       sums over rows: kl, entropy (nats), coverage, known (rows with a target), agree (the map names it)
     """
 
     shard: int
@@ -124,11 +124,12 @@ def sync_folder(folder: Path) -> None:
 def _sealed(record: dict[str, Any]) -> bytes:
     """JSON with a checksum of its own, since nothing else covers a marker."""
     text = json.dumps(record, ensure_ascii=False, sort_keys=True)
-    return json.dumps({**record, "xxh3": xxhash.xxh3_64_hexdigest(text.encode())}, ensure_ascii=False, indent=1).encode() + b"\n"
+    sealed = {**record, "xxh3": xxhash.xxh3_64_hexdigest(text.encode())}
+    return json.dumps(sealed, ensure_ascii=False, indent=1).encode() + b"\n"
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """The record of a file written by `publish_exclusively(path, sealed)`. Raises IntegrityError where it is damaged."""
+    """The record that `write_sealed` wrote. Raises IntegrityError where the file is damaged."""
     try:
         record = json.loads(path.read_bytes())
         seal = record.pop("xxh3")

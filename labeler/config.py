@@ -59,7 +59,7 @@ class LabelerConfig:
 
     palette       P, the most classes kept per image, each as one dense plane
     precision     "uint8": codes into one table of 256 scores; "float16": the scores themselves
-    fine_step     nats between codes from 0 down to `knee`; `coarse_step` below; scores under `score_floor` are cut there
+    fine_step     nats between codes from 0 down to `knee`; `coarse_step` below; scores are cut at `score_floor`
     orientation   "exif": turn images as their EXIF tag says (the loaders follow the store's setting); "ignore": do not
     min_side      images with a shorter side, in pixels, go to the quarantine
     max_pixels    images with more pixels go to the quarantine before they are decoded

@@ -6,6 +6,7 @@ Legend: B images; S side of the teacher's square input.
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ INTERPOLATIONS = {
 
 
 @pipeline_def
-def _teacher_input(size: int, view: str, crop_pct: float, interpolation: str, orientation: str, decoder: str):
+def _teacher_input(size: int, view: str, crop_pct: float, interpolation: str, orientation: str, decoder: str) -> Any:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     images = fn.decoders.image(encoded, device=decoder, output_type=types.RGB, adjust_orientation=orientation == "exif")
     sizes = images.shape()[:2]
@@ -70,7 +71,7 @@ class DaliDecoder:
             "prefetch_queue_depth": 1,
         }
         self._size = size
-        self._pipeline = None
+        self._pipeline: Any = None
 
     def __call__(self, encoded: list[bytes]) -> Decoded:
         failures: dict[int, str] = {}

@@ -6,11 +6,15 @@ Legend: B images; S side of the teacher's square input.
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from labeler.decode import Decoded, teacher_region
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class ReferenceDecoder:
@@ -43,11 +47,11 @@ class ReferenceDecoder:
         return Decoded(torch.from_numpy(stack), np.array(sizes, np.int64).reshape(-1, 2), kept, failures)
 
 
-def open_rgb(data: bytes, orientation: str):
+def open_rgb(data: bytes, orientation: str) -> Image:
     """A fully decoded RGB PIL image; `orientation` "exif" turns it as its tag says."""
     from PIL import Image, ImageOps
 
-    image = Image.open(io.BytesIO(data))
+    image: Image.Image = Image.open(io.BytesIO(data))
     image.load()
     if orientation == "exif":
         image = ImageOps.exif_transpose(image)

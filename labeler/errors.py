@@ -1,7 +1,7 @@
 """The project's errors: what was got, what was expected, and what to do, in one line each.
 
-Every error that a user can cause or mend derives from `TokenLabelError`; the command lines print its text without a stack
-trace and exit with `exit_status`.
+Every error that a user can cause or mend derives from `TokenLabelError`; the command lines print its text without a
+stack trace and exit with `exit_status`.
 """
 
 

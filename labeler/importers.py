@@ -68,8 +68,8 @@ def import_token_label_files(
     """Import the `.pt` maps below `files` for the images below `images`; resumes by itself.
 
     An image `a/b.c.JPEG` takes `a/b.c.pt`, or `a/b.pt` as the reference names it, where no other image does.
-    view, crop_pct   which part of the image the maps cover: "full", which is how TokenLabeling's training reads them, or
-                     "center" with the crop of the teacher that made them, which is what they do cover
+    view, crop_pct   which part of the image the maps cover: "full", which is how TokenLabeling's training reads them,
+                     or "center" with the crop of the teacher that made them, which is what they do cover
 
     Raises InputError, and LabelingError where writing fails. An image without a good map goes to the quarantine.
     """
@@ -146,7 +146,7 @@ def _cut_at_first_dot(key: str) -> str:
 
 
 def read_map(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(logits float16 [5, H, W], class ids int64 [5, H, W]). Raises BadImage with the reason; runs no code of the file."""
+    """(logits float16 [5, H, W], class ids int64 [5, H, W]). Raises BadImage; runs no code of the file."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise BadImage(f"{path.name} is larger than any label map ({path.stat().st_size:,} bytes)")

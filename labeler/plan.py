@@ -19,6 +19,7 @@ from labeler.shard_file import Layout, row_layout
 PLAN_FILE = "plan.json"
 FORMAT_NAME = "token-label store"
 FORMAT_VERSION = "1.0"
+COMPARED = ("num_classes", "class_names", "palette", "grid", "precision", "orientation", "score_kind")
 # Of a teacher's record: equal weights may lie elsewhere, and the rest is told for people.
 NOT_COMPARED = frozenset({"checkpoint", "random_weights", "method", "self_test", "notes"})
 
@@ -93,7 +94,7 @@ class Plan:
 
 
 def load_plan(store: Path) -> Plan | None:
-    """The plan of a store, or None where there is none. Raises MismatchError for a newer format, IntegrityError for damage."""
+    """The plan of a store, None where there is none. Raises MismatchError (newer format), IntegrityError (damage)."""
     path = store / PLAN_FILE
     try:
         record = read_sealed(path)
@@ -121,33 +122,26 @@ def load_plan(store: Path) -> Plan | None:
 
 def refuse_other_settings(store: Path, found: Plan, wanted: Plan) -> None:
     """Raise MismatchError naming each setting in which a run differs from the store that it would continue."""
-    differences = []
-    for old, new, names in (
-        (
-            found.meta,
-            wanted.meta,
-            ("num_classes", "class_names", "palette", "grid", "precision", "orientation", "score_kind"),
-        ),
-        (found, wanted, ("shard_size", "code_values")),
-    ):
-        differences += [
-            f"{name} {_short(getattr(new, name))}, the store has {_short(getattr(old, name))}"
-            for name in names
-            if _plain(getattr(old, name)) != _plain(getattr(new, name))
-        ]
-    teachers = [{k: v for k, v in meta.teacher.items() if k not in NOT_COMPARED} for meta in (found.meta, wanted.meta)]
-    for old, new in ((found.settings, wanted.settings), tuple(teachers)):
-        differences += [
-            f"{name} {_short(new.get(name))}, the store has {_short(old.get(name))}"
-            for name in sorted({*old, *new})
-            if _plain(old.get(name)) != _plain(new.get(name))
-        ]
+    pairs = [
+        *((name, getattr(found.meta, name), getattr(wanted.meta, name)) for name in COMPARED),
+        *((name, getattr(found, name), getattr(wanted, name)) for name in ("shard_size", "code_values")),
+        *_entries(found.settings, wanted.settings),
+        *_entries(found.meta.teacher, wanted.meta.teacher),
+    ]
+    differences = [
+        f"{name} {_short(new)}, the store has {_short(old)}" for name, old, new in pairs if _plain(old) != _plain(new)
+    ]
     if differences:
         raise MismatchError(
             f"the store {str(store)!r} was begun with other settings",
             got="; ".join(dict.fromkeys(differences)),
             remedy="Use the settings it was begun with, or another --store.",
         )
+
+
+def _entries(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    names = sorted({*found, *wanted} - NOT_COMPARED)
+    return [(name, found.get(name), wanted.get(name)) for name in names]
 
 
 def _plain(value: Any) -> Any:

@@ -78,7 +78,10 @@ def write_report(
     title: str | None = None,
     seed: int = 0,
 ) -> TruthCheck | None:
-    """Write the page; what the comparison with `truth` gave, where there is one. Raises InputError where the store, the images or the truth cannot be read."""
+    """Write the page; returns what the comparison with `truth` gave, where there is one.
+
+    Raises InputError where the store, the images or the truth cannot be read, or the page cannot be written.
+    """
     from labeler.report_page import render
 
     labels = LabelStore(store)

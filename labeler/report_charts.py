@@ -50,7 +50,8 @@ def histogram(
     shift = -5 if anchor == "end" else 5
     marks = (
         f'<line class="mark" x1="{place:.1f}" x2="{place:.1f}" y1="0" y2="{HEIGHT - BOTTOM}"/>'
-        f'<text class="strong" x="{place + shift:.1f}" y="12" text-anchor="{anchor}">median {_tick(middle, percent)}</text>'
+        f'<text class="strong" x="{place + shift:.1f}" y="12" text-anchor="{anchor}">'
+        f"median {_tick(middle, percent)}</text>"
     )
     return _frame(bars + marks + _x_axis(edges[0], edges[-1], percent) + _y_axis(tall), label)
 
@@ -139,7 +140,8 @@ def _frame(inside: str, label: str) -> str:
 def _x_axis(low: float, high: float, percent: bool) -> str:
     ticks = "".join(
         f'<text x="{LEFT + (WIDTH - LEFT) * i / 4:.1f}" y="{HEIGHT - BOTTOM + 15}" '
-        f'text-anchor="{("start", "middle", "middle", "middle", "end")[i]}">{_tick(low + (high - low) * i / 4, percent)}</text>'
+        f'text-anchor="{("start", "middle", "middle", "middle", "end")[i]}">'
+        f"{_tick(low + (high - low) * i / 4, percent)}</text>"
         for i in range(5)
     )
     return f'<line class="axis" x1="{LEFT}" x2="{WIDTH}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>{ticks}'

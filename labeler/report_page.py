@@ -19,36 +19,11 @@ if TYPE_CHECKING:
     from labeler.store import LabelStore
 
 PICTURES = 24
-PICTURE_SIDE = 200
+PICTURE_SIDE = 170
 LEGEND = 4  # classes told apart on one picture
 QUARANTINE_SHOWN = 200
 
-STYLE = """
-:root { --ink:#1d2430; --soft:#5b6676; --paper:#fff; --card:#f4f6f9; --line:#dfe4ec; --accent:#1769aa; --mark:#d5450b; }
-@media (prefers-color-scheme: dark) {
- :root { --ink:#e8ecf2; --soft:#9aa6b8; --paper:#12161d; --card:#1b212b; --line:#2c3542; --accent:#5fb0ee; --mark:#ff8a50; } }
-* { box-sizing:border-box } body { margin:0; background:var(--paper); color:var(--ink); font:15px/1.5 system-ui,sans-serif }
-main { max-width:1180px; margin:0 auto; padding:28px 24px 60px } h1 { font-size:27px; margin:0 } p { max-width:75ch }
-h2 { font-size:19px; margin:44px 0 6px } .soft { color:var(--soft) } code { font-size:13px; overflow-wrap:anywhere }
-.cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(165px,1fr)); gap:12px; margin:22px 0 }
-.card { background:var(--card); border-radius:10px; padding:13px 16px } .card b { display:block; font-size:25px; line-height:1.25 }
-.card span { color:var(--soft); font-size:13px }
-.charts { display:grid; grid-template-columns:repeat(auto-fit,minmax(320px,1fr)); gap:18px }
-figure { margin:0; background:var(--card); border-radius:10px; padding:14px } svg { width:100%; display:block }
-figcaption { color:var(--soft); font-size:13px; margin-top:6px } svg text { fill:var(--soft); font-size:11px }
-.bar,.dot { fill:var(--accent) } .line { fill:none; stroke:var(--accent); stroke-width:2 } .mark { stroke:var(--mark); stroke-width:1.5 }
-.strong { fill:var(--ink)!important; font-weight:600 } .axis,.grid { stroke:var(--line) }
-.maps { display:grid; grid-template-columns:repeat(auto-fill,minmax(424px,1fr)); gap:16px }
-.map { background:var(--card); border-radius:10px; padding:12px; overflow:hidden } .pair { display:flex; gap:6px; align-items:flex-start }
-.pair img { max-width:calc(50% - 3px); height:auto; border-radius:4px } .name { font-size:12px; color:var(--soft); overflow-wrap:anywhere }
-.legend { display:flex; flex-wrap:wrap; gap:4px 14px; font-size:13px; margin-top:7px }
-.legend i { display:inline-block; width:12px; height:12px; border-radius:3px; margin-right:5px; vertical-align:-1px }
-table { border-collapse:collapse; font-size:14px; width:100% } th { text-align:left; font-weight:500 }
-td,th { padding:4px 10px 4px 0; vertical-align:top; border-bottom:1px solid var(--line) } .n { text-align:right; white-space:nowrap }
-.bars td,.bars th { border:0; padding:1px 8px 1px 0; font-size:13px } .bars th { max-width:150px; overflow:hidden; text-overflow:ellipsis; white-space:nowrap }
-.bars td:nth-child(2) { width:60% } .rule { height:11px; border-radius:3px; background:var(--accent) }
-.note { border-left:3px solid var(--mark); padding-left:12px }
-"""
+STYLE = Path(__file__).with_name("report.css").read_text("utf-8")
 
 
 def render(store: LabelStore, sample: Sample, images: Path, truth: TruthCheck | None, title: str) -> str:
@@ -76,7 +51,8 @@ def render(store: LabelStore, sample: Sample, images: Path, truth: TruthCheck | 
     ]
     body = "\n".join(part for part in parts if part)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body><main>{body}</main></body></html>\n'
+    head = f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head>'
+    return f"{head}<body><main>{body}</main></body></html>\n"
 
 
 def class_name(store: LabelStore, number: int) -> str:
@@ -146,7 +122,8 @@ def _one_map(store: LabelStore, sample: Sample, i: int, image: object) -> str:
     target = int(sample.target[i])
     label = f" · labeled <b>{escape(class_name(store, target))}</b>" if target >= 0 else ""
     return (
-        f'<div class="map"><div class="pair">{picture(image)}{picture(overlay)}</div><div class="legend">{"".join(legend)}</div>'
+        f'<div class="map"><div class="pair">{picture(image)}{picture(overlay)}</div>'
+        f'<div class="legend">{"".join(legend)}</div>'
         f'<div class="name">{escape(sample.keys[i])}{label}</div></div>'
     )
 
@@ -175,14 +152,16 @@ def _common_classes(store: LabelStore, sample: Sample) -> list[tuple[str, float]
 def _truth_part(truth: TruthCheck | None) -> str:
     if truth is None:
         return ""
+    heat = heat_grid(truth.by_cell, "Share that is right, by place (green: all, red: none)")
     turned = "" if truth.transposed is None else f", transposed {truth.transposed:.1%}"
     return (
         "<h2>Is the right class in the right place?</h2>"
         f'<p class="soft">The true class of every pixel is known for {truth.images:,} of the sampled images. Of the '
         f"{truth.cells:,} cells that one object fills by more than half, the stored map names its class in "
-        f"<b>{truth.right:.1%}</b>. The same maps, turned on purpose, would score: mirrored {truth.mirrored:.1%}{turned}. "
+        f"<b>{truth.right:.1%}</b>. The same maps, turned on purpose, would score: mirrored {truth.mirrored:.1%}"
+        f"{turned}. "
         "A map that is out of place shows here at once.</p>"
-        f'<div class="charts">{heat_grid(truth.by_cell, "Share that is right, by place in the grid (green: all, red: none)")}</div>'
+        f'<div class="charts">{heat}</div>'
     )
 
 
@@ -196,7 +175,8 @@ def _agreement(store: LabelStore, sample: Sample) -> str:
         if pair[0] != pair[1]:
             wrong[pair] = wrong.get(pair, 0) + 1
     rows = "".join(
-        f"<tr><td>{escape(class_name(store, a))}</td><td>{escape(class_name(store, b))}</td><td class='n'>{count}</td></tr>"
+        f"<tr><td>{escape(class_name(store, a))}</td><td>{escape(class_name(store, b))}</td>"
+        f"<td class='n'>{count}</td></tr>"
         for (a, b), count in sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:12]
     )
     table = (
@@ -204,8 +184,9 @@ def _agreement(store: LabelStore, sample: Sample) -> str:
     )
     return (
         "<h2>Agreement with the folders</h2>"
-        f'<p class="soft">The class with the largest share of the map is the folder’s in <b>{(found == target).mean():.1%}</b> '
-        f"of {len(found):,} sampled images. The most frequent differences:</p>{table}"
+        f'<p class="soft">The class with the largest share of the map is the folder’s in '
+        f"<b>{(found == target).mean():.1%}</b> of {len(found):,} sampled images. The most frequent "
+        f"differences:</p>{table}"
     )
 
 

@@ -81,7 +81,7 @@ def _is_tensor(array: object) -> bool:
 def code_table(fine_step: float, knee: float, coarse_step: float, floor: float) -> np.ndarray:
     """float32 [256], falling: the score of each uint8 code.
 
-    Steps of `fine_step` nat from 0 down to `knee`, of `coarse_step` from there to `floor`; codes beyond repeat the floor.
+    Steps of `fine_step` nat from 0 down to `knee`, of `coarse_step` from there to `floor`, which the rest repeats.
     Probabilities are what a loss sees, so precision is spent where they are large.
     """
     if not (fine_step > 0 and coarse_step > 0 and floor < knee < 0):

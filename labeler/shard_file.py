@@ -85,15 +85,19 @@ def score_dtype(precision: str) -> np.dtype:
 def build_shard(
     rows: ShardRows, layout: Layout, attributes: Mapping[str, Any], code_values: np.ndarray | None = None
 ) -> bytes:
-    """The whole HDF5 file as bytes; equal arguments give equal bytes. Raises ValueError where rows do not fit `layout`."""
+    """The whole HDF5 file; equal arguments give equal bytes. Raises ValueError where rows do not fit `layout`."""
     keys = [key.encode() for key in rows.keys]
     if max(map(len, keys), default=0) > layout["key"][0].itemsize:
         raise ValueError(f"a key is longer than the {layout['key'][0].itemsize} bytes of the layout")
-    special = {"code_values": code_values, "key": np.array(keys, layout["key"][0]), "checksum": rows.checksums()}
+    special: dict[str, Any] = {
+        "code_values": code_values,
+        "key": np.array(keys, layout["key"][0]),
+        "checksum": rows.checksums(),
+    }
     with _memory_file() as file:
         _write_attributes(file, attributes)
         for name, (dtype, row_shape) in layout.items():
-            array = special[name] if name in special else getattr(rows, name)
+            array: np.ndarray = special[name] if name in special else getattr(rows, name)
             shape = row_shape if name == "code_values" else (len(rows), *row_shape)
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{name} is {array.dtype} {array.shape}, the layout has {dtype} {shape}")
@@ -183,7 +187,7 @@ class ShardReader:
             self._handle = -1
 
     def read(self, rows: np.ndarray) -> ShardRows:
-        """The rows [K] in the order asked for, each compared with its checksum. Raises IntegrityError naming the key."""
+        """The rows [K] in the order asked for, each compared with its checksum. Raises IntegrityError with the key."""
         arrays = {name: self._planes(name, rows) for name in self._chunks}
         names = ("classes", "region", "image_size", "target", "image_digest")
         small = {name: self.small(name)[rows] for name in names}
@@ -241,7 +245,7 @@ def file_rows(path: Path, name: str) -> int:
 
 
 def check_layout(file: h5py.File, layout: Layout, rows: int, path: Path) -> None:
-    """Refuse everything that a shard of this store never has: links, virtual or external data, other shapes, types, filters."""
+    """Refuse what a shard of this store never has: links, virtual or external data, other shapes, types, filters."""
     if set(file) != set(layout):
         raise _damaged(path, f"data sets {sorted(file)}, expected {sorted(layout)}")
     for name, (dtype, row_shape) in layout.items():

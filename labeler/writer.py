@@ -113,7 +113,7 @@ def committed_shards(store: Path, plan: Plan) -> dict[int, Marker]:
 
 
 def finish_store(store: Path, plan: Plan) -> list[Marker]:
-    """Write `quarantine.jsonl` and the view over all shards; remove left-overs. Raises IntegrityError if a shard lacks."""
+    """Write `quarantine.jsonl` and the view over all shards; sweep. Raises IntegrityError, LabelingError."""
     markers = []
     for shard in range(plan.meta.shards):
         marker = read_marker(store, shard, plan.meta.shards)

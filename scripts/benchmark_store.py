@@ -2,10 +2,10 @@
 
     python -m scripts.benchmark_store [--images 2000] [--json]
 
-Maps are synthetic: 1,000 classes on an 18×18 grid, smooth fields per class (standard deviation 0.5 between their knots),
-eight strong classes an image, noise of 0.15 per cell. How much eight planes can say depends on how sure the teacher is, so
-three levels are shown. The reference keeps the five largest logits of each cell and their ids as float16, [2, 5, 18, 18], in one
-`.pt` file per image, and takes every other class for logit 0.
+Maps are synthetic: 1,000 classes on an 18×18 grid, smooth fields per class (standard deviation 0.5 at their knots),
+eight strong classes an image, noise of 0.15 per cell. How much eight planes can say depends on how sure the teacher is,
+so three levels are shown. The reference keeps the five largest logits of each cell and their ids as float16,
+[2, 5, 18, 18], in one `.pt` file per image, and takes every other class for logit 0.
 
 Legend: B images; C classes; H×W map grid.
 """
@@ -97,7 +97,10 @@ class StoreBuilder:
         self.kl += found.kl.tolist()
 
     def finish(self) -> LabelStore:
-        joined = [np.concatenate(column) for column in zip(*((r.classes, r.scores, r.background) for r in self.rows))]
+        joined = [
+            np.concatenate(column)
+            for column in zip(*((r.classes, r.scores, r.background) for r in self.rows), strict=True)
+        ]
         generator = np.random.default_rng(0)
         for shard in range(self.plan.meta.shards):
             part = self.plan.slice_of(shard)
@@ -120,7 +123,7 @@ class StoreBuilder:
 
 
 def measure(images: int, top: float, folder: Path) -> tuple[list[dict], float]:
-    """(a row of figures for the reference and for each setting, on the same maps; mean probability of the first class)."""
+    """(figures of the reference and of each setting on the same maps; mean probability of a cell's first class)."""
     generator = torch.Generator().manual_seed(0)
     builders = []
     for i, (palette, fine, knee, coarse) in enumerate(SETTINGS):
@@ -140,19 +143,22 @@ def measure(images: int, top: float, folder: Path) -> tuple[list[dict], float]:
             agree += [cell_top1(builder, builder.rows[-1]) == logits.argmax(1).numpy()]
     base = statistics.fmean(reference_kl)
     size = sum(file.stat().st_size for file in files.iterdir()) / images
-    table_rows = [{"store": "top-5 float16, one .pt per image", "bytes": size, "kl": base, "kl_ratio": 1.0, "top1": 1.0}]
+    rival = "top-5 float16, one .pt per image"
+    table_rows = [{"store": rival, "bytes": size, "kl": base, "kl_ratio": 1.0, "top1": 1.0}]
     for (palette, fine, knee, coarse), builder, agree in zip(SETTINGS, builders, agreement, strict=True):
         builder.finish()
         size = sum(file.stat().st_size for file in builder.path.iterdir()) / images
         name = f"palette {palette}, " + ("float16" if fine is None else f"steps {fine} above {knee}, {coarse} below")
         kl = statistics.fmean(builder.kl)
-        table_rows.append({
-            "store": name,
-            "bytes": size,
-            "kl": kl,
-            "kl_ratio": kl / base,
-            "top1": float(np.mean(np.concatenate(agree))),
-        })
+        table_rows.append(
+            {
+                "store": name,
+                "bytes": size,
+                "kl": kl,
+                "kl_ratio": kl / base,
+                "top1": float(np.mean(np.concatenate(agree))),
+            }
+        )
     return table_rows, statistics.fmean(sure)
 
 
@@ -166,8 +172,8 @@ def read_speed(folder: Path, images: int, rows: int = 2000, repeats: int = 7) ->
     """Median microseconds per random row, the ways of reading alternating within one run."""
     path, files = folder / "store0", folder / "reference"
     stores = {
-        "store, cache=\"ram\"": LabelStore(path, cache="ram"),
-        "store, cache=\"ram-compressed\"": LabelStore(path, cache="ram-compressed"),
+        'store, cache="ram"': LabelStore(path, cache="ram"),
+        'store, cache="ram-compressed"': LabelStore(path, cache="ram-compressed"),
         "store, from its files": LabelStore(path),
     }
     ways = {name: (lambda wanted, s=store: s.read(wanted)) for name, store in stores.items()}
@@ -202,7 +208,8 @@ def main() -> None:
         print(json.dumps(results, indent=1))
         return
     for name, rows in results["size"].items():
-        print(f"\n{options.images} maps, {name}\n{'':58}{'bytes/image':>12}{'KL, nats':>10}{'KL ratio':>10}{'top-1':>8}")
+        print(f"\n{options.images} maps, {name}")
+        print(f"{'':58}{'bytes/image':>12}{'KL, nats':>10}{'KL ratio':>10}{'top-1':>8}")
         for row in rows:
             print(f"{row['store']:58}{row['bytes']:12,.0f}{row['kl']:10.4f}{row['kl_ratio']:10.2f}{row['top1']:8.1%}")
     rival = results["read_us"]["torch.load per image"]

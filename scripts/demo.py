@@ -42,8 +42,10 @@ def main() -> int:
 
     images, store, page = scenes.root / "train", out / "labels", out / "report.html"
     heading(3, "labels: the teacher's map of every image, by two Ray workers")
-    label = f"label {images} --store {store} --teacher {TEACHER} --checkpoint {teacher.checkpoint} --tta flip --workers 2"
-    summary = json.loads(labeler(f"{label} --class-names {scenes.root / 'classes.txt'} --json"))
+    who = (
+        f"--teacher {TEACHER} --checkpoint {teacher.checkpoint} --tta flip --class-names {scenes.root / 'classes.txt'}"
+    )
+    summary = json.loads(labeler(f"label {images} --store {store} {who} --workers 2 --json"))
 
     heading(4, "verify: every bit, every image, and some rows labeled again")
     verified = json.loads(labeler(f"verify {store} --images {images} --relabel 50 --json"))

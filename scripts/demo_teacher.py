@@ -1,11 +1,17 @@
-"""The demo's teacher: a small timm ResNet of stride 8, trained on the scenes' image labels for about a minute.
+"""The demo's teacher: a small timm ResNet of stride 8, trained on the scenes' image labels in about a minute.
 
-Legend: B images; C classes; S input side.
+    python -m scripts.demo_teacher SCENES OUT.safetensors --steps 400
+
+Training and labeling see a scene alike: squeezed to `LABEL_SIDE`, then, in training only, cropped.
+
+Legend: N scenes; B batch; S side of a square picture.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,17 +19,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from timm.models.resnet import BasicBlock, ResNet
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, grid_sample
+from torch.nn import functional as F
 from tqdm import tqdm
 
+from labeler.errors import InputError
+from scripts.scenes import CLASSES
+
 LABEL_SIDE, TRAIN_SIDE = 80, 64
-CLASSES = 10
-MEAN = STD = (0.5, 0.5, 0.5)
-CANVAS = 112  # scenes are kept in one tensor of this side, in its upper left corner
-BATCH, RATE, DECAY, SMALLEST_CROP = 64, 8e-3, 0.05, 0.5
+SMALLEST_CROP = 0.5  # of the scene's area; such a crop nearly always holds most of the largest object
+BATCH, RATE, DECAY, SMOOTHING = 64, 8e-3, 0.05, 0.1
+RECIPE = 1  # raise it with any change that gives other weights: a stored teacher of another number is trained anew
 
 
 @dataclass(frozen=True)
@@ -36,76 +46,102 @@ class TeacherReport:
     images_per_s: float
 
 
-@dataclass(frozen=True)
-class Scenes:
-    """One split in memory: pixels uint8 [B, 3, CANVAS, CANVAS], size float [B, 2] (height, width), label int64 [B]."""
-
-    pixels: Tensor
-    size: Tensor
-    label: Tensor
-
-
 def scene_teacher() -> nn.Module:
     """The untrained network: average pooling and a linear head, so the mean of its map is its output."""
     model = ResNet(
         BasicBlock,
         layers=(1, 1, 0, 0),
-        num_classes=CLASSES,
         channels=(32, 64, 64, 64),
-        stem_width=16,
         stem_type="deep",
+        stem_width=16,
         output_stride=8,
-        zero_init_last=False,
+        zero_init_last=False,  # a full residual branch from the start: worth some fifty steps here
+        num_classes=len(CLASSES),
     )
     model.pretrained_cfg = model.default_cfg = {
         "input_size": (3, LABEL_SIDE, LABEL_SIDE),
-        "mean": MEAN,
-        "std": STD,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
         "interpolation": "bilinear",
         "crop_pct": 1.0,
-        "num_classes": CLASSES,
+        "num_classes": len(CLASSES),
     }
     return model
 
 
 def train_teacher(scenes: Path, out: Path, steps: int, progress: bool, seed: int = 0) -> TeacherReport:
-    """Train on `scenes`/train, test on `scenes`/test, save weights to `out`; nothing is done where that was done before."""
-    settings = {"scenes": json.loads((scenes / "scenes.json").read_text()), "steps": steps, "seed": seed}
-    record = out.with_suffix(".json")
-    if out.exists() and record.exists():
-        found = json.loads(record.read_text())
-        if found["settings"] == settings:
-            return TeacherReport(**found["report"])
-    train, test = load_split(scenes / "train"), load_split(scenes / "test")
-    torch.manual_seed(seed)
-    model = scene_teacher().to(memory_format=torch.channels_last)
+    """Train on `scenes`/train, test on `scenes`/test, and write the weights to the .safetensors file `out`.
+
+    Settings and result are kept in that file: where it holds the same settings, nothing is trained. The same seed gives
+    the same weights on the same machine with the same number of threads.
+    """
+    scenes, out = Path(scenes), Path(out)
+    if steps < 2 or out.suffix != ".safetensors":
+        got = f"{steps} steps, file {out.name}"
+        raise InputError("the teacher cannot be trained so", got=got, expected="2 steps or more, a .safetensors file")
+    settings = {"recipe": RECIPE, "scenes": _complete_set(scenes), "steps": steps, "seed": seed}
+    if (report := _stored_report(out, settings)) is not None:
+        return report
+    train = load_split(scenes / "train", "loading scenes", progress)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = scene_teacher().to(memory_format=torch.channels_last)
     started = time.perf_counter()
-    fit(model, train, steps, torch.Generator().manual_seed(seed), progress)
+    _fit(model, *train, steps, torch.Generator().manual_seed(seed), progress)
     seconds = time.perf_counter() - started
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, out)
-    report = TeacherReport(str(out), accuracy(model, test), seconds, steps * BATCH / seconds)
-    record.write_text(json.dumps({"settings": settings, "report": asdict(report)}, indent=1) + "\n")
+    accuracy = _accuracy(model, *load_split(scenes / "test", "testing", progress))
+    report = TeacherReport(str(out), accuracy, seconds, steps * BATCH / seconds)
+    _store(model, out, settings, report)
     return report
 
 
-def fit(model: nn.Module, data: Scenes, steps: int, generator: torch.Generator, progress: bool) -> None:
-    """AdamW and one cycle over random resized crops and flips."""
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=RATE)
+def load_split(folder: Path, title: str = "", progress: bool = False) -> tuple[Tensor, Tensor]:
+    """All scenes of a split as the teacher sees them: pixels uint8 [N, 3, S, S] and labels int64 [N]."""
+    files = sorted(folder.glob("*/*.jpg"))
+    pixels = np.empty((len(files), 3, LABEL_SIDE, LABEL_SIDE), np.uint8)
+    for i, file in enumerate(tqdm(files, title, disable=not progress, unit="img")):
+        with Image.open(file) as image:
+            pixels[i] = np.asarray(image.resize((LABEL_SIDE, LABEL_SIDE), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    return torch.from_numpy(pixels), torch.tensor([CLASSES.index(file.parent.name) for file in files])
+
+
+def random_crops(pixels: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """Random resized crops, half of them mirrored: uint8 [B, 3, S, S] to float [B, 3, side, side] in 0..255."""
+
+    def draw(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(len(pixels), generator=generator)
+
+    area, ratio = draw(SMALLEST_CROP, 1), (4 / 3) ** draw(-1, 1)
+    height, width = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    mirror = draw(-1, 1).sign()
+    # In coordinates where the picture spans -1..1, a box of share `height` has its centre within 1 - height of 0.
+    down, across = draw(-1, 1) * (1 - height), draw(-1, 1) * (1 - width)
+    zero = torch.zeros_like(area)
+    box = torch.stack([mirror * width, zero, across, zero, height, down], 1).view(-1, 2, 3)
+    grid = F.affine_grid(box, [len(pixels), 3, side, side], align_corners=False)
+    return F.grid_sample(pixels.float(), grid, align_corners=False, padding_mode="border")
+
+
+def _normalised(model: nn.Module, pixels: Tensor) -> Tensor:
+    mean, std = (255 * torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    return ((pixels.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def _fit(
+    model: nn.Module, pixels: Tensor, labels: Tensor, steps: int, generator: torch.Generator, progress: bool
+) -> None:
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.2)
     order = torch.empty(0, dtype=torch.int64)
     model.train()
-    bar = tqdm(range(steps), desc="teacher", disable=not progress, mininterval=2)
+    bar = tqdm(range(steps), "teacher", disable=not progress, unit="step")
     for _ in bar:
         if len(order) < BATCH:
-            order = torch.randperm(len(data.label), generator=generator)
+            order = torch.cat([order, torch.randperm(len(labels), generator=generator)])
         rows, order = order[:BATCH], order[BATCH:]
-        boxes, flip = random_boxes(len(rows), generator), torch.rand(len(rows), generator=generator) < 0.5
-        logits = model(crop(data, rows, boxes, flip, TRAIN_SIDE))
-        loss = cross_entropy(logits, data.label[rows], label_smoothing=0.1)
-        optimizer.zero_grad(set_to_none=True)
+        logits = model(_normalised(model, random_crops(pixels[rows], TRAIN_SIDE, generator)))
+        loss = F.cross_entropy(logits, labels[rows], label_smoothing=SMOOTHING)
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -113,55 +149,58 @@ def fit(model: nn.Module, data: Scenes, steps: int, generator: torch.Generator, 
     model.eval()
 
 
-def accuracy(model: nn.Module, data: Scenes) -> float:
-    whole, right = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), 0
-    with torch.inference_mode():
-        for rows in torch.arange(len(data.label)).split(100):
-            pixels = crop(data, rows, whole.expand(len(rows), 4), torch.zeros(len(rows), dtype=torch.bool), LABEL_SIDE)
-            right += int((model(pixels).argmax(1) == data.label[rows]).sum())
-    return right / len(data.label)
+@torch.inference_mode()
+def _accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
+    guesses = torch.cat([model(_normalised(model, part)).argmax(1) for part in pixels.split(100)])
+    return (guesses == labels).double().mean().item()
 
 
-def load_split(folder: Path) -> Scenes:
-    """All images below `folder`/<class>; classes are numbered in sorted order."""
-    classes = sorted(path.name for path in folder.iterdir())
-    files = sorted(folder.glob("*/*.jpg"))
-    pixels = np.zeros((len(files), 3, CANVAS, CANVAS), np.uint8)
-    sizes = np.zeros((len(files), 2), np.float32)
-    for i, file in enumerate(files):
-        image = np.asarray(Image.open(file)).transpose(2, 0, 1)
-        height, width = sizes[i] = image.shape[1:]
-        # The edge is repeated, so that sampling near it never meets black.
-        pixels[i] = np.pad(image, ((0, 0), (0, CANVAS - int(height)), (0, CANVAS - int(width))), mode="edge")
-    labels = torch.tensor([classes.index(file.parent.name) for file in files])
-    return Scenes(torch.from_numpy(pixels), torch.from_numpy(sizes), labels)
+def _complete_set(scenes: Path) -> dict:
+    try:
+        recorded = json.loads((scenes / "scenes.json").read_text())
+    except (OSError, ValueError):
+        recorded = {}
+    if not recorded.get("complete"):
+        raise InputError(f"{scenes} holds no complete set of scenes", remedy=f"Run python -m scripts.scenes {scenes}.")
+    return recorded
 
 
-def crop(data: Scenes, rows: Tensor, boxes: Tensor, flip: Tensor, side: int) -> Tensor:
-    """Normalised [B, 3, S, S]; boxes [B, 4] are y0, x0, y1, x1 as fractions of each scene, flip bool [B]."""
-    height, width = data.size[rows].unbind(1)
-    place = (torch.arange(side) + 0.5) / side
-    across = torch.where(flip[:, None], 1 - place, place)
-    y = (boxes[:, 0:1] + place * (boxes[:, 2:3] - boxes[:, 0:1])) * height[:, None]
-    x = (boxes[:, 1:2] + across * (boxes[:, 3:4] - boxes[:, 1:2])) * width[:, None]
-    grid = torch.stack([x[:, None].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], -1) / CANVAS * 2 - 1
-    pixels = data.pixels[rows].float() / 255
-    sampled = grid_sample(pixels, grid, align_corners=False, padding_mode="border")
-    return ((sampled - MEAN[0]) / STD[0]).contiguous(memory_format=torch.channels_last)
+def _stored_report(out: Path, settings: dict) -> TeacherReport | None:
+    """The report in `out`, if that holds a teacher of these settings."""
+    try:
+        with safe_open(out, "pt") as file:
+            kept = file.metadata() or {}
+        if json.loads(kept["settings"]) == settings:
+            return TeacherReport(**{**json.loads(kept["report"]), "checkpoint": str(out)})
+    except Exception:  # no file, another's file, or a damaged one: train
+        return None
+    return None
 
 
-def random_boxes(count: int, generator: torch.Generator) -> Tensor:
-    """[B, 4]: boxes of a random area and shape at a random place."""
-    area = SMALLEST_CROP + (1 - SMALLEST_CROP) * torch.rand(count, generator=generator)
-    shape = (4 / 3) ** (2 * torch.rand(count, generator=generator) - 1)
-    height, width = (area * shape).sqrt().clamp(max=1), (area / shape).sqrt().clamp(max=1)
-    top = torch.rand(count, generator=generator) * (1 - height)
-    left = torch.rand(count, generator=generator) * (1 - width)
-    return torch.stack([top, left, top + height, left + width], 1)
+def _store(model: nn.Module, out: Path, settings: dict, report: TeacherReport) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, temporary, {"settings": json.dumps(settings), "report": json.dumps(asdict(report))})
+    os.replace(temporary, out)
 
 
-def load_teacher(checkpoint: Path) -> nn.Module:
-    """The trained network."""
-    model = scene_teacher()
-    model.load_state_dict(load_file(checkpoint))
-    return model.eval()
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.demo_teacher", description="Train the demo's teacher.")
+    parser.add_argument("scenes", type=Path, help="folder that scripts.scenes wrote")
+    parser.add_argument("out", type=Path, help=".safetensors file to write")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    try:
+        report = train_teacher(options.scenes, options.out, options.steps, True, options.seed)
+    except InputError as error:
+        parser.exit(error.exit_status, f"{error}\n")
+    print(
+        f"{report.test_accuracy:.1%} of the test scenes right after {report.seconds:.0f} s of training "
+        f"({report.images_per_s:.0f} images/s): {report.checkpoint}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,11 @@
 """Scenes for the demo: textured objects on a cluttered background, with the true class of every pixel kept aside.
 
-The class is the texture alone; shape, colour, size, place and direction are nuisance. A scene holds two or three objects of
-different classes, one of them `LARGEST` times the size of the others, and that one's class is the image's label.
+The class is the texture alone; shape, colour, scale, place and direction are nuisance. A scene holds two or three
+objects of different classes, one of them `LARGEST` times the size of the others; its class is the image's label.
 
-    OUT/train/<class>/<name>.jpg    OUT/truth/train/<class>/<name>.png     one byte per pixel: class id, 255 is background
+    OUT/train/<class>/<name>.jpg    OUT/truth/train/<class>/<name>.png    a byte per pixel: class id, 255 is background
     OUT/test/<class>/<name>.jpg     OUT/truth/test/<class>/<name>.png
-    OUT/classes.txt                 OUT/scenes.json                        the parameters, and whether all was written
+    OUT/classes.txt                 OUT/scenes.json                       the parameters, and whether all was written
 
     python -m scripts.scenes OUT --train 2000 --test 1000 --seed 0
 """
@@ -29,9 +29,13 @@ from labeler.errors import InputError
 
 SIDES = (72, 110)  # pixels, both ends included
 LARGEST = 1.45  # ratio of the sizes, a size being the square root of the area
-PERIOD = (8, 12)  # pixels from one element of a texture to the next, roughly
-SCRAPS = (14, 26)  # pieces of clutter
-GRAIN = 0.02  # spread of the noise of single pixels, in 0..1
+PERIOD = (8.5, 12)  # pixels from one element of a texture to the next, roughly
+UPRIGHT = np.radians(18)  # most textures lean no further than this ...
+TURNED = 0.3  # ... and this share lies in any direction
+LIGHT = 0.9  # share of the textures whose pattern is lighter than its ground
+CONTRAST = 0.35  # least difference in lightness, in 0..1, between the two
+SCRAPS = (10, 20)  # pieces of clutter
+GRAIN = 0.015  # spread of the noise of single pixels, in 0..1
 BACKGROUND = 255  # in the truth
 RENDERER = 1  # raise it with any change to the pictures: a stored set of another number is made anew
 SPLITS = ("train", "test")
@@ -68,8 +72,8 @@ class SceneSet:
             return np.asarray(picture)
 
 
-# Every texture takes coordinates in periods and answers in 0..1, `soft` being the width of a pixel in periods: edges are
-# ramps one pixel wide, so that nothing flickers with the direction.
+# Every texture takes coordinates in periods and answers in 0..1. `soft` is the width of a pixel in periods: edges are
+# ramps about one pixel wide, so that nothing flickers with the direction.
 
 
 def _ramp(distance: Plane, soft: float) -> Plane:
@@ -132,7 +136,7 @@ def _rings(u: Plane, v: Plane, soft: float) -> Plane:
 
 
 def _scales(u: Plane, v: Plane, soft: float) -> Plane:
-    """Rows of discs, each row lying half over the one before; only the rims are drawn."""
+    """Rows of discs, each half over the one before, that grow lighter towards their rims."""
     u, v, soft = u / 1.4, v / 1.4, soft / 1.4
     pattern = np.zeros_like(u)
     first = np.floor(v / 0.5)
@@ -140,7 +144,7 @@ def _scales(u: Plane, v: Plane, soft: float) -> Plane:
         du = u - 0.5 * (row % 2)
         radius = np.hypot(du - np.round(du), v - 0.5 * row)
         inside = _ramp(0.56 - radius, soft)
-        pattern = pattern * (1 - inside) + inside * _ramp(radius - 0.41, soft)
+        pattern = pattern * (1 - inside) + inside * np.clip(radius / 0.5, 0, 1) ** 3
     return pattern
 
 
@@ -172,7 +176,6 @@ COLOURS = (
 )
 PALETTE = np.array([[int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)] for colour in COLOURS.split()], np.float32)
 LIGHTNESS = PALETTE @ np.array([0.299, 0.587, 0.114], np.float32)
-CONTRAST = 0.3  # least difference in lightness between the two colours of a texture
 
 
 def render_scene(rng: np.random.Generator, label: int | None = None) -> Scene:
@@ -242,13 +245,16 @@ def _edge(rng: np.random.Generator) -> Callable[[Plane], Plane]:
 
 def _paint(rng: np.random.Generator, name: str, side: int) -> np.ndarray:
     """float32 [side, side, 3] in 0..1: a texture at a random scale, direction and place, in two colours that differ."""
-    period, turn, shift = rng.uniform(*PERIOD), rng.uniform(0, 2 * np.pi), rng.uniform(0, 10, 2)
+    turn = rng.uniform(-np.pi, np.pi) if rng.random() < TURNED else rng.uniform(-UPRIGHT, UPRIGHT)
+    period, shift = rng.uniform(*PERIOD), rng.uniform(0, 10, 2)
     y, x = np.mgrid[:side, :side].astype(np.float32) / np.float32(period)
     cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
     u, v = cos * x + sin * y + np.float32(shift[0]), cos * y - sin * x + np.float32(shift[1])
-    first = rng.integers(len(PALETTE))
-    second = rng.choice(np.flatnonzero(np.abs(LIGHTNESS - LIGHTNESS[first]) > CONTRAST))
-    return PALETTE[first] + TEXTURES[name](u, v, 1 / period)[..., None] * (PALETTE[second] - PALETTE[first])
+    one = rng.integers(len(PALETTE))
+    other = rng.choice(np.flatnonzero(np.abs(LIGHTNESS - LIGHTNESS[one]) > CONTRAST))
+    dark, light = sorted((one, other), key=LIGHTNESS.__getitem__)
+    ground, ink = (dark, light) if rng.random() < LIGHT else (light, dark)
+    return PALETTE[ground] + TEXTURES[name](u, v, 1 / period)[..., None] * (PALETTE[ink] - PALETTE[ground])
 
 
 def _noise(rng: np.random.Generator, height: int, width: int, cells: int) -> Plane:
@@ -290,7 +296,7 @@ def _scrap(rng: np.random.Generator, draw: ImageDraw.ImageDraw, fill: tuple[int,
 
 
 def cell_truth(truth: np.ndarray, grid: int | tuple[int, int]) -> np.ndarray:
-    """The class id that holds more than half of each cell's pixels, or -1 (background, mixed, or no pixel): int64 [H, W].
+    """The class id that fills more than half of each cell, or -1 (background, mixed, no pixel): int64 [H, W].
 
     The grid's cells are equal areas of the picture uint8 [h, w]; a pixel belongs to the cell that its centre lies in.
     """
@@ -367,7 +373,7 @@ def _write_scene(out: Path, seed: int, job: tuple[str, int]) -> None:
 
 
 def _recorded(out: Path) -> dict | None:
-    """What `out` says that it holds; a folder that holds something else is refused, for its content would be replaced."""
+    """What `out` says that it holds. A folder of other things is refused: some of them would be replaced."""
     try:
         return json.loads((out / "scenes.json").read_text())
     except FileNotFoundError:

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -39,8 +38,9 @@ def test_two_workers_label_what_one_process_labels(images, tmp_path, config, loc
 def test_errors_that_every_worker_would_meet_end_the_run_as_themselves(images, tmp_path, config, local_ray):
     with pytest.raises(TeacherError, match="no_such_function"):
         label_images(images, tmp_path / "a", on_ray(config, teacher=TeacherConfig("tiny:no_such_function")))
+    breaking = on_ray(config, teacher=TeacherConfig("tiny:teacher_that_breaks_the_store"))
     with pytest.raises(LabelingError, match="writing to the store"):
-        label_images(images, tmp_path / "b", on_ray(config, teacher=TeacherConfig("tiny:teacher_that_breaks_the_store")))
+        label_images(images, tmp_path / "b", breaking)
 
 
 def test_a_shard_over_which_workers_die_is_named_and_the_rest_is_labeled(images, tmp_path, config, local_ray):
@@ -55,8 +55,7 @@ def test_a_shard_over_which_workers_die_is_named_and_the_rest_is_labeled(images,
 
 def test_an_address_where_no_cluster_answers_is_one_line(images, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "labeler", "label", str(images), "--store", str(tmp_path / "labels"), "--quiet"]
-        + ["--teacher", "tiny:colour_teacher", "--workers", "1", "--ray-address", "127.0.0.1:1"],
+        command(images, tmp_path / "labels", "--workers", "1", "--ray-address", "127.0.0.1:1"),
         env={**os.environ, "PYTHONPATH": str(TESTS)},
         capture_output=True,
         text=True,

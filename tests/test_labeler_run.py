@@ -240,9 +240,10 @@ def test_a_full_disk_is_an_error_and_not_a_loss(images, tmp_path, config):
     """A real small file system, in a mount namespace of its own."""
     disk = tmp_path / "disk"
     disk.mkdir()
+    label = " ".join(command(images, disk / "labels", "--shard-size", "2"))
     script = (
-        f"mount -t tmpfs -o size=48k tmpfs {disk} && {' '.join(command(images, disk / 'labels', '--shard-size', '2'))}; "
-        f"echo status $?; ls -A {disk}/labels; cp -r {disk}/labels {tmp_path}/kept"
+        f"mount -t tmpfs -o size=48k tmpfs {disk} && {label}; echo status $?; "
+        f"ls -A {disk}/labels; cp -r {disk}/labels {tmp_path}/kept"
     )
     process = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script],
