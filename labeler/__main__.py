@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TokenLabelError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except Stopped:
         print("stopped; everything committed is kept, and the same command goes on from there", file=sys.stderr)
         return STOPPED

@@ -4,45 +4,29 @@ A classifier pools its last feature map and sends the result through its head. H
 itself, as if that location were the whole map. Three ways, the first that fits is taken:
 
 1. a module with its own `score_maps(images)` is used as it is;
-2. timm's protocol: `forward_features`, then every location through the module's own `forward_head`;
+2. timm's protocol: `forward_features`, then every location through the module's own `forward_head`
+   (`labeler.head_per_location`; torchvision's VisionTransformer goes the same way);
 3. any other module: the last global pooling of its forward pass is found by watching one pass, and is then replaced by
-   "every location is a batch item", so that the rest of the forward pass is the head.
+   "every location is a batch item", so that the rest of the forward pass is the head (`labeler.global_pooling`).
 
-Legend: B batch, C classes, H×W map grid, T = H·W tokens, D feature width, S side of the input, P prefix tokens.
+Legend: B batch, C classes, H×W map grid, T patch tokens, D feature width, S side of the square input.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from labeler.errors import TeacherError
+from labeler.global_pooling import POOLS, SPATIAL_CONV, PoolingReplaced, PoolWatcher, why_no_mean
+from labeler.head_per_location import GIVE_SCORE_MAPS, HeadPerLocation, HeadPerToken, TrainedTokenHead
 
-CHUNK_VALUES = 1 << 25
-GIVE_SCORE_MAPS = "Give the module a score_maps(images) method that returns logits [B, C, H, W]."
 CLASS_TOKEN = "the head reads the class token"
 CLASS_TOKEN_NOTE = "the head was trained on the class token only: its scores of patch tokens are a guess"
-
-POOLS = {"adaptive_avg_pool2d", "avg_pool2d", "adaptive_max_pool2d"}
-REDUCTIONS = {"mean", "amax"}
-AVERAGES = {"adaptive_avg_pool2d", "avg_pool2d", "mean"}
-SPATIAL_CONV, PRODUCT = "a convolution wider than 1×1", "a product of activations"
-SCALINGS = {"mul", "__mul__", "__rmul__", "div", "__truediv__"}
-# Calls through which the mean of the locations stays the mean; LOCAL_CALLS may come before the pooling only.
-AFFINE_CALLS = SCALINGS | {
-    "linear", "conv2d", "batch_norm", "dropout", "add", "__add__", "__radd__", "sub", "__sub__", "stack", "cat", "view",
-    "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "contiguous", "is_contiguous",
-    "to", "float", "type_as", "dim", "size", "__get__", "__getitem__", "__len__", "_assert",
-}  # fmt: skip
-LOCAL_CALLS = {
-    "relu", "relu_", "relu6", "gelu", "silu", "hardswish", "hardtanh", "sigmoid", "tanh", "layer_norm", "rms_norm",
-}  # fmt: skip
 
 
 class DenseMap(Protocol):
@@ -76,7 +60,7 @@ def dense_map(model: nn.Module, images: Tensor, name: str) -> tuple[DenseMap, De
         self_test = "not applicable: the module makes its own maps"
     else:
         _refuse_missing_head(model, name)
-        with _PoolWatcher() as watcher:
+        with PoolWatcher() as watcher:
             logits = _classifier_logits(model, images, name)
         if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
             dense, why_not = _from_head(model, images, name)
@@ -105,80 +89,8 @@ class OwnScoreMaps:
         self.features: Callable[[Tensor], Tensor] = model.score_maps
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] to logits [B, C, H, W]."""
         return self.features(images)
-
-
-class HeadPerLocation:
-    """timm: features of every kind, each location alone through `forward_head`.
-
-    layout  "NCHW" and "NHWC" features become 1×1 maps. Of "tokens" [B, P + T, D] the prefix is dropped, and each token
-            is repeated, so that the class token, the mean, the maximum and attention over the tokens are that token.
-    """
-
-    def __init__(self, model: Any, layout: str) -> None:
-        self.features: Callable[[Tensor], Tensor] = model.forward_features
-        self.head: Callable[[Tensor], Tensor] = model.forward_head
-        self.layout = layout
-        self.prefix: int | None = getattr(model, "num_prefix_tokens", None)
-        self.patch_grid: tuple[int, int] | None = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-        self.method = f"forward_head on every location of the {layout} features"
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.scores(self.features(images))
-
-    def scores(self, features: Tensor) -> Tensor:
-        """Logits [B, C, H, W] of features in this layout; `CHUNK_VALUES` of them go through the head at once."""
-        cells, grid = self.cells(features)
-        chunks = cells.split(max(1, CHUNK_VALUES // cells[0].numel()))
-        logits = torch.cat([self.head(chunk) for chunk in chunks])
-        return logits.unflatten(0, (len(features), *grid)).permute(0, 3, 1, 2)
-
-    def cells(self, features: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Every location as a batch item for the head: [B·H·W, D, 1, 1], [B·H·W, 1, 1, D] or [B·T, P + 1, D]."""
-        if self.layout == "tokens":
-            prefix, grid = _token_grid(features.shape[1], self.prefix, self.patch_grid)
-            tokens = features[:, prefix:].flatten(0, 1)
-            # Never fewer than two: some heads skip a class token that they do not declare.
-            return tokens[:, None].expand(-1, max(prefix, 1) + 1, -1), grid
-        if self.layout == "NHWC":
-            return features.flatten(0, 2)[:, None, None], (features.shape[1], features.shape[2])
-        return features.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None], (features.shape[2], features.shape[3])
-
-
-class HeadPerToken:
-    """A head that is a plain layer, on patch tokens [B, T, D]; `features` gives the tokens of images."""
-
-    method = "the class head on every patch token"
-
-    def __init__(self, features: Callable[[Tensor], Tensor], head: nn.Module) -> None:
-        self.features, self.head = features, head
-
-    def __call__(self, images: Tensor) -> Tensor:
-        tokens = self.features(images)
-        _, grid = _token_grid(tokens.shape[1], 0, None)
-        return self.head(tokens).unflatten(1, grid).permute(0, 3, 1, 2)
-
-
-class TrainedTokenHead(HeadPerToken):
-    """For networks that were themselves trained by token labeling: their auxiliary head knows patch tokens."""
-
-    method = "the auxiliary head on every patch token"
-
-
-class PoolingReplaced:
-    """Any module: its last global pooling hands on every location as a batch item of its own.
-
-    places  which of the global poolings of a forward pass to replace, counted from 0
-    """
-
-    def __init__(self, model: nn.Module, places: frozenset[int], pooling: str) -> None:
-        self.model, self.places = model, places
-        self.method = f"the module after its last {pooling}, on every location"
-
-    def __call__(self, images: Tensor) -> Tensor:
-        with _PoolWatcher(replace=self.places) as watcher:
-            logits = self.model(images)
-        return logits.unflatten(0, (len(images), *watcher.grid)).permute(0, 3, 1, 2)
 
 
 def _from_head(model: Any, images: Tensor, name: str) -> tuple[DenseMap, str | None]:
@@ -187,7 +99,7 @@ def _from_head(model: Any, images: Tensor, name: str) -> tuple[DenseMap, str | N
     if not isinstance(features, Tensor) or features.dim() not in (3, 4):
         expected = "forward_features to return [B, D, H, W], [B, H, W, D] or [B, T, D]"
         raise _refusal(name, "keeps no single map of features", _described(features), expected)
-    with _PoolWatcher() as watcher:
+    with PoolWatcher() as watcher:
         model.forward_head(features)
     first_pool = watcher.pools[0].at if watcher.pools else len(watcher.calls)
     if SPATIAL_CONV in watcher.calls[:first_pool]:
@@ -195,9 +107,12 @@ def _from_head(model: Any, images: Tensor, name: str) -> tuple[DenseMap, str | N
     if features.dim() == 3 and _has_auxiliary_head(model, features):
         return TrainedTokenHead(lambda x: model.forward_features(x)[:, 1:], model.aux_head), CLASS_TOKEN
     dense = _readable_layout(model, features, name)
+    if fault := dense.order_fault(features):
+        problem = "may keep its class token elsewhere than in front of the patch tokens, which would shift its maps"
+        raise _refusal(name, problem, fault, "a head that finds its prefix tokens in front")
     if dense.layout == "tokens" and getattr(model, "global_pool", None) == "token":
         return dense, CLASS_TOKEN
-    return dense, _why_no_mean(watcher, watcher.pools, before_counts=True)
+    return dense, why_no_mean(watcher, watcher.pools, before_counts=True)
 
 
 def _readable_layout(model: Any, features: Tensor, name: str) -> HeadPerLocation:
@@ -217,7 +132,7 @@ def _readable_layout(model: Any, features: Tensor, name: str) -> HeadPerLocation
 
 
 def _has_auxiliary_head(model: Any, tokens: Tensor) -> bool:
-    """Whether the output is the class head's plus half the largest token score, class token first."""
+    """Whether the output for tokens [B, 1 + T, D] is the class head's plus half the largest token score."""
     if not all(isinstance(getattr(model, part, None), nn.Linear) for part in ("head", "aux_head")):
         return False
     output = model.head(tokens[:, 0]) + 0.5 * model.aux_head(tokens[:, 1:]).amax(1)
@@ -228,6 +143,7 @@ def _from_torchvision_tokens(model: Any) -> HeadPerToken:
     """torchvision's VisionTransformer, whose forward pass keeps the class token only."""
 
     def tokens(images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] to patch tokens [B, T, D]."""
         patches = model._process_input(images)
         class_token = model.class_token.expand(len(images), -1, -1)
         return model.encoder(torch.cat([class_token, patches], dim=1))[:, 1:]
@@ -235,20 +151,21 @@ def _from_torchvision_tokens(model: Any) -> HeadPerToken:
     return HeadPerToken(tokens, model.heads)
 
 
-def _from_pooling(model: nn.Module, watcher: _PoolWatcher, name: str) -> tuple[DenseMap, str | None]:
+def _from_pooling(model: nn.Module, watcher: PoolWatcher, name: str) -> tuple[DenseMap, str | None]:
+    """The map of a module whose pass was watched, and why its mean need not be the output (None: it must be)."""
     if not watcher.pools:
         problem = "has no global pooling to take apart (it reads a class token, or flattens a grid)"
         raise _refusal(name, problem, None, "an average or maximum over the whole map before the head")
     last = watcher.pools[-1]
     places = [place for place, pool in enumerate(watcher.pools) if pool.source is last.source]
-    if mixing := {SPATIAL_CONV, *POOLS}.intersection(watcher.calls[last.at + 1 :]):
-        got = f"{mixing.pop()} after it"
-        raise _refusal(name, "pools the whole map before it comes to its head", got, "a head on single locations")
+    if mixing := next((call for call in watcher.calls[last.at + 1 :] if call in {SPATIAL_CONV, *POOLS}), None):
+        problem = "pools the whole map before it comes to its head"
+        raise _refusal(name, problem, f"{mixing} after it", "a head on single locations")
     dense = PoolingReplaced(model, frozenset(places), last.name)
-    return dense, _why_no_mean(watcher, [watcher.pools[place] for place in places], before_counts=False)
+    return dense, why_no_mean(watcher, [watcher.pools[place] for place in places], before_counts=False)
 
 
-def _why_no_mean(watcher: _PoolWatcher, pools: list[_Pool], before_counts: bool) -> str | None:
+def why_no_mean(watcher: PoolWatcher, pools: list[_Pool], before_counts: bool) -> str | None:
     """None where average pooling meets a linear head, so that the mean of the map is the output; or what is between."""
     if len(pools) != 1 or pools[0].name not in AVERAGES:
         return "the head pools by " + (" and ".join(pool.name for pool in pools) or "other means than an average")
@@ -265,6 +182,7 @@ def _why_no_mean(watcher: _PoolWatcher, pools: list[_Pool], before_counts: bool)
 
 
 def _self_test(maps: Tensor, logits: Tensor, why_not: str | None, name: str) -> str:
+    """How maps [B, C, H, W] and the classifier's logits [B, C] agree; a refusal where they must and do not."""
     difference = float((maps.mean((2, 3)) - logits).abs().max() / logits.abs().max().clamp(min=1e-12))
     if why_not:
         return f"not applicable: {why_not}, measured difference {difference:.0e}"
@@ -277,6 +195,7 @@ def _self_test(maps: Tensor, logits: Tensor, why_not: str | None, name: str) -> 
 
 
 def _classifier_logits(model: nn.Module, images: Tensor, name: str) -> Tensor:
+    """The module's own output [B, C] for images [B, 3, S, S]."""
     try:
         logits = model(images)
     except Exception as error:
@@ -289,7 +208,7 @@ def _classifier_logits(model: nn.Module, images: Tensor, name: str) -> Tensor:
 
 
 def _tried(dense: DenseMap, images: Tensor, name: str) -> Tensor:
-    """The maps of `images`, or why they are none."""
+    """The maps [B, C, H, W] of images [B, 3, S, S]; a refusal where they are none."""
     try:
         maps = dense(images)
     except TeacherError:
@@ -313,21 +232,6 @@ def _refuse_missing_head(model: Any, name: str) -> None:
         raise _refusal(name, "has no classification head", "features only", "logits of classes", remedy)
 
 
-def _token_grid(count: int, prefix: int | None, patch_grid: tuple[int, int] | None) -> tuple[int, tuple[int, int]]:
-    """Number of prefix tokens and the grid of the others; an undeclared prefix is what makes the rest a grid."""
-    for skipped in (0, 1, 2) if prefix is None else (prefix,):
-        rest = count - skipped
-        if patch_grid is not None and math.prod(patch_grid) == rest:
-            return skipped, (patch_grid[0], patch_grid[1])
-        side = math.isqrt(max(rest, 0))
-        if side > 1 and side * side == rest:
-            return skipped, (side, side)
-    got = f"{count} tokens" + (f" with {prefix} in front of them" if prefix else "")
-    raise TeacherError(
-        "the teacher's tokens make no grid", got=got, expected="a token per patch", remedy=GIVE_SCORE_MAPS
-    )
-
-
 def _refusal(
     name: str, problem: str, got: str | None = None, expected: str | None = None, remedy: str = GIVE_SCORE_MAPS
 ) -> TeacherError:
@@ -341,68 +245,3 @@ def _described(output: object) -> str:
 def first_line(error: BaseException) -> str:
     """What an exception says, short enough for one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
-
-
-@dataclass(frozen=True)
-class _Pool:
-    """One global pooling of a pass: its place among all calls, its name and what it pooled."""
-
-    at: int
-    name: str
-    source: Tensor
-
-
-class _PoolWatcher(TorchFunctionMode):
-    """Lists the calls and the global poolings of a pass, or replaces some of the poolings by their single locations."""
-
-    def __init__(self, replace: frozenset[int] = frozenset()) -> None:
-        super().__init__()
-        self.replace = replace
-        self.calls: list[str] = []
-        self.pools: list[_Pool] = []
-        self.seen = 0
-        self.grid = (0, 0)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "?")
-        cells = _pooled_cells(name, args, kwargs or {}, out)
-        if not self.replace:
-            if cells is not None:
-                self.pools.append(_Pool(len(self.calls), name, args[0]))
-            self.calls.append(_kind(name, args))
-        elif cells is not None:
-            self.seen += 1
-            if self.seen - 1 in self.replace:
-                self.grid = (cells.shape[1], cells.shape[2])
-                return cells.reshape(-1, *out.shape[1:])
-        return out
-
-
-def _pooled_cells(name: str, args: Any, kwargs: dict[str, Any], out: Any) -> Tensor | None:
-    """The locations [B, H, W, D] that a call pooled into one, or None if it is no global pooling."""
-    source = args[0] if args else None
-    if not isinstance(source, Tensor) or not isinstance(out, Tensor):
-        return None
-    if name in POOLS and source.dim() == 4 and out.shape[2:] == (1, 1):
-        kernel = kwargs.get("kernel_size", args[1] if len(args) > 1 else None)
-        whole = name != "avg_pool2d" or kernel in (source.shape[2], tuple(source.shape[2:]), list(source.shape[2:]))
-        return source.permute(0, 2, 3, 1) if whole else None
-    if name not in REDUCTIONS or source.dim() not in (3, 4):
-        return None
-    given = kwargs.get("dim", args[1] if len(args) > 1 else ())
-    axes = sorted(axis % source.dim() for axis in ([given] if isinstance(given, int) else given or ()))
-    if source.dim() == 4:
-        return source if axes == [1, 2] else source.permute(0, 2, 3, 1) if axes == [2, 3] else None
-    tokens = source if axes == [1] else source.transpose(1, 2) if axes == [2] else None
-    side = math.isqrt(tokens.shape[1]) if tokens is not None else 0
-    return tokens.unflatten(1, (side, side)) if tokens is not None and side * side == tokens.shape[1] else None
-
-
-def _kind(name: str, args: Any) -> str:
-    """The name of a call; products of two activations and wide convolutions get names of their own."""
-    if name == "conv2d" and tuple(args[1].shape[-2:]) != (1, 1):
-        return SPATIAL_CONV
-    if name in SCALINGS and all(isinstance(arg, Tensor) and not isinstance(arg, nn.Parameter) for arg in args[:2]):
-        return PRODUCT
-    return name

@@ -111,7 +111,11 @@ def _walk(root: Path) -> Iterator[tuple[os.DirEntry, str]]:
     pending = [("", str(root))]
     while pending:
         prefix, folder = pending.pop()
-        with os.scandir(folder) as entries:
+        try:
+            entries = os.scandir(folder)
+        except OSError as error:
+            raise InputError(f"the folder {folder!r} cannot be listed", got=error.strerror) from None
+        with entries:
             for entry in entries:
                 relative = f"{prefix}{entry.name}"
                 if entry.is_dir(follow_symlinks=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from labeler.shard_file import ShardRows, build_shard, build_view, class_dtype
 
 VIEW_FILE = "labels.h5"
 QUARANTINE_FILE = "quarantine.jsonl"
+CANNOT_WRITE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
 
 log = logging.getLogger("labeler")
 
@@ -49,9 +51,9 @@ def begin_store(store: Path, plan: Plan) -> Plan:
                 return plan
             found = load_plan(store)
             assert found is not None
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InputError(f"the store {str(store)!r} cannot be written", got=error.strerror) from None
     except OSError as error:
+        if error.errno in CANNOT_WRITE:
+            raise InputError(f"the store {str(store)!r} cannot be written", got=error.strerror) from None
         raise disk_error(store, error) from None
     refuse_other_settings(store, found, plan)
     return found

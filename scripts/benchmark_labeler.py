@@ -2,9 +2,9 @@
 
     python -m scripts.benchmark_labeler IMAGES [--copies 4] [--repeats 3] [--device cpu] [--json]
 
-IMAGES is a folder of photographs, of which `--copies` copies are labeled by ResNet-18 at 224 with random weights. The rival
-is that network's plain forward pass, `model(x)`, on resident tensors with all cores, in channels-last layout (the faster
-one here), in batches of the same size. Both alternate; labeling is timed from the first worker's readiness on.
+IMAGES is a folder of photographs, of which `--copies` copies are labeled by ResNet-18 at 224 with random weights. The
+rival is that network's plain forward pass, `model(x)`, on resident tensors with all cores, in channels-last layout (the
+faster one here), in batches of the same size. Both alternate; labeling is timed from the first worker's readiness on.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def bare_forward(device: str, seconds: float) -> float:
 def labeling(images: Path, workers: int, device: str) -> float:
     """Images per second of a whole labeling run into a new store."""
     with tempfile.TemporaryDirectory() as folder:
-        config = LabelerConfig(TEACHER, workers=workers, device=device, batch_size=BATCH, shard_size=BATCH, progress=False)
+        size = {"batch_size": BATCH, "shard_size": BATCH}
+        config = LabelerConfig(TEACHER, workers=workers, device=device, progress=False, **size)
         return label_images(images, Path(folder) / "labels", config).images_per_s
 
 

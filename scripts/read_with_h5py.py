@@ -1,0 +1,46 @@
+"""Read one image's labels with h5py and numpy alone, as a project would that does not install this package.
+
+    python scripts/read_with_h5py.py STORE [KEY]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+
+def read_row(store: Path, key: str | None) -> tuple[str, np.ndarray, np.ndarray, list[str]]:
+    """(key, class ids [P], probabilities [P, H, W], class names) of one image; the first one where `key` is None."""
+    with h5py.File(store / "labels.h5") as file:
+        keys = file["key"][:]
+        row = 0 if key is None else int(np.searchsorted(keys, key.encode()))
+        if row == len(keys) or (key is not None and keys[row] != key.encode()):
+            raise KeyError(f"{key!r} is not in {store}")
+        classes, scores = file["classes"][row], file["scores"][row]
+        background = file["background"][row] if "background" in file else np.zeros(scores.shape[1:])
+        if "code_values" in file:
+            codes = file["code_values"][:]
+            scores, background = codes[scores], codes[background]
+        names, count = json.loads(file.attrs["class_names"]), int(file.attrs["num_classes"])
+    used = classes != np.iinfo(classes.dtype).max
+    weights = np.exp(scores[used].astype(np.float64))
+    total = weights.sum(0) + (count - used.sum()) * np.exp(background.astype(np.float64))
+    return keys[row].decode(), classes[used], weights / total, names
+
+
+def main() -> None:
+    if len(sys.argv) not in (2, 3):
+        raise SystemExit(__doc__)
+    key, classes, p, names = read_row(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) == 3 else None)
+    print(f"{key}: {p.shape[1]}×{p.shape[2]} cells")
+    for number, plane in zip(classes.tolist(), p, strict=True):
+        name = names[number] if names else f"class {number}"
+        print(f"{name:>24} {plane.mean():7.2%}  surest at cell {np.unravel_index(plane.argmax(), plane.shape)}")
+
+
+if __name__ == "__main__":
+    main()
