@@ -63,7 +63,7 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
 
 
 def classes_in(state: dict[str, Tensor] | None, classifiers: str | tuple[str, ...]) -> int | None:
-    """Rows of the last weight of the classifier in a checkpoint."""
+    """C, the rows of the last weight [C, D] of the classifier in a checkpoint, if it has one."""
     heads = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
     named = sorted((name, weight) for name, weight in (state or {}).items() if name.startswith(heads))
     rows = [weight.shape[0] for name, weight in named if name.endswith(".weight") and weight.dim() > 1]
@@ -103,7 +103,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """Libraries that fetch weights with a plain torch.load may not unpickle code either."""
+    """While it is open, a library's plain torch.load of fetched weights may not unpickle code either."""
     saved = {name: os.environ.pop(name, None) for name in (FORCE_SAFE, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")}
     os.environ[FORCE_SAFE] = "1"
     try:

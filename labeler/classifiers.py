@@ -20,16 +20,20 @@ from torch import Tensor, nn
 
 from labeler.checkpoints import classes_in, load_weights, read_checkpoint, weights_only
 from labeler.config import TeacherConfig
-from labeler.dense_maps import first_line
+from labeler.dense_maps import HEADS, first_line
 from labeler.errors import TeacherError
 
-TORCHVISION_HEADS = ("fc", "classifier", "head", "heads")
 NO_WEIGHTS_REMEDY = "Give --checkpoint FILE, or --random-weights to try the machinery."
 
 
-@dataclass
+@dataclass(frozen=True)
 class Classifier:
-    """A network with its weights, and how its images are to be prepared."""
+    """A network with its weights, and how its images are to be prepared.
+
+    input_size  S, where the settings give none
+    crop_pct    side of the network's own evaluation crop as a share of the resized picture's shorter side
+    notes       what a user must know
+    """
 
     model: nn.Module
     input_size: int = 224
@@ -37,10 +41,11 @@ class Classifier:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
-    notes: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
 
 def build_classifier(config: TeacherConfig) -> Classifier:
+    """The configured network on the CPU, with its weights."""
     source, _, name = config.name.rpartition(":")
     state = read_checkpoint(config.checkpoint) if config.checkpoint else None
     if source in ("", "timm"):
@@ -57,12 +62,12 @@ def _from_timm(name: str, config: TeacherConfig, state: dict[str, Tensor] | None
         raise _unknown_name("timm", name, timm.list_models())
     try:
         published = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    except (RuntimeError, KeyError):
+    except RuntimeError:
         raise _unknown_name("timm", name, timm.list_pretrained(name.split(".")[0] + "*")) from None
-    classifier = (published.classifier if published else None) or TORCHVISION_HEADS
-    arguments: dict[str, Any] = {"num_classes": config.num_classes or classes_in(state, classifier)}
+    num_classes = config.num_classes or classes_in(state, published.classifier or HEADS)
+    arguments: dict[str, Any] = {"num_classes": num_classes}
     if state is None and not config.random_weights:
-        _refuse_other_head(name, config.num_classes, published.num_classes if published else None)
+        _refuse_other_head(name, config.num_classes, published.num_classes)
         arguments["pretrained"] = True
     model = _create(timm.create_model, arguments, "img_size", config.input_size, name)
     if state is not None:
@@ -91,7 +96,7 @@ def _from_torchvision(name: str, config: TeacherConfig, state: dict[str, Tensor]
     if state is None and not config.random_weights:
         _refuse_other_head(config.name, config.num_classes, len(weights.meta["categories"]))
         arguments["weights"] = weights
-    elif num_classes := config.num_classes or classes_in(state, TORCHVISION_HEADS):
+    elif num_classes := config.num_classes or classes_in(state, HEADS):
         arguments["num_classes"] = num_classes
     model = _create(models.get_model, arguments, "image_size", size, name)
     if state is not None:
@@ -123,7 +128,7 @@ def _from_function(module: str, function: str, config: TeacherConfig, state: dic
         published = published if isinstance(published, Mapping) else asdict(published)
         return Classifier(model, **_timm_preprocessing(published))
     note = "the module says nothing of its preprocessing: ImageNet's mean and std and 224 pixels unless given"
-    return Classifier(model, notes=[note])
+    return Classifier(model, notes=(note,))
 
 
 def _create(factory: Callable[..., Any], arguments: dict[str, Any], size_name: str, size: int | None, name: str) -> Any:
@@ -145,10 +150,10 @@ def _create(factory: Callable[..., Any], arguments: dict[str, Any], size_name: s
         raise TeacherError(f"teacher {name} cannot be built", got=got, remedy="Check --input-size.") from error
 
 
-def _refuse_other_head(name: str, wanted: int | None, published: int | None) -> None:
+def _refuse_other_head(name: str, wanted: int | None, published: int) -> None:
     if published == 0:
         raise TeacherError(f"{name} is published without a classification head", remedy=NO_WEIGHTS_REMEDY)
-    if wanted is not None and published is not None and wanted != published:
+    if wanted is not None and wanted != published:
         raise TeacherError(
             f"the pretrained head of {name} has another number of classes", got=f"--num-classes {wanted}",
             expected=published, remedy="Give --checkpoint FILE with weights that were trained on your classes.",

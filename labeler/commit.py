@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,7 @@ def publish_shard(store: Path, stem: str, data: bytes, fields: Mapping[str, Any]
     path = store / f"{stem}.{digest[:12]}.h5"
     marker = Marker(file=path.name, size=len(data), sha256=digest, **fields)
     marker_path = store / f"{stem}.json"
-    try:
-        replace_file(path, data)
-    except FileNotFoundError:
-        if marker_path.exists():  # a finished run swept our temporary file away
-            return False
-        raise
+    replace_file(path, data)
     if publish_exclusively(marker_path, _sealed(asdict(marker))):
         return True
     if json.loads(marker_path.read_bytes())["file"] != path.name:
@@ -67,20 +62,13 @@ def publish_shard(store: Path, stem: str, data: bytes, fields: Mapping[str, Any]
 
 def replace_file(path: Path, data: bytes) -> None:
     """`path` becomes `data`, or stays as it was; durable on return."""
-    temporary = _write_temporary(path, data)
-    try:
-        os.rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    _publish(path, data, os.rename)
 
 
 def publish_exclusively(path: Path, data: bytes) -> bool:
     """`path` becomes `data` unless it exists; durable on return. False where it existed."""
-    temporary = _write_temporary(path, data)
     try:
-        os.link(temporary, path)
+        _publish(path, data, os.link)
     except FileExistsError:
         return False
     except OSError as error:
@@ -90,10 +78,22 @@ def publish_exclusively(path: Path, data: bytes) -> bool:
                 remedy="Choose a folder on another file system for the store.",
             ) from None
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
     return True
+
+
+def _publish(path: Path, data: bytes, give_name: Callable[[Path, Path], None]) -> None:
+    for last in (False, False, True):
+        temporary = _write_temporary(path, data)
+        try:
+            give_name(temporary, path)
+            break
+        except FileNotFoundError:
+            # Another run on this store has just finished and swept the folder: write it again.
+            if last:
+                raise
+        finally:
+            temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def _write_temporary(path: Path, data: bytes) -> Path:

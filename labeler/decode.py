@@ -1,20 +1,40 @@
-"""Encoded images to the teacher's square input: what a decoder returns, which part it shows, and the choice of one.
+"""Encoded images to the teacher's square input: what a decoder gets, what it returns, and what it shows of an image.
 
 Legend: B images; S side of the teacher's square input.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from labeler.errors import InputError
-
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """What every decoder needs to know.
+
+    size            S
+    view, crop_pct  see `teacher_region`
+    interpolation   "bilinear", "bicubic", …
+    orientation     "exif": turn images as their EXIF tag says; "ignore": do not
+    batch_size      most images at once
+    threads         CPU threads
+    device          "cpu" or "cuda…"
+    """
+
+    size: int
+    view: str = "full"
+    crop_pct: float = 1.0
+    interpolation: str = "bilinear"
+    orientation: str = "exif"
+    batch_size: int = 32
+    threads: int = 1
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -50,31 +70,3 @@ def teacher_region(height: int, width: int, view: str, crop_pct: float) -> tuple
     side = min(height, width) * crop_pct
     y, x = side / height / 2, side / width / 2
     return 0.5 - y, 0.5 - x, 0.5 + y, 0.5 + x
-
-
-def create_decoder(
-    name: str,
-    *,
-    size: int,
-    view: str,
-    crop_pct: float,
-    interpolation: str,
-    orientation: str,
-    batch_size: int,
-    threads: int,
-    device: str,
-) -> Decoder:
-    """`name` is "dali", "pil" or "auto": DALI where it is installed."""
-    if name == "auto":
-        name = "dali" if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali") else "pil"
-    if name == "pil":
-        from labeler.decode_reference import ReferenceDecoder
-
-        return ReferenceDecoder(size, view, crop_pct, interpolation, orientation)
-    try:
-        from labeler.decode_dali import DaliDecoder
-    except ImportError as error:
-        raise InputError(
-            "DALI cannot be imported", got=str(error), remedy="Install it, or use --decoder pil."
-        ) from None
-    return DaliDecoder(size, view, crop_pct, interpolation, orientation, batch_size, threads, device)

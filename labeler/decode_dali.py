@@ -13,7 +13,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 
-from labeler.decode import Decoded
+from labeler.decode import Decoded, DecodeSettings
 
 INTERPOLATIONS = {
     "bicubic": types.INTERP_CUBIC,
@@ -24,16 +24,22 @@ INTERPOLATIONS = {
 
 
 @pipeline_def
-def _teacher_input(size: int, view: str, crop_pct: float, interpolation: str, orientation: str, decoder: str) -> Any:
+def _teacher_input(settings: DecodeSettings) -> Any:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-    images = fn.decoders.image(encoded, device=decoder, output_type=types.RGB, adjust_orientation=orientation == "exif")
+    images = fn.decoders.image(
+        encoded,
+        device="mixed" if settings.device.startswith("cuda") else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=settings.orientation == "exif",
+    )
     sizes = images.shape()[:2]
     window = {}
-    if view == "center":
+    if settings.view == "center":
         extent = fn.cast(sizes, dtype=types.FLOAT)
-        side = dali_math.min(extent[0], extent[1]) * crop_pct
+        side = dali_math.min(extent[0], extent[1]) * settings.crop_pct
         window = {"roi_start": (extent - side) / 2, "roi_end": (extent + side) / 2}
-    resized = fn.resize(images, size=[size, size], interp_type=INTERPOLATIONS[interpolation], antialias=True, **window)
+    method = INTERPOLATIONS.get(settings.interpolation, types.INTERP_CUBIC)
+    resized = fn.resize(images, size=[settings.size, settings.size], interp_type=method, antialias=True, **window)
     return resized, sizes
 
 
@@ -46,31 +52,8 @@ class DaliDecoder:
 
     name = "dali"
 
-    def __init__(
-        self,
-        size: int,
-        view: str,
-        crop_pct: float,
-        interpolation: str,
-        orientation: str,
-        batch_size: int,
-        threads: int,
-        device: str,
-    ) -> None:
-        on_gpu = device.startswith("cuda")
-        self._settings = {
-            "size": size,
-            "view": view,
-            "crop_pct": crop_pct,
-            "interpolation": interpolation if interpolation in INTERPOLATIONS else "bicubic",
-            "orientation": orientation,
-            "decoder": "mixed" if on_gpu else "cpu",
-            "batch_size": batch_size,
-            "num_threads": threads,
-            "device_id": torch.cuda.current_device() if on_gpu else None,
-            "prefetch_queue_depth": 1,
-        }
-        self._size = size
+    def __init__(self, settings: DecodeSettings) -> None:
+        self.settings = settings
         self._pipeline: Any = None
 
     def __call__(self, encoded: list[bytes]) -> Decoded:
@@ -86,16 +69,15 @@ class DaliDecoder:
                     kept.append(i)
                 except RuntimeError as error:
                     failures[i] = _reason(data, error)
-            pixels = torch.cat([p for p, _ in parts]) if parts else torch.zeros(0, self._size, self._size, 3).byte()
-            sizes = np.concatenate([s for _, s in parts]) if parts else np.zeros((0, 2), np.int64)
+            columns = list(zip(*(parts or [self._nothing()]), strict=True))
+            pixels, sizes = torch.cat(columns[0]), np.concatenate(columns[1])
         return Decoded(pixels, sizes, kept, failures)
 
     def _run(self, encoded: list[bytes]) -> tuple[torch.Tensor, np.ndarray]:
         if not encoded:
-            return torch.zeros(0, self._size, self._size, 3).byte(), np.zeros((0, 2), np.int64)
+            return self._nothing()
         if self._pipeline is None:
-            self._pipeline = _teacher_input(**self._settings)
-            self._pipeline.build()
+            self._pipeline = self._build()
         pipeline = self._pipeline
         try:
             pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
@@ -106,6 +88,21 @@ class DaliDecoder:
         # The buffers are DALI's and are written again by the next run.
         pixels = torch.from_dlpack(resized.as_tensor()).clone()
         return pixels, np.array(sizes.as_array(), np.int64)
+
+    def _build(self) -> Any:
+        wanted = self.settings
+        pipeline = _teacher_input(
+            wanted,
+            batch_size=wanted.batch_size,
+            num_threads=wanted.threads,
+            device_id=torch.cuda.current_device() if wanted.device.startswith("cuda") else None,
+            prefetch_queue_depth=1,
+        )
+        pipeline.build()
+        return pipeline
+
+    def _nothing(self) -> tuple[torch.Tensor, np.ndarray]:
+        return torch.zeros(0, self.settings.size, self.settings.size, 3).byte(), np.zeros((0, 2), np.int64)
 
 
 def _reason(data: bytes, error: RuntimeError) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from labeler.decode import Decoded, teacher_region
+from labeler.decode import Decoded, DecodeSettings, teacher_region
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,28 +22,28 @@ class ReferenceDecoder:
 
     name = "pil"
 
-    def __init__(self, size: int, view: str, crop_pct: float, interpolation: str, orientation: str) -> None:
-        self.size, self.view, self.crop_pct = size, view, crop_pct
-        self.interpolation, self.orientation = interpolation, orientation
+    def __init__(self, settings: DecodeSettings) -> None:
+        self.settings = settings
 
     def __call__(self, encoded: list[bytes]) -> Decoded:
         from PIL import Image
 
+        wanted = self.settings
+        method = Image.Resampling[wanted.interpolation.upper()]
         pixels, sizes, failures, kept = [], [], {}, []
         for i, data in enumerate(encoded):
             try:
-                image = open_rgb(data, self.orientation)
+                image = open_rgb(data, wanted.orientation)
             except Exception as error:  # PIL's decoders raise many types
                 failures[i] = f"cannot be decoded: {error}"
                 continue
             height, width = image.height, image.width
-            y0, x0, y1, x1 = teacher_region(height, width, self.view, self.crop_pct)
+            y0, x0, y1, x1 = teacher_region(height, width, wanted.view, wanted.crop_pct)
             box = (x0 * width, y0 * height, x1 * width, y1 * height)
-            method = Image.Resampling[self.interpolation.upper()]
-            pixels.append(np.asarray(image.resize((self.size, self.size), method, box=box)))
+            pixels.append(np.asarray(image.resize((wanted.size, wanted.size), method, box=box)))
             sizes.append((height, width))
             kept.append(i)
-        stack = np.stack(pixels) if pixels else np.zeros((0, self.size, self.size, 3), np.uint8)
+        stack = np.stack(pixels) if pixels else np.zeros((0, wanted.size, wanted.size, 3), np.uint8)
         return Decoded(torch.from_numpy(stack), np.array(sizes, np.int64).reshape(-1, 2), kept, failures)
 
 

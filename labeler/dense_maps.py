@@ -25,6 +25,7 @@ from labeler.errors import TeacherError
 from labeler.global_pooling import POOLS, SPATIAL_CONV, PoolingReplaced, PoolWatcher, why_no_mean
 from labeler.head_per_location import GIVE_SCORE_MAPS, HeadPerLocation, HeadPerToken, TrainedTokenHead
 
+HEADS = ("fc", "classifier", "head", "heads")
 CLASS_TOKEN = "the head reads the class token"
 CLASS_TOKEN_NOTE = "the head was trained on the class token only: its scores of patch tokens are a guess"
 
@@ -165,22 +166,6 @@ def _from_pooling(model: nn.Module, watcher: PoolWatcher, name: str) -> tuple[De
     return dense, why_no_mean(watcher, [watcher.pools[place] for place in places], before_counts=False)
 
 
-def why_no_mean(watcher: PoolWatcher, pools: list[_Pool], before_counts: bool) -> str | None:
-    """None where average pooling meets a linear head, so that the mean of the map is the output; or what is between."""
-    if len(pools) != 1 or pools[0].name not in AVERAGES:
-        return "the head pools by " + (" and ".join(pool.name for pool in pools) or "other means than an average")
-    before, after = watcher.calls[: pools[0].at], watcher.calls[pools[0].at + 1 :]
-    if between := next((call for call in after if call not in AFFINE_CALLS), None):
-        return f"{between} comes between the pooling and the logits"
-    if (
-        mixing := next((call for call in before if call not in AFFINE_CALLS | LOCAL_CALLS), None)
-        if before_counts
-        else None
-    ):
-        return f"{mixing} comes before the pooling"
-    return None
-
-
 def _self_test(maps: Tensor, logits: Tensor, why_not: str | None, name: str) -> str:
     """How maps [B, C, H, W] and the classifier's logits [B, C] agree; a refusal where they must and do not."""
     difference = float((maps.mean((2, 3)) - logits).abs().max() / logits.abs().max().clamp(min=1e-12))
@@ -226,7 +211,7 @@ def _refuse_missing_head(model: Any, name: str) -> None:
     if hasattr(model, "get_classifier"):
         heads = [model.get_classifier()]
     else:
-        heads = [getattr(model, part, None) for part in ("fc", "classifier", "head", "heads")]
+        heads = [getattr(model, part, None) for part in HEADS]
     if getattr(model, "num_classes", None) == 0 or any(isinstance(head, nn.Identity) for head in heads):
         remedy = "Choose a classifier, or give --checkpoint with a trained head."
         raise _refusal(name, "has no classification head", "features only", "logits of classes", remedy)

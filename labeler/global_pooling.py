@@ -1,4 +1,4 @@
-"""Global poolings of a network's forward pass: found by watching the calls, replaced by "every location is a batch item".
+"""Global poolings of a forward pass: found by watching its calls, replaced by "every location is a batch item".
 
 A `TorchFunctionMode` sees every torch function that a module calls, whatever the module is made of. `PoolWatcher` lists
 the calls and the global poolings among them; `PoolingReplaced` lets a pooling hand on all that it would have pooled, so
@@ -60,7 +60,7 @@ class PoolWatcher(TorchFunctionMode):
 
 
 class _PoolReplacer(TorchFunctionMode):
-    """Replaces the global poolings of a pass whose number, counted from 0, is in `places`; `grid` is H, W of the last."""
+    """Replaces those global poolings of a pass that are in `places`, counted from 0; `grid` is H, W of the last."""
 
     def __init__(self, places: frozenset[int]) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def _pooled_cells(name: str, args: Any, kwargs: dict[str, Any], out: Any) -> Ten
 
 
 def _reduced_cells(source: Tensor, axes: list[int]) -> Tensor | None:
-    """[B, H, W, D] of [B, H, W, D], [B, D, H, W], [B, T, D] or [B, D, T], where `axes` are all of the map; T is a square."""
+    """[B, H, W, D] of [B, H, W, D], [B, D, H, W], [B, T, D] or [B, D, T] if `axes` are the whole map; T is a square."""
     if source.dim() == 4:
         if axes == [1, 2]:
             return source

@@ -20,7 +20,8 @@ import torch
 
 from labeler.class_names import name_classes
 from labeler.config import LabelerConfig, TeacherConfig
-from labeler.decode import create_decoder, teacher_region
+from labeler.decode import DecodeSettings, teacher_region
+from labeler.decoders import create_decoder
 from labeler.errors import InputError
 from labeler.images import BadImage, ImageSet, find_images, refuse_other_images
 from labeler.plan import Plan, StoreMeta, load_plan
@@ -84,17 +85,8 @@ def import_token_label_files(
     plan = begin_store(path, _make_plan(found, grid, palette, num_classes, class_names, view, crop_pct))
     markers = committed_shards(path, plan)
     decoder_config = LabelerConfig(TeacherConfig("import"), orientation="ignore")
-    decode = create_decoder(
-        "auto",
-        size=8,
-        view="full",
-        crop_pct=1.0,
-        interpolation="nearest",
-        orientation="ignore",
-        batch_size=decoder_config.batch_size,
-        threads=2,
-        device="cpu",
-    )
+    # Decoded in full although only the size is kept: training trusts that every image of a store can be.
+    decode = create_decoder("auto", DecodeSettings(size=8, orientation="ignore", threads=2))
     todo = [shard for shard in range(plan.meta.shards) if shard not in markers]
     for shard in _bar(todo, "import", progress):
         task = make_task(plan, found, shard)

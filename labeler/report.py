@@ -1,71 +1,28 @@
-"""The report on a label store: figures from all rows and from a random sample, and one self-contained HTML page.
+"""The report on a label store: one self-contained HTML page of figures, pictures with their maps, and charts.
 
-Legend: n sampled rows; C classes; P palette size; H×W map grid.
+Legend: n sampled rows; P palette size; H×W map grid.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from labeler.commit import replace_file
 from labeler.errors import InputError
-from labeler.score_maps import ScoreMaps
+from labeler.images import image_path
+from labeler.report_charts import COLOURS, OTHER, bars, curve, heat_grid, histogram, lay_over, picture
+from labeler.report_figures import Sample, TruthCheck, check_truth, draw_sample
 from labeler.store import LabelStore
 
-NO_CLASS = 255  # in a truth picture: background
+PICTURES = 24
+PICTURE_SIDE = 170
+LEGEND = 4  # classes told apart on one picture
+QUARANTINE_SHOWN = 200
 
-
-@dataclass(frozen=True)
-class Sample:
-    """Random rows of a store as probabilities.
-
-    rows int64 [n], rising; p float32 [n, P, H, W]: palette probabilities, 0 in unused places; left float32 [n, H, W]:
-    probability of all other classes together; entropy float32 [n, H, W], nats; target int32 [n], −1 unknown
-    """
-
-    rows: np.ndarray
-    keys: list[str]
-    maps: ScoreMaps
-    p: np.ndarray
-    left: np.ndarray
-    entropy: np.ndarray
-    target: np.ndarray
-    image_size: np.ndarray
-
-    @cached_property
-    def top1(self) -> np.ndarray:
-        """int64 [n, H, W]: the class of each cell."""
-        return self.maps.top1()
-
-    @cached_property
-    def confidence(self) -> np.ndarray:
-        """float32 [n, H, W]: the probability of that class."""
-        return self.p.max(1)
-
-    @cached_property
-    def image_class(self) -> np.ndarray:
-        """int64 [n]: the class with the largest share of the whole map."""
-        return self.maps.classes[np.arange(len(self.rows)), self.p.mean((2, 3)).argmax(1)]
-
-
-@dataclass(frozen=True)
-class TruthCheck:
-    """How often the stored map names the true class of a cell, over cells that lie in one object by majority.
-
-    mirrored, transposed: the same with the map turned on purpose, which shows what a misaligned map would score
-    by_cell float64 [H, W]: the share that is right at each place of the grid, NaN where no cell could be judged
-    """
-
-    cells: int
-    images: int
-    right: float
-    mirrored: float
-    transposed: float | None
-    by_cell: np.ndarray
+STYLE = Path(__file__).with_name("report.css").read_text("utf-8")
 
 
 def write_report(
@@ -82,8 +39,6 @@ def write_report(
 
     Raises InputError where the store, the images or the truth cannot be read, or the page cannot be written.
     """
-    from labeler.report_page import render
-
     labels = LabelStore(store)
     if not len(labels):
         raise InputError(f"{str(store)!r} has no rows", remedy="See its quarantine.jsonl.")
@@ -98,78 +53,196 @@ def write_report(
     return checked
 
 
-def draw_sample(store: LabelStore, count: int, seed: int) -> Sample:
-    """At most `count` random rows, decoded."""
-    rows = np.sort(np.random.default_rng(seed).permutation(len(store))[:count])
-    maps = store.read(rows)
-    used = (maps.classes >= 0)[:, :, None, None]
-    # Scores are at most 0 in a logprob store; logits are shifted so that exp cannot overflow.
-    top = np.maximum(np.where(used, maps.scores, -np.inf).max(1), maps.background)
-    weights = np.where(used, np.exp(maps.scores - top[:, None]), 0)
-    others = (maps.num_classes - used.sum(1)) * np.exp(maps.background - top)
-    total = weights.sum(1) + others
-    p, left = weights / total[:, None], others / total
-    log_total = top + np.log(total)
-    entropy = log_total - (p * np.where(used, maps.scores, 0)).sum(1) - left * maps.background
-    return Sample(
-        rows,
-        [store.keys[row] for row in rows],
-        maps,
-        p.astype(np.float32),
-        left.astype(np.float32),
-        entropy.astype(np.float32),
-        store.column("target")[rows],
-        store.column("image_size")[rows].astype(np.int64),
-    )
+def render(store: LabelStore, sample: Sample, images: Path, truth: TruthCheck | None, title: str) -> str:
+    """The whole page as text."""
+    meta = store.meta
+    grid = "×".join(map(str, meta.grid))
+    teacher = meta.teacher
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">{len(store):,} images, maps of {grid} cells over {meta.num_classes:,} classes, at most '
+        f"{meta.palette} of them kept per image, by <b>{escape(str(teacher['name']))}</b>. Charts are drawn from "
+        f"{len(sample.rows):,} random rows; figures marked “all” from every row.</p>",
+        _cards(store, sample, truth),
+        *(f'<p class="note">{escape(note)}</p>' for note in teacher.get("notes", ())),
+        "<h2>What the teacher sees, and where</h2>",
+        '<p class="soft">Left the image, right its stored map: each cell in the colour of its most probable class, the '
+        "stronger the surer. Percentages are shares of the whole map’s probability.</p>",
+        f'<div class="maps">{_maps(store, sample, images)}</div>',
+        _truth_part(truth),
+        "<h2>How good the labels are</h2>",
+        f'<div class="charts">{_charts(store, sample)}</div>',
+        _agreement(store, sample),
+        _quarantine(store),
+        _settings(store),
+    ]
+    body = "\n".join(part for part in parts if part)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    head = f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head>'
+    return f"{head}<body><main>{body}</main></body></html>\n"
 
 
-def check_truth(sample: Sample, folder: Path) -> TruthCheck:
-    """Compare the sample's maps with pictures of true class ids, `folder`/<key with .png>, 255 for no class."""
-    from PIL import Image
+def class_name(store: LabelStore, number: int) -> str:
+    names = store.meta.class_names
+    return names[number] if 0 <= number < len(names) else f"class {number}"
 
-    height, width = sample.top1.shape[1:]
-    right, judged = np.zeros((height, width)), np.zeros((height, width))
-    mirrored = transposed = images = 0
-    for key, found, region in zip(sample.keys, sample.top1, sample.maps.region, strict=True):
-        path = folder / f"{key.rpartition('.')[0]}.png"
-        if not path.is_file():
+
+def _totals(store: LabelStore) -> dict[str, float]:
+    names = ("kl", "coverage", "entropy", "agree", "known")
+    return {name: sum(marker.stats.get(name, 0.0) for marker in store.markers) for name in names}
+
+
+def _cards(store: LabelStore, sample: Sample, truth: TruthCheck | None) -> str:
+    rows, totals = max(1, len(store)), _totals(store)
+    size = sum(file.stat().st_size for file in store.path.iterdir())
+    cards = [(f"{size / rows:,.0f} B", "per image, all files of the store counted")]
+    if store.meta.score_kind == "logprob":
+        cards += [
+            (f"{totals['kl'] / rows:.4f}", "nats lost per cell: KL from the teacher’s full softmax to the store, all"),
+            (f"{totals['coverage'] / rows:.1%}", "of the probability is in the palette, all"),
+        ]
+    if truth is not None:
+        cards.append((f"{truth.right:.1%}", f"of {truth.cells:,} object cells name the right class in the right place"))
+    if totals["known"]:
+        cards.append((f"{totals['agree'] / totals['known']:.1%}", "of images: the map’s class is the folder’s, all"))
+    cards += [
+        (f"{np.median(sample.confidence):.0%}", "median probability of a cell’s first class"),
+        (f"{len(store.quarantine):,}", "images in the quarantine"),
+    ]
+    return f'<div class="cards">{"".join(f"<div class=card><b>{a}</b><span>{b}</span></div>" for a, b in cards)}</div>'
+
+
+def _maps(store: LabelStore, sample: Sample, images: Path) -> str:
+    from labeler.decode_reference import open_rgb
+
+    chosen = np.random.default_rng(1).permutation(len(sample.rows))[:PICTURES]
+    found = []
+    for i in sorted(chosen.tolist()):
+        try:
+            image = open_rgb(image_path(images, sample.keys[i]).read_bytes(), store.meta.orientation)
+        except (OSError, ValueError) as error:
+            found.append(
+                f'<div class="map"><div class="name">{escape(sample.keys[i])}: {escape(str(error))}</div></div>'
+            )
             continue
-        true = cell_classes(np.asarray(Image.open(path)), region, (height, width))
-        known = true >= 0
-        images += 1
-        judged += known
-        right += known & (found == true)
-        mirrored += int((known & (found[:, ::-1] == true)).sum())
-        transposed += int((known & (true == found.T)).sum()) if height == width else 0
-    if not images or not judged.any():
-        raise InputError(f"no truth for the images below {str(folder)!r}", expected="<key>.png with class ids")
-    cells = int(judged.sum())
-    with np.errstate(invalid="ignore"):
-        by_cell = right / judged
-    return TruthCheck(
-        cells,
-        images,
-        float(right.sum() / cells),
-        mirrored / cells,
-        transposed / cells if height == width else None,
-        by_cell,
+        scale = PICTURE_SIDE / max(image.size)
+        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+        found.append(_one_map(store, sample, i, image))
+    return "".join(found)
+
+
+def _one_map(store: LabelStore, sample: Sample, i: int, image: object) -> str:
+    share = sample.p[i].mean((1, 2))
+    cells = np.array([(sample.top1[i] == c).mean() if c >= 0 else 0 for c in sample.maps.classes[i]])
+    shown = [place for place in np.argsort(-cells, kind="stable")[:LEGEND].tolist() if cells[place] > 0]
+    few = store.meta.num_classes <= len(COLOURS)
+    colours = np.full((*sample.top1.shape[1:], 3), OTHER, np.uint8)
+    legend = []
+    for order, place in enumerate(shown):
+        number = int(sample.maps.classes[i, place])
+        colour = COLOURS[number if few else order]
+        colours[sample.top1[i] == number] = colour
+        legend.append(
+            f'<span><i style="background:rgb{colour}"></i>{escape(class_name(store, number))} {share[place]:.0%}</span>'
+        )
+    overlay = lay_over(image, colours, 0.15 + 0.75 * sample.confidence[i], sample.maps.region[i])
+    target = int(sample.target[i])
+    label = f" · labeled <b>{escape(class_name(store, target))}</b>" if target >= 0 else ""
+    return (
+        f'<div class="map"><div class="pair">{picture(image)}{picture(overlay)}</div>'
+        f'<div class="legend">{"".join(legend)}</div>'
+        f'<div class="name">{escape(sample.keys[i])}{label}</div></div>'
     )
 
 
-def cell_classes(truth: np.ndarray, region: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """int64 [H, W]: the class that covers most of each cell of `region`, −1 where none covers more than half.
+def _charts(store: LabelStore, sample: Sample) -> str:
+    meta = store.meta
+    place_share = sample.p.mean((0, 2, 3))
+    charts = [
+        histogram(store.row_bytes(sample.rows), "Bytes of score planes per image, as compressed"),
+        curve(np.cumsum(place_share).tolist(), "Probability kept with 1, 2, 3 … palette places, mean over images"),
+        histogram(1 - sample.left.mean((1, 2)), "Palette coverage per image", top=1.0, percent=True),
+        histogram(sample.entropy, f"Entropy of each cell, nats (uniform over {meta.num_classes:,} classes: "
+                  f"{np.log(meta.num_classes):.2f})", top=float(np.log(meta.num_classes))),
+        histogram(sample.confidence, "Probability of each cell’s first class", top=1.0, percent=True),
+        bars(_common_classes(store, sample), "Share of cells by their first class, the most common"),
+    ]  # fmt: skip
+    return "".join(charts)
 
-    truth   integers [h, w]: the class of each pixel, 255 for none
-    """
-    (h, w), (height, width) = truth.shape, grid
-    y = np.floor(((np.arange(h) + 0.5) / h - region[0]) / (region[2] - region[0]) * height).astype(int)
-    x = np.floor(((np.arange(w) + 0.5) / w - region[1]) / (region[3] - region[1]) * width).astype(int)
-    inside = ((y >= 0) & (y < height))[:, None] & ((x >= 0) & (x < width))[None]
-    cell = (y[:, None] * width + x[None])[inside]
-    counts = np.zeros((height * width, 256), np.int64)
-    np.add.at(counts, (cell, truth[inside]), 1)
-    total = counts.sum(1)
-    counts[:, NO_CLASS] = 0
-    best = counts.argmax(1)
-    found = np.where(2 * counts[np.arange(len(best)), best] > total, best, -1)
-    return found.reshape(grid)
+
+def _common_classes(store: LabelStore, sample: Sample) -> list[tuple[str, float]]:
+    numbers, counts = np.unique(sample.top1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:10]
+    return [(class_name(store, int(numbers[i])), float(counts[i] / counts.sum())) for i in order]
+
+
+def _truth_part(truth: TruthCheck | None) -> str:
+    if truth is None:
+        return ""
+    heat = heat_grid(truth.by_cell, "Share that is right, by place (green: all, red: none)")
+    turned = "" if truth.transposed is None else f", transposed {truth.transposed:.1%}"
+    return (
+        "<h2>Is the right class in the right place?</h2>"
+        f'<p class="soft">The true class of every pixel is known for {truth.images:,} of the sampled images. Of the '
+        f"{truth.cells:,} cells that one object fills by more than half, the stored map names its class in "
+        f"<b>{truth.right:.1%}</b>. The same maps, turned on purpose, would score: mirrored {truth.mirrored:.1%}"
+        f"{turned}. "
+        "A map that is out of place shows here at once.</p>"
+        f'<div class="charts">{heat}</div>'
+    )
+
+
+def _agreement(store: LabelStore, sample: Sample) -> str:
+    known = sample.target >= 0
+    if not known.any():
+        return ""
+    found, target = sample.image_class[known], sample.target[known]
+    wrong: dict[tuple[int, int], int] = {}
+    for pair in zip(target.tolist(), found.tolist(), strict=True):
+        if pair[0] != pair[1]:
+            wrong[pair] = wrong.get(pair, 0) + 1
+    rows = "".join(
+        f"<tr><td>{escape(class_name(store, a))}</td><td>{escape(class_name(store, b))}</td>"
+        f"<td class='n'>{count}</td></tr>"
+        for (a, b), count in sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:12]
+    )
+    table = (
+        f"<table><tr><th>folder says</th><th>map says</th><th class='n'>images</th></tr>{rows}</table>" if rows else ""
+    )
+    return (
+        "<h2>Agreement with the folders</h2>"
+        f'<p class="soft">The class with the largest share of the map is the folder’s in '
+        f"<b>{(found == target).mean():.1%}</b> of {len(found):,} sampled images. The most frequent "
+        f"differences:</p>{table}"
+    )
+
+
+def _quarantine(store: LabelStore) -> str:
+    entries = store.quarantine
+    if not entries:
+        return '<h2>Quarantine</h2><p class="soft">Empty: every image has its labels.</p>'
+    rows = "".join(
+        f"<tr><td><code>{escape(e['key'])}</code></td><td>{escape(e['reason'])}</td></tr>"
+        for e in entries[:QUARANTINE_SHOWN]
+    )
+    more = f'<p class="soft">… and {len(entries) - QUARANTINE_SHOWN:,} more, see quarantine.jsonl</p>'
+    return (
+        f"<h2>Quarantine</h2><p class='soft'>{len(entries):,} images could not be labeled and have no row.</p>"
+        f"<table>{rows}</table>{more if len(entries) > QUARANTINE_SHOWN else ''}"
+    )
+
+
+def _settings(store: LabelStore) -> str:
+    meta, plan = store.meta, store.plan
+    facts: dict[str, object] = {f"teacher: {name}": value for name, value in meta.teacher.items() if name != "notes"}
+    facts |= {f"setting: {name}": value for name, value in plan.settings.items()}
+    facts |= {
+        "shards": f"{meta.shards} of at most {plan.shard_size} images",
+        "scores": f"{meta.score_kind}, {meta.precision}",
+        "image orientation": meta.orientation,
+        "data-set fingerprint": meta.dataset_fingerprint,
+        "store fingerprint": store.fingerprint,
+        "format": f"{meta.format} {meta.format_version}, written by {meta.writer}",
+    }
+    rows = "".join(f"<tr><th>{escape(k)}</th><td><code>{escape(str(v))}</code></td></tr>" for k, v in facts.items())
+    return f"<h2>Settings</h2><table>{rows}</table>"

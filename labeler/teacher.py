@@ -1,39 +1,28 @@
 """The teacher: a classifier, its weights and its preprocessing, ready to give dense class-logit maps.
 
-`create_teacher` takes a timm name, `torchvision:NAME` or `package.module:function`, finds out how the network gives a
-dense map (`labeler.dense_maps`) and checks that on random images. Files of weights are never allowed to run code.
+`create_teacher` takes a timm name, `torchvision:NAME` or `package.module:function`, builds the network
+(`labeler.classifiers`), finds out how it gives a dense map (`labeler.dense_maps`) and checks that on random images.
+Files of weights are never allowed to run code. A network whose class token does not stand in front of the patch tokens
+(DeMansia and Vim keep it in their middle) is refused unless it has a `score_maps(images)` of its own.
 
 Legend: B batch, C classes, H×W map grid, S side of the square input.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import importlib
-import os
-import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from labeler.checkpoints import weights_sha256
+from labeler.classifiers import build_classifier
 from labeler.config import TeacherConfig
-from labeler.dense_maps import DenseMap, dense_map, first_line
+from labeler.dense_maps import DenseMap, dense_map
 from labeler.errors import TeacherError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-MAX_CHECKPOINT_BYTES = 32 << 30
-NESTED_WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model")
-WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
-TORCHVISION_HEADS = ("fc", "classifier", "head", "heads")
-FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-NO_WEIGHTS_REMEDY = "Give --checkpoint FILE, or --random-weights to try the machinery."
 
 
 class Teacher(Protocol):
@@ -116,9 +105,10 @@ def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
     place = torch.device(resolve_device(device))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        built = _build(config)
+        built = build_classifier(config)
     model = built.model.eval().requires_grad_(False)
     digest = weights_sha256(model)
+    # Weights of 3-D convolutions have no channels-last form.
     volumes = any(tensor.dim() == 5 for tensor in model.state_dict().values() if isinstance(tensor, Tensor))
     model = model.to(place) if volumes else model.to(place, memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = config.input_size or built.input_size
@@ -130,9 +120,7 @@ def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
             f"teacher {config.name} has another number of classes", got=report.num_classes, expected=config.num_classes,
             remedy="Leave --num-classes away, or give the --checkpoint of such a head.",
         )  # fmt: skip
-    notes = [*built.notes, *report.notes]
-    if config.compile:
-        _compile(dense, notes)
+    compile_notes = _compile(dense) if config.compile else ()
     info = TeacherInfo(
         name=config.name,
         weights_sha256=digest,
@@ -147,7 +135,7 @@ def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
         grid=report.grid,
         method=report.method,
         self_test=report.self_test,
-        notes=tuple(notes),
+        notes=(*built.notes, *report.notes, *compile_notes),
     )
     teacher = LoadedTeacher(dense, info, place)
     if (config.compile or info.autocast != "none") and not teacher.score_maps(images).isfinite().all():
@@ -172,6 +160,7 @@ def resolve_device(device: str) -> str:
 
 
 def _autocast(choice: str, device: torch.device) -> str:
+    """What "auto" means on this device."""
     if choice != "auto":
         return choice
     if device.type != "cuda":
@@ -179,8 +168,9 @@ def _autocast(choice: str, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
-def _compile(dense: Any, notes: list[str]) -> None:
-    if hasattr(dense, "features"):
-        dense.features = torch.compile(dense.features)
-    else:
-        notes.append("not compiled: the pooling is replaced while the network runs")
+def _compile(dense: Any) -> tuple[str, ...]:
+    """Compiles what gives the features, or notes why not."""
+    if not hasattr(dense, "features"):
+        return ("not compiled: the pooling is replaced while the network runs",)
+    dense.features = torch.compile(dense.features)
+    return ()

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from labeler.commit import read_marker
 from labeler.config import LabelerConfig
-from labeler.decode import Decoded, Decoder, create_decoder, teacher_region
+from labeler.decode import Decoded, Decoder, DecodeSettings, teacher_region
+from labeler.decoders import create_decoder
 from labeler.errors import MismatchError
 from labeler.images import BadImage, check_header, image_digest, read_image
 from labeler.plan import Plan
@@ -83,14 +85,16 @@ class ShardLabeler:
 
     def __call__(self, task: ShardTask, advance: Callable[[int], None] | None = None) -> ShardResult:
         """Label, commit and report one shard; `advance` is told of every few images done."""
+        already = read_marker(self.store, task.shard, self.plan.meta.shards)
+        if already is not None:  # by another run on the same store
+            return ShardResult(task.shard, already.rows, len(already.quarantine), committed=False)
         return label_shard(
             task, self.root, self.store, self.plan, self.config, self.teacher, self.decoder, advance or (lambda _: None)
         )
 
 
 def decoder_for(teacher: LoadedTeacher, config: LabelerConfig, device: str, threads: int) -> Decoder:
-    return create_decoder(
-        config.decoder,
+    settings = DecodeSettings(
         size=teacher.info.input_size,
         view=config.teacher.view,
         crop_pct=teacher.info.crop_pct,
@@ -100,6 +104,7 @@ def decoder_for(teacher: LoadedTeacher, config: LabelerConfig, device: str, thre
         threads=threads,
         device=device,
     )
+    return create_decoder(config.decoder, settings)
 
 
 def label_shard(

@@ -31,6 +31,7 @@ from labeler.errors import InputError
 from scripts.scenes import CLASSES
 
 LABEL_SIDE, TRAIN_SIDE = 80, 64
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 SMALLEST_CROP = 0.5  # of the scene's area; such a crop nearly always holds most of the largest object
 BATCH, RATE, DECAY, SMOOTHING = 64, 8e-3, 0.05, 0.1
 RECIPE = 1  # raise it with any change that gives other weights: a stored teacher of another number is trained anew
@@ -60,8 +61,8 @@ def scene_teacher() -> nn.Module:
     )
     model.pretrained_cfg = model.default_cfg = {
         "input_size": (3, LABEL_SIDE, LABEL_SIDE),
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.25, 0.25, 0.25),
+        "mean": MEAN,
+        "std": STD,
         "interpolation": "bilinear",
         "crop_pct": 1.0,
         "num_classes": len(CLASSES),
@@ -122,8 +123,8 @@ def random_crops(pixels: Tensor, side: int, generator: torch.Generator) -> Tenso
     return F.grid_sample(pixels.float(), grid, align_corners=False, padding_mode="border")
 
 
-def _normalised(model: nn.Module, pixels: Tensor) -> Tensor:
-    mean, std = (255 * torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+def _normalised(pixels: Tensor) -> Tensor:
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return ((pixels.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
@@ -139,7 +140,7 @@ def _fit(
         if len(order) < BATCH:
             order = torch.cat([order, torch.randperm(len(labels), generator=generator)])
         rows, order = order[:BATCH], order[BATCH:]
-        logits = model(_normalised(model, random_crops(pixels[rows], TRAIN_SIDE, generator)))
+        logits = model(_normalised(random_crops(pixels[rows], TRAIN_SIDE, generator)))
         loss = F.cross_entropy(logits, labels[rows], label_smoothing=SMOOTHING)
         optimizer.zero_grad()
         loss.backward()
@@ -151,7 +152,7 @@ def _fit(
 
 @torch.inference_mode()
 def _accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
-    guesses = torch.cat([model(_normalised(model, part)).argmax(1) for part in pixels.split(100)])
+    guesses = torch.cat([model(_normalised(part)).argmax(1) for part in pixels.split(100)])
     return (guesses == labels).double().mean().item()
 
 

@@ -37,7 +37,7 @@ CONTRAST = 0.35  # least difference in lightness, in 0..1, between the two
 SCRAPS = (10, 20)  # pieces of clutter
 GRAIN = 0.015  # spread of the noise of single pixels, in 0..1
 BACKGROUND = 255  # in the truth
-RENDERER = 1  # raise it with any change to the pictures: a stored set of another number is made anew
+RENDERER = 2  # raise it with any change to the pictures: a stored set of another number is made anew
 SPLITS = ("train", "test")
 
 Plane = np.ndarray  # float32 [h, w]
@@ -62,10 +62,6 @@ class SceneSet:
     seed: int
     classes: tuple[str, ...]
 
-    def images(self, split: str) -> Path:
-        """The image root of a split: one folder per class, the folders' order is that of the class ids."""
-        return self.root / split
-
     def truth(self, split: str, key: str) -> np.ndarray:
         """uint8 [h, w] for a picture's path below its image root."""
         with Image.open((self.root / "truth" / split / key).with_suffix(".png")) as picture:
@@ -87,17 +83,13 @@ def _line(x: Plane, width: float, soft: float) -> Plane:
 
 def _to_lattice(u: Plane, v: Plane) -> tuple[Plane, Plane]:
     """Offsets to the nearest point of a lattice of equilateral triangles of side 1."""
-    height = np.float32(np.sqrt(3))
-    best = None
-    for shift in (0.0, 0.5):
-        du = u - shift - np.round(u - shift)
-        dv = v - height * shift - height * np.round(v / height - shift)
-        if best is None:
-            best = (du, dv)
-        else:
-            nearer = du**2 + dv**2 < best[0] ** 2 + best[1] ** 2
-            best = (np.where(nearer, du, best[0]), np.where(nearer, dv, best[1]))
-    return best
+    row = v / np.float32(np.sqrt(3))
+    (du, dv), (eu, ev) = (
+        (u - shift - np.round(u - shift), np.float32(np.sqrt(3)) * (row - shift - np.round(row - shift)))
+        for shift in (0.0, 0.5)
+    )
+    nearer = np.hypot(eu, ev) < np.hypot(du, dv)
+    return np.where(nearer, eu, du), np.where(nearer, ev, dv)
 
 
 def _bricks(u: Plane, v: Plane, soft: float) -> Plane:
@@ -326,7 +318,7 @@ def generate_scenes(
     """Write a set below `out`; a complete one of the same parameters is left as it is, one of others is replaced.
 
     Scene number i of a split depends on the seed, the split and i alone, so neither the other number nor `workers`
-    (processes; by default one for each core) changes a byte of it. Its label is i modulo 10.
+    (processes; by default one for each core, or none for a small set) changes a byte of it. Its label is i modulo 10.
     """
     if train < 1 or test < 1 or seed < 0:
         raise InputError(
@@ -339,23 +331,26 @@ def generate_scenes(
     wanted = {"renderer": RENDERER, "train": train, "test": test, "seed": seed}
     if _recorded(out) == {**wanted, "complete": True} and _all_there(found):
         return found
+    record = out / "scenes.json"
+    out.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({**wanted, "complete": False}))
     for part in ("truth", *SPLITS):
         shutil.rmtree(out / part, ignore_errors=True)
     for part, name in product(("", "truth"), product(SPLITS, CLASSES)):
         out.joinpath(part, *name).mkdir(parents=True)
-    _record(out, {**wanted, "complete": False})
     (out / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     jobs = [(split, index) for split, count in zip(SPLITS, (train, test), strict=True) for index in range(count)]
     for _ in tqdm(_written(out, seed, jobs, workers), "scenes", len(jobs), disable=not progress, unit="img"):
         pass
-    _record(out, {**wanted, "complete": True})
+    record.write_text(json.dumps({**wanted, "complete": True}))
     return found
 
 
 def _written(out: Path, seed: int, jobs: list[tuple[str, int]], workers: int | None) -> Iterator[None]:
-    workers = workers or os.cpu_count() or 1
+    if workers is None:
+        workers = (os.cpu_count() or 1) if len(jobs) >= 200 else 1
     write = partial(_write_scene, out, seed)
-    if workers == 1 or len(jobs) < 200:
+    if workers == 1:
         yield from map(write, jobs)
         return
     # Spawned, not forked: the caller may hold threads (torch, Ray) that a fork would leave half alive.
@@ -374,23 +369,16 @@ def _write_scene(out: Path, seed: int, job: tuple[str, int]) -> None:
 
 def _recorded(out: Path) -> dict | None:
     """What `out` says that it holds. A folder of other things is refused: some of them would be replaced."""
+    record = out / "scenes.json"
+    if not record.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(
+            f"{out} holds something else than scenes",
+            remedy="Name a new or empty folder; the scenes would replace its train, test and truth folders.",
+        )
     try:
-        return json.loads((out / "scenes.json").read_text())
-    except FileNotFoundError:
-        if out.is_dir() and any(out.iterdir()):
-            raise InputError(
-                f"{out} holds other files than scenes",
-                remedy="Name a new or empty folder; the scenes would replace its train, test and truth folders.",
-            ) from None
+        return json.loads(record.read_text())
+    except (FileNotFoundError, ValueError):  # a torn record is that of a run that was stopped
         return None
-    except ValueError:
-        return None
-
-
-def _record(out: Path, content: dict) -> None:
-    temporary = out / "scenes.json.tmp"
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, out / "scenes.json")
 
 
 def _all_there(found: SceneSet) -> bool:

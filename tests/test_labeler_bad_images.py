@@ -15,7 +15,8 @@ from PIL import Image
 from tiny import encoded, make_images, picture
 
 from labeler import InputError, LabelStore, label_images
-from labeler.decode import create_decoder, teacher_region
+from labeler.decode import DecodeSettings, teacher_region
+from labeler.decoders import create_decoder
 from labeler.images import BadImage, check_header, find_images, image_digest
 from labeler.verify import verify_store
 
@@ -132,10 +133,9 @@ def test_every_bad_image_is_named_and_every_good_one_labeled(corpus, tmp_path, c
 def test_both_decoders_give_the_same_pixels():
     pytest.importorskip("nvidia.dali", reason="DALI has no wheel for this platform")
     for view in ("full", "center"):
-        settings = {"size": 24, "view": view, "crop_pct": 0.8, "interpolation": "bicubic", "orientation": "exif"}
-        settings |= {"batch_size": 32, "threads": 1, "device": "cpu"}
-        fast = create_decoder("dali", **settings)(list(GOOD.values()))
-        plain = create_decoder("pil", **settings)(list(GOOD.values()))
+        settings = DecodeSettings(24, view, crop_pct=0.8, interpolation="bicubic")
+        fast = create_decoder("dali", settings)(list(GOOD.values()))
+        plain = create_decoder("pil", settings)(list(GOOD.values()))
         assert fast.kept == plain.kept == list(range(len(GOOD)))
         np.testing.assert_array_equal(fast.sizes, plain.sizes)
         difference = (fast.pixels.int() - plain.pixels.int()).abs().float()
@@ -146,17 +146,7 @@ def test_orientation_can_be_ignored_by_both():
     pytest.importorskip("nvidia.dali", reason="DALI has no wheel for this platform")
     for name in ("dali", "pil"):
         for orientation, size in (("exif", [64, 48]), ("ignore", [48, 64])):
-            decode = create_decoder(
-                name,
-                size=8,
-                view="full",
-                crop_pct=1.0,
-                interpolation="bilinear",
-                orientation=orientation,
-                batch_size=4,
-                threads=1,
-                device="cpu",
-            )
+            decode = create_decoder(name, DecodeSettings(8, orientation=orientation))
             assert decode([GOOD["rotated.jpg"]]).sizes.tolist() == [size]
 
 

@@ -15,9 +15,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from labeler import dense_maps
-from labeler.dense_maps import HeadPerLocation, dense_map
+from labeler import head_per_location
+from labeler.dense_maps import dense_map
 from labeler.errors import TeacherError
+from labeler.head_per_location import HeadPerLocation
 
 CLASSES = 7
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 4}
@@ -347,7 +348,9 @@ def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(dense, HeadPerLocation)
     head = dense.head
     dense.head = lambda cells: (heads.append(len(cells)), head(cells))[1]
-    monkeypatch.setattr(dense_maps, "CHUNK_VALUES", 3 * dense.cells(model.forward_features(images))[0][0].numel())
+    monkeypatch.setattr(
+        head_per_location, "CHUNK_VALUES", 3 * dense.cells(model.forward_features(images))[0][0].numel()
+    )
     torch.testing.assert_close(dense(images), whole)
     assert max(heads) == 3
     assert len(heads) > 2

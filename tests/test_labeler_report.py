@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from labeler import InputError, LabelStore, label_images
-from labeler.report import cell_classes, check_truth, draw_sample, write_report
+from labeler.report import write_report
+from labeler.report_figures import cell_classes, check_truth, draw_sample
 
 
 class WellFormed(HTMLParser):

@@ -17,6 +17,7 @@ import torch
 from tiny import CLASSES, GRID, colour_teacher, make_images
 
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, label_images
+from labeler.decode import DecodeSettings
 from labeler.decode_reference import ReferenceDecoder
 from labeler.shard_file import ShardReader, ShardRows, build_shard, row_layout
 from labeler.verify import verify_store
@@ -29,7 +30,7 @@ def shard_of(store: Path, number: int = 0) -> Path:
 def truth(images: Path, key: str) -> np.ndarray:
     """[C, H, W] probabilities of the tiny teacher, straight from the file."""
     teacher = colour_teacher()
-    pixels = ReferenceDecoder(32, "full", 1.0, "bilinear", "exif")([(images / key).read_bytes()]).pixels
+    pixels = ReferenceDecoder(DecodeSettings(32))([(images / key).read_bytes()]).pixels
     normalised = (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
     return teacher.score_maps(normalised).softmax(1)[0].numpy()
 

@@ -18,10 +18,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from labeler import teacher as teachers
+from labeler import checkpoints
+from labeler.checkpoints import weights_sha256
 from labeler.config import TeacherConfig
 from labeler.errors import TeacherError
-from labeler.teacher import LoadedTeacher, create_teacher, resolve_device, weights_sha256
+from labeler.teacher import LoadedTeacher, create_teacher, resolve_device
 
 
 def random_teacher(name: str = "test_resnet", **settings: Any) -> LoadedTeacher:
@@ -194,7 +195,7 @@ def test_random_weights_are_the_same_everywhere_and_leave_the_generators_alone()
         "from labeler.teacher import create_teacher; from labeler.config import TeacherConfig\n"
         "print(create_teacher(TeacherConfig('test_resnet', random_weights=True, input_size=64)).info.weights_sha256)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(teachers.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(checkpoints.__file__).parents[1])}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert out.stdout.split() == [here]
 
@@ -267,7 +268,7 @@ def test_checkpoint_that_does_not_fit_is_told_apart(trained: nn.Module, tmp_path
 
 def test_size_of_a_checkpoint_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({}, tmp_path / "w.pth")
-    monkeypatch.setattr(teachers, "MAX_CHECKPOINT_BYTES", 10)
+    monkeypatch.setattr(checkpoints, "MAX_CHECKPOINT_BYTES", 10)
     assert "too large" in refusal(checkpoint=str(tmp_path / "w.pth"))
 
 

@@ -1,0 +1,24 @@
+"""The choice of a decoder."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from labeler.decode import Decoder, DecodeSettings
+from labeler.decode_reference import ReferenceDecoder
+from labeler.errors import InputError
+
+
+def create_decoder(name: str, settings: DecodeSettings) -> Decoder:
+    """`name` is "dali", "pil", or "auto": DALI where it is installed. Raises InputError where it cannot be imported."""
+    if name == "auto":
+        name = "dali" if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali") else "pil"
+    if name == "pil":
+        return ReferenceDecoder(settings)
+    try:
+        from labeler.decode_dali import DaliDecoder
+    except ImportError as error:
+        raise InputError(
+            "DALI cannot be imported", got=str(error), remedy="Install it, or use --decoder pil."
+        ) from None
+    return DaliDecoder(settings)

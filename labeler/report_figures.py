@@ -1,0 +1,144 @@
+"""The figures of a report: a random sample of a store as probabilities, and its comparison with true maps.
+
+Legend: n sampled rows; C classes; P palette size; H×W map grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from labeler.errors import InputError
+from labeler.score_maps import ScoreMaps
+from labeler.store import LabelStore
+
+NO_CLASS = 255  # in a truth picture: background
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Random rows of a store as probabilities.
+
+    rows int64 [n], rising; p float32 [n, P, H, W]: palette probabilities, 0 in unused places; left float32 [n, H, W]:
+    probability of all other classes together; entropy float32 [n, H, W], nats; target int32 [n], −1 unknown
+    """
+
+    rows: np.ndarray
+    keys: list[str]
+    maps: ScoreMaps
+    p: np.ndarray
+    left: np.ndarray
+    entropy: np.ndarray
+    target: np.ndarray
+    image_size: np.ndarray
+
+    @cached_property
+    def top1(self) -> np.ndarray:
+        """int64 [n, H, W]: the class of each cell."""
+        return self.maps.top1()
+
+    @cached_property
+    def confidence(self) -> np.ndarray:
+        """float32 [n, H, W]: the probability of that class."""
+        return self.p.max(1)
+
+    @cached_property
+    def image_class(self) -> np.ndarray:
+        """int64 [n]: the class with the largest share of the whole map."""
+        return self.maps.classes[np.arange(len(self.rows)), self.p.mean((2, 3)).argmax(1)]
+
+
+@dataclass(frozen=True)
+class TruthCheck:
+    """How often the stored map names the true class of a cell, over cells that lie in one object by majority.
+
+    mirrored, transposed: the same with the map turned on purpose, which shows what a misaligned map would score
+    by_cell float64 [H, W]: the share that is right at each place of the grid, NaN where no cell could be judged
+    """
+
+    cells: int
+    images: int
+    right: float
+    mirrored: float
+    transposed: float | None
+    by_cell: np.ndarray
+
+
+def draw_sample(store: LabelStore, count: int, seed: int) -> Sample:
+    """At most `count` random rows, decoded."""
+    rows = np.sort(np.random.default_rng(seed).permutation(len(store))[:count])
+    maps = store.read(rows)
+    used = (maps.classes >= 0)[:, :, None, None]
+    # Scores are at most 0 in a logprob store; logits are shifted so that exp cannot overflow.
+    top = np.maximum(np.where(used, maps.scores, -np.inf).max(1), maps.background)
+    weights = np.where(used, np.exp(maps.scores - top[:, None]), 0)
+    others = (maps.num_classes - used.sum(1)) * np.exp(maps.background - top)
+    total = weights.sum(1) + others
+    p, left = weights / total[:, None], others / total
+    log_total = top + np.log(total)
+    entropy = log_total - (p * np.where(used, maps.scores, 0)).sum(1) - left * maps.background
+    return Sample(
+        rows,
+        [store.keys[row] for row in rows],
+        maps,
+        p.astype(np.float32),
+        left.astype(np.float32),
+        entropy.astype(np.float32),
+        store.column("target")[rows],
+        store.column("image_size")[rows].astype(np.int64),
+    )
+
+
+def check_truth(sample: Sample, folder: Path) -> TruthCheck:
+    """Compare the sample's maps with pictures of true class ids, `folder`/<key with .png>, 255 for no class."""
+    from PIL import Image
+
+    height, width = sample.top1.shape[1:]
+    right, judged = np.zeros((height, width)), np.zeros((height, width))
+    mirrored = transposed = images = 0
+    for key, found, region in zip(sample.keys, sample.top1, sample.maps.region, strict=True):
+        path = folder / f"{key.rpartition('.')[0]}.png"
+        if not path.is_file():
+            continue
+        true = cell_classes(np.asarray(Image.open(path)), region, (height, width))
+        known = true >= 0
+        images += 1
+        judged += known
+        right += known & (found == true)
+        mirrored += int((known & (found[:, ::-1] == true)).sum())
+        transposed += int((known & (true == found.T)).sum()) if height == width else 0
+    if not images or not judged.any():
+        raise InputError(f"no truth for the images below {str(folder)!r}", expected="<key>.png with class ids")
+    cells = int(judged.sum())
+    with np.errstate(invalid="ignore"):
+        by_cell = right / judged
+    return TruthCheck(
+        cells,
+        images,
+        float(right.sum() / cells),
+        mirrored / cells,
+        transposed / cells if height == width else None,
+        by_cell,
+    )
+
+
+def cell_classes(truth: np.ndarray, region: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """int64 [H, W]: the class that covers most of each cell of `region`, −1 where none covers more than half.
+
+    truth   integers [h, w]: the class of each pixel, 255 for none
+    """
+    (h, w), (height, width) = truth.shape, grid
+    y = np.floor(((np.arange(h) + 0.5) / h - region[0]) / (region[2] - region[0]) * height).astype(int)
+    x = np.floor(((np.arange(w) + 0.5) / w - region[1]) / (region[3] - region[1]) * width).astype(int)
+    inside = ((y >= 0) & (y < height))[:, None] & ((x >= 0) & (x < width))[None]
+    cell = (y[:, None] * width + x[None])[inside]
+    counts = np.zeros((height * width, 256), np.int64)
+    np.add.at(counts, (cell, truth[inside]), 1)
+    total = counts.sum(1)
+    counts[:, NO_CLASS] = 0
+    best = counts.argmax(1)
+    found = np.where(2 * counts[np.arange(len(best)), best] > total, best, -1)
+    return found.reshape(grid)
