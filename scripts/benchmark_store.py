@@ -122,11 +122,11 @@ class StoreBuilder:
         return LabelStore(self.path)
 
 
-def measure(images: int, top: float, folder: Path) -> tuple[list[dict], float]:
+def measure(images: int, top: float, folder: Path, settings: tuple[tuple, ...] = SETTINGS) -> tuple[list[dict], float]:
     """(figures of the reference and of each setting on the same maps; mean probability of a cell's first class)."""
     generator = torch.Generator().manual_seed(0)
     builders = []
-    for i, (palette, fine, knee, coarse) in enumerate(SETTINGS):
+    for i, (palette, fine, knee, coarse) in enumerate(settings):
         table = None if fine is None else code_table(fine, knee, coarse, FLOOR)
         builders.append(StoreBuilder(folder / f"store{i}", images, palette, table))
     reference_kl, sure, agreement, files = [], [], [[] for _ in builders], folder / "reference"
@@ -145,7 +145,7 @@ def measure(images: int, top: float, folder: Path) -> tuple[list[dict], float]:
     size = sum(file.stat().st_size for file in files.iterdir()) / images
     rival = "top-5 float16, one .pt per image"
     table_rows = [{"store": rival, "bytes": size, "kl": base, "kl_ratio": 1.0, "top1": 1.0}]
-    for (palette, fine, knee, coarse), builder, agree in zip(SETTINGS, builders, agreement, strict=True):
+    for (palette, fine, knee, coarse), builder, agree in zip(settings, builders, agreement, strict=True):
         builder.finish()
         size = sum(file.stat().st_size for file in builder.path.iterdir()) / images
         name = f"palette {palette}, " + ("float16" if fine is None else f"steps {fine} above {knee}, {coarse} below")

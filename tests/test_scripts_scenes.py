@@ -218,6 +218,9 @@ def test_random_crops_are_boxes_of_the_picture() -> None:
     assert 0.49 < area.min() < 0.55
     assert 0.85 < area.max() < 1.01
     assert 0.74 < (wide.abs() / high).min() < 0.8
+    # A box that stuck out would repeat the picture's edge.
+    assert x[:, 1:-1].diff().abs().min() > 0.6
+    assert y[:, 1:-1].diff().min() > 0.6
     assert 0 <= crops.min() < 2
     assert 77 < crops.max() <= 79
 
@@ -238,7 +241,10 @@ def test_the_teacher_trains_once_and_loads_as_a_teacher(made: SceneSet, tmp_path
     right = (maps.mean((2, 3)).argmax(1) == labels).double().mean()
     assert right.item() == pytest.approx(report.test_accuracy, abs=1e-6)
     again = tmp_path / "again.safetensors"
+    torch.rand(1)
+    state = torch.get_rng_state()
     train_teacher(made.root, again, steps=3, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
     assert weights(again) == weights(out)
     train_teacher(made.root, out, steps=3, progress=False, seed=1)
     assert out.read_bytes() != first
