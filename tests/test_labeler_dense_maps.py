@@ -6,6 +6,7 @@ Legend: B batch, C classes, H×W map grid, T tokens, D feature width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.convnext import CNBlockConfig
 
 from labeler import head_per_location
 from labeler.dense_maps import dense_map
@@ -52,11 +54,29 @@ REFUSED = {
     "pit_ti_224": "tokens make no grid",
     "vgg11": "head that mixes locations",
 }
+# Building and filling a network takes most of a test's time; fewer and narrower layers are the same family.
 SMALLER = {
-    name: TINY
-    for name in AVERAGED + NOT_AVERAGED
-    if name.startswith(("beit", "deepseek", "gemma4", "naflex", "qwen3", "samvit", "vit_base"))
-} | {"vgg11": {"mlp_ratio": 0.01}}
+    **{
+        name: TINY
+        for name in AVERAGED + NOT_AVERAGED
+        if name.startswith(("beit", "deepseek", "gemma4", "naflex", "qwen3", "samvit", "vit_base"))
+    },
+    **{
+        name: {"depth": 2}
+        for name in AVERAGED + NOT_AVERAGED
+        if name.startswith(("cait", "deit", "eva02", "tnt", "vit_tiny", "xcit"))
+    },
+    **{name: {"depths": (2, 2, 2, 2), "embed_dim": 48} for name in AVERAGED if name.startswith("swin")},
+    **{name: {"layers": [1, 1, 1, 1]} for name in ("fastvit_t8", "res2next50", "sequencer2d_s", "tresnet_m")},
+    **{name: {"embed_dim": 48} for name in ("hiera_tiny_224", "sam2_hiera_tiny")},
+    "davit_tiny": {"depths": (1, 1, 1, 1), "embed_dims": (48, 96, 192, 384)},
+    "densenet121": {"block_config": (2, 2, 2, 2)},
+    "dpn48b": {"k_sec": (1, 1, 1, 1)},
+    "rdnet_tiny": {"growth_rates": (32,) * 7},
+    "tiny_vit_5m_224": {"depths": (1, 1, 2, 1)},
+    "twins_svt_small": {"depths": (1, 1, 1, 1)},
+    "vgg11": {"mlp_ratio": 0.01},
+}
 SIZES = {"efficientvit_m0": 96, "shvit_s1": 96, "levit_128s": 128, "levit_conv_128s": 128, "crossvit_tiny_240": 240,
          "deepseek_vit_412m": 70, "eva02_tiny_patch14_224": 56, "gemma4_vit_167m": 96}  # fmt: skip
 TORCHVISION = {
@@ -64,6 +84,16 @@ TORCHVISION = {
     "mobilenet_v2": True, "regnet_y_400mf": True, "shufflenet_v2_x0_5": True, "squeezenet1_1": True, "swin_t": True,
     "convnext_tiny": False, "mobilenet_v3_small": False, "vit_b_16": False,
 }  # fmt: skip
+
+
+TORCHVISION_SMALLER: dict[str, Callable[..., nn.Module]] = {
+    "convnext_tiny": partial(
+        torchvision.models.ConvNeXt,
+        [CNBlockConfig(width, out, 1) for width, out in ((24, 48), (48, 96), (96, 192), (192, None))],
+    ),
+    "swin_t": partial(torchvision.models.SwinTransformer, [4, 4], 48, [2, 2, 2, 2], [2, 4, 8, 16], [7, 7]),
+    "vit_b_16": partial(torchvision.models.VisionTransformer, 64, 16, 2, 4, 48, 96),
+}
 
 
 def lively(model: nn.Module, size: int | tuple[int, int] = 64) -> nn.Module:
@@ -93,9 +123,8 @@ def timm_model(name: str, size: int | tuple[int, int] = 64, **arguments: Any) ->
 def torchvision_model(name: str) -> nn.Module:
     torch.manual_seed(0)
     arguments: dict[str, Any] = {"aux_logits": False} if name == "googlenet" else {}
-    if name == "vit_b_16":
-        small = {"num_layers": 2, "num_heads": 4, "hidden_dim": 48, "mlp_dim": 96}
-        return lively(torchvision.models.VisionTransformer(64, 16, num_classes=CLASSES, **small))
+    if name in TORCHVISION_SMALLER:
+        return lively(TORCHVISION_SMALLER[name](num_classes=CLASSES))
     if name in ("googlenet", "vgg11"):
         arguments["init_weights"] = False
     return lively(torchvision.models.get_model(name, num_classes=CLASSES, **arguments))
@@ -348,12 +377,78 @@ def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(dense, HeadPerLocation)
     head = dense.head
     dense.head = lambda cells: (heads.append(len(cells)), head(cells))[1]
-    monkeypatch.setattr(
-        head_per_location, "CHUNK_VALUES", 3 * dense.cells(model.forward_features(images))[0][0].numel()
-    )
+    cells, _ = dense.cells(model.forward_features(images))
+    monkeypatch.setattr(head_per_location, "CHUNK_VALUES", 3 * cells[0].numel())
     torch.testing.assert_close(dense(images), whole)
     assert max(heads) == 3
     assert len(heads) > 2
+
+
+# Where the class token stands.
+
+
+class Sequence(nn.Module):
+    """Sixteen patch tokens and a class token at `place` among them, which the head reads."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.place, self.stem, self.fc = place, nn.Conv2d(3, 16, 4, 4), nn.Linear(16, CLASSES)
+        self.class_token = nn.Parameter(torch.randn(1, 1, 16))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        patches, class_token = tokens(self.stem(images)), self.class_token.expand(len(images), -1, -1)
+        return torch.cat([patches[:, : self.place], class_token, patches[:, self.place :]], 1)
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        return self.fc(x[:, min(self.place, x.shape[1] - 1)])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+class OthersPooled(Sequence):
+    """The head reads the mean of the patch tokens."""
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        place = min(self.place, x.shape[1] - 1)
+        return self.fc(torch.cat([x[:, :place], x[:, place + 1 :]], 1).mean(1))
+
+
+class AllPooled(Sequence):
+    """The head reads the mean of all tokens."""
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        return self.fc(x.mean(1))
+
+
+@pytest.mark.parametrize("declared", [None, 1])
+@pytest.mark.parametrize("kind", [Sequence, OthersPooled])
+@torch.inference_mode()
+def test_class_token_must_stand_in_front(kind: type[Sequence], declared: int | None) -> None:
+    front, middle, end = (kind(place).eval() for place in (0, 8, 16))
+    if declared is not None:
+        for model in (front, middle, end):
+            model.num_prefix_tokens = declared  # type: ignore[assignment]
+    dense, report = dense_map(front, noise(16), "mine")
+    assert report.grid == (4, 4)
+    torch.testing.assert_close(dense(noise(16)), front.fc(front.stem(noise(16)).movedim(1, 3)).movedim(3, 1))
+    for model in (middle, end):
+        told = refusal(model)
+        assert "may keep its class token elsewhere" in told
+        assert "score_maps(images)" in told
+
+
+def test_class_token_that_nothing_tells_apart_is_refused() -> None:
+    assert "no num_prefix_tokens, and a head that takes all tokens alike" in refusal(AllPooled(8))
+
+
+def test_declared_prefix_that_leaves_no_grid_is_refused() -> None:
+    model: Any = Sequence(0)
+    model.num_prefix_tokens = 0
+    told = refusal(model)
+    assert "make no grid: got 17 tokens" in told
+    assert "score_maps(images)" in told
 
 
 @torch.inference_mode()
