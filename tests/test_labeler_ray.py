@@ -134,3 +134,17 @@ def test_labels_do_not_depend_on_the_number_of_workers(images, tmp_path, config,
     for workers in (1, 3):
         label_images(images, tmp_path / str(workers), on_ray(config, workers=workers, shard_size=1))
     assert equal(tmp_path / "1", tmp_path / "3")
+
+
+def test_real_photographs_through_a_timm_teacher_and_two_workers(photographs, tmp_path, config, local_ray):
+    teacher = TeacherConfig("resnet10t", random_weights=True, input_size=96)
+    settings = on_ray(config, teacher=teacher, decoder="auto", shard_size=None, batch_size=16)
+    summary = label_images(photographs, tmp_path / "labels", settings)
+    assert (summary.rows, summary.quarantined) == (150, 0)
+    found = verify_store(tmp_path / "labels", photographs, relabel=10, device="cpu")
+    assert found.problems == ()
+    labels = LabelStore(tmp_path / "labels")
+    assert labels.meta.num_classes == 1000
+    # The folders are ImageNet's own ids: every image has its true class.
+    assert (labels.column("target") >= 0).all()
+    assert labels.meta.class_names[labels.column("target")[0]] == "tiger shark"
