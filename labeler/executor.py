@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,7 +58,8 @@ def run_on_ray(
     threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)
     ours = not ray.is_initialized()
     if ours:
-        _connect(config.ray_address, threads * config.workers)
+        with _own_signal_handlers():
+            _connect(config.ray_address, threads * config.workers)
     worker = ray.remote(num_cpus=threads, num_gpus=config.gpus_per_worker if device.startswith("cuda") else 0)(_Worker)
     arguments = (root.absolute(), store.absolute(), plan, config, device, threads)
     paths = [os.path.abspath(path) for path in sys.path]
@@ -112,12 +115,20 @@ class _Pool:
             while self.waiting and self.idle:
                 actor, task = self.idle.pop(), self.waiting.popleft()
                 self.running[actor.label.remote(task)] = (actor, task)
-            (call,), _ = self.ray.wait(list(self.running), num_returns=1)
+            call = self._next_finished()
             result = self._finish(call, *self.running.pop(call))
             if result is not None:
                 yield result
         if self.given_up:
             raise self._failure()
+
+    def _next_finished(self) -> Any:
+        try:
+            (call,), _ = self.ray.wait(list(self.running), num_returns=1)
+        except SystemError as error:
+            # What a signal handler raises while Ray waits comes out wrapped in this.
+            raise error.__cause__ or error from None
+        return call
 
     def close(self) -> None:
         for actor in [*self.idle, *(actor for actor, _ in self.running.values())]:
@@ -184,6 +195,18 @@ class _Pool:
             got=f"{self.config.max_attempts} failures, the last: {reason}",
             remedy="All other shards are committed. Look for an image that crashes the teacher or exhausts the memory.",
         )
+
+
+@contextlib.contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Give SIGTERM and SIGINT back to the program: Ray takes them when it starts, and aborts on them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _connect(address: str | None, cpus: int) -> None:

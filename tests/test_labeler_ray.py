@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_labeler_run import command, equal, start, state
+from test_labeler_run import command, equal, start, state, wait_for_markers
 from tiny import make_images
 
 from labeler import InputError, LabelerConfig, LabelingError, LabelStore, TeacherConfig, TeacherError, label_images
@@ -128,6 +128,17 @@ def test_random_kills_of_actor_driver_and_both(tmp_path, config):
         assert LabelStore(store).keys == sorted(set(LabelStore(store).keys))
         assert not list(store.glob(".tmp-*"))
     assert killed, "no actor was ever found"
+
+
+def test_a_signal_ends_a_run_on_ray_with_143(images, tmp_path):
+    store = tmp_path / "labels"
+    process = start(command(images, store, "--workers", "2", "--shard-size", "1", teacher="tiny:slow_teacher"))
+    wait_for_markers(store, 1, lambda: process.poll() is None)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    # The run may have been over before the signal came.
+    assert process.returncode in (143, 0), error
+    assert "Traceback" not in error
 
 
 def test_labels_do_not_depend_on_the_number_of_workers(images, tmp_path, config, local_ray):
