@@ -129,7 +129,7 @@ def refuse_other_settings(store: Path, found: Plan, wanted: Plan) -> None:
         *_entries(found.meta.teacher, wanted.meta.teacher),
     ]
     differences = [
-        f"{name} {_short(new)}, the store has {_short(old)}" for name, old, new in pairs if _plain(old) != _plain(new)
+        f"{name} {_short(new)}, the store has {_short(old)}" for name, old, new in pairs if plain(old) != plain(new)
     ]
     if differences:
         raise MismatchError(
@@ -144,8 +144,9 @@ def _entries(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[
     return [(name, found.get(name), wanted.get(name)) for name in names]
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+def plain(value: Any) -> Any:
+    """Tuples as lists, as JSON and HDF5 give them back."""
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _short(value: Any) -> str:

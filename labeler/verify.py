@@ -15,7 +15,7 @@ from labeler.commit import check_file, read_marker
 from labeler.config import LabelerConfig, TeacherConfig
 from labeler.errors import InputError, IntegrityError, TokenLabelError
 from labeler.images import BadImage, image_digest, image_path, read_image
-from labeler.plan import Plan, load_plan
+from labeler.plan import Plan, load_plan, plain
 from labeler.shard_file import ShardReader, ShardRows, file_rows
 from labeler.store import LabelStore
 from labeler.writer import QUARANTINE_FILE, VIEW_FILE
@@ -130,7 +130,7 @@ def _shard_problems(
     meta = plan.meta
     problems = []
     expected = meta.attributes(shard)
-    wrong = sorted(name for name in expected if _plain(reader.attributes.get(name)) != _plain(expected[name]))
+    wrong = sorted(name for name in expected if plain(reader.attributes.get(name)) != plain(expected[name]))
     if wrong:
         problems.append(f"attributes differ from the plan: {', '.join(wrong)}")
     part = plan.slice_of(shard)
@@ -266,10 +266,6 @@ def _relabel(
                 f"row {row} ({store.keys[row]!r}): the teacher now differs by {value:.3f} nats (limit {limit:.3f})"
             )
     return len(rows), float(kl.mean())
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _progress(items: Any, name: str, shown: bool) -> Any:
