@@ -1,0 +1,53 @@
+"""Work done ahead in a thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+_END = object()
+
+
+class Ahead(Iterator[T]):
+    """Runs an iterator in its own thread, at most `depth` items ahead; its exception is raised where it is reached."""
+
+    def __init__(self, items: Iterator[T], depth: int) -> None:
+        self._items = items
+        self._ready: queue.Queue = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="batches ahead", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        last: object = _END
+        try:
+            for item in self._items:
+                if not self._put(item):
+                    return
+        except BaseException as error:
+            last = error
+        self._put(last)
+
+    def _put(self, item: object) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __next__(self) -> T:
+        item = self._ready.get()
+        if item is _END or isinstance(item, BaseException):
+            self._ready.put(item)  # for whoever asks again
+            raise item if isinstance(item, BaseException) else StopIteration
+        return item
+
+    def close(self) -> None:
+        """Stop the thread and wait for it."""
+        self._stopped.set()
+        self._thread.join()

@@ -1,0 +1,55 @@
+"""The label crop, one image and one token at a time: the readable twin of `targets.crop_score_maps`.
+
+Legend: B images; P palette size; H×W map grid; h×w token grid, T = h·w.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from labeler.score_maps import ScoreMaps
+from pipeline.geometry import Views, sample_counts
+from pipeline.targets import TokenTargets
+
+
+def crop_one_by_one(maps: ScoreMaps, views: Views, grid: tuple[int, int]) -> TokenTargets:
+    """Targets of B images; `views.boxes` are fractions of the image."""
+    tokens, whole = [], []
+    for b in range(len(maps)):
+        planes = torch.cat([maps.scores[b], maps.background[b][None]]).double().numpy()
+        box, region, affine = views.boxes[b].numpy(), maps.region[b].double().numpy(), views.affine[b].numpy()
+        tokens.append(_crop(planes, box, region, affine, grid).reshape(len(planes), -1))
+        whole.append(_crop(planes, box, region, affine, (1, 1))[:, 0, 0])
+    token, cls = (torch.from_numpy(np.stack(part)).float() for part in (tokens, whole))
+    return TokenTargets(maps.classes, token[:, :-1], token[:, -1], cls[:, :-1], cls[:, -1])
+
+
+def _crop(
+    planes: np.ndarray, box: np.ndarray, region: np.ndarray, affine: np.ndarray, grid: tuple[int, int]
+) -> np.ndarray:
+    """Planes [P, H, W] to [P, h, w]: the mean of each token's samples."""
+    cells = np.array(planes.shape[1:])
+    origin, extent = region[:2], region[2:] - region[:2]
+    crop_cells = (box[2:] - box[:2]) / extent * cells
+    counts = [int(sample_counts(torch.tensor([c]), n)[0]) for c, n in zip(crop_cells, grid, strict=True)]
+    out = np.empty((len(planes), *grid))
+    for i in range(grid[0]):
+        for j in range(grid[1]):
+            ys = (i + (np.arange(counts[0]) + 0.5) / counts[0]) / grid[0]
+            xs = (j + (np.arange(counts[1]) + 0.5) / counts[1]) / grid[1]
+            shown = np.array([(y, x, 1.0) for y in ys for x in xs]) @ affine.T  # places of the crop
+            in_image = box[:2] + shown.clip(0, 1) * (box[2:] - box[:2])
+            in_map = (in_image - origin) / extent * cells - 0.5  # 0 is the centre of the first cell
+            out[:, i, j] = _interpolate(planes, in_map.clip(0, cells - 1)).mean(1)
+    return out
+
+
+def _interpolate(planes: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Bilinear values [P, K] of planes [P, H, W] at places [K, 2], in cells."""
+    low = np.floor(places).astype(int)
+    high = np.minimum(low + 1, np.array(planes.shape[1:]) - 1)
+    (fy, fx), (y0, x0), (y1, x1) = (places - low).T, low.T, high.T
+    upper = planes[:, y0, x0] * (1 - fx) + planes[:, y0, x1] * fx
+    lower = planes[:, y1, x0] * (1 - fx) + planes[:, y1, x1] * fx
+    return upper * (1 - fy) + lower * fy

@@ -1,0 +1,103 @@
+"""The fast backend: DALI decodes, crops and resizes in its threads or on the GPU; augmentation follows on the device.
+
+Legend: B images; S input side.
+
+One definition serves both machines. What is shown of each image is data, drawn beforehand, so nothing here is random.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+
+from labeler.score_maps import ScoreMaps
+from pipeline.augment_ops import apply_kernels, warp
+from pipeline.backend import LoaderBackend, Prepared, find_culprit
+from pipeline.config import LoaderConfig
+from pipeline.draws import Draws
+from pipeline.targets import TokenTargets, crop_score_maps
+
+METHODS = np.array([int(types.INTERP_LINEAR), int(types.INTERP_CUBIC)], np.int32)
+
+
+@pipeline_def
+def _windows(config: LoaderConfig, source: Any, orientation: str, on_gpu: bool) -> Any:
+    encoded, window, hflip, method = fn.external_source(
+        source=source,
+        num_outputs=4,
+        dtype=[types.UINT8, types.INT32 if config.train else types.FLOAT, types.INT32, types.INT32],
+        ndim=[1, 1, 0, 0],
+        batch=True,
+    )
+    how: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": orientation == "exif"}
+    if on_gpu:
+        how |= {"device": "mixed", "hw_decoder_load": config.hw_decoder_load}
+    part = {}
+    if config.train:
+        images = fn.decoders.image_slice(encoded, window[0:2], window[2:4] - window[0:2], axes=[0, 1], **how)
+    else:  # resized as a whole and cropped then, the filter sees across the window's edge
+        images = fn.decoders.image(encoded, **how)
+        part = {"roi_start": window[0:2], "roi_end": window[2:4]}
+    method = fn.cast(method, dtype=types.INTERP_TYPE)
+    resized = fn.resize(images, size=[config.image_size] * 2, interp_type=method, antialias=True, **part)
+    return fn.crop_mirror_normalize(
+        resized, dtype=types.UINT8, output_layout="CHW", mirror=hflip, mean=[0.0] * 3, std=[1.0] * 3
+    )
+
+
+class DaliBackend(LoaderBackend):
+    name = "dali"
+
+    def images(self, prepared: Iterator[Prepared]) -> Iterator[tuple[Prepared, torch.Tensor]]:
+        pending: deque[Prepared] = deque()
+
+        def source() -> tuple:
+            item = next(prepared)  # its StopIteration ends DALI's epoch as well
+            pending.append(item)
+            draws = item.draws
+            windows = draws.windows.astype(np.int32 if self.config.train else np.float32)
+            encoded = [np.frombuffer(data, np.uint8) for data in item.encoded]
+            return encoded, windows, draws.hflip.astype(np.int32), METHODS[draws.bicubic.astype(int)]
+
+        on_gpu = self.device.type == "cuda"
+        pipeline = _windows(
+            self.config,
+            source,
+            self.orientation,
+            on_gpu,
+            batch_size=self.config.batch_size,
+            num_threads=self.threads,
+            device_id=self.device.index or 0 if on_gpu else None,
+            prefetch_queue_depth=self.config.prefetch,
+        )
+        while True:
+            try:
+                pipeline.schedule_run()
+                # Outputs are ordered on the stream that uses them, and theirs as long as the tensor lives.
+                (output,) = pipeline.share_outputs(torch.cuda.current_stream(self.device) if on_gpu else None)
+                images = torch.from_dlpack(output.as_tensor())
+                pipeline.release_outputs()
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                find_culprit(pending, self.orientation, error)
+                raise
+            item = pending.popleft()
+            yield item, self.augment(images, item.draws)
+
+    def augment(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """uint8 [B, 3, S, S], changed in place: every kernel, then one warp of those images that need it."""
+        images = apply_kernels(images, draws.kernels, draws.amounts)
+        bent = np.nonzero((draws.affine != np.eye(2, 3)).any((1, 2)))[0]
+        if len(bent):
+            index = torch.from_numpy(bent).to(images.device)
+            images[index] = warp(images[index], torch.from_numpy(draws.affine[bent]), self.fill)
+        return images
+
+    def targets(self, maps: ScoreMaps, draws: Draws) -> TokenTargets:
+        return crop_score_maps(maps, draws.views.boxes, self.config.grid, affine=draws.views.affine)

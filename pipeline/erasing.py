@@ -1,0 +1,47 @@
+"""Random erasing: a rectangle of an input replaced by noise (Zhong et al., 2017), drawn as timm draws it.
+
+Legend: B images; S input side.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+AREA = (0.02, 1 / 3)
+ASPECT = (0.3, 1 / 0.3)
+ATTEMPTS = 10
+
+
+def draw_erased(n: int, side: int, prob: float, rng: np.random.Generator) -> np.ndarray:
+    """int64 [B, 4]: y0, x0, y1, x1 in pixels of the input; an empty box where nothing is erased."""
+    chosen = rng.random(n) < prob
+    area = side * side * rng.uniform(*AREA, (n, ATTEMPTS))
+    aspect = np.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1]), (n, ATTEMPTS)))
+    place = rng.random((n, 2))
+    shapes = np.rint(np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], -1)).astype(np.int64)
+    fits = (shapes < side).all(-1)
+    shape = shapes[np.arange(n), fits.argmax(1)]
+    shape[~(chosen & fits.any(1))] = 0
+    corner = np.floor(place * (side - shape + 1)).astype(np.int64)
+    return np.concatenate([corner, corner + shape], 1)
+
+
+def erase(images: torch.Tensor, boxes: np.ndarray, mode: str, generator: torch.Generator) -> torch.Tensor:
+    """Normalised float images [B, 3, S, S], changed in place.
+
+    mode  "pixel": normal noise for every pixel; "const": zero, the mean colour
+    """
+    shapes = boxes[:, 2:] - boxes[:, :2]
+    areas = 3 * shapes.prod(1)
+    if mode == "const":
+        noise = torch.zeros(int(areas.sum()), device=images.device)
+    else:
+        noise = torch.randn(int(areas.sum()), device=images.device, generator=generator)
+    parts = noise.split(areas.tolist())
+    for i in np.nonzero(areas)[0].tolist():
+        y0, x0, y1, x1 = boxes[i].tolist()
+        images[i, :, y0:y1, x0:x1] = parts[i].view(3, y1 - y0, x1 - x0)
+    return images

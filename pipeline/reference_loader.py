@@ -1,0 +1,86 @@
+"""The readable backend, with PIL and timm's operations: twin of `dali_loader`, its stand-in where DALI has no wheel.
+
+Legend: B images; S input side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from timm.data import auto_augment as timm_ops
+
+from labeler.decode_reference import open_rgb
+from labeler.score_maps import ScoreMaps
+from pipeline import augment_policy as policy
+from pipeline.backend import LoaderBackend, Prepared
+from pipeline.crop_reference import crop_one_by_one
+from pipeline.draws import Draws
+from pipeline.sources import unreadable
+from pipeline.targets import TokenTargets
+
+OPERATIONS = {
+    policy.AUTOCONTRAST: lambda image, _: timm_ops.auto_contrast(image),
+    policy.EQUALIZE: lambda image, _: timm_ops.equalize(image),
+    policy.INVERT: lambda image, _: timm_ops.invert(image),
+    # PIL's own refuses to keep 0 bits, which level 10 of "PosterizeIncreasing" asks for.
+    policy.POSTERIZE: lambda image, bits: image.point([v & (256 - 2 ** (8 - int(bits))) for v in range(256)] * 3),
+    policy.SOLARIZE: lambda image, threshold: timm_ops.solarize(image, int(threshold)),
+    policy.SOLARIZE_ADD: lambda image, added: timm_ops.solarize_add(image, int(added)),
+    policy.COLOR: timm_ops.color,
+    policy.CONTRAST: timm_ops.contrast,
+    policy.BRIGHTNESS: timm_ops.brightness,
+    policy.SHARPNESS: timm_ops.sharpness,
+    policy.BLUR: lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius)),
+}
+
+
+class ReferenceBackend(LoaderBackend):
+    name = "reference"
+
+    def images(self, prepared: Iterator[Prepared]) -> Iterator[tuple[Prepared, torch.Tensor]]:
+        with ThreadPoolExecutor(self.threads) as pool:
+            for item in prepared:
+                shown = pool.map(lambda i, item=item: self.show(item, i), range(len(item.draws)))
+                yield item, torch.from_numpy(np.stack(list(shown))).permute(0, 3, 1, 2).contiguous().to(self.device)
+
+    def show(self, item: Prepared, i: int) -> np.ndarray:
+        """uint8 [S, S, 3]: image i of the batch."""
+        try:
+            image = open_rgb(item.encoded[i], self.orientation)
+        except Exception as reason:  # PIL's decoders raise many types
+            raise unreadable(item.keys[i], f"it cannot be decoded: {reason}") from None
+        draws, side = item.draws, self.config.image_size
+        y0, x0, y1, x1 = draws.windows[i].tolist()
+        method = Image.Resampling.BICUBIC if draws.bicubic[i] else Image.Resampling.BILINEAR
+        if self.config.train:
+            image = image.crop((x0, y0, x1, y1)).resize((side, side), method)
+        else:
+            image = image.resize((side, side), method, box=(x0, y0, x1, y1))
+        if draws.hflip[i]:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        for kernel, amount in zip(draws.kernels[i], draws.amounts[i], strict=True):
+            if kernel != policy.KEEP:
+                image = OPERATIONS[int(kernel)](image, float(amount))
+        return np.asarray(self.bend(image, draws.affine[i]))
+
+    def bend(self, image: Any, affine: np.ndarray) -> Any:
+        """The image's geometric operations, in PIL's order of coordinates and in pixels."""
+        if (affine == np.eye(2, 3)).all():
+            return image
+        (yy, yx, y), (xy, xx, x) = affine.tolist()
+        side = self.config.image_size
+        return image.transform(
+            image.size,
+            Image.Transform.AFFINE,
+            (xx, xy, x * side, yx, yy, y * side),
+            Image.Resampling.BILINEAR,
+            fillcolor=self.fill,
+        )
+
+    def targets(self, maps: ScoreMaps, draws: Draws) -> TokenTargets:
+        return crop_one_by_one(maps, draws.views, self.config.grid)

@@ -1,0 +1,231 @@
+"""The samples of a loader: images joined with their label rows, sizes and true classes, and checked before any work.
+
+Legend: N samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from tqdm import tqdm
+
+from labeler.class_names import targets_of
+from labeler.errors import InputError, IntegrityError, MismatchError
+from labeler.images import difference, image_digest
+from labeler.store import LabelStore
+from pipeline.config import LoaderConfig
+from pipeline.sources import ImageSource, open_source, unreadable
+
+log = logging.getLogger("pipeline")
+
+EXIF_ORIENTATION = 0x0112
+PROGRESS_FROM = 5_000  # images
+
+
+@dataclass(frozen=True)
+class Samples:
+    """
+    source       where the files are read
+    positions    int64 [N]: place of each sample in the source
+    store, rows  the label store and the row of each sample, int64 [N]; None and −1 without labels
+    sizes        int64 [N, 2]: height and width of the decoded image
+    labels       int64 [N]: true class, −1 not known
+    digests      uint64 [N]: what the labeled files' bytes hash to; None without a store
+    orientation  "exif" or "ignore"
+    num_classes  C
+    """
+
+    source: ImageSource
+    positions: np.ndarray
+    store: LabelStore | None
+    rows: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+    digests: np.ndarray | None
+    orientation: str
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def key(self, sample: int) -> str:
+        return self.source.images.keys[self.positions[sample]]
+
+    def read(self, sample: int) -> bytes:
+        """The image file. Raises IntegrityError where it cannot be read or is not the one that was labeled."""
+        data = self.source.read(int(self.positions[sample]))
+        if self.digests is not None and image_digest(data) != self.digests[sample]:
+            raise unreadable(self.key(sample), "other bytes than when it was labeled")
+        return data
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over keys, files' sizes, true classes and the store: tells whether a saved state fits."""
+        digest = hashlib.sha256(self.source.images.fingerprint.encode())
+        digest.update(self.positions.tobytes() + self.labels.tobytes())
+        digest.update((self.store.fingerprint if self.store else "").encode())
+        return digest.hexdigest()
+
+
+def open_samples(config: LoaderConfig) -> Samples:
+    """Join and check; nothing is decoded yet.
+
+    Raises MismatchError where images and labels do not belong together, InputError where there is nothing to train on,
+    IntegrityError for a damaged store.
+    """
+    source = open_source(config.images, config.image_list, config.progress)
+    if config.store is None:
+        samples = _without_store(config, source)
+    else:
+        cache = None if config.cache == "none" or not config.token_labels else config.cache
+        samples = _with_store(config, source, LabelStore(config.store, cache))
+    _check_classes(config, samples)
+    return samples
+
+
+def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) -> Samples:
+    row_of = {key: row for row, key in enumerate(store.keys)}
+    quarantined = {entry["key"] for entry in store.quarantine}
+    keys = source.images.keys
+    positions = np.array([i for i, key in enumerate(keys) if key in row_of], np.int64)
+    unlabeled = [key for key in keys if key not in row_of and key not in quarantined]
+    name = str(store.path)
+    if unlabeled:
+        raise MismatchError(
+            f"{len(unlabeled):,} of {len(keys):,} images have no labels in {name!r}",
+            got=_some(unlabeled),
+            expected="a row, or an entry in the quarantine, for every image",
+            remedy="Label these images too, or name the images to use in image_list.",
+        )
+    rows = np.array([row_of[keys[i]] for i in positions.tolist()], np.int64)
+    if config.image_list is None:
+        _check_same_images(source, store, rows)
+    if len(positions) < len(keys):
+        log.warning("%d images are in the quarantine of %s and left out", len(keys) - len(positions), name)
+    if not len(positions):
+        raise InputError(f"all {len(keys)} images are in the quarantine of {name!r}")
+    columns = {name: store.column(name)[rows] for name in ("image_size", "target", "image_digest")}
+    labels = columns["target"].astype(np.int64)
+    if source.labels is not None:
+        labels = np.where(source.labels[positions] >= 0, source.labels[positions], labels)
+    meta = store.meta
+    if config.token_labels and (meta.grid[0] < config.grid[0] or meta.grid[1] < config.grid[1]):
+        log.warning(
+            "the label maps of %s have %d×%d cells for %d×%d tokens: targets are interpolated between them",
+            name, *meta.grid, *config.grid,
+        )  # fmt: skip
+    return Samples(
+        source,
+        positions,
+        store,
+        rows,
+        columns["image_size"].astype(np.int64),
+        labels,
+        columns["image_digest"],
+        meta.orientation,
+        meta.num_classes,
+    )
+
+
+def _check_same_images(source: ImageSource, store: LabelStore, rows: np.ndarray) -> None:
+    """A whole folder must hold every labeled image, with the bytes that were labeled as far as file sizes tell."""
+    if source.images.fingerprint == store.meta.dataset_fingerprint:
+        return
+    left_out = np.ones(len(store), bool)
+    left_out[rows] = False
+    missing = [store.keys[row] for row in np.nonzero(left_out)[0]]
+    if missing:
+        raise MismatchError(
+            f"{len(missing):,} labeled images are missing below {str(source.images.root)!r}",
+            got=f"no {_some(missing)}",
+            expected=f"the {len(store):,} images of {str(store.path)!r}",
+            remedy="Restore them, or name the images to use in image_list.",
+        )
+    if source.groups is None:
+        everything = tuple(sorted([*store.keys, *(entry["key"] for entry in store.quarantine)]))
+        raise MismatchError(
+            f"images below {str(source.images.root)!r} changed after they were labeled",
+            got=difference(source.images, everything),
+            remedy=f"`python -m labeler verify {store.path} --images {source.images.root}` names them; restore or "
+            "label them again.",
+        )
+
+
+def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
+    images = source.images
+    for i, problem in images.problems.items():
+        raise unreadable(images.keys[i], problem)
+    labels = source.labels
+    folders = config.class_folders
+    if labels is None:
+        if folders is None:
+            names = sorted({key.split("/", 1)[0] for key in images.keys if "/" in key})
+            folders = {name: i for i, name in enumerate(names)}
+        labels = targets_of(images.keys, folders).astype(np.int64)
+    count = config.num_classes or (len(folders) if folders else int(labels.max()) + 1)
+    n = len(images)
+    sizes = scan_sizes(source, "exif", config.threads, config.progress)
+    return Samples(source, np.arange(n), None, np.full(n, -1), sizes, labels, None, "exif", count)
+
+
+def scan_sizes(source: ImageSource, orientation: str, threads: int | None, progress: bool) -> np.ndarray:
+    """int64 [N, 2]: height and width of every image after its orientation, from the headers alone."""
+    from PIL import Image
+
+    def parse(data: bytes) -> tuple[int, int]:
+        with Image.open(io.BytesIO(data)) as image:
+            turned = orientation == "exif" and image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+            return image.size if turned else (image.size[1], image.size[0])
+
+    def size(position: int) -> tuple[int, int]:
+        try:
+            return parse(source.head(position))
+        except IntegrityError:
+            raise
+        except Exception:  # PIL's parsers raise many types; a long header may need the whole file
+            try:
+                return parse(source.read(position))
+            except IntegrityError:
+                raise
+            except Exception as error:
+                raise unreadable(source.images.keys[position], f"not an image: {error}") from None
+
+    n = len(source.images)
+    with ThreadPoolExecutor(threads or 4) as pool:
+        found = tqdm(pool.map(size, range(n)), "image headers", n, disable=not progress or n < PROGRESS_FROM)
+        return np.array(list(found), np.int64).reshape(-1, 2)
+
+
+def _check_classes(config: LoaderConfig, samples: Samples) -> None:
+    if config.num_classes is not None and samples.store and samples.num_classes != config.num_classes:
+        raise MismatchError(
+            "the label store has another number of classes than the network",
+            got=f"{samples.num_classes} in {str(samples.store.path)!r}",
+            expected=f"{config.num_classes}",
+            remedy="Set num_classes to the store's, or label with a teacher of these classes.",
+        )
+    if len(samples) and samples.labels.max() >= samples.num_classes:
+        worst = int(samples.labels.argmax())
+        raise MismatchError(
+            "a true class is outside the classes",
+            got=f"class {samples.labels[worst]} of {samples.key(worst)!r}",
+            expected=f"less than {samples.num_classes}",
+        )
+    unknown = np.nonzero(samples.labels < 0)[0]
+    if len(unknown) and (samples.store is None or not config.token_labels):
+        raise InputError(
+            f"the true class of {len(unknown):,} images is not known",
+            got=_some([samples.key(i) for i in unknown[:3]]),
+            expected="a folder per class, or class_folders",
+            remedy="Without token labels every image needs its class.",
+        )
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(map(repr, keys[:3])) + (" …" if len(keys) > 3 else "")

@@ -1,0 +1,177 @@
+"""Where image files come from: a folder, a list of keys, or tar shards in WebDataset layout.
+
+Every source has its images sorted by key, knows each file's size, and reads any of them from any thread.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from labeler.errors import InputError, IntegrityError
+from labeler.images import SUFFIXES, BadImage, ImageSet, find_images, image_path, read_image
+
+LABEL_SUFFIX = ".cls"
+SHOW_PROGRESS_FROM = 20  # tar shards
+HEAD_BYTES = 1 << 16
+
+
+class ImageSource(Protocol):
+    """images   keys, sorted, and file sizes
+    labels    true classes that the source itself tells, int64 [N] with −1 where it does not; None: it tells none
+    groups    int64 [N]: the tar shard of each image, None where any order is as good as another
+    """
+
+    images: ImageSet
+    labels: np.ndarray | None
+    groups: np.ndarray | None
+
+    def read(self, position: int) -> bytes:
+        """The file of the image at `position`. Raises IntegrityError naming it where it cannot be had."""
+        ...
+
+    def head(self, position: int) -> bytes:
+        """The first HEAD_BYTES of it."""
+        ...
+
+
+class FolderSource:
+    """Images below a folder, or those that a list file names."""
+
+    labels: np.ndarray | None = None
+    groups: np.ndarray | None = None
+
+    def __init__(self, root: str | Path, image_list: str | Path | None = None) -> None:
+        self.images = find_images(root, image_list)
+
+    def read(self, position: int) -> bytes:
+        images = self.images
+        try:
+            return read_image(images.root, images.keys[position], int(images.sizes[position]))
+        except BadImage as error:
+            raise unreadable(images.keys[position], str(error)) from None
+
+    def head(self, position: int) -> bytes:
+        key = self.images.keys[position]
+        try:
+            return _read_at(image_path(self.images.root, key), 0, HEAD_BYTES)
+        except OSError as error:
+            raise unreadable(key, f"cannot be read: {error.strerror}") from None
+
+
+class TarSource:
+    """Images inside uncompressed tar files.
+
+    WebDataset layout: the files of one sample lie side by side and share their name up to the first dot of its last
+    part; here `NAME.jpg` (any image suffix) and, if there is one, `NAME.cls` with the class id as text. Keys are the
+    member names, so a tar file of a labeled folder has the folder's keys.
+    """
+
+    def __init__(self, shards: list[Path], root: Path, progress: bool = True) -> None:
+        self.shards = shards
+        found: list[tuple[str, int, int, int]] = []  # key, shard, offset, bytes
+        classes: dict[tuple[int, str], int] = {}
+        other = 0
+        for number, path in enumerate(tqdm(shards, "index", disable=not progress or len(shards) < SHOW_PROGRESS_FROM)):
+            for name, offset, size in _members(path):
+                suffix = os.path.splitext(name)[1].lower()
+                if suffix in SUFFIXES:
+                    found.append((name, number, offset, size))
+                elif suffix == LABEL_SUFFIX:
+                    classes[number, _sample(name)] = self._read_class(path, name, offset, size)
+                else:
+                    other += 1
+        if not found:
+            raise InputError("no images in the tar shards", got=f"{len(shards)} shards, {other} files of other kinds")
+        found.sort()
+        keys = tuple(key for key, *_ in found)
+        for before, key in pairwise(keys):
+            if before == key:
+                raise InputError("two images of the tar shards have the same name", got=repr(key))
+        self.groups: np.ndarray | None = np.array([shard for _, shard, _, _ in found], np.int64)
+        self._shard_of = self.groups
+        self._offsets = np.array([offset for _, _, offset, _ in found], np.int64)
+        self.images = ImageSet(root, keys, np.array([size for *_, size in found], np.int64), {}, other)
+        told = [classes.get((shard, _sample(key)), -1) for key, shard, _, _ in found]
+        self.labels: np.ndarray | None = np.array(told, np.int64) if classes else None
+
+    @staticmethod
+    def _read_class(path: Path, name: str, offset: int, size: int) -> int:
+        text = _read_at(path, offset, min(size, 32))
+        try:
+            return int(text)
+        except ValueError:
+            raise InputError(f"{name!r} in {str(path)!r} is not a class", got=text, expected="a whole number") from None
+
+    def read(self, position: int) -> bytes:
+        return self._read(position, int(self.images.sizes[position]))
+
+    def head(self, position: int) -> bytes:
+        return self._read(position, min(HEAD_BYTES, int(self.images.sizes[position])))
+
+    def _read(self, position: int, size: int) -> bytes:
+        path, key = self.shards[self._shard_of[position]], self.images.keys[position]
+        try:
+            data = _read_at(path, int(self._offsets[position]), size)
+        except OSError as error:
+            raise unreadable(key, f"{path}: {error.strerror}") from None
+        if len(data) != size:
+            raise unreadable(key, f"{path} ends before it: it was changed after the loader began")
+        return data
+
+
+def open_source(images: str | Path, image_list: str | Path | None = None, progress: bool = True) -> ImageSource:
+    """Tar shards where `images` is a .tar file or a folder that holds some; otherwise a folder of images."""
+    path = Path(images)
+    if path.suffix == ".tar":
+        shards, root = [path], path.parent
+    else:
+        shards, root = sorted(path.glob("*.tar")), path
+    if not shards:
+        return FolderSource(path, image_list)
+    if image_list is not None:
+        raise InputError("image_list goes with a folder of images", got=f"tar shards in {str(path)!r}")
+    return TarSource(shards, root, progress)
+
+
+def unreadable(key: str, reason: str) -> IntegrityError:
+    return IntegrityError(
+        f"the image {key!r} cannot be used",
+        got=reason,
+        remedy="Restore the file; `python -m labeler verify STORE --images DIR` names all such images.",
+    )
+
+
+def _members(path: Path) -> list[tuple[str, int, int]]:
+    """(name, offset, bytes) of the regular files in a tar."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            members = [(m.name.removeprefix("./"), m.offset_data, m.size) for m in archive if m.isreg()]
+            end = archive.offset
+        if os.path.getsize(path) < end:
+            raise tarfile.ReadError("unexpected end of data")
+    except (OSError, tarfile.TarError) as error:
+        raise InputError(
+            f"the tar shard {str(path)!r} cannot be read", got=str(error), expected="a whole, uncompressed tar file"
+        ) from None
+    return members
+
+
+def _sample(name: str) -> str:
+    """The sample that a member belongs to: its path up to the first dot of the last part."""
+    folder, _, last = name.rpartition("/")
+    return f"{folder}/{last.split('.', 1)[0]}"
+
+
+def _read_at(path: Path, offset: int, size: int) -> bytes:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(file, size, offset)
+    finally:
+        os.close(file)

@@ -1,0 +1,153 @@
+"""Score maps and crops to token targets.
+
+Legend: B images; C classes; P palette size; H×W map grid; h×w token grid, T = h·w.
+
+A target is the softmax over P palette scores and C − P copies of one background score, for each token and for the
+whole crop. Scores are averaged over a token's area first and softmaxed after. Unused palette places (class −1) count as
+nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from labeler.errors import InputError
+from pipeline.geometry import (
+    Views,
+    apply_affine,
+    axis_weights,
+    bin_samples,
+    box_in_region,
+    compose,
+    flips,
+    identity,
+    is_axis_aligned,
+    sample_counts,
+)
+
+if TYPE_CHECKING:
+    from labeler.score_maps import ScoreMaps
+
+# e to this power is 0 in every float type: the score of all classes that a known label rules out.
+NOTHING = -1e4
+
+
+@dataclass(frozen=True)
+class TokenTargets:
+    """Targets of a batch, sparse over the classes.
+
+    classes           int64 [B, P]       palette class ids; −1 where the place is unused
+    token_scores      float32 [B, P, T]  each palette class's score in each token, row by row
+    token_background  float32 [B, T]     the score of every other class
+    cls_scores        float32 [B, P]     the same for the whole crop
+    cls_background    float32 [B]
+    """
+
+    classes: torch.Tensor
+    token_scores: torch.Tensor
+    token_background: torch.Tensor
+    cls_scores: torch.Tensor
+    cls_background: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.classes.shape[0]
+
+    def dense_tokens(self, num_classes: int) -> torch.Tensor:
+        """float32 [B, T, C]: each token's distribution; the plain reference for everything that avoids building it."""
+        return _dense(self.classes, self.token_scores, self.token_background, num_classes)
+
+    def dense_cls(self, num_classes: int) -> torch.Tensor:
+        """float32 [B, C]: the whole crop's distribution."""
+        return _dense(self.classes, self.cls_scores[..., None], self.cls_background[:, None], num_classes)[:, 0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenTargets:
+        return TokenTargets(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+
+
+def crop_score_maps(
+    maps: ScoreMaps,
+    boxes: torch.Tensor,
+    grid: tuple[int, int],
+    hflip: torch.Tensor | None = None,
+    affine: torch.Tensor | None = None,
+) -> TokenTargets:
+    """The part of each map that a crop shows, on the token grid: adaptive ROI-align of scores.
+
+    maps    of B images, as tensors (`ScoreMaps.to_torch`)
+    boxes   [B, 4]: y0, x0, y1, x1 of the crop, fractions of the image
+    grid    h, w
+    hflip   bool [B]: the crop is shown mirrored
+    affine  [B, 2, 3]: input -> crop before the flip, see `pipeline.geometry`; tokens that show nothing of the crop
+            take the target of its nearest place
+
+    Parts of a crop outside the map's region take the map's nearest cell.
+    """
+    if boxes.shape != (len(maps), 4):
+        raise InputError("boxes do not fit the maps", got=tuple(boxes.shape), expected=(len(maps), 4))
+    device = maps.scores.device
+    boxes = boxes.to(device, torch.float64)
+    turned = identity(len(maps)).to(device) if affine is None else affine.to(device, torch.float64)
+    if hflip is not None:
+        turned = compose(flips(hflip.to(device)), turned)
+    views = Views(box_in_region(boxes, maps.region.double()), turned)
+    planes = torch.cat([maps.scores, maps.background[:, None]], 1)
+    tokens = crop_planes(planes, views, grid).flatten(2)
+    whole = crop_planes(planes, views, (1, 1)).flatten(1)
+    return TokenTargets(maps.classes, tokens[:, :-1], tokens[:, -1], whole[:, :-1], whole[:, -1])
+
+
+def crop_planes(planes: torch.Tensor, views: Views, grid: tuple[int, int]) -> torch.Tensor:
+    """Planes [B, K, H, W] -> [B, K, h, w]; `views.boxes` are fractions of the map here."""
+    affine = views.affine
+    (h, w), (rows, columns) = grid, planes.shape[2:]
+    y0, x0, y1, x1 = views.boxes.unbind(1)
+    along_y = axis_weights(y0, y1, affine[:, 0, 0], affine[:, 0, 2], rows, h).to(planes.dtype)
+    along_x = axis_weights(x0, x1, affine[:, 1, 1], affine[:, 1, 2], columns, w).to(planes.dtype)
+    cropped = along_y[:, None] @ planes @ along_x[:, None].mT
+    slanted = (~is_axis_aligned(affine)).nonzero()[:, 0]
+    if len(slanted):
+        some = Views(views.boxes[slanted], affine[slanted])
+        # In float64: a place that is off by a millionth of the map shows where scores are steep.
+        cropped[slanted] = _crop_slanted(planes[slanted].double(), some, grid).to(planes.dtype)
+    return cropped
+
+
+def _crop_slanted(planes: torch.Tensor, views: Views, grid: tuple[int, int]) -> torch.Tensor:
+    """As `crop_planes`, float64, for rotated and sheared views: the same samples, no longer along the map's axes."""
+    n = len(planes)
+    extent = (views.boxes[:, 2:] - views.boxes[:, :2]) * torch.tensor(planes.shape[2:], device=planes.device)
+    y, share_y = bin_samples(sample_counts(extent[:, 0], grid[0]), grid[0])
+    x, share_x = bin_samples(sample_counts(extent[:, 1], grid[1]), grid[1])
+    (h, s), (w, r) = y.shape[1:], x.shape[1:]
+    pairs = torch.stack(
+        [y.reshape(n, h * s, 1).expand(-1, -1, w * r), x.reshape(n, 1, w * r).expand(-1, h * s, -1)], -1
+    ).flatten(1, 2)
+    in_crop = apply_affine(views.affine, pairs).clamp(0, 1)
+    start, end = views.boxes[:, None, :2], views.boxes[:, None, 2:]
+    places = (start + in_crop * (end - start)).view(n, h * s, w * r, 2)
+    # grid_sample wants (x, y) in −1..1 and clamps to the outermost cell centres.
+    samples = F.grid_sample(
+        planes, places.flip(-1) * 2 - 1, mode="bilinear", padding_mode="border", align_corners=False
+    ).view(n, -1, h, s, w, r)
+    return torch.einsum("bkhswr,bs,br->bkhw", samples, share_y, share_x)
+
+
+def label_targets(labels: torch.Tensor, tokens: int) -> TokenTargets:
+    """Targets that say the image's true class in every token and for the crop; labels int64 [B], none negative."""
+    n = len(labels)
+    scores = torch.zeros(n, 1, tokens, device=labels.device)
+    nothing = torch.full((n, tokens), NOTHING, device=labels.device)
+    return TokenTargets(labels[:, None], scores, nothing, scores[:, :, 0], nothing[:, 0])
+
+
+def _dense(classes: torch.Tensor, scores: torch.Tensor, background: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Palette scores [B, P, T] and background [B, T] to distributions [B, T, C]."""
+    logits = background[:, None].repeat(1, num_classes, 1)
+    image, place = (classes >= 0).nonzero(as_tuple=True)
+    logits[image, classes[image, place]] = scores[image, place]
+    # Over dim 1, as the published code sums it: float32 rounds differently along the last one (2e-5 at C = 1000).
+    return logits.softmax(1).transpose(1, 2)
