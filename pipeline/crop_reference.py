@@ -1,4 +1,4 @@
-"""The label crop, one image and one token at a time: the readable twin of `targets.crop_score_maps`.
+"""The label crop, one image at a time and sample by sample: the readable twin of `targets.crop_score_maps`.
 
 Legend: B images; P palette size; H×W map grid; h×w token grid, T = h·w.
 """
@@ -33,16 +33,14 @@ def _crop(
     origin, extent = region[:2], region[2:] - region[:2]
     crop_cells = (box[2:] - box[:2]) / extent * cells
     counts = [int(sample_counts(torch.tensor([c]), n)[0]) for c, n in zip(crop_cells, grid, strict=True)]
-    out = np.empty((len(planes), *grid))
-    for i in range(grid[0]):
-        for j in range(grid[1]):
-            ys = (i + (np.arange(counts[0]) + 0.5) / counts[0]) / grid[0]
-            xs = (j + (np.arange(counts[1]) + 0.5) / counts[1]) / grid[1]
-            shown = np.array([(y, x, 1.0) for y in ys for x in xs]) @ affine.T  # places of the crop
-            in_image = box[:2] + shown.clip(0, 1) * (box[2:] - box[:2])
-            in_map = (in_image - origin) / extent * cells - 0.5  # 0 is the centre of the first cell
-            out[:, i, j] = _interpolate(planes, in_map.clip(0, cells - 1)).mean(1)
-    return out
+    # Every token is cut into counts[0]×counts[1] equal parts; their centres are its samples.
+    ys, xs = ((np.arange(n * c) + 0.5) / (n * c) for n, c in zip(grid, counts, strict=True))
+    y, x = np.meshgrid(ys, xs, indexing="ij")
+    in_crop = np.stack([y, x, np.ones_like(y)], -1).reshape(-1, 3) @ affine.T
+    in_image = box[:2] + in_crop.clip(0, 1) * (box[2:] - box[:2])
+    in_map = (in_image - origin) / extent * cells - 0.5  # 0 is the centre of the first cell
+    samples = _interpolate(planes, in_map.clip(0, cells - 1))
+    return samples.reshape(len(planes), grid[0], counts[0], grid[1], counts[1]).mean((2, 4))
 
 
 def _interpolate(planes: np.ndarray, places: np.ndarray) -> np.ndarray:

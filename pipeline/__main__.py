@@ -1,0 +1,121 @@
+"""The command line: `python -m pipeline view`.
+
+Exit status: 0 all done; 1 the picture could not be made; 2 bad input or usage; 4 stored data is damaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+from labeler.commit import replace_file
+from labeler.errors import InputError, TokenLabelError
+from pipeline.config import BACKENDS, MIXES, LoaderConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        return options.run(options)
+    except TokenLabelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _view(options: argparse.Namespace) -> int:
+    from pipeline.loader import create_loader
+    from pipeline.view import draw_batch
+
+    if options.epoch < 0:
+        raise InputError("epoch must be 0 or more", got=options.epoch)
+    loader = create_loader(_config(options))
+    loader.set_epoch(options.epoch)
+    batches = iter(loader)
+    batch = next(batches)
+    batches.close()  # ends the threads that prepare the next batches
+    picture = draw_batch(batch, loader, options.opacity)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(options.out, buffer.getvalue())
+    except OSError as error:
+        raise InputError(f"the picture {str(options.out)!r} cannot be written", got=error.strerror) from None
+    if options.json:
+        mix = None if batch.mix is None else asdict(batch.mix)
+        size = {"width": picture.width, "height": picture.height}
+        print(json.dumps({"picture": str(options.out), **size, "keys": batch.keys, "mix": mix}))
+    else:
+        print(options.out)
+    return 0
+
+
+def _config(options: argparse.Namespace) -> LoaderConfig:
+    size, patch = options.image_size, options.patch
+    if not 0 < patch <= size or size % patch:
+        raise InputError("the patches do not fit the image", got=f"{size} pixels in patches of {patch}")
+    return LoaderConfig(
+        images=str(options.images),
+        store=str(options.store),
+        batch_size=options.count,
+        image_size=size,
+        grid=(size // patch, size // patch),
+        seed=options.seed,
+        auto_augment=options.auto_augment,
+        erase_prob=options.erase_prob,
+        mix=options.mix,
+        backend=options.backend,
+        prefetch=1,
+        progress=not options.quiet,
+    )
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Errors of use in one line that names the help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(InputError.exit_status, f"error: {message}. See {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(prog="python -m pipeline", description="Training batches of images with token labels.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    text = "draw one training batch: do the images and their token labels agree?"
+    view = commands.add_parser("view", help=text, description=text)
+    view.set_defaults(run=_view)
+    view.add_argument("images", type=Path, help="the image root that was labeled, or its tar shards")
+    view.add_argument("--store", type=Path, required=True, help="folder of the label store")
+    view.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    view.add_argument("--count", type=int, default=8, metavar="B", help="images in the batch (%(default)s)")
+    view.add_argument("--image-size", type=int, default=224, metavar="S", help="side of the input (%(default)s px)")
+    view.add_argument("--patch", type=int, default=16, help="side of a token (%(default)s px)")
+    view.add_argument(
+        "--auto-augment", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help='timm\'s, "3a" or "none" (%(default)s)'
+    )
+    view.add_argument("--mix", choices=MIXES, default="none", help="mix the batch in a box: its tokens, or its pixels")
+    view.add_argument("--erase-prob", type=float, default=0.0, metavar="P", help="of random erasing (%(default)s)")
+    view.add_argument("--seed", type=int, default=0)
+    view.add_argument("--epoch", type=int, default=0, help="which epoch's first batch (%(default)s)")
+    view.add_argument("--backend", choices=BACKENDS, default="auto")
+    view.add_argument(
+        "--opacity", type=float, default=0.55, help="of a class of probability 1 over the image (%(default)s)"
+    )
+    view.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    view.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
