@@ -42,9 +42,7 @@ def _view(options: argparse.Namespace) -> int:
         raise InputError("epoch must be 0 or more", got=options.epoch)
     loader = create_loader(_config(options))
     loader.set_epoch(options.epoch)
-    batches = iter(loader)
-    batch = next(batches)
-    batches.close()  # ends the threads that prepare the next batches
+    batch = next(iter(loader))
     picture = draw_batch(batch, loader, options.opacity)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")

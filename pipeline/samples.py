@@ -112,8 +112,11 @@ def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) ->
         raise InputError(f"all {len(keys)} images are in the quarantine of {name!r}")
     columns = {name: store.column(name)[rows] for name in ("image_size", "target", "image_digest")}
     labels = columns["target"].astype(np.int64)
-    if source.labels is not None:
-        labels = np.where(source.labels[positions] >= 0, source.labels[positions], labels)
+    told = source.labels[positions] if source.labels is not None else None
+    if told is None and config.class_folders is not None:
+        told = targets_of(tuple(keys[i] for i in positions.tolist()), config.class_folders).astype(np.int64)
+    if told is not None:
+        labels = np.where(told >= 0, told, labels)
     meta = store.meta
     if config.token_labels and (meta.grid[0] < config.grid[0] or meta.grid[1] < config.grid[1]):
         log.warning(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import torch
@@ -20,12 +19,12 @@ from labeler.decode_reference import open_rgb
 from labeler.errors import InputError
 from labeler.report import class_name
 from labeler.report_charts import COLOURS, OTHER, lay_over
-from labeler.store import LabelStore
+from labeler.score_maps import ScoreMaps
 from pipeline.batch import Batch
 from pipeline.loader import TokenLabelLoader
 
-Colour = tuple[int, int, int]
-Colours = dict[int, Colour]
+Colours = dict[int, tuple[int, int, int]]
+Draw = ImageDraw.ImageDraw
 
 HEIGHT, WIDE = 224, 280  # of every panel; width of the first two, that of the others is HEIGHT
 MARGIN, GAP, LINE = 16, 10, 21
@@ -33,19 +32,20 @@ LEFTS = (MARGIN, MARGIN + WIDE + GAP, MARGIN + 2 * (WIDE + GAP), MARGIN + 2 * (W
 WIDTH, HEADER, ROW = LEFTS[3] + HEIGHT + MARGIN, MARGIN + LINE, HEIGHT + 2 * LINE + 24
 HEADINGS = ("image, and what the input shows", "its stored label map", "network input", "token targets")
 PAPER, MOUNT, INK, SOFT, DOT = (255, 255, 255), (236, 236, 238), (25, 25, 30), (110, 110, 118), (255, 40, 40)
-DOT_RADIUS, SWATCH = 5, 12
-FAINTEST = 0.2  # share of `opacity` that a class has at probability 0: less could not be told from the grey ground
+DOT_RADIUS, SWATCH, MANY_COLOURS = 5, 12, 32
+RARE = 0.01  # of the panels: what shows less is not named
+FAINTEST = 0.2  # strength at probability 0, 1 at probability 1: less could not be told from the grey ground
 CORNERS = ((0.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0, 0.0))
-MANY_COLOURS = 32
+WHOLE = np.array([0.0, 0.0, 1.0, 1.0])
 FONT = ImageFont.load_default(14)
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The most probable class of each cell, int64 [H, W], and its probability, float32 [H, W]."""
+    """The most probable class of each cell, int64 [H, W], and how strongly to show it: float32 [H, W], up to 1."""
 
     classes: np.ndarray
-    p: np.ndarray
+    strength: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class Row:
     box: np.ndarray | None
 
     def shares(self, count: int) -> np.ndarray:
-        """float64 [count]: each class's part of the map and of the targets together."""
-        both = [self.tokens] if self.map is None else [self.tokens, self.map]
-        return sum(np.bincount(c.classes.ravel(), c.p.ravel(), count) / c.p.size for c in both)
+        """float64 [count]: how much of the panels of map and targets shows each class."""
+        parts = [cells for cells in (self.tokens, self.map) if cells]
+        return np.mean([np.bincount(c.classes.ravel(), c.strength.ravel() / c.classes.size, count) for c in parts], 0)
 
 
 def draw_batch(batch: Batch, loader: TokenLabelLoader, opacity: float = 0.55) -> Image.Image:
@@ -82,10 +82,9 @@ def draw_batch(batch: Batch, loader: TokenLabelLoader, opacity: float = 0.55) ->
     if not 0 <= opacity <= 1:
         raise InputError("opacity is a share", got=opacity, expected="0 to 1")
     rows = _rows(batch, loader)
-    shares = [row.shares(loader.num_classes) for row in rows]
-    common = np.argsort(-sum(shares), kind="stable")
-    labels = batch.labels.tolist()
-    colours = assign_colours([c for c in common.tolist() if c in labels or any(s[c] for s in shares)])
+    shares, labels = [row.shares(loader.num_classes) for row in rows], batch.labels.tolist()
+    total = np.sum(shares, 0)
+    colours = assign_colours([c for c in np.argsort(-total, kind="stable").tolist() if total[c] or c in labels])
     page = Image.new("RGB", (WIDTH, HEADER + ROW * len(rows)), PAPER)
     draw = ImageDraw.Draw(page)
     for left, heading in zip(LEFTS, HEADINGS, strict=True):
@@ -94,103 +93,89 @@ def draw_batch(batch: Batch, loader: TokenLabelLoader, opacity: float = 0.55) ->
         top = HEADER + b * ROW
         for left, panel in zip(LEFTS, _panels(row, colours, opacity), strict=True):
             page.paste(panel, (left, top))
-        _caption(draw, top + HEIGHT + 6, b, batch, row.box is not None)
-        _legend(draw, top + HEIGHT + 6 + LINE, shares[b], labels[b], colours, loader.samples.store)
+        draw.text((MARGIN, top + HEIGHT + 6), f"{b + 1}   {batch.keys[b][-64:]}", INK, FONT)
+        if row.box is not None:
+            whose = f"inside the box: targets{' and pixels' * batch.mixed_pixels} of image {len(rows) - b}"
+            draw.text((LEFTS[2], top + HEIGHT + 6), whose, SOFT, FONT)
+        _legend(draw, top + HEIGHT + 6 + LINE, shares[b], labels[b], colours, loader)
     return page
 
 
 def assign_colours(classes: Sequence[int]) -> Colours:
     """A colour for each class, the most frequent first: its own, or the next that is free; those left over get none."""
     palette = _palette()
-    found: dict[int, int] = {}
+    found: Colours = {}
     for number in classes[: len(palette)]:
-        taken = set(found.values())
-        found[number] = next(s for i in range(len(palette)) if (s := (number + i) % len(palette)) not in taken)
-    return {number: palette[slot] for number, slot in found.items()}
+        turned = palette[number % len(palette) :] + palette[: number % len(palette)]
+        found[number] = next(colour for colour in turned if colour not in found.values())
+    return found
 
 
-def first_classes(
-    classes: torch.Tensor, scores: torch.Tensor, background: torch.Tensor, num_classes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [B, T] and float32 [B, T]: the palette's most probable class and its share of the whole distribution.
-
-    classes [B, P], scores [B, P, T], background [B, T]: as `TokenTargets` has them
-    """
-    used = classes >= 0
-    others = background + (num_classes - used.sum(1, keepdim=True)).log()
-    known = scores.masked_fill(~used[..., None], -torch.inf)
-    p, place = torch.cat([known, others[:, None]], 1).softmax(1)[:, :-1].max(1)
-    return classes.gather(1, place).numpy(), p.numpy()
+def first_classes(maps: ScoreMaps) -> list[Cells]:
+    """The palette's most probable class of each cell, for each of the maps (as tensors)."""
+    used = (maps.classes >= 0)[:, :, None, None]
+    others = maps.background[:, None] + (maps.num_classes - used.sum(1, keepdim=True)).log()
+    p, place = torch.cat([maps.scores.masked_fill(~used, -torch.inf), others], 1).softmax(1)[:, :-1].max(1)
+    first = maps.classes.gather(1, place.flatten(1)).view_as(place)
+    return [Cells(c, s) for c, s in zip(first.numpy(), (FAINTEST + (1 - FAINTEST) * p).numpy(), strict=True)]
 
 
 def _rows(batch: Batch, loader: TokenLabelLoader) -> list[Row]:
-    config, samples, n = loader.config, loader.samples, len(batch)
+    config, samples, mix = loader.config, loader.samples, batch.mix
     targets = batch.targets.to("cpu")
-    token, p = first_classes(targets.classes, targets.token_scores, targets.token_background, loader.num_classes)
-    box = None
-    if batch.mix is not None and batch.mix.lam < 1:
-        inside, mix = batch.mix.mask(config.grid).numpy(), batch.mix
-        token, p = np.where(inside, token[::-1], token), np.where(inside, p[::-1], p)
+    scores, background = (t.unflatten(-1, config.grid) for t in (targets.token_scores, targets.token_background))
+    tokens, box = first_classes(ScoreMaps(targets.classes, scores, background, None, loader.num_classes)), None
+    if mix is not None and mix.lam < 1:
+        inside = mix.mask(config.grid).view(config.grid).numpy()
+        tokens = [
+            Cells(np.where(inside, other.classes, own.classes), np.where(inside, other.strength, own.strength))
+            for own, other in zip(tokens, reversed(tokens), strict=True)
+        ]
         box = np.array([mix.y0, mix.x0, mix.y1, mix.x1]) / np.tile(config.grid, 2)
-    maps, region = _stored_maps(batch, loader)
-    corners = batch.views.to_image(torch.tensor(CORNERS, dtype=torch.float64).expand(n, 4, 2)).numpy()
+    stored = None if samples.store is None else samples.store.read(batch.rows).to_torch()
+    maps: Sequence[Cells | None] = [None] * len(batch) if stored is None else first_classes(stored)
+    corners = batch.views.to_image(torch.tensor([CORNERS] * len(batch), dtype=torch.float64)).numpy()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
     pixels = ((batch.images.cpu() * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    keys, rows = samples.source.images.keys, []
-    for b, key in enumerate(batch.keys):
-        sample = int(np.searchsorted(samples.positions, keys.index(key)))
+    rows = []
+    for b, (key, crop) in enumerate(zip(batch.keys, batch.views.boxes.numpy(), strict=True)):
+        sample = int(np.searchsorted(samples.positions, samples.source.images.keys.index(key)))
         image = open_rgb(samples.read(sample), samples.orientation)
-        tokens = Cells(token[b].reshape(config.grid), p[b].reshape(config.grid))
-        crop = batch.views.boxes[b].numpy()
-        rows.append(Row(image, maps[b], region[b], corners[b], crop, Image.fromarray(pixels[b]), tokens, box))
+        region = WHOLE if stored is None else stored.region[b].numpy()
+        rows.append(Row(image, maps[b], region, corners[b], crop, Image.fromarray(pixels[b]), tokens[b], box))
     return rows
-
-
-def _stored_maps(batch: Batch, loader: TokenLabelLoader) -> tuple[Sequence[Cells | None], np.ndarray]:
-    """The map of each image, and regions [B, 4]."""
-    store, n = loader.samples.store, len(batch)
-    if store is None:
-        return [None] * n, np.zeros((n, 4))
-    maps = store.read(batch.rows).to_torch()
-    classes, p = first_classes(maps.classes, maps.scores.flatten(2), maps.background.flatten(1), maps.num_classes)
-    grid = store.meta.grid
-    return [Cells(c.reshape(grid), q.reshape(grid)) for c, q in zip(classes, p, strict=True)], maps.region.numpy()
 
 
 def _panels(row: Row, colours: Colours, opacity: float) -> list[Image.Image]:
     # The part of the plane that holds image and outline, as large as the panel allows.
     low, high = np.minimum(row.corners.min(0), 0), np.maximum(row.corners.max(0), 1)
-    sides = np.array([row.image.height, row.image.width])
-    room = np.array([HEIGHT, WIDE])
+    sides, room = np.array(row.image.size[::-1]), np.array([HEIGHT, WIDE])
     # Only an outline that leaves the image needs room for its line and its dot.
     spare = 2 * (DOT_RADIUS + 1) if (low < 0).any() or (high > 1).any() else 0
     size = sides * ((room - spare) / ((high - low) * sides)).min()
     start = room / 2 - size * (low + high) / 2
     shape = tuple(np.rint(size).astype(int).clip(1)[::-1].tolist())
     image = row.image.resize(shape, Image.Resampling.LANCZOS)
-    panels = []
-    for picture in (image, image if row.map is None else _tinted(image, row.map, row.region, colours, opacity)):
-        panel = Image.new("RGB", (WIDE, HEIGHT), MOUNT)
-        panel.paste(picture, tuple(np.rint(start[::-1]).astype(int).tolist()))
-        panels.append(panel)
+    panels = [Image.new("RGB", (WIDE, HEIGHT), MOUNT) for _ in range(2)]
+    corner = tuple(np.rint(start[::-1]).astype(int).tolist())
+    panels[0].paste(image, corner)
+    if row.map is not None:
+        panels[1].paste(_tinted(image, row.map, row.region, colours, opacity), corner)
     _outline(panels[0], start + _corners(row.crop) * size, thin=True)
     _outline(panels[0], start + row.corners * size)
     _dot(panels[0], start + row.corners[0] * size)
-    if row.map is None:
-        ImageDraw.Draw(panels[1]).text((12, 10), "no label store", INK, FONT)
     shown = row.shown.resize((HEIGHT, HEIGHT), Image.Resampling.BICUBIC)
-    panels += [shown, _tinted(shown, row.tokens, np.array([0.0, 0.0, 1.0, 1.0]), colours, opacity)]
+    panels += [shown, _tinted(shown, row.tokens, WHOLE, colours, opacity)]
     if row.box is not None:
         for panel in panels[2:]:
             _outline(panel, _corners(row.box) * HEIGHT)
-    _dot(panels[2], np.zeros(2))
+    _dot(panels[2], np.full(2, DOT_RADIUS + 2))
     return panels
 
 
 def _tinted(image: Image.Image, cells: Cells, region: np.ndarray, colours: Colours, opacity: float) -> Image.Image:
     tints = np.array([colours.get(c, OTHER) for c in cells.classes.ravel().tolist()], np.uint8)
-    strength = opacity * (FAINTEST + (1 - FAINTEST) * cells.p)
-    return lay_over(image, tints.reshape(*cells.p.shape, 3), strength, region)
+    return lay_over(image, tints.reshape(*cells.classes.shape, 3), opacity * cells.strength, region)
 
 
 def _corners(box: np.ndarray) -> np.ndarray:
@@ -209,25 +194,13 @@ def _dot(panel: Image.Image, place: np.ndarray) -> None:
     ImageDraw.Draw(panel).circle((place[1], place[0]), DOT_RADIUS, DOT, PAPER)
 
 
-def _caption(draw: ImageDraw.ImageDraw, top: int, b: int, batch: Batch, mixed: bool) -> None:
-    key, room = " ".join(batch.keys[b].split()), LEFTS[2] - 4 * MARGIN
-    while draw.textlength(key, FONT) > room:
-        key = "…" + key[2:]
-    draw.text((MARGIN, top), f"{b + 1}   {key}", INK, FONT)
-    if mixed:
-        whose = f"inside the box: targets{' and pixels' * batch.mixed_pixels} of image {len(batch) - b}"
-        draw.text((LEFTS[2], top), whose, SOFT, FONT)
-
-
-def _legend(
-    draw: ImageDraw.ImageDraw, top: int, shares: np.ndarray, label: int, colours: Colours, store: LabelStore | None
-) -> None:
+def _legend(draw: Draw, top: int, shares: np.ndarray, label: int, colours: Colours, loader: TokenLabelLoader) -> None:
     """The row's classes, the true one first, then by their share, as many as there is room for."""
-    others = [c for c in np.argsort(-shares, kind="stable").tolist() if shares[c] and c != label and c in colours]
-    left = float(MARGIN)
-    for number in (label, *others):
+    common = [c for c in np.argsort(-shares, kind="stable").tolist() if shares[c] > RARE and c != label]
+    store, left = loader.samples.store, float(MARGIN)
+    for number in (label, *common):
         name = "not known" if number < 0 else class_name(store, number) if store else f"class {number}"
-        text = f"true class: {name}" if number == label else name
+        text = " ".join(f"{'true class: ' * (number == label)}{name}".split())
         end = left + SWATCH + 6 + draw.textlength(text, FONT)
         if end > WIDTH - MARGIN:
             break
@@ -236,12 +209,12 @@ def _legend(
         left = end + 20
 
 
-def _palette() -> list[Colour]:
+def _palette() -> list[tuple[int, int, int]]:
     """The report's colours, then others as far as can be from all before them; none is near a grey."""
+    levels = range(0, 256, 51)
+    vivid = [(r, g, b) for r in levels for g in levels for b in levels if max(r, g, b) - min(r, g, b) > 100]
     chosen = list(COLOURS)
-    vivid = [c for c in product(range(0, 256, 51), repeat=3) if max(c) - min(c) > 100 and max(c) > 120]
     while len(chosen) < MANY_COLOURS:
-        chosen.append(
-            max(vivid, key=lambda c: min(sum((a - b) ** 2 for a, b in zip(c, o, strict=True)) for o in chosen))
-        )
+        distance = np.square(np.array(vivid)[:, None] - np.array(chosen)).sum(2).min(1)
+        chosen.append(vivid[int(distance.argmax())])
     return chosen

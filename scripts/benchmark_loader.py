@@ -2,19 +2,19 @@
 
     python -m scripts.benchmark_loader IMAGES [--store DIR] [--repeats 3] [--json]
 
-IMAGES is a folder of photographs; without `--store`, `--copies` copies of it are labeled by a synthetic teacher of 1,000
-classes on an 18×18 grid. Everything is on the CPU and both sides have the same cores.
+IMAGES is a folder of photographs; without `--store`, `--copies` copies of it are labeled by a synthetic teacher: 1,000
+classes on an 18×18 grid. Everything runs on the CPU, both sides on the same cores.
 
-Throughput: images per second of whole epochs, random-resized-crop to 224, flip, normalisation and token labels on a
-14×14 grid, in batches of 64. The rival decodes with PIL and loads one top-5 `.pt` file per image in as many worker
-processes as cores, which live on between epochs; its main process scatters the labels to all classes, crops them with
-ROI-align and takes the softmax. Each side is a process of its own and has one epoch to warm up; files come from the page
-cache. With a GPU the rival would crop labels there: `rival, no label crop` is the most that could gain.
+Throughput: images per second of whole epochs in batches of 64: random-resized-crop to 224, flip, normalisation, token
+labels on a 14×14 grid. The rival decodes with PIL and loads one top-5 `.pt` file per image in as many worker processes
+as cores, which live on between epochs; its main process scatters the labels to all classes, crops them with ROI-align
+and takes the softmax. "No label crop" leaves that out: what the rival could reach where a GPU crops its labels. Each
+run is a process of its own and warms up for one epoch, so that files come from the page cache.
 
-Targets: one batch of 128, from `ScoreMaps` and from top-5 labels that describe the same scores, already mirrored where
-the image is. Ours is complete without a softmax, which belongs to its loss; the rival's is dense. Peak memory is the
-growth of the process's resident set (`ru_maxrss`) during one call, each side in a process of its own, after a call on
-two images has loaded all code: inputs and libraries do not count, results and everything in between do.
+Targets: a batch of 128, from `ScoreMaps` and from top-5 labels that say the same, already mirrored where the image is.
+Ours is complete without a softmax, which belongs to its loss; the rival's is dense. Peak memory is the growth of the
+process's resident set (`ru_maxrss`) in one call, each side in a process of its own, after a call on two images has
+loaded all code: inputs and libraries do not count, results and everything in between do.
 
 Legend: B images; C classes; P palette size; K = 5 classes per cell; H×W map grid; h×w token grid, T = h·w.
 """
@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,29 +54,22 @@ from pipeline.crops import random_resized_crops
 CLASSES, MAP, GRID, TOP = 1000, 18, (14, 14), 5
 SIDE, BATCH, TARGET_BATCH = 224, 64, 128
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-THROUGHPUT = ("ours", "rival", "rival, no label crop")
 
 
 class SyntheticTeacher(nn.Module):
-    """Class scores of each cell are a fixed linear function of its mean colour: a full-sized map for almost no time."""
+    """Class scores of each 8×8 cell are a fixed linear function of its colour: a full-sized map for almost no time."""
 
     num_classes = CLASSES
-    cell = 8
 
     def __init__(self) -> None:
         super().__init__()
         weight = 3 * torch.randn(CLASSES, 3, generator=torch.Generator().manual_seed(3))
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.default_cfg = {
-            "input_size": (3, self.cell * MAP, self.cell * MAP),
-            "mean": (0.5, 0.5, 0.5),
-            "std": (0.5, 0.5, 0.5),
-            "interpolation": "bilinear",
-            "crop_pct": 0.875,
-        }
+        look = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bilinear", "crop_pct": 0.875}
+        self.default_cfg = {"input_size": (3, 8 * MAP, 8 * MAP), **look}
 
     def score_maps(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("kc,bchw->bkhw", self.weight, nn.functional.avg_pool2d(images, self.cell))
+        return torch.einsum("kc,bchw->bkhw", self.weight, nn.functional.avg_pool2d(images, 8))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.score_maps(images).mean((2, 3))
@@ -87,7 +80,7 @@ def synthetic_teacher() -> nn.Module:
 
 
 def write_top5_files(store: LabelStore, folder: Path) -> None:
-    """One [2, K, H, W] float16 file per row, logits and class ids as the reference writes them; a class left out is 0."""
+    """One [2, K, H, W] float16 file per row, logits and class ids as the reference writes them; other classes are 0."""
     for rows in np.array_split(np.arange(len(store)), -(-len(store) // 32)):
         log_p = torch.from_numpy(store.read(rows).dense()).log()
         values, ids = (log_p - log_p.amin(1, keepdim=True)).topk(TOP, dim=1)
@@ -134,43 +127,36 @@ class RivalImages(Dataset):
         return tv.normalize(tv.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD), label, box
 
 
-def epochs_of(side: str, images: Path, store: Path, labels: Path, cores: int) -> Callable[[], Iterator[int]]:
-    """A function that runs one epoch and yields the size of each batch once its images and targets are there."""
-    if side == "ours":
-        loader = create_loader(
+def throughput(options: argparse.Namespace, cores: int) -> float:
+    """Images per second of whole epochs, their beginnings included, after one that is not timed."""
+    store = LabelStore(options.store)
+    batches: Iterable[Any]
+    if options.side == "ours":
+        batches = create_loader(
             LoaderConfig(
-                str(images), str(store), batch_size=BATCH, image_size=SIDE, grid=GRID, scale=SCALE, ratio=RATIO,
-                auto_augment="none", mix="none", backend="dali", device="cpu", threads=cores, progress=False,
+                str(options.images), str(options.store), batch_size=BATCH, image_size=SIDE, grid=GRID, scale=SCALE,
+                ratio=RATIO, auto_augment="none", mix="none", backend="dali", device="cpu", threads=cores,
             )
         )  # fmt: skip
-        return lambda: (len(batch) for batch in loader)
-    opened = LabelStore(store)
-    files: DataLoader = DataLoader(
-        RivalImages(images, opened.keys, labels), BATCH, shuffle=True, num_workers=cores, drop_last=True,
-        persistent_workers=True,
-    )  # fmt: skip
-
-    def rival() -> Iterator[int]:
-        for pixels, top5, boxes in files:
-            if side == "rival":
-                rival_targets(top5, boxes, opened.meta.num_classes)
-            yield len(pixels)
-
-    return rival
-
-
-def throughput(epoch: Callable[[], Iterator[int]], epochs: int) -> float:
-    """Images per second of whole epochs, their beginnings included, after one that is not timed."""
-    sum(epoch())
-    started = time.perf_counter()
-    done = sum(sum(epoch()) for _ in range(epochs))
+    else:
+        images = RivalImages(options.images, store.keys, options.labels)
+        how = {"num_workers": cores, "persistent_workers": True}
+        batches = DataLoader(images, BATCH, shuffle=True, drop_last=True, **how)
+    done, started = 0, 0.0
+    for epoch in range(1 + options.epochs):
+        if epoch == 1:  # the one before warmed up
+            done, started = 0, time.perf_counter()
+        for batch in batches:
+            if options.side == "rival":
+                rival_targets(batch[1], batch[2], store.meta.num_classes)
+            done += BATCH
     return done / (time.perf_counter() - started)
 
 
 class TargetInputs:
     """The same scores twice: as a palette of P planes and as the K largest of each cell; random crops and flips.
 
-    An image has P classes in all, so its palette holds every class that its top-5 labels name, with 0 where they do not.
+    An image has P classes in all, so its palette holds every class that its top-5 labels name, and 0 elsewhere.
     """
 
     def __init__(self, batch: int, palette: int) -> None:
@@ -202,9 +188,8 @@ def compare_targets(batch: int, palette: int, calls: int) -> dict[str, Any]:
     """Milliseconds per call, alternating, and the largest difference of any probability."""
     inputs = TargetInputs(batch, palette)
     ours, (tokens, whole) = inputs.ours(), inputs.rival()
-    difference = max(
-        float((ours.dense_tokens(CLASSES).mT - tokens).abs().max()), float((ours.dense_cls(CLASSES) - whole).abs().max())
-    )
+    pairs = ((ours.dense_tokens(CLASSES).mT, tokens), (ours.dense_cls(CLASSES), whole))
+    difference = max(float((one - other).abs().max()) for one, other in pairs)
     times: dict[str, list[float]] = {"ours": [], "rival": []}
     for _ in range(calls):
         for side, values in times.items():
@@ -214,15 +199,15 @@ def compare_targets(batch: int, palette: int, calls: int) -> dict[str, Any]:
     return {"ms": times, "difference": difference}
 
 
-def peak_memory(side: str, batch: int, palette: int) -> float:
+def peak_memory(options: argparse.Namespace) -> float:
     """MB by which one call raises the largest resident set that this process has had."""
-    getattr(TargetInputs(2, palette), side)()
-    inputs = TargetInputs(batch, palette)
+    getattr(TargetInputs(2, options.palette), options.side)()
+    inputs = TargetInputs(TARGET_BATCH, options.palette)
     # What was freed since the largest resident set so far would hide as much of the call's growth: fill it.
     now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     filler = torch.ones(max(0, _max_rss() - now) + (1 << 20), dtype=torch.uint8)
     before = _max_rss()
-    kept = getattr(inputs, side)()
+    kept = getattr(inputs, options.side)()
     grown = _max_rss() - before
     del kept, filler
     return grown / 1e6
@@ -232,36 +217,47 @@ def _max_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def in_own_process(*arguments: object) -> float:
-    """The figure that this script prints when it is called with `arguments`."""
+def in_own_process(images: Path, **options: object) -> float:
+    """The figure that this script prints when it is called with hidden options."""
     # With a fixed threshold freed tensors leave the process at once; by default malloc keeps some megabytes.
-    env = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if "--palette" in arguments else {})
-    command = [sys.executable, "-m", "scripts.benchmark_loader", *map(str, arguments)]
+    env = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if "palette" in options else {})
+    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    command = [sys.executable, "-m", "scripts.benchmark_loader", str(images), *arguments]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout.split()[-1])
 
 
 def measure_throughput(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     images, store, labels = options.images, options.store, folder / "top5"
     if store is None:
-        images, store = folder / "images", folder / "labels"
+        images, store = folder / "images", folder / "store"
         for copy in range(options.copies):
-            shutil.copytree(options.images, images, dirs_exist_ok=True, copy_function=_copy_as(copy))
+            shutil.copytree(options.images, images / str(copy))
         teacher = TeacherConfig("scripts.benchmark_loader:synthetic_teacher")
         label_images(images, store, LabelerConfig(teacher, device="cpu", progress=False))
     labels.mkdir()
     write_top5_files(LabelStore(store), labels)
-    rates: dict[str, list[float]] = {side: [] for side in THROUGHPUT}
+    rates: dict[str, list[float]] = {side: [] for side in ("ours", "rival", "rival, no label crop")}
     for _ in range(options.repeats):
         for side, values in rates.items():
-            values.append(
-                in_own_process(images, "--store", store, "--labels", labels, "--epochs", options.epochs, "--side", side)
-            )
+            values.append(in_own_process(images, store=store, labels=labels, epochs=options.epochs, side=side))
     return rates
 
 
-def _copy_as(copy: int) -> Callable[[str, str], object]:
-    """For copytree: another file name in the same folder, so that copies keep their class."""
-    return lambda source, target: shutil.copyfile(source, Path(target).with_stem(f"{Path(target).stem}-{copy}"))
+def measure_targets(options: argparse.Namespace, palette: int) -> dict[str, Any]:
+    found = compare_targets(TARGET_BATCH, palette, 3 * options.repeats)
+    if found["difference"] > 1e-4:
+        raise SystemExit(f"the two sides' targets differ by {found['difference']:.1e}")
+    memory: dict[str, list[float]] = {"ours": [], "rival": []}
+    for _ in range(options.repeats):
+        for side, values in memory.items():
+            values.append(in_own_process(options.images, side=side, palette=palette))
+    return {
+        "difference": found["difference"],
+        "ms": {side: spread(values) for side, values in found["ms"].items()},
+        "peak_mb": {side: spread(values) for side, values in memory.items()},
+        "times_faster": spread(found["ms"]["rival"], found["ms"]["ours"]),
+        "times_less_memory": spread(memory["rival"], memory["ours"]),
+    }
 
 
 def spread(values: list[float], ratio_to: list[float] | None = None) -> list[float]:
@@ -279,58 +275,38 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2, help="timed epochs per run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--labels", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--palette", type=int, help=argparse.SUPPRESS)
+    for option, kind in (("--side", str), ("--labels", Path), ("--palette", int)):  # one side's own process
+        parser.add_argument(option, type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
-    if options.palette:
-        print(peak_memory(options.side, TARGET_BATCH, options.palette))
-        return
     if options.side:
-        print(throughput(epochs_of(options.side, options.images, options.store, options.labels, cores), options.epochs))
+        print(peak_memory(options) if options.palette else throughput(options, cores))
         return
     with tempfile.TemporaryDirectory() as folder:
         rates = measure_throughput(options, Path(folder))
-    result: dict[str, Any] = {
+    result = {
         "cores": cores,
         "images_per_s": {side: spread(values) for side, values in rates.items()},
         "ours_to": {side: spread(rates["ours"], values) for side, values in rates.items()},
-        "targets": {},
+        "targets": {palette: measure_targets(options, palette) for palette in (8, 32)},
     }
-    for palette in (8, 32):
-        found = compare_targets(TARGET_BATCH, palette, 3 * options.repeats)
-        if found["difference"] > 1e-4:
-            raise SystemExit(f"the two sides' targets differ by {found['difference']:.1e}")
-        memory = {
-            side: [in_own_process(options.images, "--side", side, "--palette", palette) for _ in range(options.repeats)]
-            for side in ("ours", "rival")
-        }
-        result["targets"][palette] = {
-            "difference": found["difference"],
-            **{"ms": {side: spread(v) for side, v in found["ms"].items()}},
-            "peak_mb": {side: spread(v) for side, v in memory.items()},
-            "times_faster": spread(found["ms"]["rival"], found["ms"]["ours"]),
-            "times_less_memory": spread(memory["rival"], memory["ours"]),
-        }
     print(json.dumps(result, indent=1) if options.json else report(result))
 
 
 def report(result: dict[str, Any]) -> str:
-    def cell(values: list[float]) -> str:
-        low, middle, high = values
-        return f"{middle:8.1f} ({low:.1f} to {high:.1f})"
+    def cell(values: list[float], digits: int = 1) -> str:
+        low, middle, high = (f"{value:.{digits}f}" for value in values)
+        return f"{f'{middle} ({low} to {high})':26}"
 
-    lines = [f"{result['cores']} cores; median (lowest to highest)", f"\n{'':24}{'images/s':26}ours is x times as fast"]
+    lines = [f"{result['cores']} cores; median (lowest to highest)", f"\n{'':24}{'images/s':26}ours / this"]
     for side, rate in result["images_per_s"].items():
-        low, middle, high = result["ours_to"][side]
-        lines.append(f"{side:24}{cell(rate):26}" + (f"{middle:.2f} ({low:.2f} to {high:.2f})" if side != "ours" else ""))
+        lines.append(f"{side:24}{cell(rate)}{cell(result['ours_to'][side], 2)}")
     for palette, found in result["targets"].items():
-        lines.append(f"\n{f'targets, palette {palette}':24}{'ms':26}{'peak MB':26}")
-        lines += [f"{side:24}{cell(found['ms'][side]):26}{cell(found['peak_mb'][side])}" for side in found["ms"]]
-        lines.append(f"{'ours is x times better':24}{cell(found['times_faster']):26}{cell(found['times_less_memory'])}")
-        lines.append(f"largest difference between the two sides' probabilities {found['difference']:.1e}")
+        lines.append(f"\n{f'targets, palette {palette}':24}{'ms':26}peak MB")
+        lines += [f"{side:24}{cell(found['ms'][side])}{cell(found['peak_mb'][side])}" for side in found["ms"]]
+        lines.append(f"{'rival / ours':24}{cell(found['times_faster'])}{cell(found['times_less_memory'])}")
+        lines.append(f"largest difference between the sides' probabilities: {found['difference']:.1e}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Every token's label must name the place that its pixels came from: images whose colour says where, through the real loaders.
+"""Every token's label must name the place that its pixels came from: images whose colours say where, real loaders.
 
 Legend: B images; T tokens. Red is y and green is x, as shares of the decoded image's sides; the teacher reads them off.
 """
