@@ -61,7 +61,8 @@ class Samples:
         """The image file. Raises IntegrityError where it cannot be read or is not the one that was labeled."""
         data = self.source.read(int(self.positions[sample]))
         if self.digests is not None and image_digest(data) != self.digests[sample]:
-            raise unreadable(self.key(sample), "other bytes than when it was labeled")
+            remedy = "Restore it or label again; `python -m labeler verify STORE --images DIR` names all such images."
+            raise unreadable(self.key(sample), "other bytes than when it was labeled", remedy)
         return data
 
     @cached_property

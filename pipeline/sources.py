@@ -140,12 +140,8 @@ def open_source(images: str | Path, image_list: str | Path | None = None, progre
     return TarSource(shards, root, progress)
 
 
-def unreadable(key: str, reason: str) -> IntegrityError:
-    return IntegrityError(
-        f"the image {key!r} cannot be used",
-        got=reason,
-        remedy="Restore the file; `python -m labeler verify STORE --images DIR` names all such images.",
-    )
+def unreadable(key: str, reason: str, remedy: str = "Restore the file, or leave it out.") -> IntegrityError:
+    return IntegrityError(f"the image {key!r} cannot be used", got=reason, remedy=remedy)
 
 
 def _members(path: Path) -> list[tuple[str, int, int]]:
@@ -153,9 +149,10 @@ def _members(path: Path) -> list[tuple[str, int, int]]:
     try:
         with tarfile.open(path, "r:") as archive:
             members = [(m.name.removeprefix("./"), m.offset_data, m.size) for m in archive if m.isreg()]
-            end = archive.offset
-        if os.path.getsize(path) < end:
-            raise tarfile.ReadError("unexpected end of data")
+        # tarfile takes any end for the end; a whole archive has an empty block behind its last file.
+        last = max((offset + size for _, offset, size in members), default=0)
+        if os.path.getsize(path) < -(-last // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("its end is missing")
     except (OSError, tarfile.TarError) as error:
         raise InputError(
             f"the tar shard {str(path)!r} cannot be read", got=str(error), expected="a whole, uncompressed tar file"

@@ -210,9 +210,9 @@ def _legend(draw: Draw, top: int, shares: np.ndarray, label: int, colours: Colou
 
 
 def _palette() -> list[tuple[int, int, int]]:
-    """The report's colours, then others as far as can be from all before them; none is near a grey."""
+    """The report's colours, then others as far as can be from all before them; none is near a grey or black."""
     levels = range(0, 256, 51)
-    vivid = [(r, g, b) for r in levels for g in levels for b in levels if max(r, g, b) - min(r, g, b) > 100]
+    vivid = [(r, g, b) for r in levels for g in levels for b in levels if max(r, g, b) - min(r, g, b) > 150]
     chosen = list(COLOURS)
     while len(chosen) < MANY_COLOURS:
         distance = np.square(np.array(vivid)[:, None] - np.array(chosen)).sum(2).min(1)
