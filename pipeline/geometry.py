@@ -79,30 +79,36 @@ def sample_counts(cells: torch.Tensor, bins: int) -> torch.Tensor:
     return (cells.abs() / bins - ROUNDING).ceil().clamp(min=1).long()
 
 
-def bin_samples(counts: torch.Tensor, bins: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places [B, bins, S] of the samples along an axis, as fractions of it, and their weights [B, S] in a bin's mean.
+def bin_samples(
+    extent: torch.Tensor, counts: torch.Tensor, bins: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """An axis of length `extent` [B], cut into bins with `counts` [B] samples each.
 
-    S is the largest count; the samples that an image does not need have weight 0.
+    Returns where the bins start [B, bins], how far into its bin each sample lies [B, S], and its weight in the bin's
+    mean [B, S]. S is the largest count; the samples that an image does not need have weight 0.
     """
-    k = torch.arange(int(counts.max()), device=counts.device)
-    inside = (k + 0.5) / counts[:, None]
+    size = (extent / bins)[:, None]
+    k = torch.arange(int(counts.max()), device=extent.device)
+    starts = torch.arange(bins, device=extent.device) * size
     used = k < counts[:, None]
-    start = torch.arange(bins, device=counts.device, dtype=torch.float64)[None, :, None]
-    return (start + inside[:, None].clamp(max=1)) / bins, used / counts[:, None].double()
+    return starts, (k + 0.5) * size / counts[:, None], used / counts[:, None].to(extent.dtype)
 
 
 def axis_weights(
     start: torch.Tensor, end: torch.Tensor, gain: torch.Tensor, shift: torch.Tensor, cells: int, bins: int
 ) -> torch.Tensor:
-    """float64 [B, bins, cells]: ROI-align along one axis, out = weights · map.
+    """[B, bins, cells], of the boxes' type: ROI-align along one axis, out = weights · map.
 
-    start, end   float64 [B]: the crop as fractions of the map's axis
-    gain, shift  float64 [B]: input -> crop along this axis; the parts that show nothing take the crop's nearest place
+    start, end   [B]: the crop as fractions of the map's axis
+    gain, shift  [B]: input -> crop along this axis; the parts that show nothing take the crop's nearest place
     """
-    extent = end - start
-    places, share = bin_samples(sample_counts(extent * gain * cells, bins), bins)
-    in_crop = (places * gain[:, None, None] + shift[:, None, None]).clamp(0, 1)
-    centres = (start[:, None, None] + in_crop * extent[:, None, None]) * cells - 0.5
+    # In cells, where 0 is the centre of the first one. In float32 this order of operations is torchvision's.
+    low, high = start * cells - 0.5, end * cells - 0.5
+    extent = high - low
+    starts, inside, share = bin_samples(extent, sample_counts(extent * gain, bins), bins)
+    origin = (low + shift * extent)[:, None, None]
+    centres = origin + gain[:, None, None] * starts[:, :, None] + gain[:, None, None] * inside[:, None]
+    centres = torch.minimum(torch.maximum(centres, low[:, None, None]), high[:, None, None])
     # Bilinear interpolation is a hat function around each cell's centre; beyond the outermost centres the map is flat.
     distance = centres.clamp(0, cells - 1)[..., None] - torch.arange(cells, device=start.device)
     return torch.einsum("bnsc,bs->bnc", (1 - distance.abs()).clamp(min=0), share)

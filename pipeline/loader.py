@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -86,6 +87,8 @@ class TokenLabelLoader:
         self.rows = None
         if self.samples.store is not None and config.token_labels:
             self.rows = LabelRows(self.samples.store, self.device)
+        # Its own stream: copies and small waits of the next batch do not queue behind the training step.
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.backend = _create_backend(config, self.samples.orientation, self.device, self.threads)
         self.epoch = 0
         self._batch = 0  # of the epoch, the next to come
@@ -106,8 +109,14 @@ class TokenLabelLoader:
         with ThreadPoolExecutor(self.threads) as pool:
             ahead = Ahead(self._prepare(self.epoch, start, pool), self.config.prefetch)
             try:
-                for prepared, images in self.backend.images(ahead):
-                    batch = self._finish(prepared, images)
+                shown = self.backend.images(ahead)
+                while True:
+                    with self._on_own_stream():
+                        item = next(shown, None)
+                        if item is None:
+                            break
+                        batch = self._finish(*item)
+                    self._hand_over(batch)
                     self._batch += 1
                     yield batch
             finally:
@@ -159,6 +168,17 @@ class TokenLabelLoader:
             keys = tuple(map(self.samples.key, chosen.tolist()))
             encoded = [data for part in reading for data in part.result()]
             yield Prepared(chosen, keys, encoded, draws, rows)
+
+    def _on_own_stream(self) -> AbstractContextManager:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _hand_over(self, batch: Batch) -> None:
+        """Let the stream of the caller wait for the batch, and the allocator know who uses it."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._stream)
+            for tensor in (batch.images, batch.labels, *vars(batch.targets).values()):
+                tensor.record_stream(current)
 
     def _read(self, samples: list[int]) -> list[bytes]:
         return [self.samples.read(sample) for sample in samples]

@@ -78,7 +78,7 @@ def crop_score_maps(
     """The part of each map that a crop shows, on the token grid: adaptive ROI-align of scores.
 
     maps    of B images, as tensors (`ScoreMaps.to_torch`)
-    boxes   [B, 4]: y0, x0, y1, x1 of the crop, fractions of the image
+    boxes   [B, 4]: y0, x0, y1, x1 of the crop, fractions of the image; float64, or float32 to reckon in float32
     grid    h, w
     hflip   bool [B]: the crop is shown mirrored
     affine  [B, 2, 3]: input -> crop before the flip, see `pipeline.geometry`; tokens that show nothing of the crop
@@ -88,40 +88,48 @@ def crop_score_maps(
     """
     if boxes.shape != (len(maps), 4):
         raise InputError("boxes do not fit the maps", got=tuple(boxes.shape), expected=(len(maps), 4))
-    device = maps.scores.device
-    boxes = boxes.to(device, torch.float64)
+    device, dtype = maps.scores.device, torch.float32 if boxes.dtype == torch.float32 else torch.float64
     turned = identity(len(maps)).to(device) if affine is None else affine.to(device, torch.float64)
     if hflip is not None:
         turned = compose(flips(hflip.to(device)), turned)
-    views = Views(box_in_region(boxes, maps.region.double()), turned)
-    planes = torch.cat([maps.scores, maps.background[:, None]], 1)
-    tokens = crop_planes(planes, views, grid).flatten(2)
-    whole = crop_planes(planes, views, (1, 1)).flatten(1)
+    views = Views(box_in_region(boxes.to(device, dtype), maps.region.to(device, dtype)), turned)
+    # Map rows first: then both products below run over whole matrices, without a copy.
+    planes = torch.cat([maps.scores.transpose(1, 2), maps.background[:, :, None]], 2)
+    tokens, whole = _crop_upright(planes, views, grid)
+    slanted = (~is_axis_aligned(turned)).nonzero()[:, 0]
+    if len(slanted):
+        # In float64: a place that is off by a millionth of the map shows where scores are steep.
+        some, part = Views(views.boxes[slanted].double(), turned[slanted]), planes[slanted].transpose(1, 2).double()
+        tokens[slanted] = _crop_slanted(part, some, grid).flatten(2).to(tokens.dtype)
+        whole[slanted] = _crop_slanted(part, some, (1, 1))[:, :, 0, 0].to(tokens.dtype)
     return TokenTargets(maps.classes, tokens[:, :-1], tokens[:, -1], whole[:, :-1], whole[:, -1])
 
 
-def crop_planes(planes: torch.Tensor, views: Views, grid: tuple[int, int]) -> torch.Tensor:
-    """Planes [B, K, H, W] -> [B, K, h, w]; `views.boxes` are fractions of the map here."""
-    affine = views.affine
-    (h, w), (rows, columns) = grid, planes.shape[2:]
+def _crop_upright(planes: torch.Tensor, views: Views, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Planes [B, H, K, W] to tokens [B, K, T] and the whole crop [B, K], as if no view were rotated or sheared.
+
+    The whole crop is one more row and column of the products, the mean of a 1×1 grid.
+    """
+    (h, w), affine, (n, rows, k, columns) = grid, views.affine.to(views.boxes.dtype), planes.shape
     y0, x0, y1, x1 = views.boxes.unbind(1)
-    along_y = axis_weights(y0, y1, affine[:, 0, 0], affine[:, 0, 2], rows, h).to(planes.dtype)
-    along_x = axis_weights(x0, x1, affine[:, 1, 1], affine[:, 1, 2], columns, w).to(planes.dtype)
-    cropped = along_y[:, None] @ planes @ along_x[:, None].mT
-    slanted = (~is_axis_aligned(affine)).nonzero()[:, 0]
-    if len(slanted):
-        some = Views(views.boxes[slanted], affine[slanted])
-        # In float64: a place that is off by a millionth of the map shows where scores are steep.
-        cropped[slanted] = _crop_slanted(planes[slanted].double(), some, grid).to(planes.dtype)
-    return cropped
+    in_y = (y0, y1, affine[:, 0, 0], affine[:, 0, 2], rows)
+    in_x = (x0, x1, affine[:, 1, 1], affine[:, 1, 2], columns)
+    along_y = torch.cat([axis_weights(*in_y, h), axis_weights(*in_y, 1)], 1).to(planes.dtype)
+    along_x = torch.cat([axis_weights(*in_x, w), axis_weights(*in_x, 1)], 1).to(planes.dtype)
+    cropped = along_y @ planes.reshape(n, rows, k * columns)
+    cropped = (cropped.view(n, (h + 1) * k, columns) @ along_x.mT).view(n, h + 1, k, w + 1)
+    return cropped[:, :h, :, :w].transpose(1, 2).flatten(2), cropped[:, h, :, w].contiguous()
 
 
 def _crop_slanted(planes: torch.Tensor, views: Views, grid: tuple[int, int]) -> torch.Tensor:
-    """As `crop_planes`, float64, for rotated and sheared views: the same samples, no longer along the map's axes."""
+    """Planes [b, K, H, W] to [b, K, h, w] for rotated and sheared views: samples that no longer lie along the axes."""
     n = len(planes)
     extent = (views.boxes[:, 2:] - views.boxes[:, :2]) * torch.tensor(planes.shape[2:], device=planes.device)
-    y, share_y = bin_samples(sample_counts(extent[:, 0], grid[0]), grid[0])
-    x, share_x = bin_samples(sample_counts(extent[:, 1], grid[1]), grid[1])
+    whole = torch.ones_like(extent[:, 0])
+    starts, inside, share_y = bin_samples(whole, sample_counts(extent[:, 0], grid[0]), grid[0])
+    y = starts[:, :, None] + inside[:, None]
+    starts, inside, share_x = bin_samples(whole, sample_counts(extent[:, 1], grid[1]), grid[1])
+    x = starts[:, :, None] + inside[:, None]
     (h, s), (w, r) = y.shape[1:], x.shape[1:]
     pairs = torch.stack(
         [y.reshape(n, h * s, 1).expand(-1, -1, w * r), x.reshape(n, 1, w * r).expand(-1, h * s, -1)], -1

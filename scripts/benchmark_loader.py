@@ -9,7 +9,8 @@ Throughput: images per second of whole epochs in batches of 64: random-resized-c
 labels on a 14×14 grid. The rival decodes with PIL and loads one top-5 `.pt` file per image in as many worker processes
 as cores, which live on between epochs; its main process scatters the labels to all classes, crops them with ROI-align
 and takes the softmax. "No label crop" leaves that out: what the rival could reach where a GPU crops its labels. Each
-run is a process of its own and warms up for one epoch, so that files come from the page cache.
+run is a process of its own and warms up for one epoch, so that files come from the page cache. The cores must be idle:
+torch's threads wait for each other, so one more busy process makes small operations many times slower.
 
 Targets: a batch of 128, from `ScoreMaps` and from top-5 labels that say the same, already mirrored where the image is.
 Ours is complete without a softmax, which belongs to its loss; the rival's is dense. Peak memory is the growth of the

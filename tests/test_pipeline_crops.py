@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from tiny import picture
 from torchvision.transforms import RandomResizedCrop
 
 from labeler.errors import InputError
 from pipeline.crops import center_crops, random_resized_crops
-from pipeline.erasing import AREA, ASPECT, draw_erased, erase
+from pipeline.erasing import draw_erased, erase
 from pipeline.mix import MixBox, mix_pixels, sample_mix_box
 
 RATIO = (3 / 4, 4 / 3)
@@ -101,9 +102,11 @@ def test_the_rectangles_to_erase_have_the_share_area_and_shape_asked_for():
     assert (shapes[~erased] == 0).all()
     assert boxes.min() >= 0
     assert boxes.max() == side  # the far edge is reached, and not passed
-    assert_shapes(shapes[erased], np.full(erased.sum(), side * side), AREA, ASPECT)
+    timm = RandomErasing()
+    area, aspect = (timm.min_area, timm.max_area), np.exp(timm.log_aspect_ratio)
+    assert_shapes(shapes[erased], np.full(erased.sum(), side * side), area, aspect)
     # Large flat rectangles that do not fit are drawn anew, so the mean is a little under the middle.
-    assert abs(shapes[erased].prod(1).mean() / side**2 - np.mean(AREA)) < 0.01
+    assert abs(shapes[erased].prod(1).mean() / side**2 - np.mean(area)) < 0.01
     never = draw_erased(500, side, 0.0, np.random.default_rng(3))
     assert (never[:, :2] == never[:, 2:]).all()
     always = draw_erased(500, side, 1.0, np.random.default_rng(3))
