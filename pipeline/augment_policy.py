@@ -26,6 +26,7 @@ ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(12, 17)
 GEOMETRIC = (ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y)
 
 FULL_LEVEL = 10.0
+HIGHEST = {"p": 1, "inc": 1}  # of the notation's numbers
 Amounts = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (level / FULL_LEVEL, a random sign) -> the kernel's amount
 
 
@@ -184,12 +185,13 @@ def parse_rand_augment(text: str) -> RandAugment:
     head, *parts = text.split("-")
     found: dict[str, float] = {}
     for part in parts:
-        match = re.fullmatch(r"(mstd|mmax|inc|m|n|p)(\d+(?:\.\d+)?|inf)", part)
-        if head != "rand" or not match or match[1] in found:
+        match = re.fullmatch(r"(mstd|p)(\d+(?:\.\d+)?|inf)|(mmax|inc|m|n)(\d+)", part)
+        name, value = (match[1] or match[3], match[2] or match[4]) if match else (part, "nan")
+        if head != "rand" or name in found or not float(value) <= HIGHEST.get(name, math.inf):
             head = ""
             break
-        found[match[1]] = float(match[2])
-    if head != "rand":
+        found[name] = float(value)
+    if head != "rand" or found.get("n") == 0:
         raise InputError(
             "auto_augment is not understood",
             got=repr(text),
@@ -202,7 +204,7 @@ def parse_rand_augment(text: str) -> RandAugment:
         found.get("p", 0.5),
         found.get("m", FULL_LEVEL),
         math.inf if std > 100 else std,
-        found.get("mmax", FULL_LEVEL),
+        found.get("mmax") or FULL_LEVEL,
     )
 
 

@@ -76,7 +76,7 @@ def box_in_region(boxes: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
 
 def sample_counts(cells: torch.Tensor, bins: int) -> torch.Tensor:
     """int64 [B]: samples per bin and axis where `bins` bins share `cells` [B] cells, as ROI-align chooses it."""
-    return (cells.abs() / bins - ROUNDING).ceil().clamp(min=1).long()
+    return (cells / bins - ROUNDING).ceil().clamp(min=1).long()
 
 
 def bin_samples(
@@ -105,7 +105,7 @@ def axis_weights(
     # In cells, where 0 is the centre of the first one. In float32 this order of operations is torchvision's.
     low, high = start * cells - 0.5, end * cells - 0.5
     extent = high - low
-    starts, inside, share = bin_samples(extent, sample_counts(extent * gain, bins), bins)
+    starts, inside, share = bin_samples(extent, sample_counts(extent, bins), bins)
     origin = (low + shift * extent)[:, None, None]
     centres = origin + gain[:, None, None] * starts[:, :, None] + gain[:, None, None] * inside[:, None]
     centres = torch.minimum(torch.maximum(centres, low[:, None, None]), high[:, None, None])
