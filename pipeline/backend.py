@@ -32,18 +32,28 @@ class Prepared:
 
 
 class LoaderBackend:
-    """Turns prepared batches into byte images, cropped, resized, flipped and augmented, and maps into targets."""
+    """Turns prepared batches into images, cropped, resized, flipped, augmented, normalised, and maps into targets."""
 
     name: str
 
-    def __init__(self, config: LoaderConfig, orientation: str, device: torch.device, threads: int) -> None:
-        self.config, self.orientation, self.device, self.threads = config, orientation, device, threads
+    def __init__(
+        self, config: LoaderConfig, orientation: str, augments: bool, device: torch.device, threads: int
+    ) -> None:
+        self.config, self.orientation, self.augments = config, orientation, augments
+        self.device, self.threads = device, threads
+        shape = (1, 3, 1, 1)
+        self._scale = (1 / (255 * torch.tensor(config.std))).view(shape).to(device)
+        self._mean = (255 * torch.tensor(config.mean)).view(shape).to(device)
         # What a warp uncovers gets the mean colour: zero after normalisation.
         self.fill = tuple(min(255, round(255 * channel)) for channel in config.mean)
 
     def images(self, prepared: Iterator[Prepared]) -> Iterator[tuple[Prepared, torch.Tensor]]:
-        """uint8 [B, 3, S, S] on the device for each prepared batch, in order."""
+        """Normalised float32 [B, 3, S, S] on the device for each prepared batch, in order."""
         raise NotImplementedError
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, 3, S, S] to float32."""
+        return torch.sub(pixels, self._mean).mul_(self._scale)
 
     def targets(self, maps: ScoreMaps, draws: Draws) -> TokenTargets:
         """The part of each map that its image shows."""

@@ -26,7 +26,8 @@ METHODS = np.array([int(types.INTERP_LINEAR), int(types.INTERP_CUBIC)], np.int32
 
 
 @pipeline_def
-def _windows(config: LoaderConfig, source: Any, orientation: str, on_gpu: bool) -> Any:
+def _windows(config: LoaderConfig, source: Any, orientation: str, on_gpu: bool, as_bytes: bool) -> Any:
+    """[3, S, S] of each image: bytes where augmentation follows, otherwise normalised."""
     encoded, window, hflip, method = fn.external_source(
         source=source,
         num_outputs=4,
@@ -45,9 +46,11 @@ def _windows(config: LoaderConfig, source: Any, orientation: str, on_gpu: bool) 
         part = {"roi_start": window[0:2], "roi_end": window[2:4]}
     method = fn.cast(method, dtype=types.INTERP_TYPE)
     resized = fn.resize(images, size=[config.image_size] * 2, interp_type=method, antialias=True, **part)
-    return fn.crop_mirror_normalize(
-        resized, dtype=types.UINT8, output_layout="CHW", mirror=hflip, mean=[0.0] * 3, std=[1.0] * 3
-    )
+    if as_bytes:
+        how = {"dtype": types.UINT8, "mean": [0.0] * 3, "std": [1.0] * 3}
+    else:
+        how = {"mean": [255 * m for m in config.mean], "std": [255 * s for s in config.std]}
+    return fn.crop_mirror_normalize(resized, output_layout="CHW", mirror=hflip, **how)
 
 
 class DaliBackend(LoaderBackend):
@@ -64,12 +67,13 @@ class DaliBackend(LoaderBackend):
             encoded = [np.frombuffer(data, np.uint8) for data in item.encoded]
             return encoded, windows, draws.hflip.astype(np.int32), METHODS[draws.bicubic.astype(int)]
 
-        on_gpu = self.device.type == "cuda"
+        on_gpu, augmented = self.device.type == "cuda", self.augments
         pipeline = _windows(
             self.config,
             source,
             self.orientation,
             on_gpu,
+            augmented,
             batch_size=self.config.batch_size,
             num_threads=self.threads,
             device_id=self.device.index or 0 if on_gpu else None,
@@ -88,7 +92,7 @@ class DaliBackend(LoaderBackend):
                 find_culprit(pending, self.orientation, error)
                 raise
             item = pending.popleft()
-            yield item, self.augment(images, item.draws)
+            yield item, self.normalize(self.augment(images, item.draws)) if augmented else images
 
     def augment(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
         """uint8 [B, 3, S, S], changed in place: every kernel, then one warp of those images that need it."""

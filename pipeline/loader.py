@@ -21,7 +21,7 @@ from labeler import __version__
 from labeler.errors import InputError, MismatchError
 from labeler.plan import plain
 from pipeline.ahead import Ahead
-from pipeline.augment_policy import create_policies
+from pipeline.augment_policy import Policy, create_policies
 from pipeline.backend import LoaderBackend, Prepared
 from pipeline.batch import Batch
 from pipeline.config import LoaderConfig
@@ -59,11 +59,14 @@ class TokenLabelLoader:
     batch that came last; a loader that loads it, in any process, yields the remaining batches bit for bit.
     """
 
-    def __init__(self, config: LoaderConfig) -> None:
+    def __init__(self, config: LoaderConfig, policies: tuple[Policy, ...] | None = None) -> None:
+        """`policies` take the place of those that the configuration names."""
         self.config = config
         self.device = _device(config.device)
         self.threads = config.threads or max(1, _cores() // config.world_size)
-        self.policies = create_policies(config.auto_augment, config.color_jitter) if config.train else ()
+        if policies is None:
+            policies = create_policies(config.auto_augment, config.color_jitter) if config.train else ()
+        self.policies = policies
         self.samples = open_samples(config)
         self.num_classes = self.samples.num_classes
         groups = self.samples.source.groups
@@ -89,13 +92,10 @@ class TokenLabelLoader:
             self.rows = LabelRows(self.samples.store, self.device)
         # Its own stream: copies and small waits of the next batch do not queue behind the training step.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.backend = _create_backend(config, self.samples.orientation, self.device, self.threads)
+        self.backend = _create_backend(config, self.samples.orientation, bool(self.policies), self.device, self.threads)
         self.epoch = 0
         self._batch = 0  # of the epoch, the next to come
         self._resume_at = 0
-        shape = (1, 3, 1, 1)
-        self._scale = (1 / (255 * torch.tensor(config.std))).view(shape).to(self.device)
-        self._shift = (-torch.tensor(config.mean) / torch.tensor(config.std)).view(shape).to(self.device)
 
     def __len__(self) -> int:
         """Batches in an epoch of this rank."""
@@ -155,7 +155,7 @@ class TokenLabelLoader:
     def _settings(self) -> dict[str, Any]:
         kept = {name: value for name, value in asdict(self.config).items() if name not in NOT_IN_STATE}
         where = {"backend": self.backend.name, "device": self.device.type, "version": __version__}
-        return {**kept, **where, "fingerprint": self.samples.fingerprint}
+        return {**kept, **where, "policies": repr(self.policies), "fingerprint": self.samples.fingerprint}
 
     def _prepare(self, epoch: int, start: int, pool: ThreadPoolExecutor) -> Iterator[Prepared]:
         order = self.order.epoch(epoch)
@@ -183,10 +183,9 @@ class TokenLabelLoader:
     def _read(self, samples: list[int]) -> list[bytes]:
         return [self.samples.read(sample) for sample in samples]
 
-    def _finish(self, prepared: Prepared, pixels: torch.Tensor) -> Batch:
-        """Normalise, erase and mix; crop the labels."""
+    def _finish(self, prepared: Prepared, images: torch.Tensor) -> Batch:
+        """Erase and mix; crop the labels."""
         config, draws = self.config, prepared.draws
-        images = pixels.float().mul_(self._scale).add_(self._shift)
         if draws.erased.any():
             generator = torch.Generator(self.device).manual_seed(draws.noise_seed)
             images = erase(images, draws.erased, config.erase_mode, generator)
@@ -204,7 +203,9 @@ class TokenLabelLoader:
         return self.backend.targets(self.rows.decode(prepared.rows), prepared.draws)
 
 
-def _create_backend(config: LoaderConfig, orientation: str, device: torch.device, threads: int) -> LoaderBackend:
+def _create_backend(
+    config: LoaderConfig, orientation: str, augments: bool, device: torch.device, threads: int
+) -> LoaderBackend:
     name = config.backend
     if name == "auto":
         has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
@@ -212,14 +213,14 @@ def _create_backend(config: LoaderConfig, orientation: str, device: torch.device
     if name == "reference":
         from pipeline.reference_loader import ReferenceBackend
 
-        return ReferenceBackend(config, orientation, device, threads)
+        return ReferenceBackend(config, orientation, augments, device, threads)
     try:
         from pipeline.dali_loader import DaliBackend
     except ImportError as error:
         raise InputError(
             "DALI cannot be imported", got=str(error), remedy='Install it, or use backend="reference".'
         ) from None
-    return DaliBackend(config, orientation, device, threads)
+    return DaliBackend(config, orientation, augments, device, threads)
 
 
 def _device(name: str) -> torch.device:

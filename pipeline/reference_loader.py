@@ -46,7 +46,8 @@ class ReferenceBackend(LoaderBackend):
         with ThreadPoolExecutor(self.threads) as pool:
             for item in prepared:
                 shown = pool.map(lambda i, item=item: self.show(item, i), range(len(item.draws)))
-                yield item, torch.from_numpy(np.stack(list(shown))).permute(0, 3, 1, 2).contiguous().to(self.device)
+                pixels = torch.from_numpy(np.stack(list(shown))).permute(0, 3, 1, 2).contiguous()
+                yield item, self.normalize(pixels.to(self.device))
 
     def show(self, item: Prepared, i: int) -> np.ndarray:
         """uint8 [S, S, 3]: image i of the batch."""

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from labeler import LabelerConfig, TeacherConfig, label_images
-from pipeline import Batch, LoaderConfig, TokenLabelLoader, create_loader
+from pipeline import Batch, LoaderConfig, TokenLabelLoader
 from pipeline.augment_policy import RandAugment
 
 SLOPE = 8.0  # nats from one side of an image to the other
@@ -101,12 +101,12 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pa
     return found
 
 
-def loader_of(stores: dict, name: str, backend: str, **settings: object) -> TokenLabelLoader:
+def loader_of(stores: dict, name: str, backend: str, policies: tuple = (), **settings: object) -> TokenLabelLoader:
     images, store = stores[name]
     config = LoaderConfig(
         str(images), str(store), batch_size=16, image_size=SIDE, grid=GRID, backend=backend, cache="ram", threads=1
     )
-    return create_loader(replace(config, **settings))
+    return TokenLabelLoader(replace(config, **settings), policies)
 
 
 def mixed(batch: Batch, own: torch.Tensor) -> torch.Tensor:
@@ -161,9 +161,7 @@ def half_a_token(batch: Batch) -> torch.Tensor:
     [("plain", False, "none"), ("plain", True, "image"), ("exif", True, "token"), ("region", True, "image")],
 )
 def test_every_token_is_labeled_with_the_place_its_pixels_came_from(stores, backend, name, geometric, mix):
-    loader = loader_of(stores, name, backend, mix=mix)
-    if geometric:
-        loader.policies = (GEOMETRIC,)
+    loader = loader_of(stores, name, backend, (GEOMETRIC,) if geometric else (), mix=mix)
     regions = torch.from_numpy(loader.samples.store.column("region")).double()
     tokens, flipped, slanted, worst = 0, 0, 0, 0.0
     for epoch in range(BATCHES):

@@ -124,8 +124,8 @@ def test_one_composed_map_does_what_timms_operations_do_one_after_the_other(kern
         inside = shown & bent
         assert inside.mean() > 0.3
         difference = np.abs(found - one_by_one(image, kernels, amounts, FILL))[inside]
-        # PIL drops the fraction, half a level on average, in each of timm's steps; `warp` once. Half a pixel off would be
-        # three levels.
+        # PIL drops the fraction, half a level on average, in each of timm's steps; `warp` once. Half a pixel off would
+        # be three levels.
         assert difference.mean() < 0.5 * (len(kernels) - 1) + 0.1
         assert difference.max() <= (1 if len(kernels) == 1 else 8)
         assert (found[~bent] == FILL).all()
