@@ -7,7 +7,7 @@ READY  := $(VENV)/.installed
 .PHONY: help demo test lint clean
 
 help:
-	@echo "make demo    install into $(VENV), then make scenes, train a teacher, label, verify, report (demo/report.html)"
+	@echo "make demo    install into $(VENV), then make scenes, train a teacher, label, verify, report, a batch (demo/report.html, batch.png)"
 	@echo "make test    install, then run the CPU test suite"
 	@echo "make lint    install, then ruff and mypy, the same as CI"
 	@echo "make clean   remove what the demo wrote"

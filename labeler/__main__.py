@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import signal
 import sys
@@ -17,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from labeler.command_line import OneLineParser, run_command
 from labeler.config import AUTOCASTS, DECODERS, ORIENTATIONS, PRECISIONS, VIEWS, LabelerConfig, TeacherConfig
-from labeler.errors import InputError, TokenLabelError
 
 QUARANTINED = 3
 STOPPED = 143
@@ -31,17 +30,10 @@ class Stopped(BaseException):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     try:
-        return options.run(options)
-    except TokenLabelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return run_command(options)
     except Stopped:
         print("stopped; everything committed is kept, and the same command goes on from there", file=sys.stderr)
         return STOPPED
@@ -128,15 +120,8 @@ def _config(options: argparse.Namespace) -> LabelerConfig:
     return LabelerConfig(**{**own, "teacher": teacher, "progress": not options.quiet})
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """Errors of use in one line that names the help."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(InputError.exit_status, f"error: {message}. See {self.prog} --help\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog="python -m labeler", description="Dense class labels from a teacher, in a checked store."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

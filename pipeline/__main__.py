@@ -8,30 +8,20 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
+from labeler.command_line import OneLineParser, run_command
 from labeler.commit import replace_file
-from labeler.errors import InputError, TokenLabelError
+from labeler.errors import InputError
 from pipeline.config import BACKENDS, MIXES, LoaderConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    try:
-        return options.run(options)
-    except TokenLabelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_command(_parser().parse_args(arguments))
 
 
 def _view(options: argparse.Namespace) -> int:
@@ -80,15 +70,8 @@ def _config(options: argparse.Namespace) -> LoaderConfig:
     )
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """Errors of use in one line that names the help."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(InputError.exit_status, f"error: {message}. See {self.prog} --help\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(prog="python -m pipeline", description="Training batches of images with token labels.")
+    parser = OneLineParser(prog="python -m pipeline", description="Training batches of images with token labels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     text = "draw one training batch: do the images and their token labels agree?"
     view = commands.add_parser("view", help=text, description=text)

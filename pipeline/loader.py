@@ -85,7 +85,7 @@ class TokenLabelLoader:
                 "there are fewer images than one batch of all ranks",
                 got=f"{len(self.samples)} images",
                 expected=f"{self.order.step} or more",
-                remedy="Use a smaller batch_size.",
+                remedy="Use a smaller batch.",
             )
         self.rows = None
         if self.samples.store is not None and config.token_labels:

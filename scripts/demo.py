@@ -1,4 +1,4 @@
-"""The whole project end to end on a laptop: scenes, a teacher, labels, their check and a report.
+"""The whole project end to end on a laptop: scenes, a teacher, labels, their check, a report, and a training batch.
 
     python -m scripts.demo --out demo        (this is `make demo`)
 
@@ -15,10 +15,12 @@ import sys
 import time
 from pathlib import Path
 
+from pipeline import LoaderConfig, create_loader
 from scripts.demo_teacher import train_teacher
 from scripts.scenes import generate_scenes
 
 TEACHER = "scripts.demo_teacher:scene_teacher"
+INPUT = "--image-size 64 --patch 8"
 
 
 def main() -> int:
@@ -45,15 +47,20 @@ def main() -> int:
     who = (
         f"--teacher {TEACHER} --checkpoint {teacher.checkpoint} --tta flip --class-names {scenes.root / 'classes.txt'}"
     )
-    summary = json.loads(labeler(f"label {images} --store {store} {who} --workers 2 --json"))
+    summary = json.loads(command("labeler", f"label {images} --store {store} {who} --workers 2 --json"))
 
     heading(4, "verify: every bit, every image, and some rows labeled again")
-    verified = json.loads(labeler(f"verify {store} --images {images} --relabel 50 --json"))
+    verified = json.loads(command("labeler", f"verify {store} --images {images} --relabel 50 --json"))
 
     heading(5, "report")
     truth = scenes.root / "truth" / "train"
     report_options = f"--truth {truth} --sample {options.train} --title 'Scenes, labeled' --json"
-    told = json.loads(labeler(f"report {store} --images {images} --out {page} {report_options}"))
+    told = json.loads(command("labeler", f"report {store} --images {images} --out {page} {report_options}"))
+
+    heading(6, "batches: images and maps cropped together; one drawn, an epoch timed")
+    picture = out / "batch.png"
+    command("pipeline", f"view {images} --store {store} --out {picture} {INPUT} --mix image")
+    loader_rate = time_epoch(images, store)
 
     results = {
         "teacher_accuracy": teacher.test_accuracy,
@@ -64,34 +71,49 @@ def main() -> int:
         "coverage": summary["coverage"],
         "problems": len(verified["problems"]),
         "map_accuracy": told["truth"]["right"],
+        "loader_images_per_s": loader_rate,
         "seconds": time.perf_counter() - started,
     }
     (out / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
-    print_summary(results, page)
+    print_summary(results, page, picture)
     return 0
 
 
-def labeler(arguments: str) -> str:
-    """Run one command of the labeler as a user would; its standard output. Ends the demo where it fails."""
-    print(f"$ python -m labeler {arguments}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "labeler", *shlex.split(arguments)], stdout=subprocess.PIPE, text=True)
+def command(package: str, arguments: str) -> str:
+    """Run one command of a package as a user would; its standard output. Ends the demo where it fails."""
+    print(f"$ python -m {package} {arguments}", flush=True)
+    done = subprocess.run([sys.executable, "-m", package, *shlex.split(arguments)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"the demo stopped: `labeler {arguments.split()[0]}` ended with status {done.returncode}")
+        raise SystemExit(f"the demo stopped: `{package} {arguments.split()[0]}` ended with status {done.returncode}")
     return done.stdout
 
 
+def time_epoch(images: Path, store: Path) -> float:
+    """Images per second of one epoch of 64-pixel crops with RandAugment and token targets."""
+    config = LoaderConfig(
+        str(images), str(store), batch_size=32, image_size=64, grid=(8, 8), auto_augment="rand-m9-mstd0.5-inc1",
+        mix="token", cache="ram",
+    )  # fmt: skip
+    started, seen = time.perf_counter(), 0
+    for batch in create_loader(config):
+        seen += len(batch)
+    return seen / (time.perf_counter() - started)
+
+
 def heading(number: int, text: str) -> None:
-    print(f"\n[{number}/5] {text}", flush=True)
+    print(f"\n[{number}/6] {text}", flush=True)
 
 
-def print_summary(results: dict[str, float], page: Path) -> None:
+def print_summary(results: dict[str, float], page: Path, picture: Path) -> None:
     print(
         f"\n{results['images']:,} scenes labeled at {results['images_per_s']:.0f} images/s, "
         f"{results['bytes_per_image']:,.0f} bytes each, {results['problems']} problems found\n"
         f"teacher: {results['teacher_accuracy']:.1%} of test scenes right\n"
         f"labels:  {results['map_accuracy']:.1%} of object cells name the right class in the right place\n"
         f"         (KL to the teacher {results['kl']:.4f} nats, {results['coverage']:.1%} of its probability kept)\n"
+        f"batches: {results['loader_images_per_s']:.0f} images/s, augmented, with their token targets\n"
         f"report:  {page}\n"
+        f"picture: {picture}\n"
         f"demo took {results['seconds']:.0f} s"
     )
 

@@ -1,0 +1,30 @@
+"""What the command lines of all packages share: errors in one line, with their exit status."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from typing import NoReturn
+
+from labeler.errors import InputError, TokenLabelError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Errors of use in one line that names the help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(InputError.exit_status, f"error: {message}. See {self.prog} --help\n")
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Call `options.run(options)`; the exit status, 1 for errors of the operating system."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        return options.run(options)
+    except TokenLabelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
