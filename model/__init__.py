@@ -1,1 +1,16 @@
-"""Backbones and their operators. Imports none of the other packages."""
+"""Backbones and their operators. Imports none of the other packages.
+
+`import model` registers `demansia_*`, `vim_*` and `lvvit_*` with timm: `timm.create_model("demansia_tiny")`.
+"""
+
+from __future__ import annotations
+
+from model import demansia, lvvit, vim
+from model.checkpoints import load_reference_checkpoint
+from model.errors import BackendError, ModelError
+from model.ops import selective_scan
+from model.wrapper import token_label
+
+NAMES = tuple(name for family in (demansia, vim, lvvit) for name in family.NAMES)
+
+__all__ = ["NAMES", "BackendError", "ModelError", "load_reference_checkpoint", "selective_scan", "token_label"]

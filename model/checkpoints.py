@@ -1,0 +1,197 @@
+"""Published checkpoints without running code: DeMansia's `.ckpt`, Vim's `.pth`, LV-ViT's `.pth.tar`, `.safetensors`.
+
+Legend: C classes; T tokens; L = T + 1 sequence length; D model width; E inner width; N state size; P patch side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pathlib
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from model.demansia import DeMansia
+from model.errors import ModelError
+from model.lvvit import SIZES as LVVIT_SIZES
+from model.vim import Vim
+from model.vision_mamba import fit_position_embedding
+
+MAX_BYTES = 8 << 30  # several times the largest published file, optimizer state included
+AVERAGED = ("state_dict_ema", "model_ema")
+PLAIN = ("state_dict", "model")
+WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|model)\.)+")
+# Plain holders of settings, which training scripts leave in their files; none of them runs code when it is built.
+HARMLESS: list[Any] = [argparse.Namespace, (pathlib.PosixPath, "pathlib.PosixPath")]
+MAMBA_SIZES = {(128, 12): "nano", (192, 24): "tiny", (384, 24): "small", (768, 24): "base"}
+
+State = dict[str, torch.Tensor]
+
+
+def load_reference_checkpoint(path: str | Path, model: nn.Module | None = None, ema: bool = False) -> nn.Module:
+    """The model with the weights of a published file, in evaluation mode. Raises ModelError where they do not fit.
+
+    model  what to load into; its resolution may differ from the file's. None: built to fit, for square images
+    ema    the averaged weights: those beside the others in the file, or DeMansia's second file, `…-EMA.ckpt`
+    """
+    file = Path(path)
+    content = _read(file)
+    state = _weights(content, AVERAGED) if ema else None
+    if ema and state is None and not file.stem.endswith("EMA"):
+        second = file.with_name(f"{file.stem}-EMA{file.suffix}")
+        if not second.is_file():
+            raise ModelError(f"there are no averaged weights: got none in {file}, and no {second.name}; leave ema away")
+        file, content = second, _read(second)
+    state = state or _weights(content, (*PLAIN, ""))
+    if state is None:
+        raise ModelError(f"{file} holds no weights: got a {type(content).__name__}, expected a state dict")
+    if (size := sum(value.nbytes for value in state.values())) > MAX_BYTES:
+        raise ModelError(f"{file} is too large: got {size:,} bytes of weights, expected at most {MAX_BYTES:,}")
+    settings = content.get("args") if isinstance(content, Mapping) else None
+    net = _built_for(state, settings, file) if model is None else model
+    if hasattr(net, "cls_position") and "pos_embed" in state and state["pos_embed"].ndim == 3:
+        state = fit_position_embedding(state, net)  # type: ignore[arg-type]
+    _refuse_faults(net, state, file)
+    net.load_state_dict(state, strict=False)
+    return net.eval()
+
+
+def _read(file: Path) -> Any:
+    """What a file of weights holds; a pickle that asks for anything but plain holders is refused before it runs."""
+    if not file.is_file():
+        raise ModelError(f"there is no such checkpoint: got {file}, expected a file")
+    size = file.stat().st_size
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            size = max(size, sum(entry.file_size for entry in archive.infolist()))
+    if size > MAX_BYTES:
+        raise ModelError(f"{file} is too large: got {size:,} bytes, expected at most {MAX_BYTES:,}")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ModelError(
+            f"{file} is no file of plain weights: got {f'a pickle that asks for {asked[1]}' if asked else told}, "
+            "expected what torch.load(weights_only=True) reads; nothing of it was run; save its state dict alone"
+        ) from error
+
+
+def _weights(content: Any, names: tuple[str, ...]) -> State | None:
+    """The first of `names` ("": the file itself) that is a state dict, without the prefixes that wrappers leave."""
+    for name in names:
+        part = content if name == "" else content.get(name) if isinstance(content, Mapping) else None
+        if isinstance(part, Mapping) and any(isinstance(value, torch.Tensor) for value in part.values()):
+            found = {str(key): value for key, value in part.items() if isinstance(value, torch.Tensor)}
+            wrapped = all(WRAPPERS.match(key) for key in found)
+            return {WRAPPERS.sub("", key): value for key, value in found.items()} if wrapped else found
+    return None
+
+
+def _refuse_faults(net: nn.Module, state: State, file: Path) -> None:
+    """Unless the file has every weight of the model, and nothing left over."""
+    own = net.state_dict()
+    faults = {
+        "missing": [key for key in own if key not in state and not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [
+            f"{key} {list(state[key].shape)} for {list(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ],
+    }
+    if any(faults.values()):
+        some = {fault: ", ".join(keys[:3]) + ", …" * (len(keys) > 3) for fault, keys in faults.items() if keys}
+        told = [f"{len(faults[fault])} {fault} ({names})" for fault, names in some.items()]
+        raise ModelError(
+            f"{file} does not fit {type(net).__name__}: got {'; '.join(told)}, expected each weight once; "
+            "check its size and num_classes, or leave model away"
+        )
+
+
+def _built_for(state: State, settings: Any, file: Path) -> nn.Module:
+    """A model of the family and size that names and shapes tell; `settings` are the training script's, or None."""
+    families = {"layers.0.mixer.A_log": _mamba, "blocks.0.attn.qkv.weight": _lvvit}
+    family = next((family for name, family in families.items() if name in state), None)
+    if family is None or "pos_embed" not in state:
+        names = ", ".join(list(state)[:3])
+        raise ModelError(f"{file} is of no known family: got {names}, …, expected DeMansia, Vim or LV-ViT; pass model=")
+    try:
+        build = family(state, settings, file)
+        with torch.device("meta"):  # shapes from a file are not trusted with memory
+            _refuse_faults(build(), state, file)
+        return build()
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"the shapes in {file} make no model: got {error!r}; pass model=") from error
+
+
+def _settings(state: State, patch: int, first: str, blocks: str, trained_at: int | None, file: Path) -> dict[str, Any]:
+    """What every family's constructor wants, from shapes."""
+    length = state["pos_embed"].shape[1]
+    side = math.isqrt(length - 1)
+    if side**2 != length - 1 or trained_at not in (None, side * patch):
+        raise ModelError(
+            f"the positions in {file} do not fit square images cut into patches of {patch}: got {length} positions for "
+            f"{trained_at or 'unknown'} pixels; overlapping patches are not supported; pass model= for other images"
+        )
+    return {
+        "img_size": side * patch,
+        "patch_size": patch,
+        "in_chans": state[first].shape[1],
+        "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
+        "embed_dim": state["pos_embed"].shape[2],
+        "depth": len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")}),
+        "aux_head": "aux_head.weight" in state,
+    }
+
+
+def _mamba(state: State, script: Any, file: Path) -> Callable[[], nn.Module]:
+    conv = "patch_embed.conv1.weight" in state
+    patch = state["patch_embed.proj.weight"].shape[-1] * (2 if conv else 1)
+    first = "patch_embed.conv1.weight" if conv else "patch_embed.proj.weight"
+    found = _settings(state, patch, first, "layers", getattr(script, "input_size", None), file)
+    mixer = "layers.0.mixer."
+    # Vim's script says in the model's name what no shape shows; DeMansia has one form.
+    name = str(getattr(script, "model", ""))
+    name = name if "bimamba" in name else "middle_cls_div2"
+    found |= {
+        "d_state": state[mixer + "A_log"].shape[1],
+        "d_conv": state[mixer + "conv1d.weight"].shape[2],
+        "expand": len(state[mixer + "A_log"]) // found["embed_dim"],
+        "dt_rank": state[mixer + "dt_proj.weight"].shape[1],
+        "bidirectional": mixer + "A_b_log" in state,
+        "layer_scale": 1.0 if mixer + "gamma" in state else None,
+        "halve": "div2" in name,
+        "cls_place": "middle" if re.search("mid(dle_)?cls", name) else "start",
+    }
+    size = MAMBA_SIZES.get((found["embed_dim"], found["depth"]))
+    if timm.is_model(registered := f"{'demansia' if conv else 'vim'}_{size}"):
+        return partial(timm.create_model, registered, **found)
+    return partial(DeMansia, **found) if conv else partial(Vim, stem="patch", **found)
+
+
+def _lvvit(state: State, script: Any, file: Path) -> Callable[[], nn.Module]:
+    patch = 2 * state["patch_embed.proj.weight"].shape[-1]
+    found = _settings(state, patch, "patch_embed.conv1.weight", "blocks", None, file)
+    for name, size in LVVIT_SIZES.items():
+        if (size["embed_dim"], size["depth"]) == (found["embed_dim"], found["depth"]):
+            return partial(timm.create_model, name, **found)
+    raise ModelError(
+        f"no shape in {file} tells how many heads it has and what divides its branches: got width "
+        f"{found['embed_dim']}, {found['depth']} blocks, expected those of {', '.join(LVVIT_SIZES)}; pass model="
+    )

@@ -1,0 +1,74 @@
+"""DeMansia: Vision Mamba with LV-ViT's stem and token labels. Sizes, registered with timm.
+
+| name | width | layers | image | parameters |
+|---|---|---|---|---|
+| demansia_nano | 128 | 12 | 224² | ours |
+| demansia_tiny | 192 | 24 | 224² | 8.06M, as published |
+| demansia_small | 384 | 24 | 384² | 27.7M, as published |
+| demansia_base | 768 | 24 | 224² | ours |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from model.vision_mamba import VisionMamba, fit_position_embedding
+
+
+class DeMansia(VisionMamba):
+    """`VisionMamba` as DeMansia has it: convolutional stem, class token in the middle, auxiliary head."""
+
+
+def _cfg(side: int = 224) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, side, side),
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "patch_embed.conv1",
+        "classifier": ("head", "aux_head"),
+        "license": "apache-2.0",
+    }
+
+
+NAMES = ("demansia_nano", "demansia_tiny", "demansia_small", "demansia_base")
+default_cfgs = generate_default_cfgs(
+    {f"{name}.untrained": _cfg(384 if name == "demansia_small" else 224) for name in NAMES}
+)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> DeMansia:
+    return build_model_with_cfg(
+        DeMansia,
+        variant,
+        pretrained,
+        pretrained_filter_fn=fit_position_embedding,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+@register_model
+def demansia_nano(pretrained: bool = False, **kwargs: Any) -> DeMansia:
+    return _create("demansia_nano", pretrained, **{"embed_dim": 128, "depth": 12, **kwargs})
+
+
+@register_model
+def demansia_tiny(pretrained: bool = False, **kwargs: Any) -> DeMansia:
+    return _create("demansia_tiny", pretrained, **{"embed_dim": 192, "depth": 24, **kwargs})
+
+
+@register_model
+def demansia_small(pretrained: bool = False, **kwargs: Any) -> DeMansia:
+    return _create("demansia_small", pretrained, **{"img_size": 384, "embed_dim": 384, "depth": 24, **kwargs})
+
+
+@register_model
+def demansia_base(pretrained: bool = False, **kwargs: Any) -> DeMansia:
+    return _create("demansia_base", pretrained, **{"embed_dim": 768, "depth": 24, **kwargs})

@@ -1,0 +1,95 @@
+"""Where the features of any timm backbone keep their places: their layout, their grid, and one form for all.
+
+Legend: B images; D width of the features; h×w token grid, T = h·w tokens. `size` is the height and width of the images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+Size = tuple[int, int]
+
+
+def token_grid(count: int, size: Size) -> Size | None:
+    """h, w with h·w = count whose shape is nearest to that of an image of `size`; None: none has its shape."""
+    height, width = size
+    shorter = [side for side in range(1, math.isqrt(max(count, 0)) + 1) if count % side == 0]
+    sides = [pair for side in shorter for pair in ((side, count // side), (count // side, side))]
+    best = min(sides, key=lambda side: abs(side[0] * width - side[1] * height), default=(0, 0))
+    return best if count > 0 and abs(best[0] * width - best[1] * height) < max(size) else None
+
+
+def layout(x: Any, owner: Any, size: Size) -> str | None:
+    """ "tokens", "NCHW" or "NHWC", as `owner` says or as the shape of the image tells; None: x is no such thing."""
+    if not isinstance(x, torch.Tensor) or x.ndim not in (3, 4):
+        return None
+    if x.ndim == 3:
+        return "tokens"
+    for kind in ("NCHW", "NHWC"):
+        if getattr(owner, "output_fmt", None) == kind:
+            return kind
+
+    def misfit(h: int, w: int) -> float:
+        return abs(math.log(h * size[1] / (w * size[0])))
+
+    return "NHWC" if misfit(x.shape[1], x.shape[2]) < misfit(x.shape[2], x.shape[3]) else "NCHW"
+
+
+def grid_in(x: torch.Tensor, kind: str | None, size: Size) -> Size | None:
+    """h, w of features of that layout; None for tokens that make no grid of the image's shape."""
+    if kind == "tokens":
+        return token_grid(x.shape[1], size)
+    return (x.shape[2], x.shape[3]) if kind == "NCHW" else (x.shape[1], x.shape[2])
+
+
+def to_map(x: torch.Tensor, kind: str | None, size: Size) -> torch.Tensor:
+    """Features of that layout as [B, D, h, w]."""
+    if kind == "tokens":
+        return x.mT.unflatten(2, token_grid(x.shape[1], size) or (1, x.shape[1]))
+    return x.permute(0, 3, 1, 2) if kind == "NHWC" else x
+
+
+def resample(maps: torch.Tensor, grid: Size | None) -> torch.Tensor:
+    """Maps [B, D, height, width] on another grid: means of areas, or bilinear where it is finer. None: as they are."""
+    if grid is None or maps.shape[2:] == grid:
+        return maps
+    if maps.shape[2] >= grid[0] and maps.shape[3] >= grid[1]:
+        return F.adaptive_avg_pool2d(maps, grid)
+    return F.interpolate(maps, grid, mode="bilinear", antialias=True, align_corners=False)
+
+
+@contextmanager
+def changed_output(module: nn.Module | None, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """While it is open, the tensor that a module gives (or the first of several) goes through `change`."""
+    if module is None:
+        yield
+        return
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def evaluation(net: nn.Module) -> Iterator[None]:
+    """While it is open, the module is in evaluation mode; each part goes back to its own mode."""
+    modes = [(part, part.training) for part in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(modes[0][1])  # some modules drop what they cached
+        for part, mode in modes:
+            part.training = mode

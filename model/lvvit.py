@@ -1,0 +1,245 @@
+"""LV-ViT: a plain vision transformer with a convolutional stem, trained by token labels. Sizes, registered with timm.
+
+Jiang et al., "All Tokens Matter" (2021).
+
+Legend: B images; h×w token grid, T = h·w tokens; L = T + 1 sequence length; D model width.
+
+| name | width | blocks | heads | residual branches ÷ | stem | parameters |
+|---|---|---|---|---|---|---|
+| lvvit_t | 240 | 12 | 4 | 1 | 64 | 8.5M |
+| lvvit_s | 384 | 16 | 6 | 2 | 64 | 26.2M |
+| lvvit_m | 512 | 20 | 8 | 2 | 64 | 55.8M |
+| lvvit_l | 768 | 24 | 12 | 3 | 128 | 150.0M |
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from timm.layers import Attention, DropPath, Mlp, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from model.errors import ModelError
+from model.patch_embed import ConvStem
+from model.token_heads import TokenBox, TokenLabelHeads, insert_token, mix_tokens
+from model.vision_mamba import VisionMamba, fit_position_embedding
+
+NORM_EPS = 1e-5
+
+
+class Block(nn.Module):
+    """Attention, then two layers on each token, both divided by `skip_lam` before they are added. [B, L, D] -> same."""
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, skip_lam: float, drop: float, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.skip_lam = skip_lam
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(dim, num_heads, qkv_bias=False, proj_drop=drop)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), act_layer=nn.GELU, drop=drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x))) / self.skip_lam
+        return x + self.drop_path(self.mlp(self.norm2(x))) / self.skip_lam
+
+
+class LVViT(TokenLabelHeads):
+    """Patch tokens behind a class token, through attention blocks.
+
+    img_size        side, or (height, width), in pixels; other sizes are refused (see `set_input_size`)
+    skip_lam        what each residual branch is divided by
+    stem_width      channels of the stem's convolutions
+    aux_head        an auxiliary head on every token
+    drop_path_rate  rises linearly to this over the blocks
+    """
+
+    # The same for every model with a patch grid, a position embedding and two heads.
+    _grid_for: Any = VisionMamba._grid_for
+    grid_of: Any = VisionMamba.grid_of
+    set_input_size: Any = VisionMamba.set_input_size
+    get_classifier: Any = VisionMamba.get_classifier
+    reset_classifier: Any = VisionMamba.reset_classifier
+    set_grad_checkpointing: Any = VisionMamba.set_grad_checkpointing
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 384,
+        depth: int = 16,
+        num_heads: int = 6,
+        mlp_ratio: float = 3.0,
+        skip_lam: float = 2.0,
+        stem_width: int = 64,
+        aux_head: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "token",
+    ) -> None:
+        super().__init__()
+        if global_pool not in ("token", "") or embed_dim % num_heads:
+            raise ModelError(
+                f"unknown setting: got global_pool={global_pool!r}, embed_dim={embed_dim}, num_heads={num_heads}; "
+                'expected global_pool "token" and a width that the heads divide'
+            )
+        self.num_classes, self.embed_dim, self.num_features = num_classes, embed_dim, embed_dim
+        self.head_hidden_size, self.in_chans, self.num_prefix_tokens = embed_dim, in_chans, 1
+        self.grad_checkpointing = False
+        self.patch_embed = ConvStem(in_chans, embed_dim, patch_size, stem_width)
+        self.img_size = to_2tuple(img_size)
+        self.grid = self._grid_for(self.img_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid) + 1, embed_dim))
+        self.pos_drop = nn.Dropout(drop_rate)
+        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            [Block(embed_dim, num_heads, mlp_ratio, skip_lam, drop_rate, rate) for rate in rates]
+        )
+        self.norm: nn.Module = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.head: nn.Module = nn.Identity()
+        self.aux_head: nn.Module | None = nn.Identity() if aux_head else None
+        self.feature_info = [
+            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)
+        ]
+        self.reset_classifier(num_classes)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Convolutions stay as torch makes them."""
+        for place in (self.cls_token, self.pos_embed):
+            trunc_normal_(place, std=0.02)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def cls_position(self, length: int) -> int:
+        return 0
+
+    def embed(self, images: torch.Tensor, mix: TokenBox | None = None) -> torch.Tensor:
+        """Images to the sequence [B, L, D] that enters the first block."""
+        self.grid_of(images)
+        tokens = mix_tokens(self.patch_embed(images), mix).flatten(2).mT
+        return self.pos_drop(insert_token(tokens, self.cls_token.to(tokens.dtype), 0) + self.pos_embed)
+
+    def _run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+    def forward_features(self, images: torch.Tensor, mix: TokenBox | None = None) -> torch.Tensor:
+        """Normalised features of all tokens, the class token first: [B, L, D]."""
+        x = self.embed(images, mix)
+        for block in self.blocks:
+            x = self._run(block, x)
+        return self.norm(x)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """timm's: features after the blocks of `indices`, as maps [B, D, h, w] ("NCHW") or tokens [B, T, D] ("NLC")."""
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ModelError(f'output_fmt is not known: got {output_fmt!r}, expected "NCHW" or "NLC"')
+        wanted, last = feature_take_indices(len(self.blocks), indices)
+        grid, found = self.grid_of(x), []
+        x = self.embed(x)
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            x = self._run(block, x)
+            if i in wanted:
+                total = self.norm(x) if norm else x
+                tokens = total[:, 1:].mT.unflatten(2, grid) if output_fmt == "NCHW" else total[:, 1:]
+                found.append((tokens, total[:, :1]) if return_prefix_tokens else tokens)
+        return found if intermediates_only else (self.norm(x), found)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's: drop the blocks that `indices` do not need."""
+        wanted, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return wanted
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        stem = r"^cls_token|pos_embed|patch_embed"
+        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "lvvit_t": {"embed_dim": 240, "depth": 12, "num_heads": 4, "skip_lam": 1.0},
+    "lvvit_s": {"embed_dim": 384, "depth": 16, "num_heads": 6, "skip_lam": 2.0},
+    "lvvit_m": {"embed_dim": 512, "depth": 20, "num_heads": 8, "skip_lam": 2.0},
+    "lvvit_l": {"embed_dim": 768, "depth": 24, "num_heads": 12, "skip_lam": 3.0, "stem_width": 128},
+}
+NAMES = tuple(SIZES)
+CFG = {
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "fixed_input_size": True,
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "first_conv": "patch_embed.conv1",
+    "classifier": ("head", "aux_head"),
+    "license": "apache-2.0",
+}
+default_cfgs = generate_default_cfgs({f"{name}.untrained": dict(CFG) for name in NAMES})
+
+
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> LVViT:
+    return build_model_with_cfg(
+        LVViT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=fit_position_embedding,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **{**SIZES[variant], **kwargs},
+    )
+
+
+@register_model
+def lvvit_t(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    return _create("lvvit_t", pretrained, kwargs)
+
+
+@register_model
+def lvvit_s(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    return _create("lvvit_s", pretrained, kwargs)
+
+
+@register_model
+def lvvit_m(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    return _create("lvvit_m", pretrained, kwargs)
+
+
+@register_model
+def lvvit_l(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    return _create("lvvit_l", pretrained, kwargs)

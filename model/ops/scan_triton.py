@@ -1,0 +1,136 @@
+"""The selective scan on a GPU, forward and backward, by the kernels of `scan_triton_kernels.py`.
+
+Legend: K directions, B batch, L length, E inner width, N state size. u, delta, y [K, B, L, E]; A [K, E, N];
+B, C [K, B, L, N]; D, delta_bias [K, E] or None; saved [K, B, ⌈L/16⌉, E, N]. For each direction, in its order of time:
+
+    dt = delta + delta_bias, through softplus if asked
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t
+    y_t = C_t · h_t + D u_t
+
+Kernels compute in float32 and store in the tensors' types. Sums across programs are torch's over float32 shares, never
+atomic additions: a gradient is the same bits every time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+
+import torch
+
+CHUNK = 16  # steps between saved states
+PART = 4  # steps whose states the backward keeps in registers; divides CHUNK
+# States of one program, which is one warp and so never waits for another: 32 or 16 of them for each thread. A thread of
+# the forward holds A and the state, one of the backward 2·PART + 4 values per state, which fills its 255 registers.
+FORWARD_STATES = 1024
+BACKWARD_STATES = 512
+
+Gradients = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None
+]
+
+
+def is_available() -> tuple[bool, str]:
+    """Whether the kernels can run in this process, and where, or why not."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True, "Triton's interpreter, because TRITON_INTERPRET=1"
+    if torch.cuda.is_available():
+        return True, torch.cuda.get_device_name()
+    return (
+        False,
+        "torch sees no CUDA device (TRITON_INTERPRET=1, set before the start, runs the kernels slowly on a CPU)",
+    )
+
+
+def forward(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    reverse: tuple[bool, ...],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [K, B, L, E] in u's type, and the states that the backward starts from, float32 [K, B, ⌈L/16⌉, E, N]."""
+    from model.ops.scan_triton_kernels import scan_forward
+
+    u, delta, A, B, C = (tensor.contiguous() for tensor in (u, delta, A, B, C))
+    directions, batch, length, width = u.shape
+    states = A.shape[-1]
+    y = torch.empty_like(u)
+    saved = u.new_empty(directions, batch, math.ceil(length / CHUNK), width, states, dtype=torch.float32)
+    blocks, constants = _launch(width, states, FORWARD_STATES)
+    if u.numel():
+        with torch.cuda.device_of(u):
+            scan_forward[(directions * batch * blocks,)](
+                u, delta, A, B, C, _contiguous(D), _contiguous(delta_bias), y, saved,
+                batch, length, width, states, blocks, _bits(reverse), SOFTPLUS=delta_softplus, **constants,
+            )  # fmt: skip
+    return y, saved
+
+
+def backward(
+    grad_y: torch.Tensor,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    saved: torch.Tensor,
+    delta_softplus: bool,
+    reverse: tuple[bool, ...],
+) -> Gradients:
+    """Gradients of u, delta, A, B, C, D and delta_bias, in the type of what each belongs to; None for what was None."""
+    from model.ops.scan_triton_kernels import scan_backward
+
+    grad_y, u, delta, A, B, C = (tensor.contiguous() for tensor in (grad_y, u, delta, A, B, C))
+    directions, batch, length, width = u.shape
+    states = A.shape[-1]
+    blocks, constants = _launch(width, states, BACKWARD_STATES)
+
+    def shares(*shape: int) -> torch.Tensor:
+        return u.new_empty(directions, batch, *shape, dtype=torch.float32)
+
+    gu, gdelta = torch.empty_like(u), torch.empty_like(delta)
+    gA = shares(width, states)
+    gB, gC = shares(blocks, length, states), shares(blocks, length, states)
+    gD = None if D is None else shares(width)
+    gbias = None if delta_bias is None else shares(width)
+    if u.numel():
+        with torch.cuda.device_of(u):
+            scan_backward[(directions * batch * blocks,)](
+                grad_y, u, delta, A, B, C, _contiguous(D), _contiguous(delta_bias), saved,
+                gu, gdelta, gA, gB, gC, gD, gbias,
+                batch, length, width, states, blocks, _bits(reverse), SOFTPLUS=delta_softplus, PART=PART, **constants,
+            )  # fmt: skip
+    return (
+        gu,
+        gdelta,
+        gA.sum(1).to(A.dtype),
+        gB.sum(2).to(B.dtype),
+        gC.sum(2).to(C.dtype),
+        None if D is None or gD is None else gD.sum(1).to(D.dtype),
+        None if delta_bias is None or gbias is None else gbias.sum(1).to(delta_bias.dtype),
+    )
+
+
+def _launch(width: int, states: int, program_states: int) -> tuple[int, dict[str, int]]:
+    """How many programs share the channels of an image, and the constants of the launch."""
+    block_n = 1 << (states - 1).bit_length()
+    block_e = max(8, min(128, program_states // block_n))
+    return math.ceil(width / block_e), {"CHUNK": CHUNK, "BLOCK_E": block_e, "BLOCK_N": block_n, "num_warps": 1}
+
+
+def _bits(reverse: tuple[bool, ...]) -> int:
+    return sum(1 << k for k, backwards in enumerate(reverse) if backwards)
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()

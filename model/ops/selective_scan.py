@@ -1,0 +1,318 @@
+"""The selective scan: which backend computes it, checks of its inputs, and its registration as operators of torch.
+
+Legend: K directions, B batch, L length, E inner width, N state size, G groups of channels that share B and C.
+
+| backend   | runs on | what it is |
+|---|---|---|
+| reference | anything | a loop over time, differentiated by autograd |
+| cpu       | CPU | forward and backward by hand |
+| triton    | GPU, or a CPU with TRITON_INTERPRET=1 | one fused kernel each for forward and backward; not float64 |
+| mamba_ssm | GPU | the kernels of the mamba-ssm package, one direction at a time; not float64 |
+
+"auto" takes triton on a GPU that can run it, cpu on a CPU, else reference; the environment variable TOKEN_LABELING_SCAN
+names what "auto" shall mean instead. A compiled model keeps the choice that was made when it was traced.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from model.errors import BackendError, ModelError
+from model.ops import scan_cpu
+from model.ops.scan_reference import scan_by_doubling, scan_reference
+
+BACKENDS = ("reference", "cpu", "triton", "mamba_ssm")
+VARIABLE = "TOKEN_LABELING_SCAN"
+UNGROUPED = {
+    "u": "B E L",
+    "delta": "B E L",
+    "z": "B E L",
+    "A": "E N",
+    "B": "B N L",
+    "C": "B N L",
+    "D": "E",
+    "delta_bias": "E",
+}
+GROUPED = {**UNGROUPED, "B": "B G N L", "C": "B G N L"}
+DIRECTIONAL = {"u": "K B L E", "delta": "K B L E", "A": "K E N", "B": "K B L N", "C": "K B L N", "D": "K E"}
+DIRECTIONAL["delta_bias"] = "K E"
+
+logger = logging.getLogger(__name__)
+_announced: set[str] = set()
+
+
+def selective_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """One scan in mamba_ssm's layouts: u, delta, z and the result [B, E, L]; A [E, N], negative; B, C [B, N, L]; D,
+    delta_bias [E]. B and C may be grouped, [B, G, N, L]: channel e then uses group e // (E / G). With z the result is
+    times silu(z). Types as in `directional_scan`.
+    """
+    layout = GROUPED if isinstance(B, torch.Tensor) and B.dim() == 4 else UNGROUPED
+    sizes = _check_sizes(layout, u=u, A=A, delta=delta, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    groups = sizes.get("G", 1)
+    if groups < 1 or sizes["E"] % groups:
+        raise ModelError("E must be a multiple of the groups of B and C", got=f"E = {sizes['E']}, G = {groups}")
+
+    def directions(x: torch.Tensor) -> torch.Tensor:
+        """[B, G·n, L] to [G, B, L, n]: a group is to the scan what a direction is, channels with their own B and C."""
+        return x.unflatten(1, (groups, -1)).permute(1, 0, 3, 2)
+
+    y = directional_scan(
+        directions(u),
+        directions(delta),
+        A.unflatten(0, (groups, -1)),
+        directions(B.flatten(1, -2)),
+        directions(C.flatten(1, -2)),
+        None if D is None else D.unflatten(0, (groups, -1)),
+        None if delta_bias is None else delta_bias.unflatten(0, (groups, -1)),
+        delta_softplus,
+        (reverse,) * groups,
+        backend,
+    )
+    y = y.permute(1, 0, 3, 2).flatten(1, 2)
+    if z is None:
+        return y
+    wide = torch.promote_types(u.dtype, torch.float32)
+    return (y.to(wide) * F.silu(z.to(wide))).to(u.dtype)
+
+
+def directional_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: Sequence[bool] = (False,),
+    backend: str = "auto",
+) -> torch.Tensor:
+    """K scans at once, channel-last: u, delta and the result [K, B, L, E]; A [K, E, N], negative; B, C [K, B, L, N];
+    D, delta_bias [K, E]. A direction with `reverse` runs from the last step to the first; its result is in the original
+    order. Types may differ: the result has u's; the state is float32, or float64 where one of the tensors is.
+    """
+    sizes = _check_sizes(DIRECTIONAL, u=u, A=A, delta=delta, B=B, C=C, D=D, delta_bias=delta_bias)
+    if len(reverse) != sizes["K"]:
+        raise ModelError(
+            "reverse does not fit u", got=f"{len(reverse)} values", expected=f"one for each of {sizes['K']}"
+        )
+    double = any(x is not None and x.dtype == torch.float64 for x in (u, delta, A, B, C, D, delta_bias))
+    if torch.compiler.is_exporting() and backend in ("auto", "reference"):
+        # Of operators that every runtime knows, and few of them.
+        return scan_by_doubling(u, delta, A, B, C, D, delta_bias, bool(delta_softplus), [bool(b) for b in reverse])
+    name = choose_backend(backend, u.device.type, double)
+    scan = {"reference": scan_reference, "cpu": _scan_cpu, "triton": _scan_triton, "mamba_ssm": _scan_mamba_ssm}[name]
+    return scan(u, delta, A, B, C, D, delta_bias, bool(delta_softplus), [bool(backwards) for backwards in reverse])
+
+
+@torch.compiler.assume_constant_result  # called by the compiler while it traces, which cannot trace logs and imports
+def choose_backend(backend: str, device: str, double: bool = False) -> str:
+    """The backend for tensors on this device, `double` if one is float64; BackendError where a named one cannot run."""
+    asked, why = backend, "it was asked for"
+    if backend == "auto" and os.environ.get(VARIABLE):
+        asked, why = os.environ[VARIABLE], f"{VARIABLE} names it"
+    if asked not in (*BACKENDS, "auto"):
+        where = f" in {VARIABLE}" if backend == "auto" else ""
+        raise ModelError(
+            f"unknown scan backend{where}", got=repr(asked), expected=f"one of {', '.join(BACKENDS)}, auto"
+        )
+    if asked == "auto":
+        asked, why = _automatic(device, double)
+    elif problem := _obstacle(asked, device, double):
+        raise BackendError(
+            f"the scan backend {asked!r} cannot be used ({why}): {problem}",
+            remedy='backend="auto" takes what runs here, backend="reference" runs everywhere',
+        )
+    if asked not in _announced:
+        _announced.add(asked)
+        logger.info("selective scan on %s: backend %s, because %s", device, asked, why)
+    return asked
+
+
+def _automatic(device: str, double: bool) -> tuple[str, str]:
+    if device == "cpu":
+        return "cpu", "the tensors are on a CPU"
+    problem = _obstacle("triton", device, double)
+    if problem is None:
+        return "triton", "it runs on this device"
+    return "reference", f"triton does not run here: {problem}"
+
+
+def _obstacle(name: str, device: str, double: bool) -> str | None:
+    """Why a backend cannot run on tensors of this device; None if it can."""
+    if name == "cpu" and device != "cpu":
+        return f"the tensors are on {device}, not on a CPU"
+    if name in ("triton", "mamba_ssm") and double:
+        return "it computes in float32 and a tensor is float64"
+    if name == "triton":
+        try:
+            available, why = _triton().is_available()
+        except Exception as error:  # a broken Triton can fail in any way
+            return f"its kernels cannot be imported ({type(error).__name__}: {error})"
+        if not available:
+            return why
+        if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+            return f"the tensors are on {device}; move them to a GPU, or set TRITON_INTERPRET=1 before the start"
+    if name == "mamba_ssm":
+        if device != "cuda":
+            return f"the tensors are on {device} and mamba-ssm runs on a GPU only"
+        try:
+            _mamba_ssm()
+        except Exception as error:  # builds for another torch or driver fail in many ways
+            return (
+                f"mamba_ssm cannot be imported ({type(error).__name__}: {error}); pip install 'token-labeling[mamba]'"
+            )
+    return None
+
+
+def _triton() -> ModuleType:
+    return importlib.import_module("model.ops.scan_triton")
+
+
+def _mamba_ssm() -> Callable[..., torch.Tensor]:
+    return importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+
+
+def _scan_mamba_ssm(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    reverse: Sequence[bool],
+) -> torch.Tensor:
+    """mamba_ssm knows [B, E, L], one direction and one type for u, delta, B and C: turn, flip and cast for it."""
+    outputs = []
+    for k, backwards in enumerate(reverse):
+        steps = [(x[k].flip(1) if backwards else x[k]).to(u.dtype).mT.contiguous() for x in (u, delta, B, C)]
+        rates = [None if x is None else x[k].float().contiguous() for x in (A, D, delta_bias)]
+        y = _mamba_ssm()(
+            *steps[:2], rates[0], *steps[2:], rates[1], delta_bias=rates[2], delta_softplus=delta_softplus
+        ).mT
+        outputs.append(y.flip(1) if backwards else y)
+    return torch.stack(outputs)
+
+
+def _register(name: str, module: Callable[[], Any], saved_like: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """Two operators of torch, token_labeling::NAME and NAME_backward, around the module's `forward` and `backward`.
+
+    The module is looked up at the call, so that registering imports no vendor library.
+    """
+
+    @torch.library.custom_op(f"token_labeling::{name}", mutates_args=())
+    def scan(
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        D: torch.Tensor | None,
+        delta_bias: torch.Tensor | None,
+        delta_softplus: bool,
+        reverse: Sequence[bool],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return module().forward(u, delta, A, B, C, D, delta_bias, delta_softplus, tuple(reverse))
+
+    @torch.library.custom_op(f"token_labeling::{name}_backward", mutates_args=())
+    def scan_backward(
+        grad_y: torch.Tensor,
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        D: torch.Tensor | None,
+        delta_bias: torch.Tensor | None,
+        saved: torch.Tensor,
+        delta_softplus: bool,
+        reverse: Sequence[bool],
+    ) -> list[torch.Tensor]:
+        gradients = module().backward(grad_y, u, delta, A, B, C, D, delta_bias, saved, delta_softplus, tuple(reverse))
+        return [gradient for gradient in gradients if gradient is not None]  # an operator cannot return None
+
+    def fake_scan(
+        u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        B, C, D, delta_bias = rest[:4]
+        y = torch.empty_like(u, memory_format=torch.contiguous_format)
+        return y, saved_like(u, delta, A, B, C, D, delta_bias)
+
+    def fake_backward(grad_y: torch.Tensor, *tensors: Any) -> list[torch.Tensor]:
+        like = torch.contiguous_format
+        return [torch.empty_like(tensor, memory_format=like) for tensor in tensors[:7] if tensor is not None]
+
+    def keep(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        *tensors, ctx.delta_softplus, ctx.reverse = inputs
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.set_materialize_grads(False)  # `saved` has no gradient: no zeros of its size
+
+    def differentiate(ctx: Any, grad_y: torch.Tensor | None, _: torch.Tensor | None) -> tuple:
+        if grad_y is None:
+            return (None,) * 9
+        *tensors, saved = ctx.saved_tensors
+        found = iter(scan_backward(grad_y, *tensors, saved, ctx.delta_softplus, ctx.reverse))
+        return *(None if tensor is None else next(found) for tensor in tensors), None, None
+
+    scan.register_fake(fake_scan)
+    scan_backward.register_fake(fake_backward)
+    scan.register_autograd(differentiate, setup_context=keep)
+    return lambda *arguments: scan(*arguments)[0]
+
+
+def _saved_cpu(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
+    return u.new_empty(scan_cpu.saved_shape(u, A), dtype=scan_cpu.state_dtype(u, delta, A, *rest))
+
+
+def _saved_triton(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
+    directions, batch, length, width = u.shape
+    chunks = (length + _triton().CHUNK - 1) // _triton().CHUNK
+    return u.new_empty(directions, batch, chunks, width, A.shape[2], dtype=torch.float32)
+
+
+_scan_cpu = _register("scan_cpu", lambda: scan_cpu, _saved_cpu)
+_scan_triton = _register("scan_triton", _triton, _saved_triton)
+
+
+def _check_sizes(layout: dict[str, str], **tensors: torch.Tensor | None) -> dict[str, int]:
+    """The size behind each letter of the layout; ModelError where two tensors, in this order, do not agree on one."""
+    sizes: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        if tensor is None and name in ("D", "z", "delta_bias"):
+            continue
+        axes = layout[name].split()
+        expected = f"[{', '.join(f'{axis} = {sizes[axis]}' if axis in sizes else axis for axis in axes)}]"
+        if not isinstance(tensor, torch.Tensor):
+            raise ModelError(f"{name} is not a tensor", got=type(tensor).__name__, expected=expected)
+        fits = tensor.dim() == len(axes)
+        if not fits or any(sizes.setdefault(axis, tensor.shape[i]) != tensor.shape[i] for i, axis in enumerate(axes)):
+            raise ModelError(f"the shape of {name} does not fit", got=list(tensor.shape), expected=expected)
+        if not tensor.is_floating_point():
+            raise ModelError(f"the type of {name} does not fit", got=tensor.dtype, expected="a floating-point type")
+        if tensors["u"] is not None and tensor.device != tensors["u"].device:
+            raise ModelError(f"{name} is on another device than u", got=tensor.device, expected=tensors["u"].device)
+    if not sizes["L"] or not sizes["N"]:
+        raise ModelError("a scan needs at least one step and one state", got=f"L = {sizes['L']}, N = {sizes['N']}")
+    return sizes

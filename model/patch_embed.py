@@ -1,0 +1,50 @@
+"""Images to patch tokens: the convolutional stem of LV-ViT and DeMansia, and the plain projection of Vim.
+
+Legend: B images; P patch side; h×w token grid; D model width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from model.errors import ModelError
+
+
+class ConvStem(nn.Module):
+    """Three convolutions at half resolution, then a projection of 8×8 blocks: patches that have seen their neighbours.
+
+    Jiang et al., "All Tokens Matter" (2021). [B, in_chans, 16·h, 16·w] -> [B, D, h, w].
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int = 16, hidden: int = 64) -> None:
+        super().__init__()
+        if patch_size % 2 or patch_size < 2:
+            raise ModelError(f"the stem halves the image first: patch_size must be even, got {patch_size}")
+        self.patch_size = patch_size
+        self.conv1 = nn.Conv2d(in_chans, hidden, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(hidden)
+        self.conv3 = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(hidden)
+        self.act = nn.ReLU()
+        self.proj = nn.Conv2d(hidden, embed_dim, patch_size // 2, stride=patch_size // 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.bn1(self.conv1(images)))
+        x = self.act(self.bn2(self.conv2(x)))
+        x = self.act(self.bn3(self.conv3(x)))
+        return self.proj(x)
+
+
+class PatchProjection(nn.Module):
+    """One linear map of each patch. [B, in_chans, P·h, P·w] -> [B, D, h, w]."""
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int = 16) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.proj(images)

@@ -1,0 +1,133 @@
+"""What a model costs: parameters, multiply-adds by part, and the memory of its activations by resolution.
+
+Legend: B images; L sequence length; E inner width; N state size.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.errors import ModelError
+from model.mixer import BidirectionalMamba
+
+# Per step, channel and state: decay times state, plus input times B; then times C into the output.
+SCAN_MACS_PER_STATE = 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one image at one resolution.
+
+    macs         part of the model -> multiply-adds of a forward pass; a product and a sum count as one
+    activations  bytes that autograd keeps for the backward pass in float32, without the parameters
+    """
+
+    resolution: int
+    tokens: int
+    macs: dict[str, int]
+    activations: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """parameters by part, and the cost at each resolution."""
+
+    name: str
+    parameters: dict[str, int]
+    costs: tuple[Cost, ...]
+
+    def text(self) -> str:
+        total = sum(self.parameters.values())
+        lines = [f"{self.name}: {total:,} parameters"]
+        lines += [f"  {part:14}{count:>14,}" for part, count in self.parameters.items()]
+        for cost in self.costs:
+            macs = sum(cost.macs.values())
+            lines.append(
+                f"{cost.resolution}² ({cost.tokens} tokens): {macs / 1e9:.2f} GMAC forward, "
+                f"{cost.activations / 1e6:.0f} MB of activations per image"
+            )
+            lines += [f"  {part:14}{count / 1e6:>14,.1f} MMAC" for part, count in cost.macs.items()]
+        return "\n".join(lines)
+
+
+def summarize(name: str, resolutions: tuple[int, ...] | None = None, num_classes: int = 1000) -> Summary:
+    """Measured by running a model with random weights on one image of each resolution (default: its own)."""
+    try:
+        net = timm.create_model(name, num_classes=num_classes)
+    except RuntimeError as error:
+        raise ModelError(f"unknown model: got {name!r}; `python -m model list` prints the names ({error})") from None
+    own = net.default_cfg["input_size"][1] if hasattr(net, "default_cfg") else 224
+    costs = tuple(_cost(name, side, num_classes) for side in resolutions or (own,))
+    return Summary(name, _parameters(net), costs)
+
+
+def _parameters(net: nn.Module) -> dict[str, int]:
+    found: dict[str, int] = defaultdict(int)
+    for name, parameter in net.named_parameters():
+        found[name.split(".", 1)[0]] += parameter.numel()
+    return dict(found)
+
+
+def _cost(name: str, side: int, num_classes: int) -> Cost:
+    net = timm.create_model(name, num_classes=num_classes, img_size=side).train()
+    image = torch.randn(2, 3, side, side)  # batch norm in training wants more than one
+    scans: dict[str, int] = {}
+    hooks = [
+        module.register_forward_hook(_count_scan(scans, part))
+        for part, module in net.named_modules()
+        if isinstance(module, BidirectionalMamba)
+    ]
+    kept: dict[int, int] = {}
+    owned = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        net(image)
+    for hook in hooks:
+        hook.remove()
+    macs = _macs_by_part(counter.get_flop_counts(), type(net).__name__)
+    if scans:
+        macs["scan"] = sum(scans.values())
+    tokens = (net.grid[0] * net.grid[1]) if hasattr(net, "grid") else 0
+    return Cost(side, tokens, {part: count // 2 for part, count in macs.items()}, sum(kept.values()) // 2)
+
+
+def _macs_by_part(counts: dict[str, dict[Any, int]], root: str) -> dict[str, int]:
+    """Multiply-adds of both images by the model's direct children; flop counters count two for each."""
+    found: dict[str, int] = defaultdict(int)
+    for path, by_operator in counts.items():
+        parts = path.split(".")
+        if parts[0] == root and len(parts) == 2:
+            found[parts[1]] += sum(by_operator.values()) // 2
+    repeated = counts.get("Global", {})
+    missing = sum(repeated.values()) // 2 - sum(found.values())
+    for path, by_operator in counts.items():
+        parts = path.split(".")
+        if parts[0] == root and len(parts) == 3 and parts[1] in ("layers", "blocks"):
+            found[parts[1]] += sum(by_operator.values()) // 2
+            missing -= sum(by_operator.values()) // 2
+    if missing > 0:
+        found["other"] = missing
+    return dict(found)
+
+
+def _count_scan(found: dict[str, int], part: str) -> Any:
+    def hook(mixer: BidirectionalMamba, inputs: tuple, output: torch.Tensor) -> None:
+        batch, length, _ = inputs[0].shape
+        inner = mixer.out_proj.in_features
+        found[part] = SCAN_MACS_PER_STATE * len(mixer.directions) * batch * length * inner * mixer.d_state
+
+    return hook

@@ -1,0 +1,247 @@
+"""Token labeling for any timm backbone: `token_label("resnet50")` adds an auxiliary head and a place to mix tokens.
+
+Legend: B images; C classes; D width of the features; h×w token grid, T = h·w tokens; P prefix tokens.
+
+The backbone keeps its own class head. The auxiliary head is one linear layer on what `forward_features` gives, brought
+to the token grid. Tokens are swapped in what `patch_embed` gives, before any position embedding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
+
+import timm
+import torch
+from timm.layers import PatchEmbed, to_2tuple, trunc_normal_
+from torch import nn
+
+from model.errors import ModelError
+from model.feature_maps import Size, changed_output, evaluation, grid_in, layout, resample, to_map, token_grid
+from model.token_heads import Logits, TokenBox, TokenLabelHeads, mix_tokens
+
+
+class Box(NamedTuple):
+    """A `TokenBox`."""
+
+    y0: int
+    x0: int
+    y1: int
+    x1: int
+
+
+def token_label(
+    name_or_module: str | nn.Module,
+    num_classes: int | None = None,
+    grid: int | Size | None = None,
+    pretrained: bool = False,
+    **timm_kwargs: Any,
+) -> TokenLabelHeads:
+    """A timm backbone, by name or built, with an auxiliary token head. Raises ModelError where it has no token map.
+
+    num_classes  None: as the backbone has it
+    grid         h, w of the auxiliary logits; None: that of the backbone's own features
+    timm_kwargs  for `timm.create_model`. `img_size` is welcome too where a backbone takes any size or is built already:
+                 the size at which its features are looked at, as `in_chans` is for a built one
+    """
+    net = name_or_module
+    if isinstance(net, str):
+        net = _create(net, num_classes, pretrained, timm_kwargs)
+    elif unknown := timm_kwargs.keys() - {"img_size", "in_chans"}:
+        raise ModelError(f"the model is built already: got {sorted(unknown)}, expected img_size or in_chans")
+    elif num_classes not in (None, getattr(net, "num_classes", None)):
+        net.reset_classifier(num_classes)  # type: ignore[operator]
+    if not isinstance(net, TokenLabelHeads):
+        return TokenLabeled(net, grid, timm_kwargs.get("img_size"), timm_kwargs.get("in_chans"))
+    if net.aux_head is None or (grid is not None and to_2tuple(grid) != getattr(net, "grid", None)):
+        raise ModelError(f"{type(net).__name__} has its own token head: build it with aux_head=True, without grid")
+    return net
+
+
+def _create(name: str, num_classes: int | None, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """`timm.create_model`; `img_size` is left away for a backbone that takes any size."""
+    kwargs = kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
+    if name.startswith("vim_"):
+        kwargs = {"aux_head": True, **kwargs}
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except TypeError as error:
+        if "img_size" not in kwargs or "img_size" not in str(error):
+            raise
+    except RuntimeError as error:
+        if "Unknown model" in str(error):
+            raise ModelError(f"unknown model: got {name!r}, expected a name of timm.list_models()") from error
+        raise
+    return timm.create_model(name, pretrained=pretrained, **{k: v for k, v in kwargs.items() if k != "img_size"})
+
+
+class TokenLabeled(TokenLabelHeads):
+    """`backbone` with `aux_head`; see `token_label`. The backbone's parameters get `backbone.` in front of their names.
+
+    grid       h, w of the auxiliary logits of images of `img_size`; other sizes have others if `grid` was not given
+    mix_scale  cells of what `patch_embed` gives for each token, down and across; None: no place to mix
+    """
+
+    def __init__(
+        self, backbone: nn.Module, grid: Any = None, img_size: Any = None, in_chans: int | None = None
+    ) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+        self.name, self.num_classes = type(backbone).__name__, getattr(backbone, "num_classes", 0)
+        if missing := [f for f in ("forward_features", "forward_head", "get_classifier") if not hasattr(backbone, f)]:
+            raise ModelError(f"{self.name} is no timm backbone: got no {', '.join(missing)}, expected timm's interface")
+        if not self.num_classes or isinstance(self.get_classifier(), nn.Identity):
+            raise ModelError(f"{self.name} has no class head: got num_classes={self.num_classes}, expected 1 or more")
+        self.pretrained_cfg = self.default_cfg = getattr(backbone, "pretrained_cfg", {})
+        channels, *usual = self.pretrained_cfg.get("input_size", (3, 224, 224))
+        self.in_chans = in_chans or getattr(backbone, "in_chans", None) or channels
+        self.wanted_grid: Size | None = None if grid is None else to_2tuple(grid)
+        self._fit(to_2tuple(img_size or getattr(self._patch_embed(), "img_size", None) or tuple(usual)))
+        own = getattr(backbone, "aux_head", None)  # VOLO adds half its largest token score by itself: here we do
+        if own is not None:
+            backbone.aux_head = None  # type: ignore[assignment]
+        fits = isinstance(own, nn.Linear) and own.weight.shape == (self.num_classes, self.num_features)
+        self.aux_head: nn.Module = cast(nn.Module, own) if fits else self._new_head()
+        self.training = backbone.training
+
+    def _new_head(self) -> nn.Module:
+        if not self.num_classes:
+            return nn.Identity()
+        like = next(self.backbone.parameters())
+        head = nn.Linear(self.num_features, self.num_classes).to(like.device, like.dtype)
+        trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def _patch_embed(self) -> nn.Module | None:
+        stem, found = getattr(self.backbone, "stem", None), getattr(self.backbone, "patch_embed", None)
+        return stem if isinstance(stem, PatchEmbed) else found if isinstance(found, nn.Module) else None
+
+    def _fit(self, size: Size) -> None:
+        """Look at the features of a blank image: where they keep their places, and where tokens can mix."""
+        like, place = next(self.backbone.parameters()), self._patch_embed()
+        images = torch.zeros(1, self.in_chans, *size, device=like.device, dtype=like.dtype)
+        embedded: list[torch.Tensor] = []
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            embedded.append(x)
+            return x
+
+        try:
+            with evaluation(self.backbone), torch.no_grad(), changed_output(place, keep):
+                features = self.backbone.forward_features(images)
+        except Exception as error:
+            told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            got = f"{self.in_chans} channels of {size[0]}×{size[1]} pixels"
+            raise ModelError(f"{self.name} does not run on {got} ({told}); give its img_size and in_chans") from error
+        self.num_prefix_tokens = 0
+        if isinstance(features, torch.Tensor) and features.ndim == 3:
+            known = getattr(self.backbone, "num_prefix_tokens", None)
+            prefixes = (0, 1, 2) if known is None else (known,)
+            self.num_prefix_tokens = next((p for p in prefixes if token_grid(features.shape[1] - p, size)), 0)
+        maps = self.feature_map(features, size)
+        if maps.shape[2:] == (1, 1):
+            raise ModelError(
+                f"{self.name} gives a single token for {size[0]}×{size[1]} pixels: give a larger img_size, "
+                "or choose another backbone if it keeps only its class token"
+            )
+        self.img_size, self.num_features = size, maps.shape[1]
+        self.grid = self.wanted_grid or (maps.shape[2], maps.shape[3])
+        self.mix_scale: Size | None = None
+        cells = grid_in(embedded[0], layout(embedded[0], place, size), size) if embedded else None
+        if cells and cells[0] % self.grid[0] == 0 == cells[1] % self.grid[1]:
+            self.mix_scale = (cells[0] // self.grid[0], cells[1] // self.grid[1])
+
+    def feature_map(self, features: torch.Tensor, size: Size) -> torch.Tensor:
+        """The backbone's features of images of `size`, without prefix tokens, as a map [B, D, height, width]."""
+        kind = layout(features, self.backbone, size)
+        tokens = features[:, self.num_prefix_tokens :] if kind == "tokens" else features
+        if kind is None or grid_in(tokens, kind, size) is None:
+            got = f"a tensor {list(features.shape)}" if isinstance(features, torch.Tensor) else type(features).__name__
+            raise ModelError(
+                f"{self.name} keeps no map of features that fits the image: for {size[0]}×{size[1]} pixels "
+                f"forward_features gave {got}, expected [B, D, h, w], [B, h, w, D] or [B, P + T, D]; "
+                "choose another backbone"
+            )
+        return to_map(tokens, kind, size)
+
+    def token_logits(self, features: torch.Tensor, size: Size | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Class logits [B, C] and auxiliary logits [B, T, C] of what `forward_features` gave for images of `size`."""
+        cls = self.backbone.forward_head(features)
+        if not isinstance(cls, torch.Tensor):
+            raise ModelError(f"{self.name}'s head gives {len(cls)} outputs, expected one: no distilled training")
+        maps = resample(self.feature_map(features, size or self.img_size), self.wanted_grid)
+        return cls, self.aux_head(maps.flatten(2).mT)
+
+    def forward_head(self, features: torch.Tensor, pre_logits: bool = False, size: Size | None = None) -> Logits:
+        if pre_logits or not self.num_classes:
+            return self.backbone.forward_head(features, pre_logits=True)
+        cls, aux = self.token_logits(features, size)
+        return (cls, aux) if self.training else cls + self.aux_weight * aux.amax(1)
+
+    def forward(self, images: torch.Tensor, mix: TokenBox | None = None) -> Logits:
+        """Images [B, in_chans, height, width]; `mix` is the box of tokens, on `grid`, that the images swap."""
+        return self.forward_head(self.forward_features(images, mix), size=(images.shape[-2], images.shape[-1]))
+
+    def forward_features(self, images: torch.Tensor, mix: TokenBox | None = None) -> torch.Tensor:
+        """What the backbone's own gives; with `mix`, its tokens were swapped before they got their positions."""
+        place, size = self._patch_embed(), (images.shape[-2], images.shape[-1])
+        if mix is None:
+            return self.backbone.forward_features(images)
+        if self.mix_scale is None:
+            raise ModelError(
+                f"{self.name} has no place to swap tokens of a {self.grid[0]}×{self.grid[1]} grid: "
+                'got a mix box, expected None; mix patch-aligned pixels in the loader instead, with mix="image"'
+            )
+        down, across = self.mix_scale
+        box = Box(mix.y0 * down, mix.x0 * across, mix.y1 * down, mix.x1 * across)
+
+        def swapped(x: torch.Tensor) -> torch.Tensor:
+            kind = layout(x, place, size)
+            maps = mix_tokens(to_map(x, kind, size), box)
+            return maps.flatten(2).mT if kind == "tokens" else maps.permute(0, 2, 3, 1) if kind == "NHWC" else maps
+
+        with changed_output(place, swapped):
+            return self.backbone.forward_features(images)
+
+    def score_maps(self, images: torch.Tensor) -> torch.Tensor:
+        size = (images.shape[-2], images.shape[-1])
+        maps = resample(self.feature_map(self.forward_features(images), size), self.wanted_grid)
+        return self.aux_head(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def set_input_size(self, img_size: int | Size) -> None:
+        """Go on with images of another size."""
+        if hasattr(self.backbone, "set_input_size"):
+            self.backbone.set_input_size(img_size=to_2tuple(img_size))
+        self._fit(to_2tuple(img_size))
+
+    def get_classifier(self) -> Any:
+        """The backbone's class head; some have several."""
+        return self.backbone.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New class and auxiliary heads; 0: none."""
+        self.backbone.reset_classifier(num_classes, **({} if global_pool is None else {"global_pool": global_pool}))
+        self.num_classes = num_classes
+        self.aux_head = self._new_head()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.backbone.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        marked: Iterable[str] = getattr(self.backbone, "no_weight_decay", set)()
+        return {f"backbone.{name}" for name in marked}
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """The backbone's, for names that begin with `backbone.`; timm matches from the start of a name, `^` or not."""
+        groups = self.backbone.group_matcher(coarse=coarse)
+        if callable(groups):
+            return lambda name: groups(name.removeprefix("backbone."))
+
+        def inside(pattern: Any) -> Any:
+            if isinstance(pattern, str):
+                return r"backbone\.(?:" + re.sub(r"(?<!\[)\^", "", pattern) + ")"
+            return pattern and [(inside(part), suffix) for part, suffix in pattern]
+
+        return {group: inside(pattern) for group, pattern in groups.items()}

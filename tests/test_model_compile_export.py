@@ -1,0 +1,99 @@
+"""Compiled and exported models give what eager ones give; a tiny one learns on every backend."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import model  # noqa: F401  (registers the names)
+from model.ops import scan_by_doubling, scan_reference
+
+TINY = {"img_size": 32, "patch_size": 8, "num_classes": 4, "embed_dim": 32, "depth": 2}
+
+
+def tiny(name: str = "demansia_tiny", **changes: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**TINY, **changes})
+
+
+def test_the_exported_scan_is_the_reference():
+    generator = torch.Generator().manual_seed(0)
+    for length in (1, 2, 5, 16, 17):
+        u, delta = torch.randn(2, 2, 2, length, 3, generator=generator, dtype=torch.float64).unbind(0)
+        b, c = torch.randn(2, 2, 2, length, 4, generator=generator, dtype=torch.float64).unbind(0)
+        a = -torch.rand(2, 3, 4, generator=generator, dtype=torch.float64)
+        d, bias = torch.randn(2, 2, 3, generator=generator, dtype=torch.float64).unbind(0)
+        for rest in ((d, bias, True), (None, None, False)):
+            arguments = (u, delta, a, b, c, *rest, (False, True))
+            assert torch.allclose(scan_by_doubling(*arguments), scan_reference(*arguments), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_compiled_model_trains_and_answers_as_the_eager_one(backend):
+    net, images = tiny(backend=backend), torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for training in (True, False):
+        net.train(training)
+        results = []
+        for run in (net, compiled):
+            net.zero_grad()
+            out = run(images)
+            out = torch.cat([part.flatten() for part in (out if isinstance(out, tuple) else (out,))])
+            out.square().sum().backward()
+            results.append(
+                (out.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+            )
+        (eager, gradients), (found, compiled_gradients) = results
+        assert torch.allclose(found, eager, atol=1e-5)
+        for name, gradient in gradients.items():
+            assert torch.allclose(compiled_gradients[name], gradient, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("demansia_tiny", {"backend": "reference"}), ("demansia_tiny", {"backend": "cpu"}), ("lvvit_t", {"num_heads": 4})],
+)
+def test_a_tiny_model_learns_a_batch_by_heart(name, settings):
+    """Both heads, to zero error."""
+    net = tiny(name, **settings).train()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(32, 3, 32, 32, generator=generator)
+    labels = torch.randint(4, (32,), generator=generator)
+    token_labels = torch.randint(4, (32, 16), generator=generator)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3, weight_decay=0.0)
+    for _ in range(150):
+        cls, aux = net(images)
+        loss = torch.nn.functional.cross_entropy(cls, labels)
+        loss = loss + torch.nn.functional.cross_entropy(aux.flatten(0, 1), token_labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (cls.argmax(-1) == labels).all() and (aux.argmax(-1) == token_labels).all():
+            break
+    assert (cls.argmax(-1) == labels).all()
+    assert (aux.argmax(-1) == token_labels).all()
+
+
+def test_torch_export_gives_the_same_answers():
+    net, images = tiny().eval(), torch.randn(2, 3, 32, 32)
+    exported = torch.export.export(net, (images,))
+    assert torch.allclose(exported.module()(images), net(images), atol=1e-5)
+
+
+def test_demansia_tiny_runs_in_onnxruntime(tmp_path: Path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed (pip install -e '.[export]')")
+    import onnxruntime
+
+    torch.manual_seed(0)
+    net = timm.create_model("demansia_tiny").eval()
+    images = torch.randn(1, 3, 224, 224)
+    with warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(net, (images,), tmp_path / "net.onnx", dynamo=True, optimize=False, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    assert (torch.from_numpy(found) - net(images)).abs().max() < 1e-4

@@ -1,0 +1,105 @@
+"""The bidirectional mixer against the published one, and what must hold for any mixer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fixtures import close, state, tensors
+
+from model.mixer import BidirectionalMamba
+
+BACKENDS = ("reference", "cpu")
+
+
+def mixer_of(found: dict[str, torch.Tensor], **settings: object) -> BidirectionalMamba:
+    mixer = BidirectionalMamba(24, **settings)
+    one_way = settings.get("bidirectional") is False
+    mixer.load_state_dict({k: v for k, v in state(found).items() if not (one_way and "_b" in k.split(".")[0])})
+    return mixer
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [1, 2, 3, 17, 197])
+def test_outputs_are_the_published_ones(backend, length):
+    found = tensors("bimamba_mixer")
+    for halve in (False, True):
+        mixer = mixer_of(found, halve=halve, backend=backend)
+        close(mixer(found[f"x.L{length}"]), found[f"v2.div{int(halve)}.L{length}.out"], 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [3, 17])
+def test_gradients_are_the_published_ones(backend, length):
+    found = tensors("bimamba_mixer")
+    mixer = mixer_of(found, backend=backend)
+    x = found[f"x.L{length}"].clone().requires_grad_()
+    (mixer(x) * found[f"g.L{length}"]).sum().backward()
+    close(x.grad, found[f"v2.div1.L{length}.grad_x"], 5e-5)
+    for name, parameter in mixer.named_parameters():
+        close(parameter.grad, found[f"v2.div1.L{length}.grad.{name}"], 5e-5)
+
+
+def test_one_direction_and_layer_scale_are_the_published_ones():
+    found = tensors("bimamba_mixer")
+    one_way = mixer_of(found, bidirectional=False)
+    for length in (3, 17):
+        close(one_way(found[f"x.L{length}"]), found[f"none.L{length}.out"], 1e-5)
+    scaled = BidirectionalMamba(24, layer_scale=1.0)
+    scaled.load_state_dict({**state(found), "gamma": found["gamma"]})
+    close(scaled(found["x.L17"]), found["v2.div1.gamma.L17.out"], 1e-5)
+
+
+def test_swapped_directions_turn_the_sequence_around():
+    torch.manual_seed(0)
+    mixer = BidirectionalMamba(16).double()
+    turned = BidirectionalMamba(16).double()
+    parameters = mixer.state_dict()
+    for name, value in list(parameters.items()):
+        if name.startswith(("conv1d.", "x_proj.", "dt_proj.")):
+            other = name.replace(".", "_b.", 1)
+            parameters[name], parameters[other] = parameters[other], value
+    parameters["A_log"], parameters["A_b_log"] = parameters["A_b_log"], parameters["A_log"]
+    parameters["D"], parameters["D_b"] = parameters["D_b"], parameters["D"]
+    turned.load_state_dict(parameters)
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    close(turned(x.flip(1)).flip(1), mixer(x), 1e-12)
+
+
+def test_every_token_hears_from_every_other():
+    torch.manual_seed(0)
+    mixer = BidirectionalMamba(8)
+    x = torch.randn(1, 7, 8, requires_grad=True)
+    for place in range(7):
+        (gradient,) = torch.autograd.grad(mixer(x)[0, place].square().sum(), x)
+        assert (gradient[0].abs().sum(1) > 0).all()
+
+
+def test_projections_are_called_as_modules():
+    """So that LoRA, which wraps them, is not ignored in silence."""
+    mixer = BidirectionalMamba(16)
+    called = []
+    names = [name for name, module in mixer.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in names:
+        mixer.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    mixer(torch.randn(1, 5, 16))
+    assert sorted(called) == sorted(names)
+    assert len(names) == 6
+
+
+def test_bfloat16_autocast_keeps_the_step_sizes():
+    torch.manual_seed(0)
+    mixer = BidirectionalMamba(32)
+    x = torch.randn(2, 33, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mixer(x)
+    expected = mixer(x)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() / expected.norm() < 0.02
+
+
+def test_step_sizes_begin_between_their_bounds():
+    torch.manual_seed(0)
+    steps = torch.nn.functional.softplus(BidirectionalMamba(256).dt_proj.bias)
+    assert steps.min() >= 0.99e-3
+    assert steps.max() <= 1.01e-1
+    assert 0.005 < steps.median() < 0.02  # even in the logarithm

@@ -1,0 +1,247 @@
+"""The selective scan: the backends that run on any CPU against the fixture and against the plain loop over time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import pickle
+import shutil
+
+import pytest
+import torch
+from conftest import SHARED
+from safetensors.torch import load_file
+
+from model.errors import BackendError, ModelError
+from model.ops import directional_scan, scan_reference, selective_scan
+
+FIXTURE = SHARED / "fixtures" / "selective_scan.safetensors"
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+BOTH = ("reference", "cpu")
+F64 = torch.float64
+BOTH_WAYS = (False, True)
+
+
+def make(k=2, b=2, length=7, e=6, n=4, dtype=F64, d=True, bias=True, grad=True, scale=1.0):
+    """Random arguments of `directional_scan`, u to delta_bias."""
+    generator = torch.Generator().manual_seed(length + e)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=F64).to(dtype)
+
+    a = -torch.exp(draw(k, e, n).double()).to(dtype)
+    made = [draw(k, b, length, e), scale * draw(k, b, length, e), a, draw(k, b, length, n), draw(k, b, length, n)]
+    made += [draw(k, e) if d else None, draw(k, e) if bias else None]
+    return [x if x is None else x.requires_grad_(grad) for x in made]
+
+
+def gradients(y: torch.Tensor, inputs: list) -> list[torch.Tensor]:
+    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    return list(torch.autograd.grad(y, [x for x in inputs if x is not None], weight))
+
+
+def assert_same(got: list, expected: list, tolerance: float = 1e-10) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert torch.isfinite(a).all()
+        assert (a.double() - b.double()).abs().max() <= tolerance * b.abs().max().clamp(min=1e-3)
+
+
+@pytest.fixture(scope="module")
+def fixture() -> tuple[dict, dict]:
+    if not FIXTURE.exists():
+        pytest.skip(f"the parity fixtures are not at hand ({FIXTURE})")
+    return load_file(FIXTURE), json.loads(FIXTURE.with_suffix(".json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_equals_the_fixture(fixture, backend, dtype):
+    tensors, cases = fixture
+    assert len(cases) == 20
+    for case, facts in cases.items():
+        given = {n: tensors[f"{case}.{n}"].to(dtype, copy=True) for n in NAMES if f"{case}.{n}" in tensors}
+        for x in given.values():
+            x.requires_grad_()
+        out = selective_scan(**given, delta_softplus=facts["delta_softplus"], backend=backend)
+        out.backward(tensors[f"{case}.grad_out"].to(dtype))
+        for name, got in {"out": out, **{f"grad_{n}": x.grad for n, x in given.items()}}.items():
+            expected = tensors[f"{case}.{name}"]
+            limit = 1e-10 * expected.abs() + 1e-12
+            if dtype == torch.float32:
+                limit = (2e-6 if name == "out" else 1e-5) * expected.abs().max()
+            assert ((got - expected).abs() <= limit).all(), (case, name)
+
+
+@pytest.mark.parametrize(("length", "batch"), [(1, 1), (1, 3), (2, 1), (3, 1), (8, 1), (17, 1), (17, 3)])
+def test_cpu_equals_reference(length, batch):
+    inputs = make(b=batch, length=length)
+    got, expected = (directional_scan(*inputs, True, BOTH_WAYS, backend) for backend in ("cpu", "reference"))
+    assert_same([got, *gradients(got, inputs)], [expected, *gradients(expected, inputs)])
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_directions_are_independent_and_reverse_is_a_flip(backend):
+    inputs = make(k=2)
+    y = directional_scan(*inputs, True, BOTH_WAYS, backend)
+    for k, backwards in enumerate(BOTH_WAYS):
+        one = [x[k : k + 1] for x in inputs]
+        alone = directional_scan(*one, True, (backwards,), backend)
+        over_time = [x.flip(2) if i in (0, 1, 3, 4) and backwards else x for i, x in enumerate(one)]
+        flipped = directional_scan(*over_time, True, (False,), backend)
+        assert_same([alone, flipped.flip(2) if backwards else flipped], [y[k : k + 1]] * 2)
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_groups_share_b_and_c(backend):
+    b, e, n, g, length = 2, 6, 4, 3, 5
+    torch.manual_seed(0)
+    u, delta, z = torch.randn(3, b, e, length, dtype=F64)
+    a, (grouped_b, grouped_c) = -torch.rand(e, n, dtype=F64), torch.randn(2, b, g, n, length, dtype=F64)
+    got = selective_scan(u, delta, a, grouped_b, grouped_c, z=z, delta_softplus=True, reverse=True, backend=backend)
+    for channel in range(e):
+        own, group = slice(channel, channel + 1), channel // (e // g)
+        args = (u[:, own], delta[:, own], a[own], grouped_b[:, group], grouped_c[:, group], None, z[:, own])
+        assert_same([got[:, own]], [selective_scan(*args, delta_softplus=True, reverse=True, backend="reference")])
+
+
+@pytest.mark.parametrize(("d", "bias", "softplus"), itertools.product((True, False), repeat=3))
+def test_gradcheck(d, bias, softplus):
+    inputs = make(b=1, length=10, e=2, n=2, d=d, bias=bias)  # 10: more than one chunk
+    assert torch.autograd.gradcheck(lambda *given: directional_scan(*given, softplus, BOTH_WAYS, "cpu"), inputs)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-10), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e2, 1e4])
+def test_large_and_tiny_steps(dtype, tolerance, scale):
+    """Also against the loop: dt A far below what exp can hold, and states that have died out."""
+    inputs = make(length=20, dtype=dtype, scale=scale)
+    double = [x.detach().double().requires_grad_() for x in inputs]
+    got, expected = directional_scan(*inputs, True, BOTH_WAYS, "cpu"), scan_reference(*double, True, BOTH_WAYS)
+    assert_same([got, *gradients(got, inputs)], [expected, *gradients(expected, double)], tolerance)
+
+
+def test_a_nan_stays_visible():
+    inputs = make(length=20, grad=False)
+    inputs[0][0, 0, 3, 0] = float("nan")
+    y = directional_scan(*inputs, True, BOTH_WAYS, "cpu")
+    assert y[0, 0, :, 0].isnan().tolist() == [t >= 3 for t in range(20)]
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_half_precision_keeps_a_wide_state(backend):
+    half = make(length=40, dtype=torch.bfloat16)
+    for i in (1, 2, 5, 6):  # as under autocast: step sizes and parameters stay float32
+        half[i] = half[i].detach().float().requires_grad_()
+    double = [x.detach().double().requires_grad_() for x in half]
+    y, expected = directional_scan(*half, True, BOTH_WAYS, backend), scan_reference(*double, True, BOTH_WAYS)
+    found = gradients(y, half)
+    assert [y.dtype, *(x.dtype for x in found)] == [torch.bfloat16, *(x.dtype for x in half)]
+    assert_same([y, *found], [expected, *gradients(expected, double)], 2**-7)
+
+
+def test_gradients_only_where_wanted():
+    inputs = make(grad=False)
+    assert not directional_scan(*inputs, True, BOTH_WAYS, "cpu").requires_grad
+    inputs[3].requires_grad_()
+    directional_scan(*inputs, True, BOTH_WAYS, "cpu").sum().backward()
+    assert [x.grad is not None for x in inputs] == [False, False, False, True, False, False, False]
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    inputs = make(b=0)
+    y = directional_scan(*inputs, True, BOTH_WAYS, "cpu")
+    assert y.shape == inputs[0].shape
+    assert all(x.abs().sum() == 0 for x in gradients(y, inputs))
+
+
+@pytest.mark.parametrize("flushed", [True, False])
+def test_denormals_are_as_before_afterwards(flushed):
+    torch.set_flush_denormal(flushed)
+    try:
+        directional_scan(*make(), True, BOTH_WAYS, "cpu").sum().backward()
+        assert (torch.tensor(1e-38) * 0.5 == 0) == flushed
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"u": torch.zeros(2, 2, 7)}, "shape of u .* got \\[2, 2, 7\\], expected \\[K, B, L, E\\]"),
+        ({"B": torch.zeros(2, 2, 7, 5)}, "shape of B .* expected \\[K = 2, B = 2, L = 7, N = 4\\]"),
+        ({"D": torch.zeros(6)}, "shape of D"),
+        ({"delta": torch.zeros(2, 2, 7, 6, dtype=torch.int64)}, "type of delta .* floating"),
+        ({"C": torch.zeros(2, 2, 7, 4, device="meta")}, "C is on another device"),
+        ({"A": None}, "A is not a tensor"),
+        ({"reverse": (True,)}, "reverse does not fit"),
+        ({"backend": "cuda"}, "unknown scan backend: got 'cuda', expected one of reference, cpu, triton, mamba_ssm"),
+    ],
+)
+def test_errors_of_use(change, words):
+    given = dict(zip(("u", "delta", "A", "B", "C", "D", "delta_bias"), make(grad=False), strict=True))
+    with pytest.raises(ModelError, match=words) as caught:
+        directional_scan(**{**given, "reverse": BOTH_WAYS, **change})
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_errors_of_use_in_the_layout_of_mamba():
+    u, a = torch.zeros(1, 6, 5), torch.zeros(6, 4)
+    with pytest.raises(ModelError, match="multiple of the groups"):
+        selective_scan(u, u, a, *torch.zeros(2, 1, 4, 4, 5))
+    with pytest.raises(ModelError, match="shape of z"):
+        selective_scan(u, u, a, *torch.zeros(2, 1, 4, 5), z=u[..., 1:])
+
+
+@pytest.mark.parametrize("backend", ["triton", "mamba_ssm"])
+def test_a_forced_backend_that_cannot_run_says_why(backend, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(BackendError, match=f"{backend}.* cannot be used .*(GPU|CUDA|imported|installed).*reference"):
+        directional_scan(*make(dtype=torch.float32), True, BOTH_WAYS, backend)
+    with pytest.raises(BackendError, match="float64"):
+        directional_scan(*make(), True, BOTH_WAYS, backend)
+
+
+def test_the_environment_variable_overrides_auto(monkeypatch, caplog):
+    from model.ops.selective_scan import _announced, choose_backend
+
+    _announced.clear()
+    caplog.set_level(logging.INFO)
+    assert choose_backend("auto", "cpu") == choose_backend("auto", "cpu") == "cpu"
+    monkeypatch.setenv("TOKEN_LABELING_SCAN", "reference")
+    assert choose_backend("auto", "cpu") == "reference"
+    assert choose_backend("cpu", "cpu") == "cpu"
+    assert [record.getMessage() for record in caplog.records] == [
+        "selective scan on cpu: backend cpu, because the tensors are on a CPU",
+        "selective scan on cpu: backend reference, because TOKEN_LABELING_SCAN names it",
+    ]
+    monkeypatch.setenv("TOKEN_LABELING_SCAN", "fast")
+    with pytest.raises(ModelError, match="TOKEN_LABELING_SCAN: got 'fast'"):
+        directional_scan(*make(), True, BOTH_WAYS)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_equals_eager(compiler):
+    if compiler == "inductor" and not shutil.which("g++"):
+        pytest.skip("inductor needs a C++ compiler")
+    inputs = make(length=20)
+    y = torch.compile(directional_scan, fullgraph=True, backend=compiler)(*inputs, True, BOTH_WAYS)
+    expected = directional_scan(*inputs, True, BOTH_WAYS)
+    assert_same([y, *gradients(y, inputs)], [expected, *gradients(expected, inputs)], 1e-12)
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_export(backend):
+    scan = torch.nn.Module()
+    scan.forward = lambda *inputs: directional_scan(*inputs, True, BOTH_WAYS, backend)
+    inputs = tuple(make(grad=False))
+    assert_same([torch.export.export(scan, inputs).module()(*inputs)], [scan(*inputs)])
+
+
+@pytest.mark.parametrize("options", [{}, {"d": False, "bias": False}, {"dtype": torch.float32, "grad": False}])
+def test_the_operators_keep_torchs_rules(options):
+    inputs = make(length=10, e=3, n=2, **options)
+    torch.library.opcheck(torch.ops.token_labeling.scan_cpu, (*inputs, True, [False, True]))
+    y, saved = torch.ops.token_labeling.scan_cpu(*inputs, True, [False, True])
+    plain = [None if x is None else x.detach() for x in (torch.ones_like(y), *inputs, saved)]
+    torch.library.opcheck(torch.ops.token_labeling.scan_cpu_backward, (*plain, True, [False, True]))

@@ -1,0 +1,77 @@
+"""Vision Mamba against the published one."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from fixtures import close, keys, state, tensors
+
+import model  # noqa: F401  (registers the names)
+from model.vim import Vim
+
+SETTINGS = {"img_size": 64, "embed_dim": 32, "depth": 4, "num_classes": 10, "stem": "patch", "aux_head": False}
+
+
+def micro(found: dict[str, torch.Tensor], **settings: object) -> Vim:
+    net = Vim(**{**SETTINGS, **settings})
+    net.load_state_dict(state(found))
+    return net
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_evaluation_is_the_published_one(backend):
+    found = tensors("vim_micro")
+    net = micro(found, backend=backend).eval()
+    x = found["x"]
+    close(net(x), found["eval.out"], 1e-5)
+    close(net.forward_head(net.forward_features(x), pre_logits=True), found["eval.features"], 1e-5)
+    close(net.double()(x.double()), found["eval.out_f64"], 1e-12)
+
+
+def test_the_epsilon_is_the_published_one():
+    found = tensors("vim_micro")
+    net = micro(found).eval()
+    with torch.no_grad():
+        for tensor in (net.patch_embed.proj.weight, net.patch_embed.proj.bias, net.pos_embed, net.cls_token):
+            tensor.mul_(0.005)
+    close(net(found["x"]), found["eval_small.out"], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        ("no_divide", {"halve": False}),
+        ("head_cls", {"cls_place": "start"}),
+        ("bimamba_none", {"bidirectional": False}),
+    ],
+)
+def test_variants_are_the_published_ones(variant, settings):
+    found = tensors("vim_micro")
+    net = Vim(**{**SETTINGS, **settings}).eval()
+    wanted = net.state_dict().keys()
+    net.load_state_dict({k: v for k, v in state(found).items() if k in wanted})
+    close(net(found["x"]), found[f"variant.{variant}.out"], 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_loss_and_gradients_are_the_published_ones(backend):
+    found = tensors("vim_micro")
+    net = micro(found, backend=backend).train()
+    x = found["x"].clone().requires_grad_()
+    logits = net(x)
+    loss = torch.nn.functional.cross_entropy(logits, found["labels"])
+    close(logits, found["train.out"], 1e-5)
+    close(loss, found["train.loss"], 1e-5)
+    loss.backward()
+    close(x.grad, found["grad.x"], 5e-5)
+    for name, parameter in net.named_parameters():
+        close(parameter.grad, found[f"grad.{name}"], 5e-5, 1e-8)
+
+
+@pytest.mark.parametrize("name", ["vim_tiny", "vim_small", "vim_base"])
+def test_names_shapes_and_counts_are_the_published_ones(name):
+    expected = keys(name)
+    net = timm.create_model(name)
+    assert {key: list(value.shape) for key, value in net.state_dict().items()} == expected["state_dict_shapes"]
+    assert sum(p.numel() for p in net.parameters()) == expected["total_params"]
