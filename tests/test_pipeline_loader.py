@@ -201,7 +201,7 @@ def test_training_goes_on_where_an_iteration_was_left_and_evaluation_begins_agai
     assert loader.epoch == 1
     evaluation = create_loader(replace(settings, train=False))
     first = next(iter(evaluation))
-    assert [batch.keys for batch in evaluation][0] == first.keys
+    assert next(iter(evaluation)).keys == first.keys
 
 
 def test_an_iteration_that_lost_its_place_says_so(settings):
