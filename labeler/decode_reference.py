@@ -47,15 +47,40 @@ class ReferenceDecoder:
         return Decoded(torch.from_numpy(stack), np.array(sizes, np.int64).reshape(-1, 2), kept, failures)
 
 
+ORIENTATION_TAG = 0x0112
+
+
 def open_rgb(data: bytes, orientation: str) -> Image:
-    """A fully decoded RGB PIL image; `orientation` "exif" turns it as its tag says."""
+    """A fully decoded RGB PIL image; `orientation` "exif" turns it as its tag says, "ignore" leaves it as stored."""
     from PIL import Image, ImageOps
 
     image: Image.Image = Image.open(io.BytesIO(data))
+    tag = orientation_tag(image)
     image.load()
-    if orientation == "exif":
+    if image.format == "TIFF":  # which PIL turns by itself while it loads
+        turn = Image.Transpose
+        undo = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE}
+        undo |= {6: turn.ROTATE_90, 7: turn.TRANSVERSE, 8: turn.ROTATE_270}
+        if orientation == "ignore" and tag in undo:
+            image = image.transpose(undo[tag])
+    elif orientation == "exif":
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         # PIL clips 16-bit grey at 255 when it converts; DALI scales it, as a viewer would.
         image = Image.fromarray((np.asarray(image, np.uint16) // 257).astype(np.uint8))
     return image.convert("RGB")
+
+
+def orientation_tag(image: Image) -> int:
+    """The EXIF orientation of an opened image, 1 to 8. What XMP says is dropped: DALI does not read it."""
+    for name in ("xmp", "XML:com.adobe.xmp"):
+        image.info.pop(name, None)
+    return image.getexif().get(ORIENTATION_TAG, 1)
+
+
+def decoded_size(image: Image, orientation: str) -> tuple[int, int]:
+    """Height and width that an opened image has once it is decoded and turned, from its header alone."""
+    width, height = image.size
+    # PIL gives the size of a TIFF as it will be turned.
+    swapped = orientation_tag(image) >= 5 and (orientation == "exif") != (image.format == "TIFF")
+    return (width, height) if swapped else (height, width)

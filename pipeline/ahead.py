@@ -48,6 +48,5 @@ class Ahead(Iterator[T]):
         return item
 
     def close(self) -> None:
-        """Stop the thread and wait for it."""
+        """Let the thread end, without waiting: a collected generator calls this from whatever thread it is in."""
         self._stopped.set()
-        self._thread.join()

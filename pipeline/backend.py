@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from labeler.decode_reference import open_rgb
+from labeler.errors import IntegrityError
 from labeler.score_maps import ScoreMaps
 from pipeline.config import LoaderConfig
 from pipeline.draws import Draws
@@ -22,10 +23,15 @@ from pipeline.targets import TokenTargets
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch before any decoding: samples int64 [B], their keys and encoded files, and their label rows if any."""
+    """A batch before any decoding.
+
+    samples int64 [B]; their keys; sizes int64 [B, 2], height and width that each must decode to; the encoded files;
+    what is drawn for them; their label rows if any
+    """
 
     samples: np.ndarray
     keys: tuple[str, ...]
+    sizes: np.ndarray
     encoded: list[bytes]
     draws: Draws
     rows: HostRows | None
@@ -37,9 +43,10 @@ class LoaderBackend:
     name: str
 
     def __init__(
-        self, config: LoaderConfig, orientation: str, augments: bool, device: torch.device, threads: int
+        self, config: LoaderConfig, orientation: str, vouched: bool, augments: bool, device: torch.device, threads: int
     ) -> None:
-        self.config, self.orientation, self.augments = config, orientation, augments
+        """vouched: the labeler has decoded every image in full; augments: kernels or affine maps may be drawn."""
+        self.config, self.orientation, self.vouched, self.augments = config, orientation, vouched, augments
         self.device, self.threads = device, threads
         shape = (1, 3, 1, 1)
         self._scale = (1 / (255 * torch.tensor(config.std))).view(shape).to(device)
@@ -60,11 +67,20 @@ class LoaderBackend:
         raise NotImplementedError
 
 
-def find_culprit(batches: Iterable[Prepared], orientation: str, error: Exception) -> None:
-    """Raise IntegrityError naming the image that a decoder failed on; return where none is to blame."""
+def decoding_failed(batches: Iterable[Prepared], orientation: str, error: Exception) -> IntegrityError:
+    """The error that names the image that a decoder failed on; where PIL decodes all of them, the batch's images."""
+    batches = list(batches)
     for batch in batches:
         for key, data in zip(batch.keys, batch.encoded, strict=True):
             try:
                 open_rgb(data, orientation)
             except Exception as reason:  # PIL's decoders raise many types
-                raise unreadable(key, f"it cannot be decoded: {reason}") from error
+                return unreadable(key, f"it cannot be decoded: {reason}")
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if any(word in line for word in ("ailed", "ailure", "not valid"))]
+    keys = ", ".join(repr(key) for batch in batches for key in batch.keys[:4])
+    return IntegrityError(
+        "a batch cannot be decoded",
+        got=(told or lines)[0],
+        remedy=f'It is one with {keys} …; backend="reference" tells more.',
+    )

@@ -23,7 +23,7 @@ class Batch:
     targets  of every image's own tokens, mixed or not: token b takes its partner's (image B−1−b) inside `mix`
     labels   int64 [B]: true classes, −1 where not known
     mix      the box of tokens that are mixed, None where nothing is
-    mixed_pixels  the images show their partners inside the box already; otherwise the model mixes its tokens
+    mixed_pixels  images show their partners inside the box already; otherwise the model mixes its tokens
     keys     B image keys; rows int64 [B]: their rows in the label store, −1 without one
     views    what each input shows of its image
     """

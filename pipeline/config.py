@@ -14,6 +14,14 @@ CROP_MODES = ("center", "squash")
 MIXES = ("none", "token", "image")
 ERASE_MODES = ("pixel", "const")
 CACHES = ("none", "ram", "ram-compressed")
+CHOICES = {
+    "backend": BACKENDS,
+    "interpolation": INTERPOLATIONS,
+    "crop_mode": CROP_MODES,
+    "mix": MIXES,
+    "erase_mode": ERASE_MODES,
+    "cache": CACHES,
+}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -26,7 +34,7 @@ class LoaderConfig:
     token_labels   False: targets from the true labels alone, everything else unchanged (the ablation)
     image_list     use only these keys, one a line
     num_classes    classes of the network; the store, or the folders, must fit
-    class_folders  folder name -> class id; None: the store's, or sorted folder names in order
+    class_folders  folder name -> class id; None: the store's, or all folders of the root, sorted
     train          True: shuffled, cropped, augmented, whole batches only; False: in order, centre crop, every image
     batch_size     images per batch and rank
     image_size     S, side of the square input in pixels
@@ -43,10 +51,11 @@ class LoaderConfig:
     crop_pct, crop_mode  evaluation: as timm's ("center" or "squash")
     shuffle_window tar shards: how far an image may leave the order of its shard
     backend        "dali", "reference" (PIL, readable), or "auto": DALI where it is installed
-    device         where batches end: "cpu", "cuda", "cuda:1"; "auto": a GPU if there is one
+    device         where batches end: "cpu", "cuda:1"; "cuda": torch's current GPU; "auto": that, if there is one
     threads        CPU threads for reading and decoding; None: the machine's cores shared among the ranks
-    cache          label rows: "none" reads the files, "ram" holds the decoded codes, "ram-compressed" the files
-    prefetch       batches prepared ahead
+    cache          label rows: "none" reads the files; each rank holds, from its first batch on, all codes ("ram"; 3 kB
+                   an image at the default palette), or the files ("ram-compressed")
+    prefetch       batches read ahead, and as many decoded ahead
     hw_decoder_load  share of JPEGs for a GPU's hardware decoder
     """
 
@@ -88,14 +97,7 @@ class LoaderConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("backend", BACKENDS),
-            ("interpolation", INTERPOLATIONS),
-            ("crop_mode", CROP_MODES),
-            ("mix", MIXES),
-            ("erase_mode", ERASE_MODES),
-            ("cache", CACHES),
-        ):
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is not known", got=repr(getattr(self, name)), expected=" or ".join(allowed))
         for name in ("batch_size", "image_size", "world_size", "prefetch", "threads", "num_classes", "shuffle_window"):
@@ -103,40 +105,43 @@ class LoaderConfig:
             if value is not None and (type(value) is not int or value < 1):
                 raise InputError(f"{name} must be a positive whole number", got=repr(value))
         for name in ("hflip", "erase_prob", "mix_prob", "hw_decoder_load"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is a share", got=getattr(self, name), expected="0 to 1")
-        if not 0 <= self.rank < self.world_size:
-            raise InputError("rank does not fit world_size", got=self.rank, expected=f"0 to {self.world_size - 1}")
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
+                raise InputError(f"{name} is a share", got=repr(getattr(self, name)), expected="0 to 1")
+        if not (type(self.rank) is int and 0 <= self.rank < self.world_size):
+            raise InputError(
+                "rank does not fit world_size", got=repr(self.rank), expected=f"0 to {self.world_size - 1}"
+            )
         if type(self.seed) is not int or self.seed < 0:
             raise InputError("seed must be a whole number, 0 or more", got=repr(self.seed))
-        self._check_shapes()
+        self._check_ranges()
 
-    def _check_shapes(self) -> None:
-        grid = self.grid
-        if len(grid) != 2 or any(type(n) is not int or n < 1 or self.image_size % n for n in grid):
-            raise InputError(
-                "grid does not divide the image into patches",
-                got=f"{grid} for {self.image_size} pixels",
-                expected="two whole numbers that divide image_size",
-            )
-        if not (0 < self.scale[0] <= self.scale[1] <= 1):
-            raise InputError("scale is not a range of shares", got=self.scale, expected="0 < low ≤ high ≤ 1")
-        if not (0 < self.ratio[0] <= self.ratio[1]):
-            raise InputError("ratio is not a range", got=self.ratio, expected="0 < low ≤ high")
-        if not 0 < self.crop_pct <= 1:
-            raise InputError("crop_pct is a share", got=self.crop_pct, expected="more than 0, at most 1")
-        if self.mix != "none" and not self.mix_alpha > 0:
-            raise InputError(
-                "mix_alpha must be positive", got=self.mix_alpha, remedy='Use mix="none" to switch it off.'
-            )
-        if not (math.isfinite(self.color_jitter) and self.color_jitter >= 0):
-            raise InputError("color_jitter must be 0 or more", got=self.color_jitter)
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise InputError("mean and std take one number per colour", got=f"{self.mean}, {self.std}")
-        if self.mix != "none" and not self.train:
-            raise InputError("mixing belongs to training", got=f'mix="{self.mix}" with train=False')
+    def _check_ranges(self) -> None:
+        def refuse(name: str, fits: bool, expected: str) -> None:
+            if not fits:
+                raise InputError(f"{name} does not fit", got=repr(getattr(self, name)), expected=expected)
+
+        grid, scale, ratio = self.grid, self.scale, self.ratio
+        divides = _are_numbers(grid, 2) and all(type(n) is int and n > 0 and self.image_size % n == 0 for n in grid)
+        refuse("grid", divides, f"two whole numbers that divide the {self.image_size} pixels of the image into patches")
+        refuse("scale", _are_numbers(scale, 2) and 0 < scale[0] <= scale[1] <= 1, "two shares, 0 < low ≤ high ≤ 1")
+        refuse("ratio", _are_numbers(ratio, 2) and 0 < ratio[0] <= ratio[1], "two numbers, 0 < low ≤ high")
+        refuse("crop_pct", _is_number(self.crop_pct) and 0 < self.crop_pct <= 1, "a share, more than 0, at most 1")
+        refuse("color_jitter", _is_number(self.color_jitter) and self.color_jitter >= 0, "0 or more")
+        refuse("mean", _are_numbers(self.mean, 3), "one number per colour")
+        refuse("std", _are_numbers(self.std, 3) and min(self.std) > 0, "one positive number per colour")
+        if self.mix != "none":
+            refuse("mix_alpha", _is_number(self.mix_alpha) and self.mix_alpha > 0, 'more than 0; mix="none" is off')
+            refuse("mix", self.train, "none without training")
 
     @property
     def patch(self) -> tuple[int, int]:
         """Height and width of a patch in pixels."""
         return self.image_size // self.grid[0], self.image_size // self.grid[1]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _are_numbers(values: object, count: int) -> bool:
+    return isinstance(values, tuple | list) and len(values) == count and all(map(_is_number, values))

@@ -20,6 +20,9 @@ from pipeline.erasing import draw_erased
 from pipeline.geometry import Views, compose, flips, identity
 from pipeline.mix import MixBox, sample_mix_box
 
+DRAWS_VERSION = 1  # counts changes of what is drawn, or in which order: a state of another version cannot be resumed
+DRAWS_STREAM = 2  # of random numbers; `order` uses another
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -50,9 +53,9 @@ class Draws:
 
 
 def draw_batch(config: LoaderConfig, policies: tuple[Policy, ...], sizes: np.ndarray, epoch: int, batch: int) -> Draws:
-    """Draws for images of `sizes` int64 [B, 2]; the order of drawing is part of the loaders' version."""
+    """Draws for images of `sizes` int64 [B, 2]; see DRAWS_VERSION."""
     n = len(sizes)
-    rng = np.random.default_rng([config.seed, epoch, batch, config.rank])
+    rng = np.random.default_rng([DRAWS_STREAM, config.seed, epoch, batch, config.rank])
     if config.train:
         windows = random_resized_crops(sizes, config.scale, config.ratio, rng)
         hflip = rng.random(n) < config.hflip

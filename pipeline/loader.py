@@ -6,9 +6,8 @@ Legend: B images; S input side; h×w token grid, T = h·w.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from pipeline.augment_policy import Policy, create_policies
 from pipeline.backend import LoaderBackend, Prepared
 from pipeline.batch import Batch
 from pipeline.config import LoaderConfig
-from pipeline.draws import draw_batch
+from pipeline.draws import DRAWS_VERSION, draw_batch
 from pipeline.erasing import erase
 from pipeline.label_rows import LabelRows
 from pipeline.mix import mix_pixels
@@ -33,13 +32,10 @@ from pipeline.order import EpochOrder
 from pipeline.samples import open_samples
 from pipeline.targets import TokenTargets, label_targets
 
-log = logging.getLogger("pipeline")
-
 # Settings that change how fast batches come, or where from, but not what is in them; `fingerprint` has their content.
 NOT_IN_STATE = frozenset(
     {
-        "images", "store", "image_list", "class_folders", "rank", "device", "threads", "cache", "prefetch",
-        "hw_decoder_load", "progress",
+        "images", "store", "image_list", "class_folders", "rank", "device", "threads", "cache", "prefetch", "progress",
     }
 )  # fmt: skip
 
@@ -53,17 +49,18 @@ def create_loader(config: LoaderConfig) -> TokenLabelLoader:
 
 
 class TokenLabelLoader:
-    """Iterates over the batches of one epoch; the next iteration is the next epoch.
+    """Iterates from where it stands to the end of the epoch; the next iteration is the next epoch.
 
-    An iteration that is left early and begun again begins its epoch again. `state_dict()` tells the place after the
-    batch that came last; a loader that loads it, in any process, yields the remaining batches bit for bit.
+    In training an iteration that was left early, or ended by an error, goes on with the batch that was next; an
+    evaluation begins again. `state_dict()` tells where the loader stands; one that loads it, in any process, yields the
+    remaining batches bit for bit.
     """
 
     def __init__(self, config: LoaderConfig, policies: tuple[Policy, ...] | None = None) -> None:
         """`policies` take the place of those that the configuration names."""
         self.config = config
         self.device = _device(config.device)
-        self.threads = config.threads or max(1, _cores() // config.world_size)
+        self.threads = config.threads or _cores(config)
         if policies is None:
             policies = create_policies(config.auto_augment, config.color_jitter) if config.train else ()
         self.policies = policies
@@ -92,40 +89,61 @@ class TokenLabelLoader:
             self.rows = LabelRows(self.samples.store, self.device)
         # Its own stream: copies and small waits of the next batch do not queue behind the training step.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.backend = _create_backend(config, self.samples.orientation, bool(self.policies), self.device, self.threads)
+        self.backend = _backend(config)(
+            config,
+            self.samples.orientation,
+            self.samples.digests is not None,
+            bool(self.policies),
+            self.device,
+            self.threads,
+        )
         self.epoch = 0
         self._batch = 0  # of the epoch, the next to come
-        self._resume_at = 0
+        self._loaded = False
+        self._turn = 0  # counts iterations and moves
 
     def __len__(self) -> int:
         """Batches in an epoch of this rank."""
         return len(self.order)
 
     def __iter__(self) -> Iterator[Batch]:
-        start, self._resume_at = self._resume_at, 0
-        if start >= len(self) > 0:
-            self.epoch, start = self.epoch + 1, 0
-        self._batch = start
-        with ThreadPoolExecutor(self.threads) as pool:
-            ahead = Ahead(self._prepare(self.epoch, start, pool), self.config.prefetch)
-            try:
-                shown = self.backend.images(ahead)
-                while True:
-                    with self._on_own_stream():
-                        item = next(shown, None)
-                        if item is None:
-                            break
-                        batch = self._finish(*item)
-                    self._hand_over(batch)
-                    self._batch += 1
-                    yield batch
-            finally:
-                ahead.close()
-        self.epoch, self._batch = self.epoch + 1, 0
+        if not self.config.train and not self._loaded:
+            self._batch = 0  # an evaluation that was left early is worth nothing: it begins again
+        elif self._batch >= len(self):
+            self.epoch, self._batch = self.epoch + 1, 0
+        self._loaded, self._turn = False, self._turn + 1
+        return self._iterate(self._turn, self.epoch, self._batch)
+
+    def _iterate(self, turn: int, epoch: int, start: int) -> Iterator[Batch]:
+        work = self._batches(epoch, start)
+        # On a GPU, copies that block do so in a thread of their own.
+        batches = Ahead(work, 1) if self.device.type == "cuda" else work
+        try:
+            for batch, ready in batches:
+                self._refuse_moved(turn)
+                if ready is not None:
+                    self._hand_over(batch, ready)
+                self._batch += 1
+                yield batch
+        finally:
+            batches.close()
+        self._refuse_moved(turn)
+        self.epoch, self._batch = epoch + 1, 0
+
+    def _refuse_moved(self, turn: int) -> None:
+        if turn != self._turn:
+            raise InputError(
+                "this iteration has lost its place",
+                got="another iteration, set_epoch or load_state_dict while it went on",
+                remedy="Use one iteration at a time, and move the loader between them.",
+            )
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is this epoch, from its first batch."""
-        self.epoch, self._batch, self._resume_at = epoch, 0, 0
+        """Go to the first batch of another epoch. The epoch where the loader stands already stays where it is."""
+        if int(epoch) != epoch or epoch < 0:
+            raise InputError("epoch must be a whole number, 0 or more", got=repr(epoch))
+        if int(epoch) != self.epoch:
+            self.epoch, self._batch, self._turn = int(epoch), 0, self._turn + 1
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands: plain numbers and texts, equal on all ranks."""
@@ -150,35 +168,58 @@ class TokenLabelLoader:
             raise InputError(
                 "the saved state has no such place", got=f"batch {batch}, epoch {epoch}", expected=f"0 to {len(self)}"
             )
-        self.epoch, self._batch, self._resume_at = epoch, batch, batch
+        self.epoch, self._batch, self._loaded, self._turn = epoch, batch, True, self._turn + 1
 
     def _settings(self) -> dict[str, Any]:
         kept = {name: value for name, value in asdict(self.config).items() if name not in NOT_IN_STATE}
-        where = {"backend": self.backend.name, "device": self.device.type, "version": __version__}
+        where = {
+            "backend": self.backend.name,
+            "device": self.device.type,
+            "version": f"{__version__}, draws {DRAWS_VERSION}",
+        }
         return {**kept, **where, "policies": repr(self.policies), "fingerprint": self.samples.fingerprint}
 
-    def _prepare(self, epoch: int, start: int, pool: ThreadPoolExecutor) -> Iterator[Prepared]:
+    def _batches(self, epoch: int, start: int) -> Generator[tuple[Batch, torch.cuda.Event | None]]:
+        """The rest of an epoch, each batch with the event that tells when its device work is done."""
+        pool = ThreadPoolExecutor(self.threads, "images")
+        ahead = Ahead(self._prepare(epoch, start, pool), self.config.prefetch)
+        shown = self.backend.images(ahead)
+        try:
+            while True:
+                with self._on_own_stream():
+                    item = next(shown, None)
+                    if item is None:
+                        return
+                    batch, ready = self._finish(*item), None
+                    if self._stream is not None:
+                        ready = self._stream.record_event()
+                yield batch, ready
+        finally:
+            ahead.close()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _prepare(self, epoch: int, start: int, pool: ThreadPoolExecutor) -> Generator[Prepared]:
         order = self.order.epoch(epoch)
         for batch in range(start, len(self)):
             chosen = self.order.batch(order, batch)
             parts = np.array_split(chosen, min(self.threads, len(chosen)))
             reading = [pool.submit(self._read, part.tolist()) for part in parts]
-            draws = draw_batch(self.config, self.policies, self.samples.sizes[chosen], epoch, batch)
+            sizes = self.samples.sizes[chosen]
+            draws = draw_batch(self.config, self.policies, sizes, epoch, batch)
             rows = self.rows.read(self.samples.rows[chosen]) if self.rows else None
             keys = tuple(map(self.samples.key, chosen.tolist()))
             encoded = [data for part in reading for data in part.result()]
-            yield Prepared(chosen, keys, encoded, draws, rows)
+            yield Prepared(chosen, keys, sizes, encoded, draws, rows)
 
     def _on_own_stream(self) -> AbstractContextManager:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _hand_over(self, batch: Batch) -> None:
+    def _hand_over(self, batch: Batch, ready: torch.cuda.Event) -> None:
         """Let the stream of the caller wait for the batch, and the allocator know who uses it."""
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(self._stream)
-            for tensor in (batch.images, batch.labels, *vars(batch.targets).values()):
-                tensor.record_stream(current)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(ready)
+        for tensor in (batch.images, batch.labels, *vars(batch.targets).values()):
+            tensor.record_stream(current)
 
     def _read(self, samples: list[int]) -> list[bytes]:
         return [self.samples.read(sample) for sample in samples]
@@ -189,13 +230,12 @@ class TokenLabelLoader:
         if draws.erased.any():
             generator = torch.Generator(self.device).manual_seed(draws.noise_seed)
             images = erase(images, draws.erased, config.erase_mode, generator)
-        mixed_pixels = draws.mix is not None and config.mix == "image"
-        if draws.mix is not None and mixed_pixels:
+        if draws.mix is not None and config.mix == "image":
             images = mix_pixels(images, draws.mix, config.patch)
         labels = torch.from_numpy(self.samples.labels[prepared.samples]).to(self.device)
         rows = self.samples.rows[prepared.samples]
         targets = self._targets(prepared, labels)
-        return Batch(images, targets, labels, draws.mix, prepared.keys, rows, draws.views, mixed_pixels)
+        return Batch(images, targets, labels, draws.mix, prepared.keys, rows, draws.views, config.mix == "image")
 
     def _targets(self, prepared: Prepared, labels: torch.Tensor) -> TokenTargets:
         if self.rows is None or prepared.rows is None:
@@ -203,9 +243,7 @@ class TokenLabelLoader:
         return self.backend.targets(self.rows.decode(prepared.rows), prepared.draws)
 
 
-def _create_backend(
-    config: LoaderConfig, orientation: str, augments: bool, device: torch.device, threads: int
-) -> LoaderBackend:
+def _backend(config: LoaderConfig) -> type[LoaderBackend]:
     name = config.backend
     if name == "auto":
         has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
@@ -213,27 +251,41 @@ def _create_backend(
     if name == "reference":
         from pipeline.reference_loader import ReferenceBackend
 
-        return ReferenceBackend(config, orientation, augments, device, threads)
+        return ReferenceBackend
     try:
         from pipeline.dali_loader import DaliBackend
     except ImportError as error:
         raise InputError(
             "DALI cannot be imported", got=str(error), remedy='Install it, or use backend="reference".'
         ) from None
-    return DaliBackend(config, orientation, augments, device, threads)
+    return DaliBackend
 
 
 def _device(name: str) -> torch.device:
+    """The device of a setting, a GPU with its number: the current one where none is named, so one for each rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError("device is not known", got=repr(name), expected='"auto", "cpu", "cuda" or "cuda:1"')
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
         raise InputError("there is no GPU for torch here", got=f"device {name!r}", remedy='Use device="cpu".')
-    return device
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= count:
+        raise InputError("there is no such GPU here", got=f"device {name!r}", expected=f"cuda:0 to cuda:{count - 1}")
+    return torch.device("cuda", index)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _cores(config: LoaderConfig) -> int:
+    """This rank's share of the machine's cores; launchers tell how many ranks a machine has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", config.world_size)))
 
 
 def _short(value: Any) -> str:

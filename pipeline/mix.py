@@ -41,7 +41,7 @@ def sample_mix_box(grid: tuple[int, int], alpha: float, generator: torch.Generat
     if not alpha > 0:
         raise InputError("mix_alpha must be positive", got=alpha, remedy='Switch mixing off with mix="none".')
     h, w = grid
-    # Beta(a, a) as a ratio of two Gamma(a, 1): the one draw from it that torch offers with a generator.
+    # Beta(a, a) as a ratio of two Gamma(a, 1). torch's public distributions take no generator.
     first, second = torch._standard_gamma(torch.full((2,), float(alpha), dtype=torch.float64), generator).tolist()
     share = second / (first + second) if first + second > 0 else 0.5
     cut = math.sqrt(share)

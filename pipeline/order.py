@@ -13,12 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+ORDER_STREAM = 1  # of random numbers; `draws` uses another
+
 
 @dataclass(frozen=True)
 class EpochOrder:
     """
     samples     N
     batch_size  B
+    rank, world_size  of this process, and W
+    seed        of all orders
     shuffle     a new order every epoch, from the seed; otherwise 0, 1, 2, …
     groups      int64 [N]: tar shard of each sample: shards are shuffled, and images within `window` of their place
     """
@@ -47,7 +51,7 @@ class EpochOrder:
         """int64 [N]: the order of all samples in an epoch, the same on every rank."""
         if not self.shuffle:
             return np.arange(self.samples)
-        rng = np.random.default_rng([self.seed, epoch])
+        rng = np.random.default_rng([ORDER_STREAM, self.seed, epoch])
         if self.groups is None:
             return rng.permutation(self.samples)
         rank_of_group = rng.permutation(self.groups.max() + 1)

@@ -55,6 +55,11 @@ class ReferenceBackend(LoaderBackend):
             image = open_rgb(item.encoded[i], self.orientation)
         except Exception as reason:  # PIL's decoders raise many types
             raise unreadable(item.keys[i], f"it cannot be decoded: {reason}") from None
+        expected = tuple(item.sizes[i].tolist())
+        if (image.height, image.width) != expected:
+            raise unreadable(
+                item.keys[i], f"{image.height}×{image.width} pixels instead of {expected[0]}×{expected[1]}"
+            )
         draws, side = item.draws, self.config.image_size
         y0, x0, y1, x1 = draws.windows[i].tolist()
         method = Image.Resampling.BICUBIC if draws.bicubic[i] else Image.Resampling.BILINEAR

@@ -16,15 +16,15 @@ import numpy as np
 from tqdm import tqdm
 
 from labeler.class_names import targets_of
+from labeler.decode_reference import decoded_size
 from labeler.errors import InputError, IntegrityError, MismatchError
-from labeler.images import difference, image_digest
+from labeler.images import FORMATS, BadImage, difference, image_digest
 from labeler.store import LabelStore
 from pipeline.config import LoaderConfig
 from pipeline.sources import ImageSource, open_source, unreadable
 
 log = logging.getLogger("pipeline")
 
-EXIF_ORIENTATION = 0x0112
 PROGRESS_FROM = 5_000  # images
 
 
@@ -94,6 +94,7 @@ def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) ->
     row_of = {key: row for row, key in enumerate(store.keys)}
     quarantined = {entry["key"] for entry in store.quarantine}
     keys = source.images.keys
+    choose = "name the images to use in image_list" if source.groups is None else "make shards of the images to use"
     positions = np.array([i for i, key in enumerate(keys) if key in row_of], np.int64)
     unlabeled = [key for key in keys if key not in row_of and key not in quarantined]
     name = str(store.path)
@@ -102,22 +103,21 @@ def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) ->
             f"{len(unlabeled):,} of {len(keys):,} images have no labels in {name!r}",
             got=_some(unlabeled),
             expected="a row, or an entry in the quarantine, for every image",
-            remedy="Label these images too, or name the images to use in image_list.",
+            remedy=f"Label these images too, or {choose}.",
         )
     rows = np.array([row_of[keys[i]] for i in positions.tolist()], np.int64)
     if config.image_list is None:
-        _check_same_images(source, store, rows)
+        _check_same_images(source, store, rows, choose)
     if len(positions) < len(keys):
         log.warning("%d images are in the quarantine of %s and left out", len(keys) - len(positions), name)
     if not len(positions):
         raise InputError(f"all {len(keys)} images are in the quarantine of {name!r}")
     columns = {name: store.column(name)[rows] for name in ("image_size", "target", "image_digest")}
     labels = columns["target"].astype(np.int64)
-    told = source.labels[positions] if source.labels is not None else None
-    if told is None and config.class_folders is not None:
-        told = targets_of(tuple(keys[i] for i in positions.tolist()), config.class_folders).astype(np.int64)
-    if told is not None:
-        labels = np.where(told >= 0, told, labels)
+    if source.labels is not None:
+        labels = source.labels[positions]
+    elif config.class_folders is not None:
+        labels = targets_of(tuple(keys[i] for i in positions.tolist()), config.class_folders).astype(np.int64)
     meta = store.meta
     if config.token_labels and (meta.grid[0] < config.grid[0] or meta.grid[1] < config.grid[1]):
         log.warning(
@@ -137,7 +137,7 @@ def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) ->
     )
 
 
-def _check_same_images(source: ImageSource, store: LabelStore, rows: np.ndarray) -> None:
+def _check_same_images(source: ImageSource, store: LabelStore, rows: np.ndarray, choose: str) -> None:
     """A whole folder must hold every labeled image, with the bytes that were labeled as far as file sizes tell."""
     if source.images.fingerprint == store.meta.dataset_fingerprint:
         return
@@ -149,10 +149,11 @@ def _check_same_images(source: ImageSource, store: LabelStore, rows: np.ndarray)
             f"{len(missing):,} labeled images are missing below {str(source.images.root)!r}",
             got=f"no {_some(missing)}",
             expected=f"the {len(store):,} images of {str(store.path)!r}",
-            remedy="Restore them, or name the images to use in image_list.",
+            remedy=f"Restore them, or {choose}.",
         )
-    if source.groups is None:
-        everything = tuple(sorted([*store.keys, *(entry["key"] for entry in store.quarantine)]))
+    everything = tuple(sorted([*store.keys, *(entry["key"] for entry in store.quarantine)]))
+    # Without the quarantined files, or in shards of many folders, the fingerprint of sizes cannot be compared.
+    if source.groups is None and len(source.images) == len(everything):
         raise MismatchError(
             f"images below {str(source.images.root)!r} changed after they were labeled",
             got=difference(source.images, everything),
@@ -165,14 +166,22 @@ def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
     images = source.images
     for i, problem in images.problems.items():
         raise unreadable(images.keys[i], problem)
-    labels = source.labels
-    folders = config.class_folders
+    labels, count = source.labels, config.num_classes
     if labels is None:
+        folders = config.class_folders
         if folders is None:
-            names = sorted({key.split("/", 1)[0] for key in images.keys if "/" in key})
-            folders = {name: i for i, name in enumerate(names)}
+            # All folders of the root, also those of which a list names nothing: their order is the class ids.
+            folders = {name: i for i, name in enumerate(source.folders)}
+            if count is not None and count != len(folders):
+                raise MismatchError(
+                    f"the folders below {str(images.root)!r} do not name the classes",
+                    got=f"{len(folders)} folders",
+                    expected=f"{count}, one for each class",
+                    remedy="Restore the missing ones, or say in class_folders which class each folder is.",
+                )
         labels = targets_of(images.keys, folders).astype(np.int64)
-    count = config.num_classes or (len(folders) if folders else int(labels.max()) + 1)
+        count = count or max(folders.values(), default=-1) + 1
+    count = count or int(labels.max()) + 1
     n = len(images)
     sizes = scan_sizes(source, "exif", config.threads, config.progress)
     return Samples(source, np.arange(n), None, np.full(n, -1), sizes, labels, None, "exif", count)
@@ -184,8 +193,9 @@ def scan_sizes(source: ImageSource, orientation: str, threads: int | None, progr
 
     def parse(data: bytes) -> tuple[int, int]:
         with Image.open(io.BytesIO(data)) as image:
-            turned = orientation == "exif" and image.getexif().get(EXIF_ORIENTATION, 1) >= 5
-            return image.size if turned else (image.size[1], image.size[0])
+            if image.format not in FORMATS:
+                raise BadImage(f"{image.format} is not a format that both loaders decode")
+            return decoded_size(image, orientation)
 
     def size(position: int) -> tuple[int, int]:
         try:
@@ -198,7 +208,7 @@ def scan_sizes(source: ImageSource, orientation: str, threads: int | None, progr
             except IntegrityError:
                 raise
             except Exception as error:
-                raise unreadable(source.images.keys[position], f"not an image: {error}") from None
+                raise unreadable(source.images.keys[position], f"not an image to train on: {error}") from None
 
     n = len(source.images)
     with ThreadPoolExecutor(threads or 4) as pool:

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from labeler.errors import InputError, IntegrityError
-from labeler.images import SUFFIXES, BadImage, ImageSet, find_images, image_path, read_image
+from labeler.images import SUFFIXES, ImageSet, find_images
 
 LABEL_SUFFIX = ".cls"
 SHOW_PROGRESS_FROM = 20  # tar shards
@@ -26,11 +26,13 @@ class ImageSource(Protocol):
     """images   keys, sorted, and file sizes
     labels    true classes that the source itself tells, int64 [N] with −1 where it does not; None: it tells none
     groups    int64 [N]: the tar shard of each image, None where any order is as good as another
+    folders   names of the folders that can stand for classes, sorted
     """
 
     images: ImageSet
     labels: np.ndarray | None
     groups: np.ndarray | None
+    folders: list[str]
 
     def read(self, position: int) -> bytes:
         """The file of the image at `position`. Raises IntegrityError naming it where it cannot be had."""
@@ -49,18 +51,23 @@ class FolderSource:
 
     def __init__(self, root: str | Path, image_list: str | Path | None = None) -> None:
         self.images = find_images(root, image_list)
+        self._prefix = os.fsencode(root) + b"/"
+        found = [entry for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
+        self.folders = sorted(os.fsencode(entry.name).decode("utf-8", "backslashreplace") for entry in found)
 
     def read(self, position: int) -> bytes:
-        images = self.images
-        try:
-            return read_image(images.root, images.keys[position], int(images.sizes[position]))
-        except BadImage as error:
-            raise unreadable(images.keys[position], str(error)) from None
+        key, size = self.images.keys[position], int(self.images.sizes[position])
+        data = self._read(key, size + 1)
+        if len(data) != size or not size:
+            raise unreadable(key, f"changed after the loader began, {size} bytes then" if size else "empty file")
+        return data
 
     def head(self, position: int) -> bytes:
-        key = self.images.keys[position]
+        return self._read(self.images.keys[position], HEAD_BYTES)
+
+    def _read(self, key: str, most: int) -> bytes:
         try:
-            return _read_at(image_path(self.images.root, key), 0, HEAD_BYTES)
+            return _read_at(self._prefix + key.encode(), 0, most)
         except OSError as error:
             raise unreadable(key, f"cannot be read: {error.strerror}") from None
 
@@ -91,6 +98,7 @@ class TarSource:
             raise InputError("no images in the tar shards", got=f"{len(shards)} shards, {other} files of other kinds")
         found.sort()
         keys = tuple(key for key, *_ in found)
+        self.folders = sorted({key.split("/", 1)[0] for key in keys if "/" in key})
         for before, key in pairwise(keys):
             if before == key:
                 raise InputError("two images of the tar shards have the same name", got=repr(key))
@@ -148,12 +156,19 @@ def _members(path: Path) -> list[tuple[str, int, int]]:
     """(name, offset, bytes) of the regular files in a tar."""
     try:
         with tarfile.open(path, "r:") as archive:
-            members = [(m.name.removeprefix("./"), m.offset_data, m.size) for m in archive if m.isreg()]
+            found = list(archive)
+            # A hard link's bytes stand where the file that it names does.
+            files = [(m, archive.getmember(m.linkname) if m.islnk() else m) for m in found if m.isreg() or m.islnk()]
+            members = [(m.name.removeprefix("./"), data.offset_data, data.size) for m, data in files]
+            for name, _, _ in members:
+                name.encode()
         # tarfile takes any end for the end; a whole archive has an empty block behind its last file.
         last = max((offset + size for _, offset, size in members), default=0)
         if os.path.getsize(path) < -(-last // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + tarfile.BLOCKSIZE:
             raise tarfile.ReadError("its end is missing")
-    except (OSError, tarfile.TarError) as error:
+    except UnicodeEncodeError:
+        raise InputError(f"a file name in {str(path)!r} is not valid UTF-8", got=ascii(name)) from None
+    except (OSError, KeyError, tarfile.TarError) as error:
         raise InputError(
             f"the tar shard {str(path)!r} cannot be read", got=str(error), expected="a whole, uncompressed tar file"
         ) from None
@@ -166,7 +181,7 @@ def _sample(name: str) -> str:
     return f"{folder}/{last.split('.', 1)[0]}"
 
 
-def _read_at(path: Path, offset: int, size: int) -> bytes:
+def _read_at(path: Path | bytes, offset: int, size: int) -> bytes:
     file = os.open(path, os.O_RDONLY)
     try:
         return os.pread(file, size, offset)

@@ -93,8 +93,16 @@ def crop_score_maps(
     if hflip is not None:
         turned = compose(flips(hflip.to(device)), turned)
     views = Views(box_in_region(boxes.to(device, dtype), maps.region.to(device, dtype)), turned)
-    # Map rows first: then both products below run over whole matrices, without a copy.
+    with torch.autocast(device.type, enabled=False):
+        tokens, whole = _crop_planes(maps, views, grid)
+    return TokenTargets(maps.classes, tokens[:, :-1], tokens[:, -1], whole[:, :-1], whole[:, -1])
+
+
+def _crop_planes(maps: ScoreMaps, views: Views, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [B, P + 1, T] and the whole crop [B, P + 1], background last; `views.boxes` are fractions of the map."""
+    # Map rows first: then the products run over whole matrices, without a copy.
     planes = torch.cat([maps.scores.transpose(1, 2), maps.background[:, :, None]], 2)
+    turned = views.affine
     tokens, whole = _crop_upright(planes, views, grid)
     slanted = (~is_axis_aligned(turned)).nonzero()[:, 0]
     if len(slanted):
@@ -102,7 +110,7 @@ def crop_score_maps(
         some, part = Views(views.boxes[slanted].double(), turned[slanted]), planes[slanted].transpose(1, 2).double()
         tokens[slanted] = _crop_slanted(part, some, grid).flatten(2).to(tokens.dtype)
         whole[slanted] = _crop_slanted(part, some, (1, 1))[:, :, 0, 0].to(tokens.dtype)
-    return TokenTargets(maps.classes, tokens[:, :-1], tokens[:, -1], whole[:, :-1], whole[:, -1])
+    return tokens, whole
 
 
 def _crop_upright(planes: torch.Tensor, views: Views, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,10 +122,12 @@ def _crop_upright(planes: torch.Tensor, views: Views, grid: tuple[int, int]) -> 
     y0, x0, y1, x1 = views.boxes.unbind(1)
     in_y = (y0, y1, affine[:, 0, 0], affine[:, 0, 2], rows)
     in_x = (x0, x1, affine[:, 1, 1], affine[:, 1, 2], columns)
-    along_y = torch.cat([axis_weights(*in_y, h), axis_weights(*in_y, 1)], 1).to(planes.dtype)
-    along_x = torch.cat([axis_weights(*in_x, w), axis_weights(*in_x, 1)], 1).to(planes.dtype)
-    cropped = along_y @ planes.reshape(n, rows, k * columns)
-    cropped = (cropped.view(n, (h + 1) * k, columns) @ along_x.mT).view(n, h + 1, k, w + 1)
+    # On a GPU in float64: float32 products may be TF32 there, and these are small.
+    work = torch.float64 if planes.is_cuda else planes.dtype
+    along_y = torch.cat([axis_weights(*in_y, h), axis_weights(*in_y, 1)], 1).to(work)
+    along_x = torch.cat([axis_weights(*in_x, w), axis_weights(*in_x, 1)], 1).to(work)
+    cropped = along_y @ planes.reshape(n, rows, k * columns).to(work)
+    cropped = (cropped.view(n, (h + 1) * k, columns) @ along_x.mT).view(n, h + 1, k, w + 1).to(planes.dtype)
     return cropped[:, :h, :, :w].transpose(1, 2).flatten(2), cropped[:, h, :, w].contiguous()
 
 

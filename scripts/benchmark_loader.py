@@ -1,6 +1,7 @@
 """The loader's speed against a torch `DataLoader` with one label file per image, and the cost of building targets.
 
     python -m scripts.benchmark_loader IMAGES [--store DIR] [--repeats 3] [--json]
+    python -m scripts.benchmark_loader IMAGES --device cuda --threads 8 --hw-decoder-load 0.5
 
 IMAGES is a folder of photographs; without `--store`, `--copies` copies of it are labeled by a synthetic teacher: 1,000
 classes on an 18×18 grid. Everything runs on the CPU, both sides on the same cores.
@@ -136,7 +137,8 @@ def throughput(options: argparse.Namespace, cores: int) -> float:
         batches = create_loader(
             LoaderConfig(
                 str(options.images), str(options.store), batch_size=BATCH, image_size=SIDE, grid=GRID, scale=SCALE,
-                ratio=RATIO, auto_augment="none", mix="none", backend="dali", device="cpu", threads=cores,
+                ratio=RATIO, auto_augment="none", mix="none", backend="dali", device=options.device,
+                threads=options.threads or cores, hw_decoder_load=options.hw_decoder_load,
             )
         )  # fmt: skip
     else:
@@ -151,6 +153,8 @@ def throughput(options: argparse.Namespace, cores: int) -> float:
             if options.side == "rival":
                 rival_targets(batch[1], batch[2], store.meta.num_classes)
             done += BATCH
+    if options.device != "cpu":
+        torch.cuda.synchronize()
     return done / (time.perf_counter() - started)
 
 
@@ -240,7 +244,9 @@ def measure_throughput(options: argparse.Namespace, folder: Path) -> dict[str, l
     rates: dict[str, list[float]] = {side: [] for side in ("ours", "rival", "rival, no label crop")}
     for _ in range(options.repeats):
         for side, values in rates.items():
-            values.append(in_own_process(images, store=store, labels=labels, epochs=options.epochs, side=side))
+            own = {"device": options.device, "hw-decoder-load": options.hw_decoder_load}
+            own |= {"threads": options.threads} if options.threads else {}
+            values.append(in_own_process(images, store=store, labels=labels, epochs=options.epochs, side=side, **own))
     return rates
 
 
@@ -275,6 +281,9 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=8, help="of IMAGES, for longer epochs; not with --store")
     parser.add_argument("--epochs", type=int, default=2, help="timed epochs per run")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="of our side's decoding and batches: cpu or cuda")
+    parser.add_argument("--threads", type=int, help="of our side's decoding (default: all cores)")
+    parser.add_argument("--hw-decoder-load", type=float, default=0.65, help="share of a GPU's hardware JPEG decoder")
     parser.add_argument("--json", action="store_true")
     for option, kind in (("--side", str), ("--labels", Path), ("--palette", int)):  # one side's own process
         parser.add_argument(option, type=kind, help=argparse.SUPPRESS)

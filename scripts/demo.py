@@ -45,21 +45,24 @@ def main() -> int:
     images, store, page = scenes.root / "train", out / "labels", out / "report.html"
     heading(3, "labels: the teacher's map of every image, by two Ray workers")
     who = (
-        f"--teacher {TEACHER} --checkpoint {teacher.checkpoint} --tta flip --class-names {scenes.root / 'classes.txt'}"
+        f"--teacher {TEACHER} --checkpoint {quoted(teacher.checkpoint)} --tta flip "
+        f"--class-names {quoted(scenes.root / 'classes.txt')}"
     )
-    summary = json.loads(command("labeler", f"label {images} --store {store} {who} --workers 2 --json"))
+    summary = json.loads(command("labeler", f"label {quoted(images)} --store {quoted(store)} {who} --workers 2 --json"))
 
     heading(4, "verify: every bit, every image, and some rows labeled again")
-    verified = json.loads(command("labeler", f"verify {store} --images {images} --relabel 50 --json"))
+    verified = json.loads(command("labeler", f"verify {quoted(store)} --images {quoted(images)} --relabel 50 --json"))
 
     heading(5, "report")
     truth = scenes.root / "truth" / "train"
-    report_options = f"--truth {truth} --sample {options.train} --title 'Scenes, labeled' --json"
-    told = json.loads(command("labeler", f"report {store} --images {images} --out {page} {report_options}"))
+    report_options = f"--truth {quoted(truth)} --sample {options.train} --title 'Scenes, labeled' --json"
+    told = json.loads(
+        command("labeler", f"report {quoted(store)} --images {quoted(images)} --out {quoted(page)} {report_options}")
+    )
 
     heading(6, "batches: images and maps cropped together; one drawn, an epoch timed")
     picture = out / "batch.png"
-    command("pipeline", f"view {images} --store {store} --out {picture} {INPUT} --mix image")
+    command("pipeline", f"view {quoted(images)} --store {quoted(store)} --out {quoted(picture)} {INPUT} --mix image")
     loader_rate = time_epoch(images, store)
 
     results = {
@@ -77,6 +80,10 @@ def main() -> int:
     (out / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
     print_summary(results, page, picture)
     return 0
+
+
+def quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def command(package: str, arguments: str) -> str:

@@ -91,6 +91,64 @@ def test_a_damaged_image_without_labels_is_named_at_its_batch(settings, images, 
     path.write_bytes(path.read_bytes()[:-300])
     config = replace(settings, store=None, backend=backend)
     refused_at_the_batch(config, "'class0/img006.jpg'", "cannot be decoded")
+    for seed in range(5):  # whatever part of it a crop shows
+        refused_at_the_batch(replace(config, train=True, seed=seed), "'class0/img006.jpg'", "cannot be decoded")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_batches_before_a_bad_one_are_delivered(settings, images, backend):
+    path = images / "class2/img008.jpg"
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 4
+    path.write_bytes(data)
+    seen: list[str] = []
+
+    def collect() -> None:
+        for batch in create_loader(replace(settings, backend=backend, batch_size=1, prefetch=5)):
+            seen.extend(batch.keys)
+
+    with pytest.raises(IntegrityError, match=re.escape("'class2/img008.jpg'")):
+        collect()
+    assert seen == [key for key in LabelStore(settings.store).keys if key < "class2/img008.jpg"]
+
+
+def test_training_goes_on_with_the_batch_that_failed(settings, images):
+    """A network disk that was away for a moment costs no image and doubles none."""
+    config = replace(settings, train=True)
+    expected = [batch.keys for batch in create_loader(config)]
+    loader = create_loader(config)
+    path = images / expected[1][2]
+    kept, seen = path.read_bytes(), []
+    path.unlink()
+    with pytest.raises(IntegrityError):
+        seen += [batch.keys for batch in loader]
+    path.write_bytes(kept)
+    assert loader.state_dict()["batch"] <= 1
+    seen = expected[: loader.state_dict()["batch"]] + [batch.keys for batch in loader]
+    assert seen == expected
+
+
+def test_formats_that_only_one_loader_decodes_are_refused(settings, images):
+    (images / "class0/moving.gif").write_bytes(encoded(picture(1), "GIF"))
+    refused(replace(settings, store=None), IntegrityError, "'class0/moving.gif'", "GIF")
+
+
+def test_a_missing_class_folder_does_not_shift_the_others(settings, images, tmp_path):
+    config = replace(settings, store=None, num_classes=3)
+    (tmp_path / "list.txt").write_text("class0/img000.jpg\nclass2/img002.jpg\n")
+    (batch,) = create_loader(replace(config, image_list=str(tmp_path / "list.txt")))
+    assert batch.labels.tolist() == [0, 2]
+    shutil.rmtree(images / "class1")
+    refused(config, MismatchError, "2 folders", "3, one for each class", "class_folders")
+
+
+def test_a_deleted_file_of_the_quarantine_is_no_change(tmp_path, config):
+    images = make_images(tmp_path / "images")
+    (images / "class0/img000.jpg").write_bytes(b"")
+    label_images(images, tmp_path / "labels", config)
+    (images / "class0/img000.jpg").unlink()
+    settings = LoaderConfig(str(images), str(tmp_path / "labels"), batch_size=4, image_size=32, grid=(4, 4))
+    assert len(create_loader(settings).samples) == 11
 
 
 def test_what_is_no_image_is_named_before_the_first_batch(settings, images):
@@ -201,7 +259,16 @@ def test_a_folder_without_images_is_refused(settings, tmp_path):
         ({"auto_augment": "augmix", "train": True}, "auto_augment"),
         ({"mix": "cutmix"}, "mix"),
         ({"mix": "token", "mix_alpha": 0.0, "train": True}, "mix_alpha"),
-        ({"mix": "token"}, "mixing belongs to training"),
+        ({"mix": "token"}, "mix"),
+        ({"mix": "token", "mix_alpha": float("inf"), "train": True}, "mix_alpha"),
+        ({"ratio": (1.0, float("inf"))}, "ratio"),
+        ({"scale": (0.5,)}, "scale"),
+        ({"grid": 8}, "grid"),
+        ({"hflip": "x"}, "hflip"),
+        ({"device": "gpu"}, "device"),
+        ({"device": "mps"}, "device"),
+        ({"auto_augment": "rand-p5", "train": True}, "auto_augment"),
+        ({"auto_augment": "rand-ninf", "train": True}, "auto_augment"),
         ({"grid": (5, 4)}, "grid"),
         ({"grid": (4,)}, "grid"),
         ({"batch_size": 0}, "batch_size"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import CLASSES, encoded, picture
 
-from labeler import LabelerConfig, LabelStore, TeacherConfig, label_images
+from labeler import InputError, LabelerConfig, LabelStore, TeacherConfig, label_images
 from pipeline import Batch, LoaderConfig, create_loader
 
 PARTS = ("token_scores", "token_background", "cls_scores", "cls_background")
@@ -191,13 +191,85 @@ def test_epochs_differ_and_seeds_repeat(settings):
     assert not torch.equal(first[0].images, other[0].images)
 
 
-def test_an_iteration_that_is_left_begins_its_epoch_again(settings):
+def test_training_goes_on_where_an_iteration_was_left_and_evaluation_begins_again(settings):
+    whole = list(create_loader(settings))
     loader = create_loader(settings)
     for batch in loader:
-        first = batch
+        assert batch.keys == whole[0].keys
         break
-    assert torch.equal(next(iter(loader)).images, first.images)
-    assert loader.epoch == 0
+    assert [batch.keys for batch in loader] == [batch.keys for batch in whole[1:]]
+    assert loader.epoch == 1
+    evaluation = create_loader(replace(settings, train=False))
+    first = next(iter(evaluation))
+    assert next(iter(evaluation)).keys == first.keys
+
+
+def test_an_iteration_that_lost_its_place_says_so(settings):
+    """Rather than to count batches of two iterations together."""
+    loader = create_loader(settings)
+    with pytest.raises(InputError, match="lost its place"):
+        list(zip(loader, loader, strict=False))
+    for move in (lambda: loader.set_epoch(5), lambda: loader.load_state_dict(loader.state_dict())):
+        iterator = iter(loader)
+        next(iterator)
+        move()
+        with pytest.raises(InputError, match="lost its place"):
+            next(iterator)
+    with pytest.raises(InputError, match="epoch"):
+        loader.set_epoch(-1)
+
+
+def test_set_epoch_keeps_the_place_in_the_epoch_that_it_names(settings):
+    """So that `for epoch in range(start, end): loader.set_epoch(epoch); …` resumes where it was."""
+    loader = create_loader(settings)
+    next(iter(loader))
+    resumed = create_loader(settings)
+    resumed.load_state_dict(loader.state_dict())
+    counts = []
+    for epoch in range(resumed.epoch, 2):
+        resumed.set_epoch(epoch)
+        counts.append(len(list(resumed)))
+    assert counts == [2, 3]
+
+
+def test_a_dropped_iterator_may_be_collected_in_any_thread(settings, monkeypatch):
+    import gc
+
+    from pipeline.samples import Samples
+
+    read = Samples.read
+    monkeypatch.setattr(Samples, "read", lambda self, sample: (gc.collect(), read(self, sample))[1])
+    loader = create_loader(settings)
+
+    class Trainer:
+        pass
+
+    trainer = Trainer()
+    trainer.itself, trainer.iterator = trainer, iter(loader)
+    next(trainer.iterator)
+    del trainer
+    assert sum(1 for _ in loader) == 2
+
+
+def test_labels_stay_float32_under_autocast(settings):
+    expected = list(create_loader(settings))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = list(create_loader(settings))
+    for a, b in zip(expected, found, strict=True):
+        assert b.targets.token_scores.dtype == torch.float32
+        assert torch.equal(a.targets.token_scores, b.targets.token_scores)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
+def test_a_gpu_gives_the_batches_of_the_cpu(settings):
+    config = replace(settings, auto_augment="rand-m9-mstd0.5-inc1", mix="image")
+    for a, b in zip(create_loader(config), create_loader(replace(config, device="cuda")), strict=True):
+        assert b.images.is_cuda
+        assert a.keys == b.keys
+        there = replace(b, images=b.images.cpu(), targets=b.targets.to("cpu"))
+        assert level_difference(a, there, config).median() < 1
+        for part in PARTS:
+            assert (getattr(a.targets, part) - getattr(there.targets, part)).abs().max() < 1e-5
 
 
 def test_evaluation_shows_every_image_once_in_order(settings):
@@ -253,6 +325,9 @@ def test_odd_files_look_the_same_to_the_labeler_and_to_both_loaders(tmp_path):
     grey16 = np.asarray(colour.convert("L"), np.uint16) * 257
     from PIL import Image
 
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
     files = {
         "grey.jpg": encoded(colour.convert("L")),
         "cmyk.jpg": encoded(colour.convert("CMYK"), quality=95),
@@ -262,11 +337,23 @@ def test_odd_files_look_the_same_to_the_labeler_and_to_both_loaders(tmp_path):
         "progressive.jpg": encoded(colour, progressive=True),
         "lossless.webp": encoded(colour, "WEBP", lossless=True),
         "plain.bmp": encoded(colour, "BMP"),
+        "turned.tif": encoded(colour, "TIFF", exif=tag),
+        "xmp.jpg": encoded(colour, xmp=xmp),
     }
     for name, data in files.items():
         (folder / name).write_bytes(data)
     label_images(folder, tmp_path / "labels", LabelerConfig(TeacherConfig("tiny:colour_teacher"), progress=False))
-    config = LoaderConfig(str(folder), str(tmp_path / "labels"), batch_size=8, image_size=32, grid=(4, 4))
+    config = LoaderConfig(str(folder), str(tmp_path / "labels"), batch_size=10, image_size=32, grid=(4, 4))
     (a,), (b,) = (list(create_loader(replace(config, backend=name))) for name in ("dali", "reference"))
     assert a.keys == b.keys
     assert level_difference(a, b, config).max() < 1
+    # Without the store, headers tell the sizes.
+    config = replace(config, store=None, class_folders={"odd": 0})
+    (tmp_path / "root").mkdir()
+    folder.rename(tmp_path / "root/odd")
+    (c,), (d,) = (
+        list(create_loader(replace(config, images=str(tmp_path / "root"), backend=name)))
+        for name in ("dali", "reference")
+    )
+    assert level_difference(c, d, config).max() < 1
+    assert level_difference(a, c, config).max() == 0

@@ -106,6 +106,23 @@ def test_shards_are_read_one_after_the_other_in_a_new_order_each_epoch():
     assert not np.array_equal(np.argsort(first[:25]), np.arange(25))
 
 
+def test_hard_links_have_the_bytes_of_their_file(tmp_path, images):
+    other = images / "class0/linked.jpg"
+    other.hardlink_to(images / "class0/img000.jpg")
+    source = open_source(write_tars(tmp_path / "shards", images, per_shard=20))
+    keys = source.images.keys
+    assert "class0/linked.jpg" in keys
+    first, second = (source.read(keys.index(f"class0/{name}.jpg")) for name in ("linked", "img000"))
+    assert first == second == other.read_bytes()
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+        add(archive, b"caf\xe9.png".decode("utf-8", "surrogateescape"), encoded(picture(1), "PNG"))
+    with pytest.raises(InputError, match="UTF-8"):
+        open_source(tmp_path)
+
+
 def test_a_bad_shard_is_named(tmp_path, images):
     shards = write_tars(tmp_path / "shards", images)
     bad = shards / "part-001.tar"
