@@ -22,8 +22,8 @@ from torch import nn
 from model.demansia import DeMansia
 from model.errors import ModelError
 from model.lvvit import SIZES as LVVIT_SIZES
+from model.patch_model import fit_position_embedding
 from model.vim import Vim
-from model.vision_mamba import fit_position_embedding
 
 MAX_BYTES = 8 << 30  # several times the largest published file, optimizer state included
 AVERAGED = ("state_dict_ema", "model_ema")

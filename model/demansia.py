@@ -14,7 +14,8 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from model.vision_mamba import VisionMamba, fit_position_embedding
+from model.patch_model import fit_position_embedding
+from model.vision_mamba import VisionMamba
 
 
 class DeMansia(VisionMamba):

@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from model.errors import ModelError
 from model.patch_embed import ConvStem
-from model.token_heads import TokenBox, TokenLabelHeads, insert_token, mix_tokens
-from model.vision_mamba import VisionMamba, fit_position_embedding
+from model.patch_model import PatchModel, fit_position_embedding
+from model.token_heads import TokenBox, insert_token, mix_tokens
 
 NORM_EPS = 1e-5
 
@@ -51,7 +51,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x))) / self.skip_lam
 
 
-class LVViT(TokenLabelHeads):
+class LVViT(PatchModel):
     """Patch tokens behind a class token, through attention blocks.
 
     img_size        side, or (height, width), in pixels; other sizes are refused (see `set_input_size`)
@@ -62,12 +62,6 @@ class LVViT(TokenLabelHeads):
     """
 
     # The same for every model with a patch grid, a position embedding and two heads.
-    _grid_for: Any = VisionMamba._grid_for
-    grid_of: Any = VisionMamba.grid_of
-    set_input_size: Any = VisionMamba.set_input_size
-    get_classifier: Any = VisionMamba.get_classifier
-    reset_classifier: Any = VisionMamba.reset_classifier
-    set_grad_checkpointing: Any = VisionMamba.set_grad_checkpointing
 
     def __init__(
         self,

@@ -99,7 +99,7 @@ class TokenLabelHeads(nn.Module):
         if pre_logits:
             return features[:, self.cls_position(features.shape[1])]
         cls, aux = self.token_logits(features)
-        if aux is None:
+        if aux is None or not self.num_classes:
             return cls
         if self.training:
             return cls, aux
@@ -113,7 +113,7 @@ class TokenLabelHeads(nn.Module):
         """Auxiliary logits as a map [B, C, h, w]: a trained model is a teacher of its own."""
         features = self.forward_features(images)
         _, aux = self.token_logits(features)
-        if aux is None:
+        if aux is None or not self.num_classes:
             raise ModelError(
                 "this model has no auxiliary head, so no scores of its tokens; build it with aux_head=True"
             )

@@ -6,7 +6,6 @@ Legend: B images; h×w token grid, T = h·w tokens; L = T + 1 sequence length; D
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -18,14 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from model.errors import ModelError
 from model.mixer import BidirectionalMamba
 from model.patch_embed import ConvStem, PatchProjection
-from model.token_heads import (
-    TokenBox,
-    TokenLabelHeads,
-    insert_token,
-    mix_tokens,
-    resize_position_embedding,
-    without_token,
-)
+from model.patch_model import PatchModel
+from model.token_heads import TokenBox, insert_token, mix_tokens, without_token
 
 NORM_EPS = 1e-5
 
@@ -51,7 +44,7 @@ def add_residual(hidden: torch.Tensor, residual: torch.Tensor | None, drop_path:
     return residual + drop_path(hidden)
 
 
-class VisionMamba(TokenLabelHeads):
+class VisionMamba(PatchModel):
     """Patch tokens with a class token in their middle, through bidirectional Mamba mixers.
 
     img_size        side, or (height, width), in pixels; other sizes are refused (see `set_input_size`)
@@ -123,37 +116,6 @@ class VisionMamba(TokenLabelHeads):
             # As in GPT-2: the sum over all layers starts with the variance of one.
             layer.mixer.out_proj.weight.data.div_(math.sqrt(len(self.layers)))
 
-    def _grid_for(self, size: tuple[int, int]) -> tuple[int, int]:
-        patch = self.patch_embed.patch_size
-        if any(side < patch or side % patch for side in size):
-            raise ModelError(
-                f"the image does not divide into patches: got {size[0]}×{size[1]} pixels, expected multiples of {patch}"
-            )
-        return size[0] // patch, size[1] // patch
-
-    def grid_of(self, images: torch.Tensor) -> tuple[int, int]:
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
-            raise ModelError(
-                f"images do not fit: got {tuple(images.shape)}, expected [B, {self.in_chans}, height, width]"
-            )
-        size = (images.shape[2], images.shape[3])
-        if size != self.img_size:
-            self._grid_for(size)
-            raise ModelError(
-                f"images do not fit: got {size[0]}×{size[1]} pixels, expected {self.img_size[0]}×{self.img_size[1]}; "
-                "create the model with img_size=, or call model.set_input_size()"
-            )
-        return self.grid
-
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Go on with images of another size; the position embedding is resized."""
-        size = to_2tuple(img_size)
-        grid, place = self._grid_for(size), self.cls_position(self.pos_embed.shape[1])
-        new_place = self.cls_position(math.prod(grid) + 1)
-        embedding = resize_position_embedding(self.pos_embed.data, self.grid, grid, place, new_place)
-        self.pos_embed = nn.Parameter(embedding, requires_grad=self.pos_embed.requires_grad)
-        self.img_size, self.grid = size, grid
-
     def cls_position(self, length: int) -> int:
         return (length - 1) // 2 if self.cls_place == "middle" else 0
 
@@ -218,22 +180,6 @@ class VisionMamba(TokenLabelHeads):
             self.reset_classifier(0)
         return wanted
 
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New class and auxiliary heads; 0: none."""
-        self.num_classes = num_classes
-        like = self.pos_embed
-        for name in ("head", "aux_head"):
-            if getattr(self, name) is not None:
-                head: nn.Module = nn.Identity()
-                if num_classes:
-                    head = nn.Linear(self.embed_dim, num_classes).to(like.device, like.dtype)
-                    trunc_normal_(head.weight, std=0.02)
-                    nn.init.zeros_(head.bias)
-                setattr(self, name, head)
-
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters whose decay would hurt: states, skips, positions; timm adds norms and biases."""
@@ -247,22 +193,3 @@ class VisionMamba(TokenLabelHeads):
             "stem": r"^cls_token|pos_embed|patch_embed",
             "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
         }
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-
-def fit_position_embedding(state: Mapping[str, torch.Tensor], model: VisionMamba) -> dict[str, torch.Tensor]:
-    """A state dict whose position embedding has the model's grid; square grids are assumed where they differ."""
-    fitted = dict(state)
-    embedding = fitted.get("pos_embed")
-    if embedding is not None and embedding.shape != model.pos_embed.shape:
-        side = math.isqrt(embedding.shape[1] - 1)
-        if side * side != embedding.shape[1] - 1:
-            raise ModelError(
-                f"pos_embed of {embedding.shape[1] - 1} tokens is not of a square image; got no grid for it"
-            )
-        old, new = (model.cls_position(n) for n in (embedding.shape[1], model.pos_embed.shape[1]))
-        fitted["pos_embed"] = resize_position_embedding(embedding, (side, side), model.grid, old, new)
-    return fitted

@@ -53,7 +53,8 @@ def check(dtype: object, palette: int, mixed: bool, classes: int = 75, block: in
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=tolerance, atol=0)
     out = torch.empty(batch, tokens, classes, dtype=dtype)
     loss_triton.token_gradient(weight, logits, *target, lse, out, block=block)
-    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(dtype, tolerance)
+    # Triton's interpreter cuts a bfloat16 off where a device rounds it.
+    rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, tolerance)
     torch.testing.assert_close(out.double(), gradient, rtol=rounding, atol=1e-6 if rounding > 1e-9 else 1e-12)
     over = logits.clone()
     loss_triton.token_gradient(weight, over, *target, lse, over, block=block)

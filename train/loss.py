@@ -11,7 +11,7 @@ Z = Σ_p e^{v_p} + (C − P)·e^b, and the target on·p + off sums to S = on + C
 
 A GPU reads the logits in both passes and keeps logsumexp [B, T] between them; so does a CPU for half-precision logits,
 whose gradient is then rounded once, when its scale is known. For others a CPU forms the gradient in the forward pass,
-while an image's logits are in its cache. Sums are in float32, for float64 logits in float64. `train.loss_reference` is
+while a few images' logits are in its cache. Sums are in float32, for float64 logits in float64. `train.loss_reference` is
 the same loss with dense targets; it also says what `ground_truth` does.
 """
 
@@ -30,9 +30,9 @@ from pipeline.mix import MixBox
 from pipeline.targets import NOTHING, TokenTargets
 from train.loss_reference import TEACHER_RIGHT, TEACHER_WRONG
 
-# Logits that the CPU takes at a time: with their exponentials they stay in a core's cache. The targets of so many such
-# parts are reckoned together.
-PART, PARTS = 1 << 18, 16
+# Logits that the CPU takes at a time: few enough to stay in its cache from one operation to the next, enough for the
+# operations' own cost not to count. The targets of so many such parts are reckoned together.
+PART, PARTS = 1 << 20, 4
 
 
 class TokenLabelLoss(nn.Module):
@@ -68,7 +68,8 @@ class TokenLabelLoss(nn.Module):
     ) -> torch.Tensor:
         """outputs: (cls_logits [B, C], aux_logits [B, T, C]), or cls_logits alone for the class part alone."""
         cls_logits, aux_logits = _split(outputs, batch)
-        loss = self._class_loss(cls_logits, batch)
+        # Several gradients are added up for the class logits: in float32.
+        loss = self._class_loss(cls_logits.to(_sum_dtype(cls_logits)), batch)
         if aux_logits is None:
             return loss
         partner = None
@@ -396,24 +397,29 @@ def _gradient_over_logits_op(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logits, classes, scores, background, weight, ctx.smoothing, partner, early, ctx.over = inputs
+    logits, classes, scores, background, weight, ctx.smoothing, partner, ctx.early, ctx.over = inputs
     _, lse, gradient = output
     ctx.mark_non_differentiable(lse, gradient)
     ctx.set_materialize_grads(False)  # or torch fills a tensor with zeros as the gradient of `gradient`
     ctx.save_for_backward(logits, classes, scores, background, weight, partner, lse)
-    ctx.gradient = gradient if early else None
+    ctx.gradient = gradient if ctx.early else None
 
 
-def _backward(ctx: Any, factor: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, factor: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    if factor is None:
+        return (None,) * 9
     if torch.is_grad_enabled():
         raise RuntimeError("token_cross_entropy has no second derivative (create_graph); train.loss_reference has")
     logits, classes, scores, background, weight, partner, lse = ctx.saved_tensors
-    arguments = (weight * factor, logits, classes, scores, background, ctx.smoothing, partner, lse)
-    # What was formed early is given away, by a first pass; later ones through a retained graph form it again.
-    out, ctx.gradient = ctx.gradient, None
-    if out is not None:
+    if ctx.early:
+        # What was formed early is given away. Later passes through a retained graph form the same again, to the bit.
+        out, ctx.gradient = ctx.gradient, None
+        if out is None:
+            out = _loss_op(logits, classes, scores, background, weight, ctx.smoothing, partner, True, False)[2]
         out = out if factor == 1 else out.mul_(factor)
-    elif ctx.over:
+        return (out, *(None,) * 8)
+    arguments = (weight * factor, logits, classes, scores, background, ctx.smoothing, partner, lse)
+    if ctx.over:
         _gradient_over_logits_op(*arguments)
         out = logits.detach()
     else:
@@ -479,7 +485,7 @@ def _own_target(
 def _blocks(logits: torch.Tensor) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
     """Images whose targets are reckoned together, and their parts: images of the batch, and where they are in theirs.
 
-    A part's logits are small enough for a core's cache: one image at a time where images have many tokens.
+    A part is as many images as have `PART` logits, or one.
     """
     batch, tokens, count = logits.shape
     step = max(1, PART // (tokens * count))
