@@ -47,8 +47,8 @@ class Inputs:
         scores = -6 + 2 * torch.randn(batch, PALETTE, MAP, MAP, generator=random)
         region = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(batch, 1)
         self.maps = ScoreMaps(classes, scores, torch.full((batch, MAP, MAP), -9.0), region, CLASSES)
-        corner = torch.rand(batch, 2, generator=random, dtype=torch.float64) / 2
-        self.boxes = torch.cat([corner, corner + 0.3 + 0.2 * torch.rand(batch, 2, generator=random)], 1)
+        corner, size = torch.rand(2, batch, 2, generator=random, dtype=torch.float64)
+        self.boxes = torch.cat([corner / 2, corner / 2 + 0.3 + size / 5], 1)
         self.logits = [torch.randn(batch, CLASSES, generator=random)]
         self.logits += [torch.randn(batch, GRID[0] * GRID[1], CLASSES, generator=random)]
 
@@ -84,8 +84,7 @@ def extra_memory(side: str, mix: MixBox | None) -> float:
     inputs = Inputs(BATCH)
     # What was freed since the largest resident set so far would hide as much of the pass's growth: fill it.
     now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    filler = torch.ones(max(0, _max_rss() - now) + (1 << 20), dtype=torch.uint8)
-    before = _max_rss()
+    filler, before = torch.ones(max(0, _max_rss() - now) + (1 << 20), dtype=torch.uint8), _max_rss()
     _, gradients = inputs.run(side, mix)
     grown = _max_rss() - before - sum(gradient.nbytes for gradient in gradients)
     del filler
@@ -122,12 +121,10 @@ def main() -> None:
             ratio = spread(found["dense"], found["closed"])
             result[f"{name}, {what}"] = {side: spread(found[side]) for side in SIDES} | {"dense / closed": ratio}
     if options.json:
-        print(json.dumps({"cores": cores} | result, indent=1))
-        return
+        return print(json.dumps({"cores": cores} | result, indent=1))
     print(f"{cores} cores; median (lowest to highest)")
     for name, row in result.items():
-        cells = (f"{key} {middle:.1f} ({low:.1f} to {high:.1f})" for key, (low, middle, high) in row.items())
-        print(f"{name:20}" + "   ".join(cells))
+        print(f"{name:20}", *(f"{key} {mid:.1f} ({low:.1f} to {high:.1f})  " for key, (low, mid, high) in row.items()))
 
 
 if __name__ == "__main__":

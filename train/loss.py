@@ -11,8 +11,8 @@ Z = Σ_p e^{v_p} + (C − P)·e^b, and the target on·p + off sums to S = on + C
 
 A GPU reads the logits in both passes and keeps logsumexp [B, T] between them; so does a CPU for half-precision logits,
 whose gradient is then rounded once, when its scale is known. For others a CPU forms the gradient in the forward pass,
-while a few images' logits are in its cache. Sums are in float32, for float64 logits in float64. `train.loss_reference` is
-the same loss with dense targets; it also says what `ground_truth` does.
+while a few images' logits are in its cache. Sums are in float32, for float64 logits in float64.
+`train.loss_reference` is the same loss with dense targets; it also says what `ground_truth` does.
 """
 
 from __future__ import annotations
