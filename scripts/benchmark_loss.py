@@ -121,7 +121,8 @@ def main() -> None:
             ratio = spread(found["dense"], found["closed"])
             result[f"{name}, {what}"] = {side: spread(found[side]) for side in SIDES} | {"dense / closed": ratio}
     if options.json:
-        return print(json.dumps({"cores": cores} | result, indent=1))
+        print(json.dumps({"cores": cores} | result, indent=1))
+        return
     print(f"{cores} cores; median (lowest to highest)")
     for name, row in result.items():
         print(f"{name:20}", *(f"{key} {mid:.1f} ({low:.1f} to {high:.1f})  " for key, (low, mid, high) in row.items()))
