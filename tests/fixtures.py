@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from conftest import SHARED
 
 FOLDER = SHARED / "fixtures"
+# Triton's interpreter is chosen before triton is imported: `test_model_interpreter` does so in its own process.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ("reference", "cpu", *(("triton",) if INTERPRETED else ()))
 
 
 def tensors(name: str) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from fixtures import BACKENDS
 
 import model  # noqa: F401  (registers the names)
 from model.ops import scan_by_doubling, scan_reference
@@ -55,7 +56,7 @@ def test_a_compiled_model_trains_and_answers_as_the_eager_one(backend):
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("demansia_tiny", {"backend": "reference"}), ("demansia_tiny", {"backend": "cpu"}), ("lvvit_t", {"num_heads": 4})],
+    [*(("demansia_tiny", {"backend": backend}) for backend in BACKENDS), ("lvvit_t", {"num_heads": 4})],
 )
 def test_a_tiny_model_learns_a_batch_by_heart(name, settings):
     """Both heads, to zero error."""

@@ -10,12 +10,11 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from fixtures import close, keys, state, tensors
+from fixtures import BACKENDS, close, keys, state, tensors
 
 import model  # noqa: F401  (registers the names)
 from model.demansia import DeMansia
 
-BACKENDS = ("reference", "cpu")
 GRID = (4, 4)
 
 
@@ -45,6 +44,8 @@ def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_evaluation_is_the_published_one(backend, dtype):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels reckon in float32")
     found = tensors("demansia_micro")
     net = micro(found, backend=backend).eval().to(dtype)
     x = found["x"].to(dtype)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fixtures import close, state, tensors
+from fixtures import BACKENDS, close, state, tensors
 
 from model.mixer import BidirectionalMamba
-
-BACKENDS = ("reference", "cpu")
 
 
 def mixer_of(found: dict[str, torch.Tensor], **settings: object) -> BidirectionalMamba:

@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 from conftest import SHARED
+from fixtures import BACKENDS
 from safetensors.torch import load_file
 
 from model.errors import BackendError, ModelError
@@ -54,12 +55,16 @@ def fixture() -> tuple[dict, dict]:
     return load_file(FIXTURE), json.loads(FIXTURE.with_suffix(".json").read_text())["cases"]
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_equals_the_fixture(fixture, backend, dtype):
+    if backend == "triton" and dtype == F64:
+        pytest.skip("the kernels reckon in float32")
     tensors, cases = fixture
     assert len(cases) == 20
     for case, facts in cases.items():
+        if backend == "triton" and facts["L"] > 64:
+            continue  # a minute each in the interpreter; test_model_scan_triton has such lengths against float64
         given = {n: tensors[f"{case}.{n}"].to(dtype, copy=True) for n in NAMES if f"{case}.{n}" in tensors}
         for x in given.values():
             x.requires_grad_()
