@@ -9,10 +9,15 @@ from labeler.decode_reference import ReferenceDecoder
 from labeler.errors import InputError
 
 
+def has_dali() -> bool:
+    """Whether DALI is installed; tells without importing it."""
+    return bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
+
+
 def create_decoder(name: str, settings: DecodeSettings) -> Decoder:
     """`name` is "dali", "pil", or "auto": DALI where it is installed. Raises InputError where it cannot be imported."""
     if name == "auto":
-        name = "dali" if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali") else "pil"
+        name = "dali" if has_dali() else "pil"
     if name == "pil":
         return ReferenceDecoder(settings)
     try:

@@ -13,6 +13,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -50,7 +51,7 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.keys)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 over every key and file size: changes when an image is added, removed, renamed or resized on disk."""
         digest = hashlib.sha256()

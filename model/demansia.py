@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 
-from model.patch_model import fit_position_embedding
+from model.patch_model import build_patch_model, untrained_cfg
 from model.vision_mamba import VisionMamba
 
 
@@ -22,37 +22,14 @@ class DeMansia(VisionMamba):
     """`VisionMamba` as DeMansia has it: convolutional stem, class token in the middle, auxiliary head."""
 
 
-def _cfg(side: int = 224) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "fixed_input_size": True,
-        "interpolation": "bicubic",
-        "crop_pct": 0.9,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "patch_embed.conv1",
-        "classifier": ("head", "aux_head"),
-        "license": "apache-2.0",
-    }
-
-
 NAMES = ("demansia_nano", "demansia_tiny", "demansia_small", "demansia_base")
 default_cfgs = generate_default_cfgs(
-    {f"{name}.untrained": _cfg(384 if name == "demansia_small" else 224) for name in NAMES}
+    {f"{name}.untrained": untrained_cfg(384 if name == "demansia_small" else 224) for name in NAMES}
 )
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> DeMansia:
-    return build_model_with_cfg(
-        DeMansia,
-        variant,
-        pretrained,
-        pretrained_filter_fn=fit_position_embedding,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build_patch_model(DeMansia, variant, pretrained, **kwargs)
 
 
 @register_model

@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 from timm.layers import Attention, DropPath, Mlp, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from model.errors import ModelError
 from model.patch_embed import ConvStem
-from model.patch_model import PatchModel, fit_position_embedding
-from model.token_heads import TokenBox, insert_token, mix_tokens
+from model.patch_model import PatchModel, build_patch_model, untrained_cfg
+from model.token_heads import TokenBox
 
 NORM_EPS = 1e-5
 
@@ -60,8 +60,6 @@ class LVViT(PatchModel):
     aux_head        an auxiliary head on every token
     drop_path_rate  rises linearly to this over the blocks
     """
-
-    # The same for every model with a patch grid, a position embedding and two heads.
 
     def __init__(
         self,
@@ -120,12 +118,6 @@ class LVViT(PatchModel):
 
     def cls_position(self, length: int) -> int:
         return 0
-
-    def embed(self, images: torch.Tensor, mix: TokenBox | None = None) -> torch.Tensor:
-        """Images to the sequence [B, L, D] that enters the first block."""
-        self.grid_of(images)
-        tokens = mix_tokens(self.patch_embed(images), mix).flatten(2).mT
-        return self.pos_drop(insert_token(tokens, self.cls_token.to(tokens.dtype), 0) + self.pos_embed)
 
     def _run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -192,31 +184,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "lvvit_l": {"embed_dim": 768, "depth": 24, "num_heads": 12, "skip_lam": 3.0, "stem_width": 128},
 }
 NAMES = tuple(SIZES)
-CFG = {
-    "url": "",
-    "num_classes": 1000,
-    "input_size": (3, 224, 224),
-    "fixed_input_size": True,
-    "interpolation": "bicubic",
-    "crop_pct": 0.9,
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-    "first_conv": "patch_embed.conv1",
-    "classifier": ("head", "aux_head"),
-    "license": "apache-2.0",
-}
-default_cfgs = generate_default_cfgs({f"{name}.untrained": dict(CFG) for name in NAMES})
+default_cfgs = generate_default_cfgs({f"{name}.untrained": untrained_cfg() for name in NAMES})
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> LVViT:
-    return build_model_with_cfg(
-        LVViT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=fit_position_embedding,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **{**SIZES[variant], **kwargs},
-    )
+    return build_patch_model(LVViT, variant, pretrained, **{**SIZES[variant], **kwargs})
 
 
 @register_model

@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 from timm.layers import to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg
 from torch import nn
 
 from model.errors import ModelError
-from model.token_heads import TokenLabelHeads, resize_position_embedding
+from model.token_heads import TokenBox, TokenLabelHeads, insert_token, mix_tokens, resize_position_embedding
 
 
 class PatchModel(TokenLabelHeads):
     """A sequence of patch tokens and one class token. Subclasses set the attributes below.
 
-    img_size  (height, width) in pixels; grid  (h, w) in tokens; pos_embed  [1, L, D]; grad_checkpointing
+    img_size  (height, width) in pixels; grid  (h, w) in tokens; cls_token  [1, 1, D]; pos_embed  [1, L, D], followed by
+    pos_drop; grad_checkpointing
     """
 
     img_size: tuple[int, int]
@@ -28,7 +30,9 @@ class PatchModel(TokenLabelHeads):
     in_chans: int
     embed_dim: int
     patch_embed: nn.Module
+    cls_token: nn.Parameter
     pos_embed: nn.Parameter
+    pos_drop: nn.Module
     grad_checkpointing: bool
 
     def _grid_for(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -61,6 +65,13 @@ class PatchModel(TokenLabelHeads):
         embedding = resize_position_embedding(self.pos_embed.data, self.grid, grid, place, new_place)
         self.pos_embed = nn.Parameter(embedding, requires_grad=self.pos_embed.requires_grad)
         self.img_size, self.grid = size, grid
+
+    def embed(self, images: torch.Tensor, mix: TokenBox | None = None) -> torch.Tensor:
+        """Images to the sequence [B, L, D] that enters the first layer or block."""
+        self.grid_of(images)
+        tokens = mix_tokens(self.patch_embed(images), mix).flatten(2).mT
+        sequence = insert_token(tokens, self.cls_token.to(tokens.dtype), self.cls_position(tokens.shape[1] + 1))
+        return self.pos_drop(sequence + self.pos_embed)
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -99,3 +110,36 @@ def fit_position_embedding(state: Mapping[str, torch.Tensor], model: PatchModel)
         old, new = (model.cls_position(n) for n in (embedding.shape[1], model.pos_embed.shape[1]))
         fitted["pos_embed"] = resize_position_embedding(embedding, (side, side), model.grid, old, new)
     return fitted
+
+
+def untrained_cfg(
+    side: int = 224,
+    first_conv: str = "patch_embed.conv1",
+    classifier: str | tuple[str, ...] = ("head", "aux_head"),
+) -> dict[str, Any]:
+    """timm's entry for a model that has no weights to fetch; evaluated on `side`² pixels."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, side, side),
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": first_conv,
+        "classifier": classifier,
+        "license": "apache-2.0",
+    }
+
+
+def build_patch_model(model_cls: type[PatchModel], variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    """timm's construction of a registered name: weights with their positions resized, `features_only`."""
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=fit_position_embedding,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **kwargs,
+    )

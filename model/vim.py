@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 
-from model.patch_model import fit_position_embedding
+from model.patch_model import build_patch_model, untrained_cfg
 from model.vision_mamba import VisionMamba
 
 
@@ -14,35 +14,14 @@ class Vim(VisionMamba):
     """`VisionMamba` as Vim has it: one projection per patch, no auxiliary head."""
 
 
-def _cfg() -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "fixed_input_size": True,
-        "interpolation": "bicubic",
-        "crop_pct": 0.9,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-    }
-
-
 NAMES = ("vim_tiny", "vim_small", "vim_base")
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in NAMES})
+default_cfgs = generate_default_cfgs(
+    {f"{name}.untrained": untrained_cfg(first_conv="patch_embed.proj", classifier="head") for name in NAMES}
+)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> Vim:
-    return build_model_with_cfg(
-        Vim,
-        variant,
-        pretrained,
-        pretrained_filter_fn=fit_position_embedding,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **{"stem": "patch", "aux_head": False, **kwargs},
-    )
+    return build_patch_model(Vim, variant, pretrained, **{"stem": "patch", "aux_head": False, **kwargs})
 
 
 @register_model

@@ -18,7 +18,7 @@ from model.errors import ModelError
 from model.mixer import BidirectionalMamba
 from model.patch_embed import ConvStem, PatchProjection
 from model.patch_model import PatchModel
-from model.token_heads import TokenBox, insert_token, mix_tokens, without_token
+from model.token_heads import TokenBox, without_token
 
 NORM_EPS = 1e-5
 
@@ -118,13 +118,6 @@ class VisionMamba(PatchModel):
 
     def cls_position(self, length: int) -> int:
         return (length - 1) // 2 if self.cls_place == "middle" else 0
-
-    def embed(self, images: torch.Tensor, mix: TokenBox | None = None) -> torch.Tensor:
-        """Images to the sequence [B, L, D] that enters the first layer."""
-        self.grid_of(images)
-        tokens = mix_tokens(self.patch_embed(images), mix).flatten(2).mT
-        sequence = insert_token(tokens, self.cls_token.to(tokens.dtype), self.cls_position(tokens.shape[1] + 1))
-        return self.pos_drop(sequence + self.pos_embed)
 
     def _run(self, layer: nn.Module, hidden: torch.Tensor, residual: torch.Tensor | None) -> tuple:
         if self.grad_checkpointing and not torch.jit.is_scripting() and torch.is_grad_enabled():

@@ -5,7 +5,6 @@ Legend: B images; S input side; h×w token grid, T = h·w.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from labeler import __version__
+from labeler.decoders import has_dali
 from labeler.errors import InputError, MismatchError
 from labeler.plan import plain
 from pipeline.ahead import Ahead
@@ -246,8 +246,7 @@ class TokenLabelLoader:
 def _backend(config: LoaderConfig) -> type[LoaderBackend]:
     name = config.backend
     if name == "auto":
-        has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
-        name = "dali" if has_dali else "reference"
+        name = "dali" if has_dali() else "reference"
     if name == "reference":
         from pipeline.reference_loader import ReferenceBackend
 
