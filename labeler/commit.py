@@ -53,7 +53,7 @@ def publish_shard(store: Path, stem: str, data: bytes, fields: Mapping[str, Any]
     marker = Marker(file=path.name, size=len(data), sha256=digest, **fields)
     marker_path = store / f"{stem}.json"
     replace_file(path, data)
-    if publish_exclusively(marker_path, _sealed(asdict(marker))):
+    if publish_exclusively(marker_path, sealed(asdict(marker))):
         return True
     if json.loads(marker_path.read_bytes())["file"] != path.name:
         path.unlink(missing_ok=True)
@@ -121,11 +121,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _sealed(record: dict[str, Any]) -> bytes:
+def sealed(record: dict[str, Any]) -> bytes:
     """JSON with a checksum of its own, since nothing else covers a marker."""
     text = json.dumps(record, ensure_ascii=False, sort_keys=True)
-    sealed = {**record, "xxh3": xxhash.xxh3_64_hexdigest(text.encode())}
-    return json.dumps(sealed, ensure_ascii=False, indent=1).encode() + b"\n"
+    whole = {**record, "xxh3": xxhash.xxh3_64_hexdigest(text.encode())}
+    return json.dumps(whole, ensure_ascii=False, indent=1).encode() + b"\n"
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def write_sealed(path: Path, record: dict[str, Any]) -> bool:
-    return publish_exclusively(path, _sealed(record))
+    return publish_exclusively(path, sealed(record))
 
 
 def read_marker(store: Path, shard: int, shards: int) -> Marker | None:

@@ -31,6 +31,7 @@ PLAIN = ("state_dict", "model")
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|model)\.)+")
 # Plain holders of settings, which training scripts leave in their files; none of them runs code when it is built.
 HARMLESS: list[Any] = [argparse.Namespace, (pathlib.PosixPath, "pathlib.PosixPath")]
+TRAINING_SIDES = (224, 256, 384, 448, 512)  # pixels that pictures are usually cropped to
 MAMBA_SIZES = {(128, 12): "nano", (192, 24): "tiny", (384, 24): "small", (768, 24): "base"}
 
 State = dict[str, torch.Tensor]
@@ -41,6 +42,10 @@ def load_reference_checkpoint(path: str | Path, model: nn.Module | None = None, 
 
     model  what to load into; its resolution may differ from the file's. None: built to fit, for square images
     ema    the averaged weights: those beside the others in the file, or DeMansia's second file, `…-EMA.ckpt`
+
+    Vim was also published with overlapping patches, which are not supported. Its files say so in their script's
+    settings; a bare state dict does not, and is refused where both readings are likely, as for 27×27 positions of
+    16-pixel patches: 432 pixels side by side, or 224 with half a patch shared. A given `model` settles it.
     """
     file = Path(path)
     content = _read(file)
@@ -60,6 +65,7 @@ def load_reference_checkpoint(path: str | Path, model: nn.Module | None = None, 
     if hasattr(net, "cls_position") and "pos_embed" in state and state["pos_embed"].ndim == 3:
         state = fit_position_embedding(state, net)  # type: ignore[arg-type]
     _refuse_faults(net, state, file)
+    _refuse_non_finite(net, state, file)
     net.load_state_dict(state, strict=False)
     return net.eval()
 
@@ -122,6 +128,19 @@ def _refuse_faults(net: nn.Module, state: State, file: Path) -> None:
         )
 
 
+def _refuse_non_finite(net: nn.Module, state: State, file: Path) -> None:
+    """Where a weight would be NaN or infinite in the model, whose type may hold less than the file's."""
+    broken = [
+        key for key, own in net.state_dict().items() if key in state and not state[key].to(own.dtype).isfinite().all()
+    ]
+    if broken:
+        names = ", ".join(broken[:3]) + ", …" * (len(broken) > 3)
+        raise ModelError(
+            f"{file} has weights that are not finite: got NaN or infinity in {len(broken)} tensors ({names}), expected "
+            "numbers; the training that wrote it has diverged, or the file is damaged; take an earlier one"
+        )
+
+
 def _built_for(state: State, settings: Any, file: Path) -> nn.Module:
     """A model of the family and size that names and shapes tell; `settings` are the training script's, or None."""
     families = {"layers.0.mixer.A_log": _mamba, "blocks.0.attn.qkv.weight": _lvvit}
@@ -160,11 +179,31 @@ def _settings(state: State, patch: int, first: str, blocks: str, trained_at: int
     }
 
 
+def _refuse_overlap(state: State, patch: int, file: Path) -> None:
+    """Where positions are as likely those of overlapping patches, which no shape shows.
+
+    Vim's overlap by half: s patches in a row are then (s + 1)·P/2 pixels instead of s·P. That is refused where only the
+    overlapping reading is a usual side: 27, 31, 47, 55 or 63 patches of 16; hardly a file without overlap has those.
+    """
+    side = math.isqrt(state["pos_embed"].shape[1] - 1)
+    overlapping, plain = (side + 1) * patch // 2, side * patch
+    if overlapping in TRAINING_SIDES and plain not in TRAINING_SIDES:
+        raise ModelError(
+            f"overlapping patches cannot be told from larger images by the file alone: got {side}×{side} positions for "
+            f"patches of {patch} in {file}, expected the settings of its script beside the weights; if it was trained "
+            f"on {plain} pixels, pass model= (built with img_size={plain}); {overlapping} pixels with overlapping "
+            "patches are not supported"
+        )
+
+
 def _mamba(state: State, script: Any, file: Path) -> Callable[[], nn.Module]:
     conv = "patch_embed.conv1.weight" in state
     patch = state["patch_embed.proj.weight"].shape[-1] * (2 if conv else 1)
     first = "patch_embed.conv1.weight" if conv else "patch_embed.proj.weight"
-    found = _settings(state, patch, first, "layers", getattr(script, "input_size", None), file)
+    trained_at = getattr(script, "input_size", None)
+    found = _settings(state, patch, first, "layers", trained_at, file)
+    if not conv and trained_at is None:
+        _refuse_overlap(state, patch, file)
     mixer = "layers.0.mixer."
     # Vim's script says in the model's name what no shape shows; DeMansia has one form.
     name = str(getattr(script, "model", ""))

@@ -109,6 +109,39 @@ def test_vim_with_overlapping_patches_is_refused(tmp_path):
         load_reference_checkpoint(saved(tmp_path / "vim.pth", content))
 
 
+def bare_vim(img_size: int) -> Vim:
+    torch.manual_seed(0)
+    return Vim(img_size=img_size, embed_dim=8, depth=1, stem="patch", aux_head=False, num_classes=3)
+
+
+@pytest.mark.parametrize(("img_size", "overlapping"), [(432, 224), (752, 384)])
+def test_vim_that_may_overlap_needs_its_model(tmp_path, img_size, overlapping):
+    """27×27 positions are those of 432 pixels, and of the published stride of 8 on 224; only the user knows."""
+    first = bare_vim(img_size)
+    path = saved(tmp_path / "vim.pth", first.state_dict())
+    side = img_size // 16
+    with pytest.raises(ModelError, match="overlapping patches cannot be told from larger images") as refusal:
+        load_reference_checkpoint(path)
+    for part in (f"got {side}×{side} positions", f"model= (built with img_size={img_size})", f"{overlapping} pixels"):
+        assert part in str(refusal.value)
+    net = load_reference_checkpoint(path, bare_vim(img_size))
+    assert torch.equal(net.pos_embed, first.pos_embed)
+    settings = argparse.Namespace(model=VIM_NAME, input_size=img_size)
+    net = load_reference_checkpoint(saved(path, {"model": first.state_dict(), "args": settings}))
+    assert net.img_size == (img_size, img_size)
+
+
+@pytest.mark.parametrize("img_size", [16, 48, 224, 240, 336, 384, 512])
+def test_vim_of_likely_images_needs_no_model(tmp_path, img_size):
+    net = load_reference_checkpoint(saved(tmp_path / "vim.pth", bare_vim(img_size).state_dict()))
+    assert net.img_size == (img_size, img_size)
+
+
+def test_demansia_never_overlaps(tmp_path):
+    first = DeMansia(img_size=432, embed_dim=8, depth=1, num_classes=3)
+    assert load_reference_checkpoint(saved(tmp_path / "a.ckpt", first.state_dict())).img_size == (432, 432)
+
+
 @pytest.mark.parametrize("form", ["plain", "module.", "safetensors", "model_ema"])
 def test_lvvit_in_every_form(tmp_path, form):
     found = tensors("lvvit_micro")
@@ -169,6 +202,23 @@ def test_what_does_not_fit_is_counted_and_named(tmp_path):
         load_reference_checkpoint(path, Vim(img_size=64, embed_dim=32, depth=1, stem="patch", aux_head=False))
     with pytest.raises(ModelError, match="no known family"):
         load_reference_checkpoint(saved(path, {"conv.weight": torch.zeros(3)}))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_weights_that_are_not_finite_are_refused(tmp_path, given):
+    weights = bare_vim(32).state_dict()
+    own = bare_vim(64) if given else None
+    before = {key: value.clone() for key, value in own.state_dict().items()} if own else {}
+    weights["layers.0.mixer.D"][0] = torch.nan
+    path = saved(tmp_path / "a.pth", weights)
+    with pytest.raises(ModelError, match=r"not finite: got NaN or infinity in 1 tensors \(layers\.0\.mixer\.D\)"):
+        load_reference_checkpoint(path, own)
+    assert all(torch.equal(value, before[key]) for key, value in (own.state_dict() if own else {}).items())
+    weights["pos_embed"][0, 1, 0] = torch.inf
+    weights["head.bias"][0] = -torch.inf
+    weights["norm_f.weight"] = torch.full([8], 1e300, dtype=torch.float64)  # finite there, not in the model
+    with pytest.raises(ModelError, match=r"in 4 tensors \((\w|\.|, )+, …\)"):
+        load_reference_checkpoint(saved(path, weights), own)
 
 
 @pytest.mark.parametrize("key", ["pos_embed", "patch_embed.proj.weight", "layers.0.mixer.A_log", "norm_f.weight"])

@@ -1,4 +1,4 @@
-"""The published models on Triton's kernels, in its interpreter, which needs a process of its own."""
+"""Models on Triton's kernels, in its interpreter, which needs a process of its own."""
 
 from __future__ import annotations
 
@@ -13,16 +13,28 @@ HERE = Path(__file__).parent
 FILES = ("test_model_mixer.py", "test_model_demansia.py", "test_model_vim.py", "test_model_scan.py")
 
 
+def passed(chosen: str, *files: str, timeout: float) -> int:
+    """How many of the chosen tests passed in the interpreter; none may fail."""
+    command = [sys.executable, "-m", "pytest", "-q", "-k", chosen, "-p", "no:cacheprovider", *files]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return int(done.stdout.rsplit(" passed", 1)[0].split()[-1])
+
+
 @pytest.mark.timeout(900)
 def test_fixtures_hold_on_the_triton_backend():
     """Outputs, intermediates and gradients, at the tolerances that the other backends keep."""
     from fixtures import tensors
 
     tensors("demansia_micro")  # skips where the fixtures are not at hand
-    chosen = "triton and (published or fixture)"
-    command = [sys.executable, "-m", "pytest", "-q", "-k", chosen, "-p", "no:cacheprovider", *FILES]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=850)
-    assert done.returncode == 0, done.stdout[-3000:]
-    passed = int(done.stdout.rsplit(" passed", 1)[0].split()[-1])
-    assert passed >= 15
+    assert passed("triton and (published or fixture)", *FILES, timeout=850) >= 15
+
+
+def test_a_tiny_model_learns_on_the_triton_backend():
+    """A batch of 32, both heads to zero error: some 6 steps of 6 seconds."""
+    assert passed("triton and by_heart", "test_model_compile_export.py", timeout=280) == 1
+
+
+def test_a_nan_stays_visible_on_the_triton_backend():
+    assert passed("triton and stays_visible", "test_model_scan.py", timeout=120) == 2

@@ -126,11 +126,16 @@ def test_large_and_tiny_steps(dtype, tolerance, scale):
     assert_same([got, *gradients(got, inputs)], [expected, *gradients(expected, double)], tolerance)
 
 
-def test_a_nan_stays_visible():
-    inputs = make(length=20, grad=False)
-    inputs[0][0, 0, 3, 0] = float("nan")
-    y = directional_scan(*inputs, True, BOTH_WAYS, "cpu")
-    assert y[0, 0, :, 0].isnan().tolist() == [t >= 3 for t in range(20)]
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", [0, 1], ids=["u", "delta"])
+def test_a_nan_stays_visible(backend, place):
+    """From its step on, in its channel; nowhere else."""
+    inputs = make(length=20, dtype=torch.float32, grad=False)
+    inputs[place][:, 0, 3, 0] = float("nan")
+    broken = directional_scan(*inputs, True, BOTH_WAYS, backend).isnan()
+    assert broken[0, 0, :, 0].tolist() == [t >= 3 for t in range(20)]
+    assert broken[1, 0, :, 0].tolist() == [t <= 3 for t in range(20)]
+    assert broken.sum() == 17 + 4
 
 
 @pytest.mark.parametrize("backend", BOTH)
@@ -201,6 +206,10 @@ def test_errors_of_use_in_the_layout_of_mamba():
 @pytest.mark.parametrize("backend", ["triton", "mamba_ssm"])
 def test_a_forced_backend_that_cannot_run_says_why(backend, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("TOKEN_LABELING_SCAN", backend)
+    with pytest.raises(BackendError, match=f"{backend}.* cannot be used .TOKEN_LABELING_SCAN names it.*reference"):
+        directional_scan(*make(dtype=torch.float32), True, BOTH_WAYS)
+    monkeypatch.delenv("TOKEN_LABELING_SCAN")
     with pytest.raises(BackendError, match=f"{backend}.* cannot be used .*(GPU|CUDA|imported|installed).*reference"):
         directional_scan(*make(dtype=torch.float32), True, BOTH_WAYS, backend)
     with pytest.raises(BackendError, match="float64"):

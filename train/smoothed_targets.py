@@ -13,7 +13,7 @@ import torch
 
 # Logits that the CPU takes at a time: few enough to stay in its cache from one operation to the next, enough for the
 # operations' own cost not to count. The targets of so many such parts are reckoned together.
-PART, PARTS = 1 << 20, 4
+PART, PARTS = 1 << 21, 2
 
 
 class SmoothedTarget(NamedTuple):

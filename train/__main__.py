@@ -1,0 +1,98 @@
+"""The command line: `python -m train fit | validate | predict | doctor | recipes`.
+
+Exit status: 0 all done; 1 the run stopped half-way (`--resume auto` goes on); 2 bad input or usage; 4 stored data or a
+checkpoint is damaged; 143 stopped by a signal, with everything saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from labeler.command_line import OneLineParser, run_command
+from labeler.errors import InputError
+from model.errors import ModelError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("train").setLevel(logging.INFO)
+    try:
+        return run_command(options)
+    except ModelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return InputError.exit_status
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from train.recipe import load_recipe
+    from train.trainer import fit
+
+    overrides = [*options.overrides, *(["run.progress=false"] if options.quiet else [])]
+    summary = fit(load_recipe(options.recipe, overrides), options.resume)
+    print(json.dumps(asdict(summary)) if options.json else summary.text())
+    return 0
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from train.validate import validate
+
+    found = validate(
+        options.checkpoint,
+        options.images,
+        ema=options.ema,
+        real=options.real,
+        batch_size=options.batch_size,
+        device=options.device,
+        progress=not options.quiet,
+    )
+    print(json.dumps(asdict(found)) if options.json else found.text())
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from train.recipe import RECIPES, recipe_names
+
+    for name in recipe_names():
+        comment = (RECIPES / f"{name}.toml").read_text().split("\n\n")[0]
+        print(f"{name}\n" + "\n".join("    " + line.removeprefix("#").strip() for line in comment.splitlines()))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="python -m train", description="Training with token labels.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    fit = _command(commands, "fit", _fit, "train as a recipe says; under torchrun with several ranks")
+    fit.add_argument("recipe", help="a .toml file, or the name of one of `python -m train recipes`")
+    fit.add_argument("overrides", nargs="*", metavar="section.key=value")
+    fit.add_argument("--resume", metavar="auto|PATH", help="go on from the run's newest checkpoint, or from this one")
+    validate = _command(commands, "validate", _validate, "top-1 and top-5 accuracy on a folder of images")
+    validate.add_argument("checkpoint", type=Path, help="a run's folder, one of its checkpoints, or a published file")
+    validate.add_argument("--images", type=Path, required=True, help="folder of class folders")
+    validate.add_argument("--ema", action="store_true", help="the averaged weights")
+    validate.add_argument("--real", type=Path, metavar="real.json", help="ImageNet-ReaL labels instead of the folders'")
+    validate.add_argument("--batch-size", type=int, default=64)
+    validate.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    recipes = commands.add_parser("recipes", help="list the recipes that come with the package")
+    recipes.set_defaults(run=_recipes)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

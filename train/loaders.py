@@ -1,0 +1,144 @@
+"""A recipe's loaders: training batches on the network's token grid, and the images of its evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from labeler.errors import InputError
+from model.token_heads import TokenLabelHeads
+from pipeline import LoaderConfig, TokenLabelLoader, create_loader
+from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
+from train.config import TrainConfig
+from train.distributed import Ranks
+
+
+def training_loader(config: TrainConfig, net: TokenLabelHeads, ranks: Ranks) -> TokenLabelLoader:
+    """Raises InputError, MismatchError or IntegrityError where images, labels, network and settings do not fit."""
+    share, rest = divmod(config.run.batch_size, ranks.world_size)
+    if rest:
+        raise InputError(
+            "run.batch_size does not divide among the ranks", got=f"{config.run.batch_size} on {ranks.world_size}",
+            remedy=f"Use {share * ranks.world_size or ranks.world_size}, or other ranks.",
+        )  # fmt: skip
+    augment, data = config.augment, config.data
+    mean, std = _colours(config, net)
+    return create_loader(
+        LoaderConfig(
+            images=data.images,
+            store=data.store,
+            token_labels=data.token_labels,
+            image_list=data.image_list,
+            num_classes=config.model.num_classes,
+            batch_size=share,
+            image_size=config.model.img_size,
+            grid=_grid(net),
+            seed=config.run.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            mix=_mix(augment.mix, net),
+            mean=mean,
+            std=std,
+            device=str(ranks.device),
+            threads=data.threads,
+            backend=data.backend,
+            cache=data.cache,
+            prefetch=data.prefetch,
+            progress=ranks.first and config.run.progress,
+            **augment.model_dump(exclude={"mix", "mean", "std", "crop_pct", "crop_mode"}),
+        )
+    )
+
+
+def validation_loader(
+    config: TrainConfig, net: TokenLabelHeads, ranks: Ranks, training: TokenLabelLoader
+) -> TokenLabelLoader | None:
+    """The images of `data.validation`, whose folders mean the classes that they mean in training."""
+    if config.data.validation is None:
+        return None
+    mean, std = _colours(config, net)
+    return evaluation_loader(
+        config.data.validation,
+        image_size=config.model.img_size,
+        grid=_grid(net),
+        num_classes=training.num_classes,
+        class_folders=class_folders(training) or None,
+        transform={
+            "mean": mean, "std": std, "crop_pct": config.augment.crop_pct, "crop_mode": config.augment.crop_mode
+        },
+        ranks=ranks,
+        batch_size=config.run.micro_batch or training.config.batch_size,
+        backend=config.data.backend,
+        threads=config.data.threads,
+        progress=training.config.progress,
+    )  # fmt: skip
+
+
+def evaluation_loader(
+    images: str,
+    *,
+    image_size: int,
+    grid: tuple[int, int],
+    num_classes: int,
+    class_folders: Mapping[str, int] | None,
+    transform: Mapping[str, Any],
+    ranks: Ranks,
+    batch_size: int,
+    backend: str = "auto",
+    threads: int | None = None,
+    progress: bool = True,
+) -> TokenLabelLoader:
+    """Every image once, resized and cropped as timm does. transform: mean, std, crop_pct, crop_mode."""
+    return create_loader(
+        LoaderConfig(
+            images=images,
+            token_labels=False,
+            train=False,
+            image_size=image_size,
+            grid=grid,
+            num_classes=num_classes,
+            class_folders=class_folders,
+            mean=tuple(transform["mean"]),
+            std=tuple(transform["std"]),
+            crop_pct=transform["crop_pct"],
+            crop_mode=transform["crop_mode"],
+            batch_size=batch_size,
+            interpolation="bicubic",
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=str(ranks.device),
+            backend=backend,
+            threads=threads,
+            progress=progress,
+        )
+    )
+
+
+def class_folders(loader: TokenLabelLoader) -> dict[str, int]:
+    """Folder name -> class id, as the training images have it; empty where they lie in no folders."""
+    samples = loader.samples
+    keys = map(samples.key, range(len(samples)))
+    return {key.split("/", 1)[0]: int(c) for key, c in zip(keys, samples.labels, strict=True) if "/" in key and c >= 0}
+
+
+def _grid(net: Any) -> tuple[int, int]:
+    return int(net.grid[0]), int(net.grid[1])
+
+
+def _mix(wanted: str, net: Any) -> str:
+    """Where the images of a batch are mixed: a wrapped backbone may have no place to swap tokens."""
+    has_place = getattr(net, "mix_scale", True) is not None
+    if wanted == "token" and not has_place:
+        raise InputError(
+            "this model has no place to swap tokens", got='augment.mix="token"', expected='"image" or "auto"'
+        )
+    return ("token" if has_place else "image") if wanted == "auto" else wanted
+
+
+def _colours(config: TrainConfig, net: Any) -> tuple[Any, Any]:
+    """Mean and deviation that images are normalised with."""
+    usual = getattr(net, "pretrained_cfg", None) or {}
+    return (
+        config.augment.mean or tuple(usual.get("mean", IMAGENET_MEAN)),
+        config.augment.std or tuple(usual.get("std", IMAGENET_STD)),
+    )

@@ -1,0 +1,128 @@
+"""What a run tells of itself: `metrics.jsonl` and `.csv`, `speed.jsonl`, TensorBoard's events, and trackers.
+
+`metrics.jsonl` holds only what the run computes, the same however often it was interrupted; how fast it went stands in
+`speed.jsonl`.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from labeler.commit import replace_file
+from labeler.errors import InputError
+
+log = logging.getLogger("train")
+
+Row = dict[str, Any]
+
+
+class Metrics:
+    """Appends rows {"kind": "train" | "eval", "step": …, …}; goes on from `step`, so later rows of the file are cut."""
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool, tracker: str, settings: Mapping[str, Any]) -> None:
+        self.folder, self._jsonl = folder, folder / "metrics.jsonl"
+        # An evaluation at the very step is done again: it may not have been finished.
+        self.rows = [row for row in read_rows(folder) if row["step"] < step + (row["kind"] == "train")]
+        replace_file(self._jsonl, b"".join(map(_line, self.rows)))
+        speed = [row for row in _read(folder / "speed.jsonl") if row["step"] <= step]
+        replace_file(folder / "speed.jsonl", b"".join(map(_line, speed)))
+        self._writer: Any = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        self._tracker: Any = _tracker(tracker)
+        if self._tracker is not None:
+            self._tracker.init(project="token-labeling", name=folder.name, config=dict(settings))
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        _append(self._jsonl, row)
+        self._report(row)
+
+    def add_speed(self, row: Row) -> None:
+        _append(self.folder / "speed.jsonl", row)
+        self._report({"kind": "speed", **row})
+
+    def _report(self, row: Row) -> None:
+        values = {f"{row['kind']}/{key}": value for key, value in row.items() if key not in ("kind", "step", "epoch")}
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, row["step"])
+        if self._tracker is not None:
+            self._tracker.log({**values, "step": row["step"]})
+
+    def best(self, key: str) -> float:
+        """The highest value of `key` in an evaluation so far; −1 without one."""
+        return max((row.get(key, -1.0) for row in self.rows if row["kind"] == "eval"), default=-1.0)
+
+    def sync(self) -> None:
+        """The rows so far are on the disk on return, and the table and the events with them."""
+        with open(self._jsonl, "rb") as file:
+            os.fsync(file.fileno())
+        replace_file(self.folder / "metrics.csv", _table(self.rows).encode())
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of a run's `metrics.jsonl`."""
+    return _read(folder / "metrics.jsonl")
+
+
+def _read(path: Path) -> list[Row]:
+    """Whole lines; the last one may have been cut when its process died."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            log.warning("a line of %s is not readable and left out", path)
+    return rows
+
+
+def _append(path: Path, row: Row) -> None:
+    with open(path, "ab") as file:
+        file.write(_line(row))
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(row).encode() + b"\n"
+
+
+def _table(rows: list[Row]) -> str:
+    """One line a step, a column for every value; empty where a step has none."""
+    steps: dict[int, Row] = {}
+    for row in rows:
+        steps.setdefault(row["step"], {}).update({k: v for k, v in row.items() if k != "kind"})
+    columns = list(dict.fromkeys(key for row in steps.values() for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(steps.values())
+    return text.getvalue()
+
+
+def _tracker(name: str) -> Any:
+    if name == "none":
+        return None
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(
+            f"run.tracker {name!r} cannot be imported", got=error, remedy=f"pip install {name}, or run.tracker=none."
+        ) from None

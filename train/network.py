@@ -1,0 +1,124 @@
+"""The network of a recipe, and the weights that it begins with."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from labeler.errors import InputError
+from model import load_reference_checkpoint, token_label
+from model.errors import ModelError
+from model.token_heads import TokenLabelHeads
+from train.checkpoint import CheckpointInfo, find_checkpoint, read_weights
+from train.config import ModelConfig
+
+log = logging.getLogger("train")
+
+
+def build_network(config: ModelConfig, dense_weight: float = 1.0) -> TokenLabelHeads:
+    """The model with its beginning weights, on the CPU; `set_classes` follows when the classes of the data are known.
+
+    Raises InputError where settings or weights do not fit.
+    """
+    net = _create(config, config.num_classes, config.img_size) if config.weights is None else _from_weights(config)
+    net.aux_weight = config.aux_weight if config.aux_weight is not None else (0.5 if dense_weight else 0.0)
+    if config.train == "heads":
+        _freeze_all_but_heads(net)
+    return net
+
+
+def set_classes(net: TokenLabelHeads, num_classes: int) -> None:
+    """New heads where the model has other classes than the data."""
+    if net.num_classes != num_classes:
+        net.reset_classifier(num_classes)  # type: ignore[operator]
+        log.info("new heads for %d classes", num_classes)
+
+
+def restore_network(info: CheckpointInfo, state: dict[str, torch.Tensor]) -> TokenLabelHeads:
+    """The model of a checkpoint, in evaluation mode."""
+    config = ModelConfig.model_validate({**info.model, "weights": None, "train": "all"})
+    config = config.model_copy(update={"args": {**config.args, "pretrained": False}})
+    net = _create(config, info.num_classes, config.img_size)
+    net.load_state_dict(state)
+    net.aux_weight = info.aux_weight
+    return net.eval()
+
+
+def train_mode(net: nn.Module, config: ModelConfig) -> None:
+    """Training mode; what is frozen stays in evaluation mode."""
+    net.train(config.train == "all")
+    net.training = True  # both outputs, also where all else is frozen
+    if config.freeze_statistics:
+        for module in net.modules():
+            if isinstance(module, (_BatchNorm, BatchNormAct2d)):
+                module.eval()
+
+
+def _create(config: ModelConfig, num_classes: int | None, img_size: int) -> TokenLabelHeads:
+    kwargs: dict[str, Any] = dict(config.args)
+    if config.drop_path_rate:
+        kwargs["drop_path_rate"] = config.drop_path_rate
+    try:
+        return token_label(config.name, num_classes, img_size=img_size, **kwargs)
+    except ModelError as error:
+        raise InputError(f"model.name {config.name!r} cannot be built", got=error) from None
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        got = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"model {config.name!r} cannot be built with these settings", got=got,
+            remedy="See model.args, model.img_size and model.drop_path_rate.",
+        ) from None  # fmt: skip
+
+
+def _from_weights(config: ModelConfig) -> TokenLabelHeads:
+    """Built as the weights are, loaded, and only then brought to the recipe's resolution and classes."""
+    path = Path(str(config.weights))
+    state, classes, side = _begin_with(path, config.weights_ema)
+    net = _create(config.model_copy(update={"args": {**config.args, "pretrained": False}}), classes, side)
+    missing = [key for key in net.state_dict() if key not in state and not key.startswith("aux_head.")]
+    shapes = {key: value.shape for key, value in net.state_dict().items()}
+    wrong = [key for key, value in state.items() if shapes.get(key) != value.shape]
+    if missing or wrong:
+        raise InputError(
+            f"{path} does not fit model.name {config.name!r}",
+            got=f"{len(missing)} weights missing, {len(wrong)} of another name or shape "
+            f"({', '.join([*missing, *wrong][:3])})",
+            expected="the weights of the same model",
+            remedy="Set model.name and model.args as they were when it was trained.",
+        )
+    net.load_state_dict(state, strict=False)
+    if side != config.img_size:
+        net.set_input_size(config.img_size)  # type: ignore[operator]
+    if config.new_heads:
+        net.reset_classifier(classes)  # type: ignore[operator]
+    return net
+
+
+def _begin_with(path: Path, ema: bool) -> tuple[dict[str, torch.Tensor], int, int]:
+    """Weights, their class count and their resolution."""
+    if path.is_dir():
+        folder, info = find_checkpoint(path)
+        return read_weights(folder, info, ema), info.num_classes, int(info.model["img_size"])
+    try:
+        net = load_reference_checkpoint(path, ema=ema)
+    except ModelError as error:
+        raise InputError("model.weights cannot be read", got=error) from None
+    size = net.img_size
+    if size[0] != size[1]:  # type: ignore[index]
+        raise InputError(f"{path} is not for square images", got=size)
+    return net.state_dict(), net.num_classes, size[0]  # type: ignore[return-value, index]
+
+
+def _freeze_all_but_heads(net: TokenLabelHeads) -> None:
+    for parameter in net.parameters():
+        parameter.requires_grad = False
+    heads: Any = net.get_classifier()  # type: ignore[operator]
+    for head in (*(heads if isinstance(heads, (tuple, list)) else (heads,)), net.aux_head):
+        for parameter in head.parameters() if head is not None else ():
+            parameter.requires_grad = True

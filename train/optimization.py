@@ -1,0 +1,83 @@
+"""Optimizer and learning rate of a recipe, from timm's parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from labeler.errors import InputError
+from train.config import OptimizerConfig, ScheduleConfig
+from train.recipe import nearest
+
+MANY_CYCLES = 1000
+
+
+def build_optimizer(net: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Raises InputError where timm does not know the optimizer, or it does not take the settings."""
+    names = list_optimizers()
+    if config.name not in names:
+        raise InputError("optimizer.name is not known", got=repr(config.name), remedy=nearest(config.name, names))
+    extra: dict[str, Any] = {}
+    if config.betas is not None:
+        extra["betas"] = config.betas
+    if config.eps is not None:
+        extra["eps"] = config.eps
+    try:
+        optimizer = create_optimizer_v2(
+            net,
+            opt=config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            filter_bias_and_bn=not config.decay_all,
+            layer_decay=config.layer_decay,
+            **extra,
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"optimizer {config.name!r} does not take these settings", got=error) from None
+    if config.decay_all:
+        for group in optimizer.param_groups:
+            group["weight_decay"] = config.weight_decay
+    return optimizer
+
+
+class LearningRate:
+    """Sets the learning rate of every parameter group before a step; it depends on the step's number alone."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: ScheduleConfig, epoch_steps: int) -> None:
+        epochs = config.epochs
+        if config.steps is not None:
+            epochs = config.steps / epoch_steps - config.cooldown_epochs
+        length = config.first_cycle if config.kind == "restarts" else epochs
+        self._optimizer = optimizer
+        self._scheduler = CosineLRScheduler(
+            optimizer,
+            t_initial=max(1, round(length * epoch_steps)),
+            lr_min=config.min_lr,
+            cycle_mul=config.cycle_factor if config.kind == "restarts" else 1.0,
+            cycle_limit=MANY_CYCLES if config.kind == "restarts" else 1,
+            warmup_t=round(config.warmup_epochs * epoch_steps),
+            warmup_lr_init=config.warmup_lr,
+            t_in_epochs=False,
+        )
+        self._cosine_steps = round(epochs * epoch_steps)
+        self._constant = config.kind == "constant"
+        self._base, self._lowest = list(self._scheduler.base_values), config.min_lr
+
+    def set(self, step: int) -> float:
+        """For the step after `step` others. The highest of the groups' rates."""
+        if self._constant and step >= self._scheduler.warmup_t:
+            self._scheduler.update_groups(self._base)
+        elif step >= self._cosine_steps and not self._constant:
+            self._scheduler.update_groups(self._lowest)
+        else:
+            self._scheduler.step_update(step)
+        return max(group["lr"] for group in self._optimizer.param_groups)
+
+
+def total_steps(config: ScheduleConfig, epoch_steps: int) -> int:
+    return config.steps or max(1, round((config.epochs + config.cooldown_epochs) * epoch_steps))

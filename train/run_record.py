@@ -1,0 +1,128 @@
+"""The folder of a run, as its first rank writes it: settings, metrics, checkpoints, curves."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from labeler.commit import replace_file
+from labeler.errors import InputError
+from train.checkpoint import (
+    FOLDER,
+    CheckpointInfo,
+    check_checkpoint,
+    checkpoints,
+    newest_checkpoint,
+    remove_old,
+    save_checkpoint,
+    sweep,
+)
+from train.config import TrainConfig
+from train.curves import draw_run
+from train.errors import TrainError
+from train.metrics import Metrics
+from train.recipe import flat, to_toml
+
+log = logging.getLogger("train")
+
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file is too large"}
+
+
+class RunRecord:
+    """`step`: where the run goes on; what an earlier process told of later steps is dropped and will be told again."""
+
+    def __init__(self, folder: Path, config: TrainConfig, step: int) -> None:
+        self.folder, self._keep = folder, config.run.keep
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        replace_file(folder / "config.toml", to_toml(config).encode())
+        self.metrics = Metrics(folder, step, config.run.tensorboard, config.run.tracker, flat(config))
+
+    def best(self) -> float:
+        """The best top-1 of any evaluation, of weights or their average; −1 without one."""
+        return max(self.metrics.best("top1"), self.metrics.best("ema_top1"))
+
+    def save(
+        self,
+        info: CheckpointInfo,
+        weights: Mapping[str, torch.Tensor],
+        ema: Mapping[str, torch.Tensor] | None,
+        state: Mapping[str, Any] | None,
+        must: bool = False,
+    ) -> None:
+        """A checkpoint to go on from; without `state` the best one so far.
+
+        On a full disk the run goes on with its older checkpoints, unless this one is the last. Raises TrainError then.
+        """
+        kind, keep = ("best", 1) if state is None else ("step", self._keep)
+        folder = self.folder / FOLDER / f"{kind}-{info.step:08d}"
+        try:
+            self.metrics.sync()
+            save_checkpoint(folder, info, weights, ema, state)
+            remove_old(self.folder, keep, kind)
+        except OSError as error:
+            older = checkpoints(self.folder)
+            kept = f"the newest one kept is {older[0]}" if older else "there is no older one"
+            why = FULL.get(error.errno or 0, error.strerror)
+            if must:
+                raise TrainError(f"the checkpoint {folder} cannot be written", got=why, remedy=f"{kept}.") from None
+            log.error("the checkpoint %s cannot be written: %s; training goes on, and %s", folder, why, kept)
+
+    def finish(self) -> None:
+        """Whatever ended the run: the table and the picture of what it told."""
+        try:
+            self.metrics.sync()
+            self.metrics.close()
+            draw_run(self.folder)
+        except OSError as error:
+            log.error("the tables and curves of %s cannot be written: %s", self.folder, error.strerror)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The run's folder for this process alone. Raises InputError where another trains in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"run.out {str(folder)!r} cannot be written", got=error.strerror) from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process trains in {str(folder)!r}", remedy="Wait for it, or choose another run.out."
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def starting_point(folder: Path, resume: str | Path | None) -> tuple[Path, CheckpointInfo] | None:
+    """The checkpoint to go on from; None: begin. See `fit`."""
+    if resume is None:
+        if found := checkpoints(folder):
+            raise InputError(
+                f"{str(folder)!r} holds a run already", got=found[0].name,
+                remedy="Go on with --resume auto, or choose another folder with run.out=….",
+            )  # fmt: skip
+        return None
+    if str(resume) == "auto":
+        return newest_checkpoint(folder)
+    path = Path(resume)
+    if path.parent.name == FOLDER:
+        return path, check_checkpoint(path)
+    found_there = newest_checkpoint(path)
+    if found_there is None:
+        raise InputError(
+            f"there is no checkpoint in {str(path)!r}", expected='"auto", a checkpoint, or a run\'s folder'
+        )
+    return found_there

@@ -1,0 +1,352 @@
+"""`fit`: a recipe to a trained model, with checkpoints that resume bit for bit on a CPU.
+
+A run's folder holds `config.toml`, `metrics.jsonl` and `.csv`, `speed.jsonl`, `curves.png`, `checkpoints/`,
+`tensorboard/` and, at the end, `summary.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from labeler.commit import replace_file
+from labeler.errors import InputError, MismatchError
+from pipeline.batch import Batch
+from train.checkpoint import CheckpointInfo, read_state, read_weights
+from train.config import TrainConfig
+from train.distributed import Ranks, joined_ranks
+from train.errors import NonFiniteError, Stopped
+from train.evaluate import evaluate
+from train.loaders import class_folders, training_loader, validation_loader
+from train.loss import TokenLabelLoss
+from train.network import build_network, set_classes, train_mode
+from train.optimization import LearningRate, build_optimizer, total_steps
+from train.recipe import differences, parse_config
+from train.run_record import RunRecord, locked, starting_point
+from train.signals import StopSignals
+from train.speed import Speed
+from train.task import StepResult, TokenLabelTask, TrainingStep
+
+log = logging.getLogger("train")
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class FitSummary:
+    """
+    top1, ema_top1  of the last evaluation, best of all; −1 where there was none
+    images_per_s    of this process's part of the run, over all ranks, evaluations aside
+    data_wait       share of that time without a batch to work on
+    skipped         steps left out for a loss that was not finite
+    """
+
+    folder: str
+    steps: int
+    epochs: float
+    top1: float
+    ema_top1: float
+    best: float
+    images_per_s: float
+    data_wait: float
+    seconds: float
+    skipped: int
+
+    def text(self) -> str:
+        ema = f", of the moving average {self.ema_top1:.2%}" if self.ema_top1 >= 0 else ""
+        accuracy = f"top-1 {self.top1:.2%}{ema}, best {self.best:.2%}" if self.top1 >= 0 else "no evaluation"
+        return (
+            f"{self.steps:,} steps ({self.epochs:.1f} epochs): {accuracy}; {self.images_per_s:,.0f} images/s, "
+            f"{self.data_wait:.0%} of the time waiting for data; {self.seconds:,.0f} s; {self.folder}"
+        )
+
+
+def fit(config: TrainConfig, resume: str | Path | None = None) -> FitSummary:
+    """Train as `config` says. Under torchrun every rank calls it; the first one writes.
+
+    resume  None: begin; "auto": from the newest whole checkpoint in the run's folder, if there is one; or from a
+            checkpoint or a run by its folder
+    Raises InputError and MismatchError before any work where something does not fit, NonFiniteError where the loss is
+    not finite, Stopped when a signal asked for it and everything is saved.
+    """
+    with joined_ranks(config.run.device) as ranks, locked(Path(config.run.out)) if ranks.first else nullcontext():
+        return Trainer(config, ranks, resume).run()
+
+
+class Trainer:
+    """One run, ready to go on from `step`."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, resume: str | Path | None = None) -> None:
+        self.config, self.ranks, self.folder = config, ranks, Path(config.run.out)
+        found = starting_point(self.folder, resume)
+        if found is not None:
+            _refuse_other_run(config, found[1], ranks)
+        self.threads = _set_threads(config, None if found is None else found[1].threads)
+        self.precision = _precision(config, ranks.device)
+        torch.manual_seed(config.run.seed)  # beginning weights are the same on all ranks
+        net = build_network(config.model, config.loss.dense_weight)
+        self.loader = training_loader(config, net, ranks)
+        set_classes(net, self.loader.num_classes)
+        self.validation = validation_loader(config, net, ranks, self.loader)
+        self.steps = total_steps(config.schedule, len(self.loader))
+        self.step = self.skipped = 0
+        self._loss_sum, self._loss_steps, self._bad_in_a_row = 0.0, 0, 0
+        self._prepare(net)
+        if found is not None:
+            self._restore(*found)
+
+    def _prepare(self, net: Any) -> None:
+        config, ranks = self.config, self.ranks
+        if config.run.grad_checkpointing:
+            net.set_grad_checkpointing(True)
+        if config.run.channels_last:
+            net = net.to(memory_format=torch.channels_last)
+        loss = TokenLabelLoss(**config.loss.model_dump(), grid=self.loader.config.grid)
+        self.task = TokenLabelTask(net, loss, ranks.device)
+        self.optimizer = build_optimizer(net, config.optimizer)
+        self.rate = LearningRate(self.optimizer, config.schedule, len(self.loader))
+        if config.ema.decay is not None:
+            self.task.setup_ema(config.ema.decay, config.ema.warmup)
+        if config.run.compile:
+            self.task.compile()
+        if ranks.world_size > 1:
+            self.task.prepare_distributed([ranks.device.index] if ranks.device.type == "cuda" else None)
+        self.train_step = TrainingStep(
+            self.task,
+            self.optimizer,
+            ranks,
+            seed=config.run.seed,
+            micro_batch=config.run.micro_batch,
+            clip_grad=config.optimizer.clip_grad,
+            precision=self.precision,
+            channels_last=config.run.channels_last,
+        )
+
+    @property
+    def ema(self) -> torch.nn.Module | None:
+        return self.task.trainable_module_ema.module if self.task.has_ema() else None
+
+    def run(self) -> FitSummary:
+        """From where it stands to the last step."""
+        self.record = RunRecord(self.folder, self.config, self.step) if self.ranks.first else None
+        self.speed = Speed(self.config.run.batch_size)
+        shown = self.ranks.first and self.config.run.progress
+        with (
+            StopSignals() as signals,
+            tqdm(total=self.steps, initial=self.step, desc="training", unit="step", disable=not shown) as bar,
+        ):
+            try:
+                self._loop(signals, bar)
+            finally:
+                if self.record is not None:
+                    self.record.finish()
+        summary = self._summary()
+        if self.ranks.first:
+            replace_file(self.folder / "summary.json", json.dumps(asdict(summary), indent=1).encode() + b"\n")
+        return summary
+
+    def _loop(self, signals: StopSignals, bar: Any) -> None:
+        if self.step and self._evaluation_due():
+            self._evaluate(signals)  # the process before may have ended in its middle
+        train_mode(self.task.network, self.config.model)
+        for batch in self.speed.timed(self._batches()):
+            rate = self.rate.set(self.step)
+            result = self.train_step.run(batch, self.step, signals.requested is not None)
+            self.step += 1
+            self._note(result, rate)
+            self._tell_speed(bar)
+            evaluation = self._evaluation_due()
+            if result.stop or evaluation or self._save_due():
+                self._save(must=result.stop or self.step == self.steps)
+            if result.stop:
+                raise Stopped(f"stopped after step {self.step}", remedy="--resume auto goes on from there.")
+            if evaluation:
+                with self.speed.paused():
+                    self._evaluate(signals)
+
+    def _batches(self) -> Iterator[Batch]:
+        """Batches of this epoch and all later ones, up to the last step."""
+        while self.step < self.steps:
+            for batch in self.loader:
+                yield batch
+                if self.step >= self.steps:
+                    return
+
+    def _note(self, result: StepResult, rate: float) -> None:
+        """Keep the step's loss for the next row of metrics. Raises NonFiniteError after too many bad ones in a row."""
+        if result.done:
+            self._bad_in_a_row = 0
+            self._loss_sum, self._loss_steps = self._loss_sum + result.loss, self._loss_steps + 1
+        else:
+            self._bad_in_a_row, self.skipped = self._bad_in_a_row + 1, self.skipped + 1
+            _refuse_non_finite(self.step, result, self._bad_in_a_row, self.config.run.skip_non_finite)
+        if self.step % self.config.run.log_every and self.step != self.steps:
+            return
+        if self.record is not None and self._loss_steps:
+            values = {"loss": self._loss_sum / self._loss_steps, "lr": rate, "grad_norm": result.norm}
+            self.record.metrics.add({"kind": "train", "step": self.step, "epoch": self._epoch(), **values})
+        self._loss_sum, self._loss_steps = 0.0, 0
+
+    def _tell_speed(self, bar: Any) -> None:
+        bar.update(1)
+        if self.step % self.config.run.log_every and self.step != self.steps:
+            return
+        rate, wait = self.speed.since_last()
+        bar.set_postfix_str(f"{rate:,.0f} images/s, {wait:.0%} waiting for data")
+        if self.record is not None:
+            memory = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else 0
+            row = {"step": self.step, "images_per_s": rate, "data_wait": wait, "gpu_memory_gb": memory / 1e9}
+            self.record.metrics.add_speed(row)
+
+    def _epoch(self) -> float:
+        return self.step / len(self.loader)
+
+    def _save_due(self) -> bool:
+        every = self.config.run.save_every
+        return self.step == self.steps or (every is not None and self.step % every == 0)
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.run.eval_every * len(self.loader)
+        return self.validation is not None and (self.step == self.steps or self.step % every == 0)
+
+    def _evaluate(self, signals: StopSignals) -> None:
+        assert self.validation is not None
+        networks: dict[str, torch.nn.Module] = {"": self.task.network}
+        if self.ema is not None:
+            networks["ema_"] = self.ema
+        found = evaluate(
+            networks,
+            self.validation,
+            self.ranks,
+            precision=self.precision,
+            channels_last=self.config.run.channels_last,
+            progress=self.ranks.first and self.config.run.progress,
+            wanted=lambda: signals.requested is None,
+        )
+        train_mode(self.task.network, self.config.model)
+        if self.record is None:
+            return
+        values = {f"{name}{key}": getattr(a, key) for name, a in found.items() for key in ("top1", "top5")}
+        better = max(values["top1"], values.get("ema_top1", -1.0)) > self.record.best()
+        row = {"kind": "eval", "step": self.step, "epoch": self._epoch(), **values, "images": found[""].images}
+        self.record.metrics.add(row)
+        if better:
+            self._save(best=values)
+
+    def _save(self, best: dict[str, float] | None = None, must: bool = False) -> None:
+        if self.record is None:
+            return
+        ema = None if self.ema is None else self.ema.state_dict()
+        state = self._state() if best is None else None
+        self.record.save(self._info(best or {}), self.task.network.state_dict(), ema, state, must)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.train_step.scaler.state_dict(),
+            "loader": self.loader.state_dict(),
+            "loss_sum": self._loss_sum,
+            "loss_steps": self._loss_steps,
+            "bad_in_a_row": self._bad_in_a_row,
+            "skipped": self.skipped,
+        }
+
+    def _info(self, accuracy: dict[str, float]) -> CheckpointInfo:
+        loader, augment, store = self.loader.config, self.config.augment, self.loader.samples.store
+        colours = {"mean": list(loader.mean), "std": list(loader.std)}
+        return CheckpointInfo(
+            step=self.step,
+            epoch=self.loader.epoch,
+            model=self.config.model.model_dump(),
+            num_classes=self.loader.num_classes,
+            aux_weight=self.task.network.aux_weight,
+            class_names=list(store.meta.class_names) if store else [],
+            class_folders=class_folders(self.loader),
+            transform={**colours, "crop_pct": augment.crop_pct, "crop_mode": augment.crop_mode},
+            config=self.config.model_dump(),
+            world_size=self.ranks.world_size,
+            threads=self.threads,
+            accuracy=accuracy,
+        )
+
+    def _restore(self, folder: Path, info: CheckpointInfo) -> None:
+        state = read_state(folder, info)
+        self.loader.load_state_dict(state["loader"])
+        self.task.network.load_state_dict(read_weights(folder, info))
+        if self.ema is not None:
+            self.ema.load_state_dict(read_weights(folder, info, ema=True))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.train_step.scaler.load_state_dict(state["scaler"])
+        self.step, self.skipped, self._bad_in_a_row = info.step, state["skipped"], state["bad_in_a_row"]
+        self._loss_sum, self._loss_steps = state["loss_sum"], state["loss_steps"]
+        if self.ranks.first:
+            log.info("resumed from %s, step %d of %d", folder, self.step, self.steps)
+
+    def _summary(self) -> FitSummary:
+        rows = [] if self.record is None else [row for row in self.record.metrics.rows if row["kind"] == "eval"]
+        last = rows[-1] if rows else {}
+        rate, wait = self.speed.overall()
+        return FitSummary(
+            folder=str(self.folder),
+            steps=self.step,
+            epochs=self._epoch(),
+            top1=last.get("top1", -1.0),
+            ema_top1=last.get("ema_top1", -1.0),
+            best=-1.0 if self.record is None else self.record.best(),
+            images_per_s=rate,
+            data_wait=wait,
+            seconds=self.speed.seconds(),
+            skipped=self.skipped,
+        )
+
+
+def _refuse_other_run(config: TrainConfig, info: CheckpointInfo, ranks: Ranks) -> None:
+    """Unless the checkpoint was made by the same recipe on as many ranks."""
+    changed = differences(parse_config(info.config, "the checkpoint"), config)
+    if info.world_size != ranks.world_size:
+        changed["ranks"] = (info.world_size, ranks.world_size)
+    if changed:
+        raise MismatchError(
+            "the checkpoint belongs to another run",
+            got=", ".join(f"{name} {new}" for name, (_, new) in changed.items()),
+            expected=", ".join(f"{name} {old}" for name, (old, _) in changed.items()),
+            remedy="Resume with the settings that it was saved with, or begin from its weights with model.weights=….",
+        )
+
+
+def _refuse_non_finite(step: int, result: StepResult, in_a_row: int, allowed: int) -> None:
+    if in_a_row > allowed:
+        raise NonFiniteError(
+            f"loss or gradient is not finite at step {step}", got=f"loss {result.loss}, gradient norm {result.norm}",
+            remedy="Try a lower optimizer.lr, a longer schedule.warmup_epochs, optimizer.clip_grad=1 or "
+            "run.precision=float32; run.skip_non_finite=3 leaves out up to three such steps in a row. "
+            "The last checkpoint is kept.",
+        )  # fmt: skip
+    log.warning("step %d left out: loss %s, gradient norm %s (%d in a row)", step, result.loss, result.norm, in_a_row)
+
+
+def _set_threads(config: TrainConfig, saved: int | None) -> int:
+    """Results on a CPU depend on the number of threads: a resumed run keeps it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    threads = config.run.threads or saved or max(1, cores // local)
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # the scan's states decay to numbers that CPUs are slow with
+    return threads
+
+
+def _precision(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.run.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if config.run.precision == "float16" and device.type == "cpu":
+        raise InputError("run.precision=float16 needs a GPU", expected="float32 or bfloat16 on a CPU")
+    return PRECISIONS[config.run.precision]
