@@ -4,11 +4,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint faults clean
 
 help:
-	@echo "make demo    install into $(VENV), then make scenes, train a teacher, label, verify, report, a batch (demo/report.html, batch.png)"
+	@echo "make demo    install into $(VENV), then make scenes, a teacher, labels, three students, a report (demo/report.html)"
 	@echo "make test    install, then run the CPU test suite"
+	@echo "make faults  install, inject every fault at full counts (half an hour), write docs/reliability.md"
 	@echo "make lint    install, then ruff and mypy, the same as CI"
 	@echo "make clean   remove what the demo wrote"
 
@@ -29,6 +30,9 @@ lint: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+faults: $(READY)
+	$(BIN)/python -m scripts.faults
 
 clean:
 	rm -rf demo

@@ -160,12 +160,12 @@ def _panels(row: Row, colours: Colours, opacity: float) -> list[Image.Image]:
     corner = tuple(np.rint(start[::-1]).astype(int).tolist())
     panels[0].paste(image, corner)
     if row.map is not None:
-        panels[1].paste(_tinted(image, row.map, row.region, colours, opacity), corner)
+        panels[1].paste(tinted(image, row.map, row.region, colours, opacity), corner)
     _outline(panels[0], start + _corners(row.crop) * size, thin=True)
     _outline(panels[0], start + row.corners * size)
     _dot(panels[0], start + row.corners[0] * size)
     shown = row.shown.resize((HEIGHT, HEIGHT), Image.Resampling.BICUBIC)
-    panels += [shown, _tinted(shown, row.tokens, WHOLE, colours, opacity)]
+    panels += [shown, tinted(shown, row.tokens, WHOLE, colours, opacity)]
     if row.box is not None:
         for panel in panels[2:]:
             _outline(panel, _corners(row.box) * HEIGHT)
@@ -173,7 +173,8 @@ def _panels(row: Row, colours: Colours, opacity: float) -> list[Image.Image]:
     return panels
 
 
-def _tinted(image: Image.Image, cells: Cells, region: np.ndarray, colours: Colours, opacity: float) -> Image.Image:
+def tinted(image: Image.Image, cells: Cells, region: np.ndarray, colours: Colours, opacity: float) -> Image.Image:
+    """The image in grey, and over `region` of it each cell in its class's colour."""
     tints = np.array([colours.get(c, OTHER) for c in cells.classes.ravel().tolist()], np.uint8)
     return lay_over(image, tints.reshape(*cells.classes.shape, 3), opacity * cells.strength, region)
 

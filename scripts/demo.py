@@ -1,8 +1,8 @@
-"""The whole project end to end on a laptop: scenes, a teacher, labels, their check, a report, and a training batch.
+"""The whole project end to end on a laptop: scenes, a teacher, labels, their check, batches, three students, a report.
 
     python -m scripts.demo --out demo        (this is `make demo`)
 
-About three minutes on two CPU cores; run again, it keeps what is done. Everything it writes is below --out.
+About seven minutes on two CPU cores; run again, it keeps what is done. Everything it writes is below --out.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
+import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from pipeline import LoaderConfig, create_loader
+from scripts.demo_report import add_students
+from scripts.demo_students import Student, command, table, train_students
 from scripts.demo_teacher import train_teacher
 from scripts.scenes import generate_scenes
 
@@ -29,6 +32,7 @@ def main() -> int:
     parser.add_argument("--train", type=int, default=2000, help="scenes to label")
     parser.add_argument("--test", type=int, default=1000, help="scenes to test the teacher on")
     parser.add_argument("--teacher-steps", type=int, default=400)
+    parser.add_argument("--student-steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.perf_counter()
@@ -53,17 +57,21 @@ def main() -> int:
     heading(4, "verify: every bit, every image, and some rows labeled again")
     verified = json.loads(command("labeler", f"verify {quoted(store)} --images {quoted(images)} --relabel 50 --json"))
 
-    heading(5, "report")
+    heading(5, "batches: images and maps cropped together; one drawn, an epoch timed")
+    picture = out / "batch.png"
+    command("pipeline", f"view {quoted(images)} --store {quoted(store)} --out {quoted(picture)} {INPUT} --mix image")
+    loader_rate = time_epoch(images, store)
+
+    heading(6, "students: one network, trained in three ways on the same scenes")
+    students = train_students(out, options.seed, options.student_steps)
+
+    heading(7, "report")
     truth = scenes.root / "truth" / "train"
     report_options = f"--truth {quoted(truth)} --sample {options.train} --title 'Scenes, labeled' --json"
     told = json.loads(
         command("labeler", f"report {quoted(store)} --images {quoted(images)} --out {quoted(page)} {report_options}")
     )
-
-    heading(6, "batches: images and maps cropped together; one drawn, an epoch timed")
-    picture = out / "batch.png"
-    command("pipeline", f"view {quoted(images)} --store {quoted(store)} --out {quoted(picture)} {INPUT} --mix image")
-    loader_rate = time_epoch(images, store)
+    add_students(page, students, scenes.root)
 
     results = {
         "teacher_accuracy": teacher.test_accuracy,
@@ -75,24 +83,17 @@ def main() -> int:
         "problems": len(verified["problems"]),
         "map_accuracy": told["truth"]["right"],
         "loader_images_per_s": loader_rate,
+        "student_accuracy": {student.arm: student.accuracy for student in students},
+        "student_images_per_s": {student.arm: student.images_per_s for student in students},
         "seconds": time.perf_counter() - started,
     }
     (out / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
-    print_summary(results, page, picture)
+    print_summary(results, students, page, picture)
     return 0
 
 
 def quoted(path: Path) -> str:
     return shlex.quote(str(path))
-
-
-def command(package: str, arguments: str) -> str:
-    """Run one command of a package as a user would; its standard output. Ends the demo where it fails."""
-    print(f"$ python -m {package} {arguments}", flush=True)
-    done = subprocess.run([sys.executable, "-m", package, *shlex.split(arguments)], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"the demo stopped: `{package} {arguments.split()[0]}` ended with status {done.returncode}")
-    return done.stdout
 
 
 def time_epoch(images: Path, store: Path) -> float:
@@ -108,21 +109,28 @@ def time_epoch(images: Path, store: Path) -> float:
 
 
 def heading(number: int, text: str) -> None:
-    print(f"\n[{number}/6] {text}", flush=True)
+    print(f"\n[{number}/7] {text}", flush=True)
 
 
-def print_summary(results: dict[str, float], page: Path, picture: Path) -> None:
+def print_summary(results: dict[str, Any], students: list[Student], page: Path, picture: Path) -> None:
+    rate = statistics.mean(student.images_per_s for student in students)
+    labeled = f"at {results['images_per_s']:.0f} images/s" if results["images_per_s"] else "before"
     print(
-        f"\n{results['images']:,} scenes labeled at {results['images_per_s']:.0f} images/s, "
+        f"\n{results['images']:,} scenes labeled {labeled}, "
         f"{results['bytes_per_image']:,.0f} bytes each, {results['problems']} problems found\n"
         f"teacher: {results['teacher_accuracy']:.1%} of test scenes right\n"
         f"labels:  {results['map_accuracy']:.1%} of object cells name the right class in the right place\n"
         f"         (KL to the teacher {results['kl']:.4f} nats, {results['coverage']:.1%} of its probability kept)\n"
         f"batches: {results['loader_images_per_s']:.0f} images/s, augmented, with their token targets\n"
+        f"students, {rate:.0f} images/s, right on unseen scenes when taught by\n{indented(table([students]))}\n"
         f"report:  {page}\n"
         f"picture: {picture}\n"
         f"demo took {results['seconds']:.0f} s"
     )
+
+
+def indented(text: str) -> str:
+    return "\n".join(f"         {line}" for line in text.splitlines())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,29 +82,35 @@ def train_teacher(scenes: Path, out: Path, steps: int, progress: bool, seed: int
         got = f"{steps} steps, file {out.name}"
         raise InputError("the teacher cannot be trained so", got=got, expected="2 steps or more, a .safetensors file")
     settings = {"recipe": RECIPE, "scenes": _complete_set(scenes), "steps": steps, "seed": seed}
-    if (report := _stored_report(out, settings)) is not None:
+    if (report := stored_report(out, settings)) is not None:
         return report
     train = load_split(scenes / "train", "loading scenes", progress)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = scene_teacher().to(memory_format=torch.channels_last)
     started = time.perf_counter()
-    _fit(model, *train, steps, torch.Generator().manual_seed(seed), progress)
+    fit_teacher(model, *train, steps, torch.Generator().manual_seed(seed), progress)
     seconds = time.perf_counter() - started
-    accuracy = _accuracy(model, *load_split(scenes / "test", "testing", progress))
+    accuracy = top1(model, *load_split(scenes / "test", "testing", progress))
     report = TeacherReport(str(out), accuracy, seconds, steps * BATCH / seconds)
-    _store(model, out, settings, report)
+    store_teacher(model, out, settings, report)
     return report
 
 
-def load_split(folder: Path, title: str = "", progress: bool = False) -> tuple[Tensor, Tensor]:
-    """All scenes of a split as the teacher sees them: pixels uint8 [N, 3, S, S] and labels int64 [N]."""
+def load_split(
+    folder: Path,
+    title: str = "",
+    progress: bool = False,
+    side: int = LABEL_SIDE,
+    classes: Sequence[str] = CLASSES,
+) -> tuple[Tensor, Tensor]:
+    """All images of a split as the teacher sees them: pixels uint8 [N, 3, S, S] and labels int64 [N]."""
     files = sorted(folder.glob("*/*.jpg"))
-    pixels = np.empty((len(files), 3, LABEL_SIDE, LABEL_SIDE), np.uint8)
+    pixels = np.empty((len(files), 3, side, side), np.uint8)
     for i, file in enumerate(tqdm(files, title, disable=not progress, unit="img")):
         with Image.open(file) as image:
-            pixels[i] = np.asarray(image.resize((LABEL_SIDE, LABEL_SIDE), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-    return torch.from_numpy(pixels), torch.tensor([CLASSES.index(file.parent.name) for file in files])
+            pixels[i] = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    return torch.from_numpy(pixels), torch.tensor([classes.index(file.parent.name) for file in files])
 
 
 def random_crops(pixels: Tensor, side: int, generator: torch.Generator) -> Tensor:
@@ -128,9 +135,17 @@ def _normalised(pixels: Tensor) -> Tensor:
     return ((pixels.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def _fit(
-    model: nn.Module, pixels: Tensor, labels: Tensor, steps: int, generator: torch.Generator, progress: bool
+def fit_teacher(
+    model: nn.Module,
+    pixels: Tensor,
+    labels: Tensor,
+    steps: int,
+    generator: torch.Generator,
+    progress: bool,
+    side: int = TRAIN_SIDE,
+    bfloat16: bool = False,
 ) -> None:
+    """Train `model` on random crops of `side` pixels; `bfloat16` in its forward pass, for CPUs that compute in it."""
     optimizer = create_optimizer_v2(model, opt="adamw", lr=RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.2)
     order = torch.empty(0, dtype=torch.int64)
@@ -140,8 +155,9 @@ def _fit(
         if len(order) < BATCH:
             order = torch.cat([order, torch.randperm(len(labels), generator=generator)])
         rows, order = order[:BATCH], order[BATCH:]
-        logits = model(_normalised(random_crops(pixels[rows], TRAIN_SIDE, generator)))
-        loss = F.cross_entropy(logits, labels[rows], label_smoothing=SMOOTHING)
+        crops = _normalised(random_crops(pixels[rows], side, generator))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = F.cross_entropy(model(crops), labels[rows], label_smoothing=SMOOTHING)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -151,7 +167,8 @@ def _fit(
 
 
 @torch.inference_mode()
-def _accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
+def top1(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
+    """Share of the images whose class is the model's first."""
     guesses = torch.cat([model(_normalised(part)).argmax(1) for part in pixels.split(100)])
     return (guesses == labels).double().mean().item()
 
@@ -166,7 +183,7 @@ def _complete_set(scenes: Path) -> dict:
     return recorded
 
 
-def _stored_report(out: Path, settings: dict) -> TeacherReport | None:
+def stored_report(out: Path, settings: dict) -> TeacherReport | None:
     """The report in `out`, if that holds a teacher of these settings."""
     try:
         with safe_open(out, "pt") as file:
@@ -178,7 +195,8 @@ def _stored_report(out: Path, settings: dict) -> TeacherReport | None:
     return None
 
 
-def _store(model: nn.Module, out: Path, settings: dict, report: TeacherReport) -> None:
+def store_teacher(model: nn.Module, out: Path, settings: dict, report: TeacherReport) -> None:
+    """Write weights, settings and report, or nothing, to the .safetensors file `out`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}

@@ -1,10 +1,36 @@
-"""Loss, training loop, evaluation and checkpoints. Imports `pipeline` and `model`."""
+"""Loss, training loop, evaluation and checkpoints. Imports `pipeline` and `model`.
+
+Importing this package loads no torch, so that `python -m train doctor` can speak where torch is broken; each name below
+is fetched when it is first used.
+"""
 
 from __future__ import annotations
 
-from train.config import TrainConfig
-from train.loss import TokenLabelLoss
-from train.recipe import load_recipe
-from train.trainer import FitSummary, fit
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.config import TrainConfig
+    from train.loss import TokenLabelLoss
+    from train.recipe import load_recipe
+    from train.trainer import FitSummary, fit
+
+_HOMES = {
+    "FitSummary": "trainer",
+    "TokenLabelLoss": "loss",
+    "TrainConfig": "config",
+    "fit": "trainer",
+    "load_recipe": "recipe",
+}
 
 __all__ = ["FitSummary", "TokenLabelLoss", "TrainConfig", "fit", "load_recipe"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'train' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"train.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +18,9 @@ from typing import Any
 
 from labeler.command_line import OneLineParser, run_command
 from labeler.errors import InputError
-from model.errors import ModelError
+
+PICTURES = Path("predictions")
+BACKENDS = ("auto", "dali", "reference")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("train").setLevel(logging.INFO)
     try:
         return run_command(options)
-    except ModelError as error:
+    except ValueError as error:
+        from model.errors import ModelError  # here, as torch comes with it, and `doctor` shall speak without torch
+
+        if not isinstance(error, ModelError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return InputError.exit_status
 
@@ -38,7 +45,8 @@ def _fit(options: argparse.Namespace) -> int:
 
     overrides = [*options.overrides, *(["run.progress=false"] if options.quiet else [])]
     summary = fit(load_recipe(options.recipe, overrides), options.resume)
-    print(json.dumps(asdict(summary)) if options.json else summary.text())
+    if os.environ.get("RANK", "0") == "0":  # under torchrun only the first rank knows the accuracy
+        print(json.dumps(asdict(summary)) if options.json else summary.text())
     return 0
 
 
@@ -51,10 +59,38 @@ def _validate(options: argparse.Namespace) -> int:
         ema=options.ema,
         real=options.real,
         batch_size=options.batch_size,
+        backend=options.backend,
         device=options.device,
         progress=not options.quiet,
     )
     print(json.dumps(asdict(found)) if options.json else found.text())
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from train.predict import predict
+
+    if options.out is not None and not options.map:
+        raise InputError("--out is the folder for the pictures of --map", remedy="Give both, or neither.")
+    found = predict(
+        options.checkpoint,
+        options.images,
+        top=options.top,
+        ema=options.ema,
+        maps=(options.out or PICTURES) if options.map else None,
+        device=options.device,
+        progress=not options.quiet,
+    )
+    told = {"predictions": [asdict(one) for one in found]}
+    print(json.dumps(told) if options.json else "\n".join(one.text() for one in found))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from train.doctor import diagnose, text
+
+    found = diagnose()
+    print(json.dumps(found) if options.json else text(found))
     return 0
 
 
@@ -76,11 +112,26 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--resume", metavar="auto|PATH", help="go on from the run's newest checkpoint, or from this one")
     validate = _command(commands, "validate", _validate, "top-1 and top-5 accuracy on a folder of images")
     validate.add_argument("checkpoint", type=Path, help="a run's folder, one of its checkpoints, or a published file")
-    validate.add_argument("--images", type=Path, required=True, help="folder of class folders")
+    validate.add_argument("--images", type=Path, required=True, help="folder of class folders; with --real, any")
     validate.add_argument("--ema", action="store_true", help="the averaged weights")
     validate.add_argument("--real", type=Path, metavar="real.json", help="ImageNet-ReaL labels instead of the folders'")
     validate.add_argument("--batch-size", type=int, default=64)
+    validate.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="decodes and resizes; reference: as timm does, bit for bit"
+    )
     validate.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    predict = _command(commands, "predict", _predict, "the classes of single images, and of their tokens")
+    predict.add_argument("checkpoint", type=Path, help="as for validate")
+    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    predict.add_argument("--top", type=int, default=5, metavar="N", help="classes of each image (%(default)s)")
+    predict.add_argument("--map", action="store_true", help="draw each image's tokens as its auxiliary head sees them")
+    predict.add_argument("--out", type=Path, metavar="DIR", help=f"folder for these pictures ({PICTURES})")
+    predict.add_argument("--ema", action="store_true", help="the averaged weights")
+    predict.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    text = "what of this machine can be used, and why the rest cannot"
+    doctor = commands.add_parser("doctor", help=text, description=text)
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument("--json", action="store_true", help="print the result as one JSON object")
     recipes = commands.add_parser("recipes", help="list the recipes that come with the package")
     recipes.set_defaults(run=_recipes)
     return parser

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from labeler.commit import TEMPORARY, read_sealed, sealed, sync_folder
 from labeler.errors import InputError, IntegrityError
@@ -30,6 +31,12 @@ log = logging.getLogger("train")
 
 RECORD, WEIGHTS, EMA, STATE = "checkpoint.json", "weights.safetensors", "ema.safetensors", "state.pt"
 FOLDER = "checkpoints"  # within a run's folder
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    size: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class CheckpointInfo:
     config         the run's resolved recipe
     world_size, threads  of the run
     accuracy       top-1 at that step, weights and averaged weights, where it was evaluated
-    files          name -> {size, sha256}
+    files          name -> size and sha256
     """
 
     step: int
@@ -58,7 +65,10 @@ class CheckpointInfo:
     world_size: int
     threads: int
     accuracy: dict[str, float] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+
+_INFO = TypeAdapter(CheckpointInfo)
 
 
 def save_checkpoint(
@@ -104,12 +114,21 @@ def save_checkpoint(
 def check_checkpoint(folder: Path) -> CheckpointInfo:
     """The record of a checkpoint whose every file is as it was written. Raises IntegrityError."""
     try:
-        info = CheckpointInfo(**read_sealed(folder / RECORD))
+        info = _INFO.validate_python(read_sealed(folder / RECORD))
     except FileNotFoundError:
         raise IntegrityError(f"{folder} is no checkpoint", got=f"no {RECORD}") from None
-    except (IntegrityError, TypeError, OSError) as error:
-        got = error.got if isinstance(error, IntegrityError) else error
+    except ValidationError as error:
+        fault = error.errors()[0]
+        got = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+        raise IntegrityError(f"{folder / RECORD} is no record of a checkpoint", got=got) from None
+    except (IntegrityError, OSError) as error:
+        got = str(error.got if isinstance(error, IntegrityError) else error)
         raise IntegrityError(f"{folder / RECORD} is damaged", got=got) from None
+    if not {WEIGHTS} <= info.files.keys() <= {WEIGHTS, EMA, STATE}:
+        raise IntegrityError(
+            f"{folder / RECORD} is no record of a checkpoint", got=f"files {', '.join(info.files) or 'none'}",
+            expected=f"{WEIGHTS}, perhaps {EMA} and {STATE}",
+        )  # fmt: skip
     for name, expected in info.files.items():
         _read(folder, name, expected)
     return info
@@ -156,12 +175,17 @@ def find_checkpoint(path: Path) -> tuple[Path, CheckpointInfo]:
 
 def read_weights(folder: Path, info: CheckpointInfo, ema: bool = False) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint, or their moving average."""
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     name = EMA if ema else WEIGHTS
     if name not in info.files:
         raise InputError(f"{folder} has no averaged weights", remedy="Leave ema away.")
-    return load(_read(folder, name, info.files[name]))
+    data = _read(folder, name, info.files[name])
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise IntegrityError(f"{folder / name} is no safetensors file", got=error) from None
 
 
 def read_state(folder: Path, info: CheckpointInfo) -> dict[str, Any]:
@@ -173,17 +197,21 @@ def read_state(folder: Path, info: CheckpointInfo) -> dict[str, Any]:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types, among them UnpicklingError for code
         raise IntegrityError(
-            f"{folder / STATE} is no file of plain values", got=str(error).splitlines()[0][:200],
+            f"{folder / STATE} is no file of plain values", got=(str(error).splitlines() or ["none"])[0][:200],
             remedy="Nothing of it was run. Use a checkpoint that you trust.",
         ) from None  # fmt: skip
 
 
-def remove_old(run: Path, keep: int, kind: str = "step") -> None:
-    """Leave the newest `keep` checkpoints."""
-    for folder in checkpoints(run, kind)[keep:]:
+def remove_old(folder: Path, keep: int) -> None:
+    """Leave `folder`, just saved, and of its kind the newest before it, `keep` together.
+
+    Later ones stay: a run that went on from before a damaged one comes to their steps again.
+    """
+    kind = folder.name.partition("-")[0]
+    for old in [path for path in checkpoints(folder.parent.parent, kind) if path.name <= folder.name][keep:]:
         # Renamed first: one that is removed half-way would look damaged.
-        gone = folder.with_name(f"{TEMPORARY}{folder.name}-{secrets.token_hex(4)}")
-        os.rename(folder, gone)
+        gone = old.with_name(f"{TEMPORARY}{old.name}-{secrets.token_hex(4)}")
+        os.rename(old, gone)
         shutil.rmtree(gone, ignore_errors=True)
 
 
@@ -207,18 +235,18 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _read(folder: Path, name: str, expected: Mapping[str, Any]) -> bytes:
+def _read(folder: Path, name: str, expected: FileRecord) -> bytes:
     path = folder / name
     try:
         size = path.stat().st_size
-        if size != expected["size"]:
-            raise IntegrityError(f"{path} is damaged", got=f"{size:,} bytes", expected=f"{expected['size']:,}")
+        if size != expected.size:
+            raise IntegrityError(f"{path} is damaged", got=f"{size:,} bytes", expected=f"{expected.size:,}")
         data = path.read_bytes()
     except FileNotFoundError:
         raise IntegrityError(f"{path} is missing") from None
     found = hashlib.sha256(data).hexdigest()
-    if found != expected["sha256"]:
+    if found != expected.sha256:
         raise IntegrityError(
-            f"{path} is damaged", got=f"sha256 {found[:12]}…", expected=f"sha256 {expected['sha256'][:12]}…"
+            f"{path} is damaged", got=f"sha256 {found[:12]}…", expected=f"sha256 {expected.sha256[:12]}…"
         )
     return data

@@ -181,7 +181,7 @@ class RunConfig(Section):
     """
 
     out: str = "runs/{recipe}"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     batch_size: Count = 768
     micro_batch: Count | None = None
     device: str = "auto"

@@ -57,7 +57,9 @@ def evaluate(
     with torch.inference_mode():
         for batch in bar:
             if not wanted():
-                raise Stopped("the evaluation was stopped")
+                raise Stopped(
+                    "stopped in an evaluation", remedy="What is trained is saved: --resume auto goes on from there."
+                )
             right = _right_classes(batch, loader.num_classes, real)
             images = batch.images.contiguous(memory_format=torch.channels_last) if channels_last else batch.images
             for i, net in enumerate(networks.values()):

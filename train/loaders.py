@@ -87,11 +87,13 @@ def evaluation_loader(
     backend: str = "auto",
     threads: int | None = None,
     progress: bool = True,
+    image_list: str | None = None,
 ) -> TokenLabelLoader:
     """Every image once, resized and cropped as timm does. transform: mean, std, crop_pct, crop_mode."""
     return create_loader(
         LoaderConfig(
             images=images,
+            image_list=image_list,
             token_labels=False,
             train=False,
             image_size=image_size,

@@ -28,7 +28,7 @@ class Metrics:
     """Appends rows {"kind": "train" | "eval", "step": …, …}; goes on from `step`, so later rows of the file are cut."""
 
     def __init__(self, folder: Path, step: int, tensorboard: bool, tracker: str, settings: Mapping[str, Any]) -> None:
-        self.folder, self._jsonl = folder, folder / "metrics.jsonl"
+        self.folder, self._jsonl, self._behind = folder, folder / "metrics.jsonl", False
         # An evaluation at the very step is done again: it may not have been finished.
         self.rows = [row for row in read_rows(folder) if row["step"] < step + (row["kind"] == "train")]
         replace_file(self._jsonl, b"".join(map(_line, self.rows)))
@@ -45,12 +45,21 @@ class Metrics:
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        _append(self._jsonl, row)
+        self._append(self._jsonl, row)
         self._report(row)
 
     def add_speed(self, row: Row) -> None:
-        _append(self.folder / "speed.jsonl", row)
+        self._append(self.folder / "speed.jsonl", row)
         self._report({"kind": "speed", **row})
+
+    def _append(self, path: Path, row: Row) -> None:
+        """On a full disk the row waits for the next `sync`: no reason to stop training."""
+        try:
+            with open(path, "ab") as file:
+                file.write(_line(row))
+        except OSError as error:
+            log.error("%s cannot be written: %s; training goes on", path, error.strerror)
+            self._behind = True
 
     def _report(self, row: Row) -> None:
         values = {f"{row['kind']}/{key}": value for key, value in row.items() if key not in ("kind", "step", "epoch")}
@@ -66,6 +75,9 @@ class Metrics:
 
     def sync(self) -> None:
         """The rows so far are on the disk on return, and the table and the events with them."""
+        if self._behind:
+            replace_file(self._jsonl, b"".join(map(_line, self.rows)))
+            self._behind = False
         with open(self._jsonl, "rb") as file:
             os.fsync(file.fileno())
         replace_file(self.folder / "metrics.csv", _table(self.rows).encode())
@@ -93,11 +105,6 @@ def _read(path: Path) -> list[Row]:
         except ValueError:
             log.warning("a line of %s is not readable and left out", path)
     return rows
-
-
-def _append(path: Path, row: Row) -> None:
-    with open(path, "ab") as file:
-        file.write(_line(row))
 
 
 def _line(row: Row) -> bytes:

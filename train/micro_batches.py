@@ -16,10 +16,16 @@ from pipeline.targets import TokenTargets
 
 
 def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
-    """Parts of at most `size` images, an even number; None: the batch itself. Their means count by their lengths."""
+    """Parts of at most `size` images; None: the batch itself. Their means count by their lengths.
+
+    Where images mix, parts hold an even number, so that `size` is 2 or more.
+    """
     if size is None or size >= len(batch):
         return [batch]
-    count, half = len(batch), max(1, size // 2)
+    count = len(batch)
+    if batch.mix is None:
+        return [_part(batch, np.arange(start, min(start + size, count))) for start in range(0, count, size)]
+    half = max(1, size // 2)
     starts = range(0, (count + 1) // 2, half)
     return [_part(batch, _pairs(count, start, min(start + half, (count + 1) // 2))) for start in starts]
 

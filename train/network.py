@@ -11,7 +11,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from labeler.errors import InputError
+from labeler.errors import InputError, IntegrityError
 from model import load_reference_checkpoint, token_label
 from model.errors import ModelError
 from model.token_heads import TokenLabelHeads
@@ -33,6 +33,12 @@ def build_network(config: ModelConfig, dense_weight: float = 1.0) -> TokenLabelH
     return net
 
 
+def as_checkpointed(config: ModelConfig, info: CheckpointInfo) -> ModelConfig:
+    """The same model without what it began with: a checkpoint's weights take that place."""
+    args = {**config.args, "pretrained": False}
+    return config.model_copy(update={"weights": None, "num_classes": info.num_classes, "args": args})
+
+
 def set_classes(net: TokenLabelHeads, num_classes: int) -> None:
     """New heads where the model has other classes than the data."""
     if net.num_classes != num_classes:
@@ -42,10 +48,15 @@ def set_classes(net: TokenLabelHeads, num_classes: int) -> None:
 
 def restore_network(info: CheckpointInfo, state: dict[str, torch.Tensor]) -> TokenLabelHeads:
     """The model of a checkpoint, in evaluation mode."""
-    config = ModelConfig.model_validate({**info.model, "weights": None, "train": "all"})
-    config = config.model_copy(update={"args": {**config.args, "pretrained": False}})
-    net = _create(config, info.num_classes, config.img_size)
-    net.load_state_dict(state)
+    config = as_checkpointed(ModelConfig.model_validate(info.model), info)
+    net = _create(config, config.num_classes, config.img_size)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        got = " ".join(str(error).split())[:200]
+        raise IntegrityError(
+            f"the weights of a checkpoint are not those of its model {config.name!r}", got=got
+        ) from None
     net.aux_weight = info.aux_weight
     return net.eval()
 
@@ -79,7 +90,7 @@ def _create(config: ModelConfig, num_classes: int | None, img_size: int) -> Toke
 def _from_weights(config: ModelConfig) -> TokenLabelHeads:
     """Built as the weights are, loaded, and only then brought to the recipe's resolution and classes."""
     path = Path(str(config.weights))
-    state, classes, side = _begin_with(path, config.weights_ema)
+    state, classes, side, described = _begin_with(path, config.weights_ema)
     net = _create(config.model_copy(update={"args": {**config.args, "pretrained": False}}), classes, side)
     missing = [key for key in net.state_dict() if key not in state and not key.startswith("aux_head.")]
     shapes = {key: value.shape for key, value in net.state_dict().items()}
@@ -90,7 +101,7 @@ def _from_weights(config: ModelConfig) -> TokenLabelHeads:
             got=f"{len(missing)} weights missing, {len(wrong)} of another name or shape "
             f"({', '.join([*missing, *wrong][:3])})",
             expected="the weights of the same model",
-            remedy="Set model.name and model.args as they were when it was trained.",
+            remedy=f"Set model.name and model.args to what was trained there: {described}.",
         )
     net.load_state_dict(state, strict=False)
     if side != config.img_size:
@@ -100,11 +111,13 @@ def _from_weights(config: ModelConfig) -> TokenLabelHeads:
     return net
 
 
-def _begin_with(path: Path, ema: bool) -> tuple[dict[str, torch.Tensor], int, int]:
-    """Weights, their class count and their resolution."""
+def _begin_with(path: Path, ema: bool) -> tuple[dict[str, torch.Tensor], int, int, str]:
+    """Weights, their class count, their resolution, and of which model they are, in words."""
     if path.is_dir():
         folder, info = find_checkpoint(path)
-        return read_weights(folder, info, ema), info.num_classes, int(info.model["img_size"])
+        settings = ", ".join(f"{key} {value}" for key, value in info.model["args"].items())
+        described = f"{info.model['name']} with {settings or 'its usual settings'}"
+        return read_weights(folder, info, ema), info.num_classes, int(info.model["img_size"]), described
     try:
         net = load_reference_checkpoint(path, ema=ema)
     except ModelError as error:
@@ -112,7 +125,8 @@ def _begin_with(path: Path, ema: bool) -> tuple[dict[str, torch.Tensor], int, in
     size = net.img_size
     if size[0] != size[1]:  # type: ignore[index]
         raise InputError(f"{path} is not for square images", got=size)
-    return net.state_dict(), net.num_classes, size[0]  # type: ignore[return-value, index]
+    described = f"{type(net).__name__} with embed_dim {net.embed_dim}, depth {len(net.feature_info)}"  # type: ignore[arg-type]
+    return net.state_dict(), net.num_classes, size[0], described  # type: ignore[return-value, index]
 
 
 def _freeze_all_but_heads(net: TokenLabelHeads) -> None:

@@ -46,12 +46,21 @@ def build_optimizer(net: nn.Module, config: OptimizerConfig) -> torch.optim.Opti
 
 
 class LearningRate:
-    """Sets the learning rate of every parameter group before a step; it depends on the step's number alone."""
+    """Sets the learning rate of every parameter group before a step; it depends on the step's number alone.
+
+    Raises InputError where warm-up and cooldown leave none of `schedule.steps`.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: ScheduleConfig, epoch_steps: int) -> None:
         epochs = config.epochs
         if config.steps is not None:
             epochs = config.steps / epoch_steps - config.cooldown_epochs
+            if epochs <= config.warmup_epochs:
+                raise InputError(
+                    "schedule.steps is too few for warm-up and cooldown",
+                    got=f"{config.steps} steps of {epoch_steps} an epoch",
+                    expected=f"more than {(config.warmup_epochs + config.cooldown_epochs) * epoch_steps:g}",
+                )
         length = config.first_cycle if config.kind == "restarts" else epochs
         self._optimizer = optimizer
         self._scheduler = CosineLRScheduler(

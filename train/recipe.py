@@ -21,6 +21,15 @@ FREE = frozenset(
     {"data.images", "data.store", "data.validation", "data.image_list", "data.cache", "data.threads", "data.prefetch",
      "run.out", "run.save_every", "run.keep", "run.tensorboard", "run.tracker", "run.progress"}
 )  # fmt: skip
+# pydantic's words for types, in plain ones
+PLAIN = {
+    "a valid number": "a number",
+    "a valid integer": "a whole number",
+    "a valid boolean": "true or false",
+    "a valid string": "text in quotes",
+    "a valid array": "a list",
+    "an object": "a section",
+}
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -30,9 +39,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
     """
     path = recipe_path(recipe)
     values = _read(path)
-    for override in overrides:
-        _override(values, override)
-    config = parse_config(values, str(path))
+    given = {_override(values, override): override for override in overrides}
+    config = parse_config(values, str(path), given)
     run = config.run.model_copy(update={"out": config.run.out.replace("{recipe}", path.stem)})
     return config.model_copy(update={"run": run})
 
@@ -47,7 +55,7 @@ def recipe_path(recipe: str | Path) -> Path:
     names = recipe_names()
     raise InputError(
         "there is no such recipe", got=repr(str(recipe)), expected=f"a .toml file, or one of {', '.join(names)}",
-        remedy=nearest(str(recipe), names),
+        remedy=_alike(path.stem, names),
     )  # fmt: skip
 
 
@@ -55,15 +63,22 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
-def parse_config(values: Mapping[str, Any], source: str) -> TrainConfig:
-    """Values of sections, as TOML gives them, to a configuration. `source` stands in the errors."""
+def parse_config(values: Mapping[str, Any], source: str, given: Mapping[str, str] | None = None) -> TrainConfig:
+    """Values of sections, as TOML gives them, to a configuration.
+
+    source  stands in the errors; given  `section.key` -> the override that gave it, which stands there instead
+    """
     try:
         # By way of JSON: in it a list serves as a tuple, while all else keeps its type.
         return TrainConfig.model_validate_json(json.dumps(values))
-    except TypeError as error:  # a date, which no setting is
-        raise InputError(f"a value in {source} is not usable", got=str(error)) from None
+    except TypeError:
+        raise InputError(
+            f"{source}: got a date or a time, which no setting is", remedy="Put quotes around it."
+        ) from None
+    except RecursionError:
+        raise InputError(f"{source} cannot be read", got="too deep nesting") from None
     except ValidationError as error:
-        raise _explained(error, source) from None
+        raise _explained(error, source, given or {}) from None
 
 
 def to_toml(config: TrainConfig) -> str:
@@ -100,22 +115,28 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read", got=error.strerror) from None
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def _override(values: dict[str, Any], override: str) -> str:
+    """Put an override among the values; the setting's full name."""
     name, equals, text = override.partition("=")
     parts = name.strip().split(".")
     if not equals or not all(parts):
-        raise InputError("an override is not readable", got=repr(override), expected="section.key=value")
+        raise InputError("an override is not readable", got=repr(override)[:80], expected="section.key=value")
+    try:
+        override.encode()
+    except UnicodeEncodeError:
+        raise InputError("an override is not UTF-8", got=ascii(override)[:80]) from None
     if len(parts) == 1:
         parts = _with_section(parts[0])
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         value = text.strip()
     for part in parts[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
-            raise InputError("an override is not readable", got=repr(override), expected=f"{part} to be a section")
+            raise InputError("an override is not readable", got=repr(override)[:80], expected=f"{part} to be a section")
     values[parts[-1]] = value
+    return ".".join(parts)
 
 
 def _with_section(key: str) -> list[str]:
@@ -123,30 +144,59 @@ def _with_section(key: str) -> list[str]:
     homes = [name for name, field in TrainConfig.model_fields.items() if key in _fields(field.annotation)]
     if len(homes) == 1:
         return [homes[0], key]
+    if homes:
+        expected = " or ".join(f"{home}.{key}" for home in homes)
+        raise InputError("an override needs its section", got=repr(key), expected=expected)
+    if key in TrainConfig.model_fields:
+        raise InputError("an override names a section only", got=repr(key), expected=f"{key}.key=value")
     keys = sorted({k for field in TrainConfig.model_fields.values() for k in _fields(field.annotation)})
-    expected = " or ".join(f"{home}.{key}" for home in homes) or None
-    raise InputError("an override has no section", got=repr(key), expected=expected, remedy=nearest(key, keys))
+    alike = _alike(key, keys) or "docs/recipes.md lists the sections and train/config.py all keys."
+    raise InputError(f"no section has a key {key!r}", remedy=alike)
 
 
-def _explained(error: ValidationError, source: str) -> InputError:
+def _explained(error: ValidationError, source: str, given: Mapping[str, str]) -> InputError:
     """The first fault as one line, with the nearest valid name where a name is wrong."""
     faults = error.errors(include_url=False)
-    fault = faults[0]
-    # pydantic adds the type tried to the place of a union's member: cut it where the configuration knows no such name.
+    # A name that is wrong explains one that is missing.
+    fault = min(faults, key=lambda fault: fault["type"] != "extra_forbidden")
     place = [str(part) for part in fault["loc"][:2]]
-    name, more = ".".join(place), f" ({len(faults) - 1} more)" if len(faults) > 1 else ""
+    alike = [other for other in faults if other["loc"][:2] == fault["loc"][:2]]
+    count = len({other["loc"][:2] for other in faults}) - 1
+    name, more = ".".join(place), f" ({count} more)" if count else ""
+    source = next((f"override {given[key][:80]!r}" for key in given if f"{key}.".startswith(f"{name}.")), source)
     kind, got = fault["type"], fault.get("input")
     if kind == "extra_forbidden":
         fields: Any = TrainConfig.model_fields
         known = list(fields) if len(place) == 1 else _fields(fields[place[0]].annotation)
-        return InputError(f"{source}: unknown key {name!r}{more}", remedy=nearest(place[-1], known))
-    if kind == "missing":
-        return InputError(f"{source}: {name} is missing{more}", remedy=f"Give it there, or as {name}=… .")
+        what = "section" if len(place) == 1 else "key"
+        return InputError(f"{source}: unknown {what} {name!r}{more}", remedy=nearest(place[-1], known))
+    if kind == "missing" and len(fault["loc"]) <= 2:
+        how = f"Give it as [{name}] there." if len(place) == 1 else f"Give it there, or as {name}=… ."
+        return InputError(f"{source}: {name} is missing{more}", remedy=how)
     if kind == "value_error":
         return InputError(f"{source}: {fault['ctx']['error']}{more}")
-    remedy = "Leave the quotes away." if isinstance(got, str) and "number" in fault["msg"] + kind + "int" else None
-    expected = fault["msg"].removeprefix("Input should be ")
-    return InputError(f"{source}: {name}{more}", got=repr(got)[:80], expected=expected, remedy=remedy)
+    name = ".".join(str(part) for part in fault["loc"][:3] if isinstance(part, str))
+    remedy = "Leave the quotes away." if kind in ("float_type", "int_type") and _is_number(got) else None
+    return InputError(f"{source}: {name}{more}", got=repr(got)[:80], expected=_expected(alike), remedy=remedy)
+
+
+def _expected(faults: Sequence[Any]) -> str:
+    """What a setting should have been; several faults where it has several values, or may be of several types."""
+    first = faults[0]
+    if first["type"] == "too_long":
+        return f"{first['ctx']['max_length']} values"
+    if first["type"] == "missing":
+        return f"{faults[-1]['loc'][-1] + 1} values"
+    same = [fault for fault in faults if fault["loc"][:3] == first["loc"][:3]]
+    texts = [fault["msg"].removeprefix("Input should be ") for fault in same]
+    return " or ".join(dict.fromkeys(PLAIN.get(text, text) for text in texts))
+
+
+def _is_number(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and bool(float(text) + 1)
+    except ValueError:
+        return False
 
 
 def _fields(section: Any) -> list[str]:
@@ -154,13 +204,17 @@ def _fields(section: Any) -> list[str]:
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
+    return _alike(name, known) or (f"There is: {', '.join(known)}." if known else None)
+
+
+def _alike(name: str, known: Sequence[str]) -> str | None:
     found = difflib.get_close_matches(name, known, 1, 0.5)
-    return f"Did you mean {found[0]!r}?" if found else f"There is: {', '.join(known)}." if known else None
+    return f"Did you mean {found[0]!r}?" if found else None
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, float):
         return repr(value)  # its shortest form that reads back as the same number
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which TOML, unlike JSON, wants escaped

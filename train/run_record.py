@@ -67,7 +67,7 @@ class RunRecord:
         try:
             self.metrics.sync()
             save_checkpoint(folder, info, weights, ema, state)
-            remove_old(self.folder, keep, kind)
+            remove_old(folder, keep)
         except OSError as error:
             older = checkpoints(self.folder)
             kept = f"the newest one kept is {older[0]}" if older else "there is no older one"

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from labeler.commit import replace_file
-from labeler.errors import InputError, MismatchError
+from labeler.errors import InputError, IntegrityError, MismatchError
 from pipeline.batch import Batch
 from train.checkpoint import CheckpointInfo, read_state, read_weights
 from train.config import TrainConfig
@@ -28,7 +28,7 @@ from train.errors import NonFiniteError, Stopped
 from train.evaluate import evaluate
 from train.loaders import class_folders, training_loader, validation_loader
 from train.loss import TokenLabelLoss
-from train.network import build_network, set_classes, train_mode
+from train.network import as_checkpointed, build_network, set_classes, train_mode
 from train.optimization import LearningRate, build_optimizer, total_steps
 from train.recipe import differences, parse_config
 from train.run_record import RunRecord, locked, starting_point
@@ -93,7 +93,8 @@ class Trainer:
         self.threads = _set_threads(config, None if found is None else found[1].threads)
         self.precision = _precision(config, ranks.device)
         torch.manual_seed(config.run.seed)  # beginning weights are the same on all ranks
-        net = build_network(config.model, config.loss.dense_weight)
+        begun = config.model if found is None else as_checkpointed(config.model, found[1])
+        net = build_network(begun, config.loss.dense_weight)
         self.loader = training_loader(config, net, ranks)
         set_classes(net, self.loader.num_classes)
         self.validation = validation_loader(config, net, ranks, self.loader)
@@ -280,14 +281,17 @@ class Trainer:
 
     def _restore(self, folder: Path, info: CheckpointInfo) -> None:
         state = read_state(folder, info)
-        self.loader.load_state_dict(state["loader"])
-        self.task.network.load_state_dict(read_weights(folder, info))
-        if self.ema is not None:
-            self.ema.load_state_dict(read_weights(folder, info, ema=True))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.train_step.scaler.load_state_dict(state["scaler"])
-        self.step, self.skipped, self._bad_in_a_row = info.step, state["skipped"], state["bad_in_a_row"]
-        self._loss_sum, self._loss_steps = state["loss_sum"], state["loss_steps"]
+        try:
+            self.loader.load_state_dict(state["loader"])
+            self.task.network.load_state_dict(read_weights(folder, info))
+            if self.ema is not None:
+                self.ema.load_state_dict(read_weights(folder, info, ema=True))
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.train_step.scaler.load_state_dict(state["scaler"])
+            self.step, self.skipped, self._bad_in_a_row = info.step, state["skipped"], state["bad_in_a_row"]
+            self._loss_sum, self._loss_steps = state["loss_sum"], state["loss_steps"]
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise _unfit(folder, error) from None
         if self.ranks.first:
             log.info("resumed from %s, step %d of %d", folder, self.step, self.steps)
 
@@ -307,6 +311,12 @@ class Trainer:
             seconds=self.speed.seconds(),
             skipped=self.skipped,
         )
+
+
+def _unfit(folder: Path, error: Exception) -> IntegrityError:
+    """The checkpoint is whole, and yet not what such a run saves."""
+    got = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return IntegrityError(f"{folder} holds no state of this run", got=got, remedy="Resume from another checkpoint.")
 
 
 def _refuse_other_run(config: TrainConfig, info: CheckpointInfo, ranks: Ranks) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from labeler.class_names import IMAGENET_CLASSES, imagenet_names, name_classes
 from labeler.errors import InputError
+from labeler.images import find_images
 from model import load_reference_checkpoint
 from model.errors import ModelError
 from model.token_heads import TokenLabelHeads
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.loader import TokenLabelLoader
 from train.checkpoint import find_checkpoint, read_weights
 from train.distributed import joined_ranks
 from train.evaluate import evaluate, read_real_labels
@@ -25,7 +31,8 @@ class Trained:
     """A model ready to answer, with what it needs to know of images and classes.
 
     transform      mean, std, crop_pct, crop_mode
-    class_folders  folder name -> class id; empty: the sorted folders of the images in their order
+    class_folders  folder name -> class id; empty: told by the images' folders
+    dense_trained  whether its auxiliary head was part of the loss
     """
 
     net: TokenLabelHeads
@@ -33,6 +40,21 @@ class Trained:
     transform: dict[str, Any]
     class_names: list[str]
     class_folders: dict[str, int]
+    dense_trained: bool = True
+
+    @property
+    def side(self) -> int:
+        """Of the square input, in pixels. Raises InputError where it is not square."""
+        height, width = cast(tuple[int, int], self.net.img_size)
+        if height != width:
+            raise InputError("only models of square inputs can be used", got=f"{height}×{width}")
+        return height
+
+    def class_name(self, number: int) -> str:
+        """Its name, else its folder's, else its number."""
+        if number < len(self.class_names):
+            return self.class_names[number]
+        return next((folder for folder, c in self.class_folders.items() if c == number), f"class {number}")
 
 
 @dataclass(frozen=True)
@@ -55,7 +77,8 @@ def load_trained(path: str | Path, ema: bool = False) -> Trained:
     if path.is_dir():
         folder, info = find_checkpoint(path)
         net = restore_network(info, read_weights(folder, info, ema))
-        return Trained(net, str(folder), info.transform, info.class_names, info.class_folders)
+        dense = info.config["loss"]["dense_weight"] > 0
+        return Trained(net, str(folder), info.transform, info.class_names, info.class_folders, dense)
     try:
         net = load_reference_checkpoint(path, ema=ema)  # type: ignore[assignment]
     except ModelError as error:
@@ -65,7 +88,9 @@ def load_trained(path: str | Path, ema: bool = False) -> Trained:
         "mean": usual.get("mean", IMAGENET_MEAN), "std": usual.get("std", IMAGENET_STD),
         "crop_pct": usual.get("crop_pct", 0.9), "crop_mode": usual.get("crop_mode", "center"),
     }  # fmt: skip
-    return Trained(net, str(path), transform, [], {})
+    # What was published with 1,000 classes has ImageNet's, in their usual order.
+    names = list(imagenet_names()[1]) if net.num_classes == IMAGENET_CLASSES else []
+    return Trained(net, str(path), transform, names, {})
 
 
 def validate(
@@ -75,34 +100,74 @@ def validate(
     ema: bool = False,
     real: str | Path | None = None,
     batch_size: int = 64,
+    backend: str = "auto",
     device: str = "auto",
     progress: bool = True,
 ) -> Validation:
     """Top-1 and top-5 of a checkpoint on a folder of class folders; under torchrun exact over all ranks.
 
-    real  ImageNet-ReaL's `real.json`, for the validation images of ImageNet
+    real     ImageNet-ReaL's `real.json`, for the validation images of ImageNet, in class folders or in none
+    backend  as `pipeline.LoaderConfig`
     """
     trained = load_trained(checkpoint, ema)
-    classes = trained.net.num_classes
-    labels = None if real is None else read_real_labels(Path(real), classes)
+    labels = None if real is None else read_real_labels(Path(real), trained.net.num_classes)
     with joined_ranks(device) as ranks:
         net: Any = trained.net.to(ranks.device)
-        size = net.img_size
-        if size[0] != size[1]:
-            raise InputError("only square inputs can be validated", got=f"{size[0]}×{size[1]}")
-        loader = evaluation_loader(
-            str(images),
-            image_size=size[0],
-            grid=tuple(net.grid),
-            num_classes=classes,
-            class_folders=trained.class_folders or None,
-            transform=trained.transform,
-            ranks=ranks,
-            batch_size=batch_size,
-            progress=progress and ranks.first,
-        )
+        shown = progress and ranks.first
+        settings: dict[str, Any] = {
+            "image_size": trained.side,
+            "grid": tuple(net.grid),
+            "num_classes": net.num_classes,
+            "transform": trained.transform,
+            "ranks": ranks,
+            "batch_size": batch_size,
+            "backend": backend,
+            "progress": shown,
+        }
+        loader = _loader(trained, Path(images), settings, labels is None)
         precision = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-        found = evaluate({"": net}, loader, ranks, precision=precision, real=labels, progress=progress and ranks.first)[
-            ""
-        ]
+        found = evaluate({"": net}, loader, ranks, precision=precision, real=labels, progress=shown)[""]
     return Validation(found.top1, found.top5, found.images, trained.name)
+
+
+def _loader(trained: Trained, images: Path, settings: dict[str, Any], folders_tell: bool) -> TokenLabelLoader:
+    """folders_tell: the true classes are those of the folders; otherwise images may lie anywhere below `images`."""
+    packed = images.suffix == ".tar" or any(images.glob("*.tar"))
+    if not folders_tell and not packed:
+        return _unlabeled_loader(images, settings)
+    folders: Mapping[str, int] | None = trained.class_folders or None
+    if folders is None and not packed and images.is_dir():
+        keys = tuple(f"{entry.name}/" for entry in os.scandir(images) if entry.is_dir())
+        folders = name_classes(keys, trained.net.num_classes, None)[1] or None
+    try:
+        return evaluation_loader(str(images), class_folders=folders, **settings)
+    except InputError:
+        if folders is not None and images.is_dir():
+            _refuse_unknown_folders(images, folders)
+        raise
+
+
+def _unlabeled_loader(images: Path, settings: dict[str, Any]) -> TokenLabelLoader:
+    """Images of unknown classes. The loader wants one for each: seen from one folder up, all have the same."""
+    root = images.resolve()
+    found = find_images(root)
+    if root.name == "":
+        raise InputError("the root folder is no folder of images")
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as listed:
+        listed.writelines(f"{root.name}/{key}\n" for key in found.keys)
+        listed.flush()
+        return evaluation_loader(str(root.parent), class_folders={root.name: 0}, image_list=listed.name, **settings)
+
+
+def _refuse_unknown_folders(images: Path, folders: Mapping[str, int]) -> None:
+    unknown = sorted(entry.name for entry in os.scandir(images) if entry.is_dir() and entry.name not in folders)
+    if unknown:
+        raise InputError(
+            f"the model does not know {len(unknown)} of the class folders in {str(images)!r}",
+            got=_some(unknown), expected=_some(sorted(folders)),
+            remedy="Name them as in training, or leave them out.",
+        ) from None  # fmt: skip
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:4])) + (" …" if len(names) > 4 else "")

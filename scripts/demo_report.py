@@ -1,0 +1,106 @@
+"""What the demo's report says of the students: their accuracy, curves, and answers laid over unseen scenes.
+
+Legend: B images; C classes; h×w token grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from labeler.commit import replace_file
+from labeler.report_charts import COLOURS, lay_over, picture
+from scripts.demo_students import Student
+from train.curves import draw_comparison
+from train.distributed import Ranks
+from train.loaders import evaluation_loader
+from train.validate import Trained, load_trained
+
+PICTURES, SIDE = 16, 170
+WHOLE = np.array([0.0, 0.0, 1.0, 1.0])
+
+
+def add_students(page: Path, students: Sequence[Student], scenes: Path) -> None:
+    """Put the comparison above the first chapter of the labeler's report."""
+    curves = page.with_name("students.png")
+    draw_comparison({student.arm: student.folder for student in students}, curves)
+    rows = "".join(
+        f"<tr><td>{escape(s.arm)}</td><td class='n'>{s.accuracy:.1%}</td><td class='n'>{s.images_per_s:,.0f}</td></tr>"
+        for s in students
+    )
+    parts = [
+        "<h2>Does it help?</h2>",
+        '<p class="soft">The same small DeMansia, trained on the same scenes for the same few steps with one seed, '
+        "taught in three ways. The middle one has a loss on every token, too, but no map: what lies between it and the "
+        "last is what the <b>map</b> adds. Scenes made for it and a short training: not what to expect elsewhere.</p>",
+        "<table><tr><th>taught by</th><th class='n'>right on unseen scenes</th><th class='n'>images/s</th></tr>",
+        f"{rows}</table>",
+        f"<p>{picture_of(curves)}</p><h2>What the students answer</h2>",
+        '<p class="soft">Unseen scenes. Right of each image, the tokens of the student with token labels, in the '
+        "colour of their most probable class, the stronger the surer.</p>",
+        f'<div class="maps">{answers(students, scenes / "test")}</div>',
+    ]
+    text = page.read_text("utf-8")
+    replace_file(page, text.replace("<h2>", "\n".join(parts) + "<h2>", 1).encode())
+
+
+def picture_of(path: Path) -> str:
+    with Image.open(path) as image:
+        return picture(image.convert("RGB"), 92).replace("<img ", '<img style="max-width:100%;height:auto" ')
+
+
+@torch.inference_mode()
+def answers(students: Sequence[Student], images: Path) -> str:
+    """Some scenes of every class with each student's answer."""
+    trained = [load_trained(student.folder) for student in students]
+    inputs, labels = _some_images(trained[0], images)
+    guesses = [one.net(inputs).argmax(1).tolist() for one in trained]
+    confidence, classes = trained[-1].net.score_maps(inputs).softmax(1).max(1)
+    names = trained[0].class_names
+    shown = []
+    for b, truth in enumerate(labels.tolist()):
+        image = _pixels(inputs[b], trained[0])
+        tints = np.array(COLOURS, np.uint8)[classes[b].numpy()]
+        overlay = lay_over(image, tints, 0.15 + 0.75 * confidence[b].numpy(), WHOLE)
+        told = "".join(
+            f"<div>{'✓' if guess[b] == truth else '✗'} {escape(student.arm)}: {escape(names[guess[b]])}</div>"
+            for student, guess in zip(students, guesses, strict=True)
+        )
+        present = classes[b].flatten().bincount().argsort(descending=True)[: classes[b].unique().numel()][:3].tolist()
+        legend = "".join(f'<span><i style="background:rgb{COLOURS[c]}"></i>{escape(names[c])}</span>' for c in present)
+        shown.append(
+            f'<div class="map"><div class="pair">{picture(image)}{picture(overlay)}</div>'
+            f'<div class="legend">{legend}</div><div class="name">is <b>{escape(names[truth])}</b>{told}</div></div>'
+        )
+    return "".join(shown)
+
+
+def _some_images(trained: Trained, images: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs [B, 3, S, S] and true classes [B]."""
+    net, device = trained.net, torch.device("cpu")
+    loader = evaluation_loader(
+        str(images),
+        image_size=net.img_size[0],
+        grid=tuple(net.grid),
+        num_classes=net.num_classes,
+        class_folders=trained.class_folders,
+        transform=trained.transform,
+        ranks=Ranks(0, 1, device),
+        batch_size=1000,
+        progress=False,
+    )
+    batch = next(iter(loader))
+    chosen = np.sort(np.random.default_rng(0).permutation(len(batch))[:PICTURES])
+    return batch.images[chosen], batch.labels[chosen]
+
+
+def _pixels(image: torch.Tensor, trained: Trained) -> Image.Image:
+    """What the network saw, as a picture."""
+    mean, std = (torch.tensor(trained.transform[name]).view(3, 1, 1) for name in ("mean", "std"))
+    pixels = ((image * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)

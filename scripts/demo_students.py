@@ -1,0 +1,83 @@
+"""The demo's comparison: the same network on the same scenes, taught in three ways.
+
+    python -m scripts.demo_students demo --seeds 0 1 2        (after `make demo`, which runs seed 0)
+
+All arms have the same network, images, crops, steps and seed; only what the loss is told differs. The middle arm is the
+control: it has a loss on every token, as token labels do, but no map. A run that is there already is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ARMS = {
+    "image label only": "data.token_labels=false loss.dense_weight=0",
+    "image label on every token": "data.token_labels=false",
+    "token labels": "",
+}
+
+
+@dataclass(frozen=True)
+class Student:
+    """One arm's run: its folder, top-1 on unseen scenes after the last step, and training images per second."""
+
+    arm: str
+    folder: Path
+    accuracy: float
+    images_per_s: float
+
+
+def train_students(demo: Path, seed: int = 0, steps: int = 400) -> list[Student]:
+    """Train every arm with `python -m train fit demo`, as a user would."""
+    return [train_student(demo, arm, seed, steps) for arm in ARMS]
+
+
+def train_student(demo: Path, arm: str, seed: int, steps: int) -> Student:
+    folder = demo / "students" / f"{arm.replace(' ', '-')}-seed{seed}"
+    data = {"images": demo / "scenes" / "train", "store": demo / "labels", "validation": demo / "scenes" / "test"}
+    where = " ".join(f"data.{name}={shlex.quote(str(path))}" for name, path in data.items())
+    how = f"{where} run.out={shlex.quote(str(folder))} run.seed={seed} schedule.steps={steps} {ARMS[arm]}"
+    found = json.loads(command("train", f"fit demo {how.strip()} --resume auto --json"))
+    speeds = [json.loads(line)["images_per_s"] for line in (folder / "speed.jsonl").read_text().splitlines()]
+    return Student(arm, folder, found["top1"], statistics.median(speeds))
+
+
+def command(package: str, arguments: str) -> str:
+    """Run one command of a package as a user would; its standard output. Ends the demo where it fails."""
+    print(f"$ python -m {package} {arguments}", flush=True)
+    done = subprocess.run([sys.executable, "-m", package, *shlex.split(arguments)], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"the demo stopped: `{package} {arguments.split()[0]}` ended with status {done.returncode}")
+    return done.stdout
+
+
+def table(students: Sequence[Sequence[Student]]) -> str:
+    """One line for each arm: mean and spread over seeds, given as one list of arms for each seed."""
+    lines = []
+    for same in zip(*students, strict=True):
+        found = [student.accuracy for student in same]
+        spread = f" ± {statistics.stdev(found):.1%}" if len(found) > 1 else ""
+        each = f"  ({', '.join(f'{value:.1%}' for value in found)})" if len(found) > 1 else ""
+        lines.append(f"{same[0].arm:28} {statistics.mean(found):.1%}{spread}{each}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("demo", type=Path, help="folder that `make demo` wrote")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=400)
+    options = parser.parse_args()
+    print(table([train_students(options.demo, seed, options.steps) for seed in options.seeds]))
+
+
+if __name__ == "__main__":
+    main()

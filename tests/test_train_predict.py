@@ -1,0 +1,258 @@
+"""`predict`: the pixels, classes and token maps of single images, and what it refuses.
+
+Legend: B images; C classes; S input side; h×w token grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from tiny import CLASSES, encoded, picture
+from tiny_runs import tiny_config, tiny_data
+
+import train
+from labeler.decode_reference import ORIENTATION_TAG
+from labeler.report_charts import COLOURS
+from model.vim import Vim
+from pipeline.view import FAINTEST, GAP, LINE, MARGIN, assign_colours
+from train import predict as prediction
+from train.__main__ import main
+from train.distributed import Ranks
+from train.loaders import evaluation_loader
+from train.predict import draw_map, normalized, see
+from train.validate import Trained, load_trained
+
+GRID = 4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train.fit(tiny_config(*data, out, **{"ema.decay": 0.5, "optimizer.lr": 0.01}))
+    return out
+
+
+def files(root: Path) -> list[str]:
+    return sorted(str(path) for path in root.rglob("*.*"))
+
+
+def odd_images(root: Path) -> Path:
+    """One image of each kind that is easily shown wrong: turned by its tag, wide, tall, grey, with a palette."""
+    tag = Image.Exif()
+    tag[ORIENTATION_TAG] = 6
+    contents = {
+        "turned.jpg": encoded(picture(1, 40, 90), exif=tag),
+        "wide.png": encoded(picture(2, 33, 131), "PNG"),
+        "tall.webp": encoded(picture(3, 140, 37), "WEBP", lossless=True),
+        "grey.png": encoded(picture(4).convert("L"), "PNG"),
+        "palette.png": encoded(picture(5).quantize(16), "PNG"),
+    }
+    (root / "class0").mkdir(parents=True)
+    for name, data in contents.items():
+        (root / "class0" / name).write_bytes(data)
+    return root
+
+
+def loaded(images: Path, trained: Trained) -> torch.Tensor:
+    """[N, 3, S, S]: the evaluation's images, in the order of their names."""
+    loader = evaluation_loader(
+        str(images),
+        image_size=trained.side,
+        grid=(GRID, GRID),
+        num_classes=CLASSES,
+        class_folders={f"class{i}": i for i in range(CLASSES)},
+        transform=trained.transform,
+        ranks=Ranks(0, 1, torch.device("cpu")),
+        batch_size=4,
+        backend="reference",
+        threads=1,
+        progress=False,
+    )
+    return torch.cat([batch.images for batch in loader])
+
+
+@pytest.mark.parametrize(("crop_pct", "crop_mode"), [(0.9, "center"), (0.7, "squash"), (1.0, "center")])
+def test_the_network_sees_the_pixels_of_the_evaluation(run, tmp_path, crop_pct, crop_mode):
+    images = odd_images(tmp_path / "images")
+    trained = load_trained(run)
+    trained.transform.update({"crop_pct": crop_pct, "crop_mode": crop_mode, "std": [0.2, 0.3, 0.4]})
+    expected = loaded(images, trained)
+    inputs = normalized([see(Path(path), trained) for path in files(images)], trained)
+    # The same bytes; only their normalisation is in another order, which rounds differently in float32.
+    assert (inputs - expected).abs().max() < 1e-5
+    with torch.inference_mode():
+        assert (trained.net(inputs) - trained.net(expected)).abs().max() < 1e-4
+    turned = Image.open(images / "class0/turned.jpg")
+    assert ImageOps.exif_transpose(turned).size == turned.size[::-1]  # it does test turning
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_the_classes_printed_are_the_networks(run, data, capsys, ema):
+    paths = files(data[0])
+    command = ["predict", str(run), *paths, "--top", "3", "--json", "--device", "cpu", *["--ema"] * ema]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)["predictions"]
+    trained = load_trained(run, ema)
+    with torch.inference_mode():
+        expected = trained.net(loaded(data[0], trained)).softmax(1)
+    assert [one["image"] for one in found] == paths
+    for one, p in zip(found, expected, strict=True):
+        assert [share["id"] for share in one["classes"]] == p.topk(3).indices.tolist()
+        assert [share["probability"] for share in one["classes"]] == pytest.approx(p.topk(3).values.tolist(), abs=1e-5)
+        assert all(share["name"] == f"class{share['id']}" for share in one["classes"])
+        assert one["map"] is None
+
+
+def test_average_and_weights_answer_differently(run, data):
+    first = prediction.predict(run, files(data[0])[:1], device="cpu")
+    assert first != prediction.predict(run, files(data[0])[:1], ema=True, device="cpu")
+
+
+def test_batches_do_not_change_the_answers(run, data, monkeypatch):
+    paths = files(data[0])
+    whole = prediction.predict(run, paths, device="cpu", progress=False)
+    monkeypatch.setattr(prediction, "BATCH", 5)
+    parts = prediction.predict(run, paths, device="cpu", progress=False)
+    assert [one.image for one in parts] == [one.image for one in whole]
+    for a, b in zip(whole, parts, strict=True):
+        for x, y in zip(a.classes, b.classes, strict=True):
+            # Matrix products of other sizes round differently.
+            assert x.id == y.id
+            assert x.probability == pytest.approx(y.probability, abs=1e-5)
+
+
+def test_a_class_has_its_name_or_its_folders_or_its_number(run):
+    trained = load_trained(run)
+    named = dataclasses.replace(trained, class_names=["cat", "dog"])
+    assert [named.class_name(i) for i in (1, 2)] == ["dog", "class2"]
+    assert dataclasses.replace(named, class_folders={}).class_name(2) == "class 2"
+
+
+def test_each_token_has_the_colour_of_its_class(run):
+    """Over a white image a tint of strength s is s parts colour and 1 − s parts white."""
+    trained = load_trained(run)
+    order = torch.tensor([0] * 7 + [3] * 4 + [5] * 3 + [1] * 2)
+    first = order[torch.randperm(16, generator=torch.Generator().manual_seed(1))].view(GRID, GRID)
+    p = torch.full((CLASSES, GRID, GRID), 0.04).scatter_(0, first[None], 0.8)
+    white = np.full((32, 32, 3), 255, np.uint8)
+    page = draw_map(white, p, [prediction.ClassShare(3, "class3", 0.5)], "a.jpg", trained)
+    colours = assign_colours([0, 3, 5, 1])
+    assert len(set(colours.values())) == 4
+    step, left = prediction.PANEL // GRID, MARGIN + prediction.PANEL + GAP
+    strength = prediction.OPACITY * (FAINTEST + (1 - FAINTEST) * 0.8)
+    for y in range(GRID):
+        for x in range(GRID):
+            place = (left + step * x + step // 2, MARGIN + LINE + step * y + step // 2)
+            expected = 255 + strength * (np.array(colours[int(first[y, x])]) - 255.0)
+            # Strength and colour are rounded to whole levels.
+            assert np.abs(np.array(page.getpixel(place)) - expected).max() <= 2, (y, x)
+    # In the legend the classes stand by their share of the tokens.
+    column = MARGIN + 2 * (prediction.PANEL + GAP) + 4
+    told = [page.getpixel((column, MARGIN + LINE + i * LINE + 8)) for i in range(5)]
+    assert told == [colours[0], colours[3], colours[5], colours[1], (255, 255, 255)]
+    assert set(colours.values()) <= set(COLOURS)
+
+
+def test_a_picture_shows_the_token_head_on_the_evaluations_image(run, data, tmp_path, capsys):
+    paths = files(data[0])[:2]
+    assert main(["predict", str(run), *paths, "--map", "--out", str(tmp_path / "maps"), "--device", "cpu"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    trained = load_trained(run)
+    with torch.inference_mode():
+        tokens = trained.net.score_maps(loaded(data[0], trained)[:2]).softmax(1)
+    for i, path in enumerate(paths):
+        written = tmp_path / "maps" / f"{Path(path).stem}.map.png"
+        assert f"  map: {written}" in told
+        classes = prediction.predict(run, [path], device="cpu")[0].classes
+        expected = draw_map(see(Path(path), trained), tokens[i], classes, Path(path).name, trained)
+        found = np.asarray(Image.open(written)).astype(int)
+        # Strengths that a rounding error moves over the next whole level.
+        assert np.abs(found - np.asarray(expected)).max() <= 2
+        assert len(tokens[i].argmax(0).unique()) > 1  # or a map that is turned would look the same
+
+
+def test_pictures_replace_no_image_and_not_each_other(run, tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    names = ["one.png", "one.bmp", "one.map.png"]
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(encoded(picture(i), name[-3:].upper()))
+    before = {name: (folder / name).read_bytes() for name in names}
+    found = prediction.predict(run, [folder / name for name in names], maps=folder, device="cpu")
+    assert len({one.map for one in found}) == 3
+    assert len(list(folder.iterdir())) == 6
+    assert {name: (folder / name).read_bytes() for name in names} == before
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of an error of use."""
+    assert main(["predict", *map(str, arguments), "--device", "cpu"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("error: ")
+    assert told.err.count("\n") == 1
+    return told.err
+
+
+def test_one_bad_image_is_told_before_anything_else_is(run, data, tmp_path, capsys):
+    good, maps = files(data[0])[0], tmp_path / "maps"
+    whole = Path(good).read_bytes()
+    bad = {
+        "missing.jpg": (None, "No such file"),
+        "text.jpg": (b"no image", "not an image"),
+        "empty.jpg": (b"", "not an image"),
+        "cut.jpg": (whole[:-100], "cannot be decoded"),
+        "moving.gif": (encoded(picture(0), "GIF"), "GIF is not a format"),
+        "script.eps": (encoded(picture(0), "EPS"), "EPS is not a format"),  # PIL would start ghostscript
+    }
+    for name, (content, expected) in bad.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        told = refusal(capsys, run, good, tmp_path / name, "--map", "--out", maps)
+        assert name in told
+        assert expected in told
+    assert "Is a directory" in refusal(capsys, run, good, tmp_path)
+    assert not maps.exists()
+
+
+def test_wrong_use_is_refused_in_one_line(run, data, tmp_path, capsys):
+    good = files(data[0])[0]
+    assert "--top must be 1 or more: got 0" in refusal(capsys, run, good, "--top", 0)
+    assert "--out is the folder" in refusal(capsys, run, good, "--out", tmp_path)
+    assert "no checkpoint" in refusal(capsys, tmp_path, good)
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refusal(capsys, run, good, "--map", "--out", tmp_path / "file")
+
+
+def test_a_model_without_a_token_head_predicts_but_draws_no_map(data, tmp_path, capsys):
+    torch.manual_seed(0)
+    net = Vim(img_size=32, embed_dim=8, depth=1, stem="patch", aux_head=False, num_classes=3)
+    torch.save(net.state_dict(), path := tmp_path / "vim.pth")
+    good = files(data[0])[0]
+    assert main(["predict", str(path), good, "--device", "cpu"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == good
+    assert sorted(line.split("%  ")[1] for line in told[1:]) == ["class 0", "class 1", "class 2"]
+    assert "no auxiliary head" in refusal(capsys, path, good, "--map", "--out", tmp_path / "maps")
+    assert not (tmp_path / "maps").exists()
+
+
+def test_a_map_of_a_head_that_was_never_trained_says_so(data, tmp_path, capsys, caplog):
+    config = tiny_config(data[0], None, tmp_path / "run", **{"loss.dense_weight": 0, "schedule.steps": 1})
+    train.fit(config)
+    good = files(data[0])[0]
+    for arguments, warned in ((["--map", "--out", str(tmp_path)], True), ([], False)):
+        caplog.clear()
+        assert main(["predict", str(tmp_path / "run"), good, "--device", "cpu", *arguments]) == 0
+        assert ("untrained head" in caplog.text) == warned

@@ -1,0 +1,234 @@
+"""Recipes at the door: what is wrong is named in one line, with what is expected and the nearest valid name."""
+
+from __future__ import annotations
+
+import re
+import string
+
+import numpy as np
+import pytest
+
+from labeler import InputError
+from train.__main__ import main
+from train.config import TrainConfig
+from train.recipe import RECIPES, differences, flat, load_recipe, parse_config, recipe_names, to_toml
+
+VALID = '[model]\nname = "demansia_nano"\n[data]\nimages = "images"\nstore = "labels"\n'
+FOUND_IN_FILE = {
+    # what is wrong: the file's text, and what the error says of it
+    "section": (VALID + "[optimiser]\nlr = 1", "unknown section 'optimiser'. Did you mean 'optimizer'?"),
+    "section that is missing for it": (
+        "[modle]\nname = 'x'",
+        "unknown section 'modle' (2 more). Did you mean 'model'?",
+    ),
+    "key": (VALID + "[optimizer]\nlrr = 1", "unknown key 'optimizer.lrr'. Did you mean 'lr'?"),
+    "key like no other": (VALID + "[ema]\nx = 1", "unknown key 'ema.x'. There is: decay, warmup."),
+    "key that is missing for it": (
+        "[model]\nname = 'x'\n[data]\nimagess = 'i'",
+        "unknown key 'data.imagess' (1 more). Did you mean 'images'?",
+    ),
+    "missing section": ("", "model is missing (1 more). Give it as [model] there."),
+    "missing key": ("[model]\n[data]\nimages = 'i'\nstore = 's'", "model.name is missing. Give it there, or as"),
+    "missing store": ("[model]\nname = 'x'\n[data]\nimages = 'i'", "label the images first, or set data.token_labels"),
+    "value for a section": ("loss = 3\n" + VALID, "loss: got 3, expected a section"),
+    "number as text": (VALID + '[optimizer]\nlr = "1e-3"', "got '1e-3', expected a number. Leave the quotes away."),
+    "count as text": (VALID + '[run]\nkeep = "2"', "got '2', expected a whole number. Leave the quotes away."),
+    "text as number": (VALID + "[run]\nout = 3", "run.out: got 3, expected text in quotes"),
+    "fraction of a count": (VALID + "[run]\nbatch_size = 1.5", "run.batch_size: got 1.5, expected a whole number"),
+    "number as a switch": (VALID + "[run]\ncompile = 1", "run.compile: got 1, expected true or false"),
+    "switch as a number": (VALID + "[optimizer]\nlr = true", "optimizer.lr: got True, expected a number"),
+    "date": (VALID + "[run]\nout = 1979-05-27", "got a date or a time, which no setting is"),
+    "choice": (VALID + "[schedule]\nkind = 'cosin'", "got 'cosin', expected 'cosine', 'restarts' or 'constant'"),
+    "short list": (VALID + "[augment]\nscale = [0.5]", "augment.scale: got [0.5], expected 2 values"),
+    "long list": (VALID + "[augment]\nscale = [0.1, 0.5, 1]", "got [0.1, 0.5, 1], expected 2 values"),
+    "argument of a model": (VALID + "[model.args]\nx = [1]", "model.args.x: got [1], expected true or false or a"),
+    "negative rate": (VALID + "[optimizer]\nlr = -1e-3", "optimizer.lr: got -0.001, expected greater than 0"),
+    "rate of zero": (VALID + "[optimizer]\nlr = 0", "optimizer.lr: got 0, expected greater than 0"),
+    "no number": (VALID + "[optimizer]\nlr = nan", "optimizer.lr: got nan, expected a finite number"),
+    "infinity": (VALID + "[optimizer]\nweight_decay = inf", "got inf, expected a finite number"),
+    "empty batch": (VALID + "[run]\nbatch_size = 0", "got 0, expected greater than or equal to 1"),
+    "share over one": (VALID + "[augment]\nhflip = 1.1", "augment.hflip: got 1.1, expected less than or equal to 1"),
+    "average that never moves": (VALID + "[ema]\ndecay = 1.0", "ema.decay: got 1.0, expected less than 1"),
+    "seed beyond torch's": (VALID + f"[run]\nseed = {1 << 63}", "run.seed: got 9223372036854775808, expected less"),
+    "long number": (VALID + f"[run]\nseed = {'9' * 5000}", "Exceeds the limit"),
+    "nothing to learn": (VALID + "[loss]\ndense_weight = 0\ncls_weight = 0", "are both 0: nothing would be learned"),
+    "lowest rate above the highest": (VALID + "[schedule]\nmin_lr = 1.0", "min_lr 1 is above optimizer.lr 0.001"),
+    "warm-up without end": (VALID + "[schedule]\nwarmup_epochs = 300", "warmup_epochs is 300 of 300 epochs"),
+    "half a pair": (VALID + "[run]\nmicro_batch = 3", "run.micro_batch is 3; make it even: images mix in pairs"),
+    "key twice": (
+        VALID + "[optimizer]\nlr = 1\nlr = 2\n",
+        "is not a TOML file: got Cannot overwrite a value (at line 8",
+    ),
+    "deep list": (f"x = {'[' * 5000}", "got too deep nesting"),
+    "deep section": (f"{VALID}[run.{'.'.join('a' * 3000)}]", "got too deep nesting"),
+}
+FOUND_IN_OVERRIDE = {
+    "bad=1": "no section has a key 'bad'. Did you mean 'backend'?",
+    "optimizer.lrr=1": "override 'optimizer.lrr=1': unknown key 'optimizer.lrr'. Did you mean 'lr'?",
+    "optimzer.lr=1": "override 'optimzer.lr=1': unknown section 'optimzer'. Did you mean 'optimizer'?",
+    "optimizer.lr='1e-3'": "optimizer.lr: got '1e-3', expected a number. Leave the quotes away.",
+    "optimizer.lr=1e-3x": "optimizer.lr: got '1e-3x', expected a number",
+    "run.compile=True": "run.compile: got 'True', expected true or false",
+    f"run.seed={'9' * 5000}": "run.seed: got '9999",
+    f"run.seed={'[' * 5000}": "run.seed: got '[[[[",
+    "name=vim_tiny": "an override needs its section: got 'name', expected model.name or optimizer.name",
+    "model=vim_tiny": "an override names a section only: got 'model', expected model.key=value",
+    "model.name.x=1": "got 'model.name.x=1', expected name to be a section",
+    "optimizer.lr": "got 'optimizer.lr', expected section.key=value",
+    "optimizer.=1": "got 'optimizer.=1', expected section.key=value",
+    "=": "got '=', expected section.key=value",
+    "run.out=\udcff": "an override is not UTF-8: got 'run.out=\\udcff'",
+    f"{'a.' * 3000}b=1": "got too deep nesting",
+}
+
+
+def refusal(*arguments: object) -> str:
+    with pytest.raises(InputError) as found:
+        load_recipe(*arguments)
+    assert "\n" not in str(found.value)
+    assert len(str(found.value)) < 500
+    return str(found.value)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "mine.toml").write_text(VALID)
+    return tmp_path / "mine.toml"
+
+
+@pytest.mark.parametrize("fault", FOUND_IN_FILE)
+def test_a_fault_in_a_recipe_is_named_with_its_file(recipe, fault):
+    text, expected = FOUND_IN_FILE[fault]
+    recipe.write_text(text)
+    found = refusal(recipe)
+    assert found.startswith(str(recipe))
+    assert expected in found
+
+
+@pytest.mark.parametrize("override", FOUND_IN_OVERRIDE, ids=lambda text: ascii(text[:20]))
+def test_a_fault_in_an_override_is_named(recipe, override):
+    assert FOUND_IN_OVERRIDE[override] in refusal(recipe, [override])
+
+
+def test_a_file_that_is_no_text_or_too_large_is_refused(recipe):
+    recipe.write_bytes(VALID.encode("utf-16"))
+    assert "is not a TOML file: got 'utf-8' codec can't decode byte 0xff in position 0" in refusal(recipe)
+    recipe.write_text(VALID + "#" * (2 << 20))
+    assert "got 2,097,225 bytes, expected up to 1,048,576" in refusal(recipe)
+
+
+def test_a_missing_recipe_is_answered_with_the_nearest_name():
+    for wrong in ("demansia_tinny", "demansia-tiny", "recipes/demansia_tyny.toml"):
+        found = refusal(wrong)
+        assert f"there is no such recipe: got {wrong!r}" in found
+        assert "Did you mean 'demansia_tiny'?" in found
+    assert "Did you mean" not in refusal("xyz")
+
+
+def test_overrides_are_toml_whose_quotes_and_section_may_be_left_away(recipe):
+    overrides = ["lr = 5e-4", "run.out=runs/a b", "augment.scale=[0.5, 1]", "model.args.depth=3", "compile=true"]
+    config = load_recipe(recipe, [*overrides, 'data.store="1e-3"', "run.seed=1", "run.seed=2"])
+    assert config.optimizer.lr == 5e-4
+    assert config.run.out == "runs/a b"
+    assert config.augment.scale == (0.5, 1.0)
+    assert config.model.args == {"depth": 3}
+    assert config.run.compile is True
+    assert config.data.store == "1e-3"
+    assert config.run.seed == 2
+
+
+def test_the_folder_of_a_run_is_named_for_its_recipe(recipe):
+    assert load_recipe(recipe).run.out == "runs/mine"
+    assert load_recipe(recipe, ["run.out=a/{recipe}/b"]).run.out == "a/mine/b"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_packaged_recipe_is_valid_and_says_what_it_takes_and_gives(name):
+    comment = (RECIPES / f"{name}.toml").read_text(encoding="utf-8").split("\n\n")[0]
+    assert all(line.startswith("#") for line in comment.splitlines())
+    assert f"python -m train fit {name} " in comment
+    for fact in ("Hardware", "Time", "Result"):
+        assert re.search(rf"{fact}: \w+", comment), fact
+    config = load_recipe(name)
+    assert parse_config(flat_sections(config), name) == config
+
+
+def flat_sections(config: TrainConfig) -> dict:
+    """What `to_toml` writes, read back."""
+    import tomllib
+
+    return tomllib.loads(to_toml(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "demansia_tiny",
+            {
+                "optimizer.name": "radamw", "optimizer.lr": 1e-3, "optimizer.weight_decay": 0.05,
+                "schedule.kind": "restarts", "schedule.first_cycle": 10, "schedule.cycle_factor": 2,
+                "schedule.min_lr": 1e-6, "schedule.epochs": 310, "run.batch_size": 768, "run.precision": "bfloat16",
+                "model.drop_path_rate": 0.1, "ema.decay": 0.9999, "loss.dense_weight": 1, "model.img_size": 224,
+            },
+        ),
+        ("demansia_small", {"model.img_size": 384, "schedule.kind": "restarts", "run.batch_size": 768}),
+        (
+            "lvvit_s",
+            {
+                "optimizer.name": "adamw", "optimizer.lr": 1.6e-3, "optimizer.weight_decay": 0.05,
+                "schedule.kind": "cosine", "schedule.epochs": 300, "schedule.cooldown_epochs": 10,
+                "schedule.warmup_epochs": 5, "run.batch_size": 1024, "model.drop_path_rate": 0.1, "ema.decay": 0.99992,
+            },
+        ),
+        ("vim_tiny", {"optimizer.weight_decay": 0.1, "model.drop_path_rate": 0.0, "ema.decay": 0.99996}),
+    ],
+)  # fmt: skip
+def test_recipes_of_papers_have_their_settings(name, expected):
+    augment = {
+        "scale": (0.08, 1.0), "hflip": 0.5, "auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "random",
+        "erase_prob": 0.25, "erase_mode": "pixel", "mix": "token", "mix_alpha": 1.0,
+    }  # fmt: skip
+    found = flat(load_recipe(name))
+    expected = {**expected, "loss.smoothing": 0.1, **{f"augment.{key}": value for key, value in augment.items()}}
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_a_configuration_written_as_a_recipe_reads_back_the_same():
+    """Numbers in their shortest form, and texts with every ASCII character, quotes and controls too."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        text = "".join(rng.permutation(list(string.printable + "\x00\x1b\x7fé😀\u2028")))
+        numbers = [float(x) for x in 10.0 ** rng.uniform(-300, -3, 3)]
+        values = {
+            "model": {"name": text, "args": {text: numbers[0], "whole": 1, "number": 1.0, "yes": True, "text": "1"}},
+            "data": {"images": text, "store": "s"},
+            "augment": {"mean": numbers, "scale": [0.1, 1]},
+            "optimizer": {"lr": 1e-3, "betas": [0.9, numbers[1]], "eps": numbers[2], "clip_grad": 5e22},
+            "run": {"seed": int(rng.integers(1 << 62)), "out": "a"},
+        }
+        config = parse_config(values, "test")
+        again = parse_config(flat_sections(config), "test")
+        assert again == config
+        assert {key: type(value) for key, value in again.model.args.items()} == {
+            key: type(value) for key, value in config.model.args.items()
+        }
+        assert differences(config, again) == {}
+
+
+def test_a_wrong_command_says_so_in_one_line_with_status_2(capsys):
+    for arguments in (["demo", "bad=1"], ["demo", "optimizer.lr=-1"], ["nothing"]):
+        assert main(["fit", *arguments]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("error: ")
+        assert printed.err.count("\n") == 1
+
+
+def test_the_list_of_recipes_prints_their_headers(capsys):
+    assert main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    for name in recipe_names():
+        assert f"python -m train fit {name} " in printed
+    assert "top-1 79.37, top-5 94.51" in printed
+    assert "#" not in printed

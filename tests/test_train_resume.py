@@ -1,0 +1,287 @@
+"""Interrupted in every way and resumed: the same weights, averages, optimizer state and metrics, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults import tally
+from forked_runs import Blow, forks
+from tiny import make_images
+from tiny_runs import FULL, outcome, tiny_config, tiny_data, write_recipe
+
+import train.task
+from labeler import InputError, MismatchError
+from train import TrainConfig, fit
+from train.errors import Stopped
+from train.metrics import read_rows
+from train.run_record import locked
+
+RUN, FORWARD = "train.task:TrainingStep.run", "train.task:TokenLabelTask.forward"
+# Two forward passes make a step, three steps an epoch; an evaluation asks two networks about six batches.
+PLACES = {
+    "between steps": lambda draw: Blow(RUN, draw.randint(1, 3)),
+    "inside an accumulation": lambda draw: Blow(FORWARD, 2 * draw.randint(1, 3)),
+    "between update and average": lambda draw: Blow("train.task:TokenLabelTask.update_ema", draw.randint(1, 3)),
+    "between a checkpoint's system calls": lambda draw: Blow("train.run_record:RunRecord.save", 1, draw.randrange(30)),
+    "in half a file of a checkpoint": lambda draw: Blow("train.checkpoint:_write", draw.randint(1, 4), half=True),
+    "in the middle of an evaluation": lambda draw: Blow("train.evaluate:count_right", draw.randint(2, 11)),
+    "between step and row": lambda draw: Blow("train.metrics:Metrics.add", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def config(data: tuple[Path, Path], tmp_path: Path) -> TrainConfig:
+    """Nine steps of two micro-batches, with everything that a resumed run could get wrong."""
+    overrides = {**FULL, "data.validation": str(data[0]), "run.micro_batch": 2}
+    return tiny_config(*data, tmp_path / "run", **overrides)
+
+
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes half the time of a tiny run and has no part in what is compared."""
+    monkeypatch.setattr("train.run_record.draw_run", lambda folder: False)
+
+
+def into(config: TrainConfig, folder: Path, **run: Any) -> TrainConfig:
+    return config.model_copy(update={"run": config.run.model_copy(update={"out": str(folder), **run})})
+
+
+@pytest.mark.fault(25)
+@pytest.mark.fault(30)
+def test_a_run_that_is_killed_ten_times_ends_bit_for_bit_as_one_left_alone(config, tmp_path):
+    config = config.model_copy(update={"schedule": config.schedule.model_copy(update={"steps": 15})})
+    undisturbed = tmp_path / "undisturbed"
+    [ended] = forks().fit(write_recipe(into(config, undisturbed), tmp_path / "undisturbed.toml"))
+    assert ended.status == 0, ended.errors
+
+    recipe = write_recipe(config, tmp_path / "recipe.toml")
+    draw = random.Random(17)
+    kills = [*PLACES, *draw.sample(sorted(PLACES), 3)]
+    draw.shuffle(kills)
+    for kill in kills:
+        [ended] = forks().fit(recipe, "--resume", "auto", blow=PLACES[kill](draw))
+        assert ended.status == -signal.SIGKILL, f"{kill}: {ended}"
+    assert len(kills) == 10
+    [ended] = forks().fit(recipe, "--resume", "auto")
+    assert ended.status == 0, ended.errors
+    assert outcome(Path(config.run.out)) == outcome(undisturbed)
+    assert not list(Path(config.run.out).rglob(".tmp-*"))
+    tally(25, kills=sum("checkpoint" in kill for kill in kills))
+    tally(30, kills=len(kills), resumed=len(kills), resumed_equal=len(kills))
+
+
+@pytest.mark.fault(30)
+def test_a_run_that_is_resumed_at_every_step_ends_bit_for_bit_as_one_left_alone(config, tmp_path, no_curves):
+    config = into(config, tmp_path / "undisturbed", save_every=1, keep=99)
+    fit(config)
+    whole = outcome(tmp_path / "undisturbed")
+    steps = sorted((tmp_path / "undisturbed" / "checkpoints").glob("step-*"))
+    assert len(steps) == 9
+    for step, checkpoint in enumerate(steps[:-1], start=1):
+        fit(into(config, tmp_path / f"from-{step}", keep=1), resume=checkpoint)
+        found = outcome(tmp_path / f"from-{step}")
+        assert found["last"] == whole["last"], step
+        assert found["rows"] == [row for row in whole["rows"] if row["step"] >= step + (row["kind"] == "train")]
+        tally(30, resumed=1, resumed_equal=1)
+
+
+class Cut(BaseException):
+    """Nothing in the project catches it."""
+
+
+@pytest.mark.fault(30)
+def test_a_run_that_is_cut_off_inside_any_accumulation_ends_bit_for_bit_as_one_left_alone(
+    config, tmp_path, no_curves, monkeypatch
+):
+    config = config.model_copy(update={"schedule": config.schedule.model_copy(update={"steps": 5})})
+    fit(into(config, tmp_path / "undisturbed"))
+    whole = outcome(tmp_path / "undisturbed")
+    forward = train.task.TokenLabelTask.forward
+    for call in range(1, 11):
+        calls = iter(range(1, 11))
+
+        def cut(task: Any, batch: Any, calls: Any = calls, call: int = call) -> Any:
+            found = forward(task, batch)
+            if next(calls) == call:
+                raise Cut
+            return found
+
+        config = into(config, tmp_path / f"cut-{call}")
+        with monkeypatch.context() as patch:
+            patch.setattr(train.task.TokenLabelTask, "forward", cut)
+            with pytest.raises(Cut):
+                fit(config)
+        fit(config, resume="auto")
+        assert outcome(tmp_path / f"cut-{call}") == whole, call
+        tally(30, resumed=1, resumed_equal=1)
+
+
+@pytest.mark.fault(28)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_step_end_saves_and_the_run_goes_on_bit_for_bit(config, tmp_path, no_curves, number):
+    fit(into(config, tmp_path / "undisturbed", save_every=None))
+    config = into(config, tmp_path / "run", save_every=None)
+    recipe = write_recipe(config, tmp_path / "recipe.toml")
+    # In the fifth step, in the first one after that, and in the middle of the last evaluation. What comes in a step is
+    # seen by all ranks in the next one.
+    blows = [Blow(FORWARD, 9), Blow(FORWARD, 1), Blow("train.evaluate:count_right", 5)]
+    for blow, step in zip(blows, (6, 8, 9), strict=True):
+        [ended] = forks().fit(recipe, "--resume", "auto", blow=replace(blow, number=number))
+        assert ended.status == Stopped.exit_status, ended.errors
+        assert ended.errors.splitlines()[-1].startswith("error: ")
+        newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+        assert newest.name == f"step-{step:08d}"
+    fit(config, resume="auto")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "undisturbed")
+    tally(28, injected=len(blows), resumed=len(blows), resumed_equal=len(blows))
+
+
+@pytest.mark.fault(28)
+def test_the_command_stops_at_sigterm_with_143_and_goes_on_where_it_stopped(data, tmp_path, no_curves):
+    # A hundred steps take over a second; the signal comes when the first of them are told.
+    config = tiny_config(*data, tmp_path / "run", **{"schedule.steps": 100})
+    fit(into(config, tmp_path / "undisturbed"))
+    recipe = write_recipe(config, tmp_path / "recipe.toml")
+    command = [sys.executable, "-m", "train", "fit", str(recipe)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    rows = tmp_path / "run" / "metrics.jsonl"
+    while not (rows.exists() and rows.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+    found = re.fullmatch(r"error: stopped after step (\d+). --resume auto goes on from there.", errors.splitlines()[-1])
+    assert found, errors
+    assert (tmp_path / "run" / "checkpoints" / f"step-{int(found[1]):08d}").is_dir()
+    assert len(read_rows(tmp_path / "run")) == int(found[1]) < 100
+    fit(config, resume="auto")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "undisturbed")
+    tally(28, injected=1, resumed=1, resumed_equal=1)
+
+
+def test_half_a_row_of_metrics_is_left_out_when_a_run_goes_on(config, tmp_path, no_curves):
+    fit(into(config, tmp_path / "undisturbed"))
+    [ended] = forks().fit(write_recipe(config, tmp_path / "recipe.toml"), blow=Blow(RUN, 6))
+    assert ended.status == -signal.SIGKILL
+    with open(tmp_path / "run" / "metrics.jsonl", "ab") as file:
+        file.write(b'{"kind": "train", "step": 6, "lo')
+    fit(config, resume="auto")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "undisturbed")
+
+
+def test_resuming_a_finished_run_changes_nothing(config, tmp_path, no_curves):
+    fit(config)
+    whole = outcome(tmp_path / "run")
+    summary = fit(config, resume="auto")
+    assert outcome(tmp_path / "run") == whole
+    assert (summary.steps, summary.images_per_s) == (9, 0)
+
+
+def test_auto_begins_where_there_is_nothing_to_resume_and_a_named_run_must_be_there(config, tmp_path, no_curves):
+    with pytest.raises(InputError, match=r"there is no checkpoint in .*: expected \"auto\""):
+        fit(config, resume=tmp_path / "nowhere")
+    assert fit(config, resume="auto").steps == 9
+
+
+@pytest.mark.fault(31)
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("optimizer", "lr", 0.002, r"got optimizer\.lr 0\.002, expected optimizer\.lr 0\.001\."),
+        ("run", "batch_size", 8, r"got run\.batch_size 8, expected run\.batch_size 4\."),
+        ("run", "seed", 1, r"got run\.seed 1, expected run\.seed 0\."),
+        ("model", "num_classes", 6, r"got model\.num_classes 6, expected model\.num_classes None\."),
+        ("schedule", "steps", 12, r"got schedule\.steps 12, expected schedule\.steps 4\."),
+    ],
+)
+def test_another_recipe_is_refused_with_the_key_and_both_values(stopped, section, key, value, said):
+    changed = getattr(stopped, section).model_copy(update={key: value})
+    with pytest.raises(MismatchError, match=said):
+        fit(stopped.model_copy(update={section: changed}), resume="auto")
+    tally(31, injected=1)
+
+
+@pytest.fixture(scope="module")
+def stopped(data: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A run with checkpoints that could go on, were it not finished."""
+    config = tiny_config(*data, tmp_path_factory.mktemp("stopped") / "run", **{"schedule.steps": 4})
+    fit(config)
+    return config
+
+
+def test_what_changes_no_weight_may_change_between_a_run_and_its_resumption(stopped, data, tmp_path):
+    moved = Path(shutil.copytree(data[0], tmp_path / "moved"))
+    labels = Path(shutil.copytree(data[1], tmp_path / "labels"))
+    sections = {
+        "data": stopped.data.model_copy(
+            update={"images": str(moved), "store": str(labels), "threads": 2, "prefetch": 3, "cache": "ram"}
+        ),
+        "run": stopped.run.model_copy(update={"save_every": 1, "keep": 5}),
+    }
+    assert fit(stopped.model_copy(update=sections), resume="auto").steps == 4
+
+
+@pytest.mark.fault(31)
+def test_other_images_are_refused(stopped, tmp_path):
+    images, store = tiny_data(tmp_path, 18)
+    other = stopped.data.model_copy(update={"images": str(images), "store": str(store)})
+    with pytest.raises(MismatchError, match="the saved state belongs to another loader: got fingerprint"):
+        fit(stopped.model_copy(update={"data": other}), resume="auto")
+    tally(31, injected=1)
+
+
+def test_another_class_count_is_refused(tmp_path):
+    config = tiny_config(make_images(tmp_path / "three"), None, tmp_path / "run", **{"schedule.steps": 2})
+    fit(config)
+    images = make_images(tmp_path / "four", classes=4)
+    with pytest.raises(MismatchError, match="the saved state belongs to another loader: got fingerprint"):
+        fit(tiny_config(images, None, tmp_path / "run", **{"schedule.steps": 2}), resume="auto")
+
+
+def test_a_folder_that_holds_a_run_is_refused_without_resume(stopped):
+    with pytest.raises(InputError, match=r"holds a run already: got step-00000004. Go on with --resume auto"):
+        fit(stopped)
+
+
+def test_a_second_process_in_the_same_folder_is_refused(stopped, tmp_path):
+    recipe = write_recipe(stopped, tmp_path / "recipe.toml")
+    with locked(Path(stopped.run.out)):
+        [ended] = forks().fit(recipe, "--resume", "auto")
+    assert ended.status == 2
+    assert re.fullmatch(
+        r"error: another process trains in '.*'\. Wait for it, or choose another run\.out\.\n", ended.errors
+    )
+    [ended] = forks().fit(recipe, "--resume", "auto")
+    assert ended.status == 0, ended.errors
+
+
+def test_a_resumed_run_keeps_its_threads_where_the_recipe_names_none(data, tmp_path, no_curves):
+    config = tiny_config(*data, tmp_path / "run", **{"schedule.steps": 2, "run.threads": None})
+    before = torch.get_num_threads()
+    try:
+        fit(config)
+        saved = torch.get_num_threads()
+        torch.set_num_threads(saved + 1)
+        fit(config, resume="auto")
+        assert torch.get_num_threads() == saved
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,228 @@
+"""`validate`: exact accuracies, ReaL labels, published files, and one line for what cannot be used.
+
+Legend: C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from fixtures import state, tensors
+from test_model_checkpoints import Canary, lightning, saved
+from tiny import CLASSES, encoded, make_images, picture
+from tiny_runs import tiny_config, tiny_data
+
+import train
+from labeler.class_names import imagenet_names
+from labeler.errors import InputError
+from model.demansia import DeMansia
+from train.__main__ import main
+from train.predict import normalized, see
+from train.validate import Trained, load_trained, validate
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return tiny_data(tmp_path_factory.mktemp("data"), 13)
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    """Learnt well enough for some answers to be right, and some wrong."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train.fit(tiny_config(*data, out, **{"ema.decay": 0.5, "optimizer.lr": 0.01, "schedule.steps": 12}))
+    return out
+
+
+def first_five(trained: Trained, path: Path) -> list[int]:
+    """The answer to one image alone."""
+    with torch.inference_mode():
+        return (
+            trained.net(normalized([see(path, trained)], trained))[0]
+            .topk(min(5, trained.net.num_classes))
+            .indices.tolist()
+        )
+
+
+def checked(checkpoint: Path, images: Path, right: dict[str, set[int]], **settings: Any) -> tuple[float, float, int]:
+    """What `validate` found, after a comparison with a plain loop; right: file name -> classes, empty where unknown."""
+    trained = load_trained(checkpoint, settings.get("ema", False))
+    paths = [path for path in sorted(images.rglob("*.*")) if right[path.name]]
+    answers = [first_five(trained, path) for path in paths]
+    found = validate(checkpoint, images, backend="reference", device="cpu", progress=False, **settings)
+    first = sum(answer[0] in right[path.name] for answer, path in zip(answers, paths, strict=True))
+    five = sum(bool(right[path.name] & set(answer)) for answer, path in zip(answers, paths, strict=True))
+    assert found.images == len(paths)
+    assert found.top1 == first / len(paths)
+    assert found.top5 == five / len(paths)
+    return found.top1, found.top5, found.images
+
+
+def folders(images: Path, ids: dict[str, int]) -> dict[str, set[int]]:
+    return {path.name: {ids[path.parent.name]} for path in images.rglob("*.*")}
+
+
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_accuracies_are_those_of_a_plain_loop(run, data, batch_size, ema):
+    """13 images: the last batch of five has three."""
+    ids = {f"class{i}": i for i in range(CLASSES)}
+    top1, top5, _ = checked(run, data[0], folders(data[0], ids), batch_size=batch_size, ema=ema)
+    if not ema:
+        assert 0 < top1 < 1
+        assert top1 < top5
+
+
+def test_folders_mean_what_they_meant_in_training(run, data, tmp_path):
+    """Only some of the folders, so that their order alone would name other classes."""
+    images = tmp_path / "some"
+    for name in ("class2", "class5"):
+        shutil.copytree(data[0] / name, images / name)
+    ids = {"class2": 2, "class5": 5}
+    checked(run, images, folders(images, ids))
+
+
+@pytest.fixture(scope="module")
+def real_labels() -> list[list[int]]:
+    return [[0, 3], [], [5], [1, 2, 4], [3], [0], [2], [4, 5]]
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_real_labels_count_wherever_the_images_lie(run, tmp_path, real_labels, flat):
+    """Several right classes, and none for the second image; nothing is read from the folders, whatever their names."""
+    images, right = tmp_path / "val", {}
+    for i, classes in enumerate(real_labels):
+        folder = images if flat else images / f"n{i % 3:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"ILSVRC2012_val_{i + 1:08d}.JPEG"
+        (folder / name).write_bytes(encoded(picture(100 + i)))
+        right[name] = set(classes)
+    path = tmp_path / "real.json"
+    path.write_text(json.dumps(real_labels))
+    _, _, images_counted = checked(run, images, right, real=path, batch_size=3)
+    assert images_counted == 7
+
+
+def test_real_labels_that_fit_nothing_are_refused(run, data, tmp_path, capsys):
+    path = tmp_path / "real.json"
+    cases = {"[[0], [1]]": "no image to evaluate", "[[0], [6]]": "lists of classes below 6", "{}": "list of lists"}
+    cases |= {"[[0": "no file of ReaL labels", "[[true]]": "list of lists"}
+    for content, expected in cases.items():
+        path.write_text(content)
+        assert expected in refusal(capsys, 2, run, data[0], "--real", path)
+
+
+def test_a_published_file_is_validated(tmp_path, capsys):
+    """Lightning's file of DeMansia as it was published, by the command line."""
+    found = tensors("demansia_micro")
+    path = saved(tmp_path / "DeMansia.ckpt", lightning(state(found)))
+    images = make_images(tmp_path / "images", 23, 10)
+    _, top5, _ = checked(path, images, folders(images, {f"class{i}": i for i in range(10)}), batch_size=10)
+    command = ["validate", str(path), "--images", str(images), "--json", "--quiet", "--backend", "reference"]
+    assert main([*command, "--device", "cpu"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["images"] == 23
+    assert told["top5"] == top5
+
+
+def test_a_published_file_of_imagenet_knows_its_folders_and_names(tmp_path):
+    """Three of the 1,000 folders: their WordNet ids tell the classes."""
+    torch.manual_seed(0)
+    net = DeMansia(img_size=32, embed_dim=8, depth=1)
+    path = saved(tmp_path / "net.pth", net.state_dict())
+    synsets, names = imagenet_names()
+    ids = {synsets[i]: i for i in (3, 500, 999)}
+    images = tmp_path / "images"
+    trained = load_trained(path)
+    for i, name in enumerate(ids):
+        (images / name).mkdir(parents=True)
+        (images / name / f"{i}.png").write_bytes(encoded(picture(i), "PNG"))
+    # One answer is made right, so that not all are wrong.
+    net.head.bias.data[500] += 10
+    saved(path, net.state_dict())
+    assert checked(path, images, folders(images, ids))[0] == 1 / 3
+    assert trained.class_name(500) == names[500]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], status: int, checkpoint: Path, images: Path, *more: object) -> str:
+    """The one line of an error."""
+    arguments = ["validate", checkpoint, "--images", images, "--quiet", "--device", "cpu", *more]
+    assert main([str(argument) for argument in arguments]) == status
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("error: ")
+    assert told.err.count("\n") == 1
+    return told.err
+
+
+def test_classes_that_the_model_does_not_know_are_named(run, data, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(data[0], images)
+    (images / "class2").rename(images / "elephant")
+    told = refusal(capsys, 2, run, images)
+    assert "does not know 1 of the class folders" in told
+    assert "'elephant'" in told
+    assert "'class0'" in told
+    plain = saved(tmp_path / "net.pth", DeMansia(img_size=32, embed_dim=8, depth=1, num_classes=4).state_dict())
+    assert "got 6 folders, expected 4" in refusal(capsys, 2, plain, images)
+
+
+def test_images_in_no_folder_need_their_classes(run, tmp_path, capsys):
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat/a.jpg").write_bytes(encoded(picture(0)))
+    assert "the true class of 1 images is not known" in refusal(capsys, 2, run, tmp_path / "flat")
+    assert "not a folder of images" in refusal(capsys, 2, run, tmp_path / "nothing")
+
+
+def test_a_damaged_checkpoint_is_refused(run, data, tmp_path, capsys):
+    copy = tmp_path / "run"
+    for name, damage in {
+        "weights.safetensors": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+        "state.pt": lambda content: content[:100],
+        "checkpoint.json": lambda content: content.replace(b'"step": 12', b'"step": 13'),
+    }.items():
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(run, copy)
+        folder = copy / "checkpoints/step-00000012"
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(damage(content))
+        assert (folder / name).read_bytes() != content
+        told = refusal(capsys, 4, folder, data[0])
+        assert name in told
+        assert "damaged" in told
+        assert "all checkpoints" in refusal(capsys, 4, copy, data[0])
+
+
+def test_what_is_no_checkpoint_is_refused(run, data, tmp_path, capsys):
+    (tmp_path / "text.pth").write_text("hello")
+    for path, expected in {
+        tmp_path / "none": "there is no such checkpoint",
+        tmp_path: "there is no checkpoint in",
+        tmp_path / "text.pth": "no file of plain weights",
+        saved(tmp_path / "resnet.pth", timm.create_model("test_resnet").state_dict()): "no known family",
+    }.items():
+        assert expected in refusal(capsys, 2, path, data[0])
+    mark = tmp_path / "canary"
+    assert "nothing of it was run" in refusal(capsys, 2, saved(tmp_path / "bad.pth", Canary(mark)), data[0])
+    assert not mark.exists()
+
+
+def test_weights_of_another_model_than_the_record_says_are_refused(run, data, tmp_path, capsys, monkeypatch):
+    """As a checkpoint would be that a later version of the project cannot build as it was."""
+    from train import network
+
+    real, deeper = network._create, {"patch_size": 8, "embed_dim": 16, "depth": 2, "d_state": 4}
+    monkeypatch.setattr(network, "_create", lambda c, *more: real(c.model_copy(update={"args": deeper}), *more))
+    assert "the weights of a checkpoint are not those of its model 'demansia_nano'" in refusal(capsys, 4, run, data[0])
+
+
+def test_only_square_inputs_are_validated(tmp_path):
+    trained = Trained(DeMansia(img_size=(32, 64), embed_dim=8, depth=1), "net", {}, [], {})
+    with pytest.raises(InputError, match="32×64"):
+        _ = trained.side
