@@ -4,12 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: help demo test lint faults clean
+.PHONY: help demo test lint faults fuzz clean
 
 help:
 	@echo "make demo    install into $(VENV), then make scenes, a teacher, labels, three students, a report (demo/report.html)"
 	@echo "make test    install, then run the CPU test suite"
 	@echo "make faults  install, inject every fault at full counts (half an hour), write docs/reliability.md"
+	@echo "make fuzz    install, then five minutes of random damage to each of stores, recipes, image lists, checkpoints"
 	@echo "make lint    install, then ruff and mypy, the same as CI"
 	@echo "make clean   remove what the demo wrote"
 
@@ -24,7 +25,7 @@ demo: $(READY)
 	$(BIN)/python -m scripts.demo --out demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .
@@ -33,6 +34,9 @@ lint: $(READY)
 
 faults: $(READY)
 	$(BIN)/python -m scripts.faults
+
+fuzz: $(READY)
+	for target in store recipe image-list checkpoint; do $(BIN)/python -m scripts.fuzz $$target --minutes 5 || exit 1; done
 
 clean:
 	rm -rf demo

@@ -67,7 +67,12 @@ def _verify(options: argparse.Namespace) -> int:
     from labeler.verify import verify_store
 
     found = verify_store(
-        options.store, options.images, options.relabel, device=options.device, progress=not options.quiet
+        options.store,
+        options.images,
+        options.relabel,
+        device=options.device,
+        progress=not options.quiet,
+        trusted=options.trusted,
     )
     if options.json:
         print(json.dumps(asdict(found)))
@@ -131,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--images", type=Path, help="also compare every image file with the one that was labeled")
     verify.add_argument("--relabel", type=int, default=0, metavar="N", help="run the teacher again on N random rows")
     verify.add_argument("--device", default="auto", help="for --relabel: cpu, cuda or auto")
+    verify.add_argument("--trusted", action="store_true", help="the store is a friend's: --relabel may run its teacher")
     report = _command(commands, "report", _report, "write one self-contained HTML page about a store")
     report.add_argument("store", type=Path)
     report.add_argument("--images", type=Path, required=True, help="the image root that was labeled")

@@ -2,7 +2,7 @@
 
 `read_checkpoint` gives the named tensors of a file, `load_weights` puts all of them into a model or tells which do not
 fit, `classes_in` reads the number of classes off the classifier's weight, `weights_sha256` is a model's fingerprint.
-Pickles are unpickled by torch's weights-only reader alone; `weights_only` forces it on libraries that fetch weights.
+Pickles are read by `load_plain` alone; `weights_only` forces it on libraries that fetch weights.
 
 Legend: C classes, D feature width.
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from labeler.dense_maps import first_line
 from labeler.errors import TeacherError
+from labeler.plain_tensors import load_plain
 
 MAX_CHECKPOINT_BYTES = 32 << 30
 NESTED_WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -46,7 +47,7 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
 
             content: Any = load_file(file)
         else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = load_plain(file)
     except Exception as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise TeacherError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 from typing import NoReturn
@@ -19,6 +20,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def run_command(options: argparse.Namespace) -> int:
     """Call `options.run(options)`; the exit status, 1 for errors of the operating system."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         return options.run(options)

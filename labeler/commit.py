@@ -154,11 +154,30 @@ def read_marker(store: Path, shard: int, shards: int) -> Marker | None:
         return None
     try:
         marker = Marker(**record)
+        _check_types(marker)
     except TypeError as error:
         raise _damaged(path, str(error)) from None
     if marker.shard != shard or not marker.file.startswith(shard_stem(shard, shards) + ".") or "/" in marker.file:
         raise _damaged(path, f"shard {marker.shard}, file {marker.file!r}")
     return marker
+
+
+def _check_types(marker: Marker) -> None:
+    """Raise TypeError where an entry is of a type that no marker has: it may be another's file."""
+    kinds = {"shard": int, "size": int, "rows": int, "file": str, "sha256": str, "first_key": str, "last_key": str}
+    kinds |= {"quarantine": list, "stats": dict}
+    wrong = [name for name, kind in kinds.items() if type(getattr(marker, name)) is not kind]
+    if not wrong and min(marker.size, marker.rows) < 0:
+        wrong = ["rows"]
+    if not wrong and not all(type(number) in (int, float) for number in marker.stats.values()):
+        wrong = ["stats"]
+    texts = [
+        (entry.get("key"), entry.get("reason")) if type(entry) is dict else () for entry in marker.quarantine or ()
+    ]
+    if not wrong and not all(list(map(type, pair)) == [str, str] for pair in texts):
+        wrong = ["quarantine"]
+    if wrong:
+        raise TypeError(f"{', '.join(wrong)} that no marker has")
 
 
 def check_file(store: Path, marker: Marker) -> None:

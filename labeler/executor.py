@@ -225,14 +225,21 @@ def _connect(address: str | None, cpus: int) -> None:
     except Exception as error:  # Ray raises several types, some of them plain RuntimeError
         raise InputError(
             f"no Ray cluster can be joined at {address!r}",
-            got=str(error).strip().splitlines()[0],
+            got=" ".join(str(error).split()),  # of versions that differ the first line says nothing
             expected="the address of a running cluster with the same Ray and Python versions",
             remedy="Check `ray status` on a node, or leave --ray-address out to use this machine alone.",
         ) from None
 
 
 def _knock(address: str) -> None:
-    """Raise OSError where nothing listens at host:port; Ray itself would try for minutes."""
+    """Raise OSError where nothing listens at host:port, or something that is not Ray, which would try for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
+    if not (host and port.isdigit()):
+        return
+    with socket.create_connection((host, int(port)), timeout=10) as server:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        # Ray speaks gRPC, hence HTTP/2, where a frame of settings (type 4) comes first of all.
+        server.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+        if server.recv(4)[3:] != b"\4":
+            raise OSError("an answer that is not Ray's")

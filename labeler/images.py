@@ -140,7 +140,8 @@ def _measure(root: Path, entry: os.DirEntry) -> tuple[int, str | None]:
 
 def _from_list(root: Path, list_file: Path) -> ImageSet:
     try:
-        lines = list_file.read_bytes().decode("utf-8").splitlines()
+        # Not splitlines, which also splits at characters that a file name may hold.
+        lines = [line.removesuffix("\r") for line in list_file.read_bytes().decode("utf-8").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the image list {str(list_file)!r} cannot be read", got=str(error)) from None
     real_root = os.path.realpath(root)
@@ -162,11 +163,14 @@ def _from_list(root: Path, list_file: Path) -> ImageSet:
             raise InputError(where, got=f"{key!r} again (see line {seen[key.casefold()]})", expected="each image once")
         seen[key.casefold()] = number
         path = image_path(root, key)
-        if not Path(os.path.realpath(path)).is_relative_to(real_root):
-            raise InputError(where, got=f"{key!r}, a link that leaves the image root", expected="a file below it")
-        if not path.is_file():
-            raise InputError(where, got=f"{key!r}, which is not a file", expected=f"a file below {str(root)!r}")
-        found.append((key, path.stat().st_size, None))
+        try:
+            if not Path(os.path.realpath(path)).is_relative_to(real_root):
+                raise InputError(where, got=f"{key!r}, a link that leaves the image root", expected="a file below it")
+            if not path.is_file():
+                raise InputError(where, got=f"{key!r}, which is not a file", expected=f"a file below {str(root)!r}")
+            found.append((key, path.stat().st_size, None))
+        except OSError as error:
+            raise InputError(where, got=f"{key!r}: {error.strerror}", expected=f"a file below {str(root)!r}") from None
     if not found:
         raise InputError(f"the image list {str(list_file)!r} names no image")
     return _image_set(root, found, 0)

@@ -23,7 +23,9 @@ from labeler.config import LabelerConfig, TeacherConfig
 from labeler.decode import DecodeSettings, teacher_region
 from labeler.decoders import create_decoder
 from labeler.errors import InputError
+from labeler.foreign_store import remember_written
 from labeler.images import BadImage, ImageSet, find_images, refuse_other_images
+from labeler.plain_tensors import load_plain
 from labeler.plan import Plan, StoreMeta, load_plan
 from labeler.run import default_shard_size, make_task, stored_keys
 from labeler.shard_file import ShardRows
@@ -33,6 +35,7 @@ from labeler.writer import begin_store, committed_shards, finish_store, store_cl
 log = logging.getLogger("labeler")
 
 MAX_FILE_BYTES = 16 << 20  # a map of 5 classes on a 400×400 grid; the real ones have 18×18
+MAX_PICKLE = 64 << 10  # of which a map's one tensor needs 200 bytes
 CHANCE = 5.0  # agreement with the true classes below this many times chance is told
 
 
@@ -92,6 +95,8 @@ def import_token_label_files(
         task = make_task(plan, found, shard)
         _import_shard(task, sources, found.root, path, plan, decoder_config, decode)
     markers_now = finish_store(path, plan)
+    if not markers:  # the shards that were there may be another's
+        remember_written(path)
     known = sum(m.stats["known"] for m in markers_now)
     agree = sum(m.stats["agree"] for m in markers_now)
     if known >= 20 and agree / known < CHANCE / num_classes:
@@ -142,11 +147,12 @@ def read_map(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise BadImage(f"{path.name} is larger than any label map ({path.stat().st_size:,} bytes)")
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
+        tensor = load_plain(path, max_pickle=MAX_PICKLE)
     except BadImage:
         raise
     except Exception as error:  # a damaged file makes torch raise many types
-        raise BadImage(f"{path.name} cannot be read: {str(error).splitlines()[0][:120]}") from None
+        told = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise BadImage(f"{path.name} cannot be read: {told}") from None
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4 or tensor.shape[0] != 2 or tensor.shape[1] > 64:
         shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise BadImage(f"{path.name} holds {shape}, expected a tensor [2, 5, H, W]")

@@ -1,9 +1,9 @@
 """Reading `torch.save`'s files from anywhere: no code is run, and no more memory is taken than the file is long.
 
-`torch.load(weights_only=True)` runs no code, but allocates what a file asks for: compressed entries, `bytearray(10**12)`
-or `torch.Tensor(10**6, 10**6)` are a few bytes in a file. So the archive and the pickle are looked at first, and
-afterwards the tensors may not show more than the file holds. `labeler` and `model` each have this file, since neither
-imports the other; a test keeps the two equal.
+`torch.load(weights_only=True)` runs no code, but allocates what a file asks for: zeros that are compressed, or calls of
+`bytearray(10**12)` and `torch.Tensor(10**6, 10**6)` are a few bytes in a file. So the archive and the pickle are looked
+at first, and afterwards the tensors may not show more than the file holds. `labeler` and `model` each have this file,
+since neither imports the other; a test keeps the two equal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-MAX_PICKLE = 16 << 20  # bytes; the pickle of a checkpoint names its tensors, which lie elsewhere in the file
+MAX_PICKLE = 4 << 20  # bytes; the pickle of a checkpoint names its tensors, which lie elsewhere in the file
 MAX_ENTRIES = 100_000
 LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of the storages: then the raw tensors follow
 # What checkpoints are made of. torch allows more, among it makers of tensors of any size.
@@ -31,10 +31,11 @@ PLAIN = re.compile(
 OTHER_NAMES = frozenset({"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"})
 
 
-def load_plain(source: Path | bytes, allowed: Sequence[type | tuple[type, str]] = (), max_pickle: int = MAX_PICKLE) -> Any:
+def load_plain(source: Path | bytes, allowed: Sequence[Any] = (), max_pickle: int = MAX_PICKLE) -> Any:
     """What a file of `torch.save` holds, on the CPU; `source` is its path or its bytes.
 
-    allowed  more classes, harmless ones, that the file may hold; max_pickle  bytes that its pickle may have
+    allowed     more classes, harmless ones, that the file may hold, as `torch.serialization.safe_globals` takes them
+    max_pickle  bytes that its pickle may have
 
     Raises ValueError where the file could run code or take more memory than its own size, and what `torch.load`
     raises where it is damaged.
@@ -83,8 +84,9 @@ def _check_pickle(file: BinaryIO, count: int, more: set[str], max_pickle: int) -
     start = file.tell()
     for _ in range(count):
         for operation, argument, _ in pickletools.genops(file):
-            if operation.name == "GLOBAL" and not PLAIN.fullmatch(argument) and argument not in more:
-                raise ValueError(f"a pickle that asks for {argument.replace(' ', '.')[:100]}")
+            name = str(argument)
+            if operation.name == "GLOBAL" and not PLAIN.fullmatch(name) and name not in more:
+                raise ValueError(f"a pickle that asks for {name.replace(' ', '.')[:100]}")
             if operation.name in OTHER_NAMES:
                 raise ValueError(f"a pickle with {operation.name}, which torch.save does not write")
             if file.tell() - start > max_pickle:

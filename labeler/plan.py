@@ -6,6 +6,7 @@ Everything that decides a label's value stands in the plan; a later run that dif
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from labeler import __version__
 from labeler.commit import read_sealed, write_sealed
+from labeler.config import ORIENTATIONS
 from labeler.errors import IntegrityError, MismatchError
 from labeler.shard_file import Layout, row_layout
 
@@ -20,6 +22,9 @@ PLAN_FILE = "plan.json"
 FORMAT_NAME = "token-label store"
 FORMAT_VERSION = "1.0"
 COMPARED = ("num_classes", "class_names", "palette", "grid", "precision", "orientation", "score_kind")
+KINDS = frozenset({("logprob", "uint8"), ("logprob", "float16"), ("logit", "float16")})
+MAX_CLASSES = 1 << 31
+MAX_ROW = 32 << 20  # scores of one image
 # Of a teacher's record: equal weights may lie elsewhere, and the rest is told for people.
 NOT_COMPARED = frozenset({"checkpoint", "random_weights", "method", "self_test", "notes"})
 
@@ -100,7 +105,14 @@ def load_plan(store: Path) -> Plan | None:
         record = read_sealed(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    meta = record.get("meta", {})
+    except IntegrityError as error:
+        # Unlike a shard it cannot be made anew: the shards there might be of any other settings.
+        raise IntegrityError(
+            error.problem, got=error.got, remedy="Restore it from a copy, or label into a new folder."
+        ) from None
+    meta = record.get("meta")
+    if not isinstance(meta, dict):
+        raise IntegrityError(f"{str(path)!r} is not a plan", got=type(meta).__name__, expected="the plan of a store")
     version = str(meta.get("format_version", "?"))
     if meta.get("format") != FORMAT_NAME or version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
         raise MismatchError(
@@ -115,9 +127,40 @@ def load_plan(store: Path) -> Plan | None:
             name: tuple(value) if isinstance(value, list) else value for name, value in meta.items() if name in known
         }
         record["code_values"] = tuple(record["code_values"])
-        return Plan(**{**record, "meta": StoreMeta(**meta)})
-    except (TypeError, KeyError) as error:
-        raise IntegrityError(f"{str(path)!r} is not a plan", got=str(error), expected="the plan of a store") from None
+        plan = Plan(**{**record, "meta": StoreMeta(**meta)})
+        problem = _impossible(plan)
+    except (TypeError, LookupError, ValueError, AttributeError, OverflowError) as error:
+        problem = str(error)
+    if problem:
+        raise IntegrityError(f"{str(path)!r} is not a plan", got=problem, expected="the plan of a store")
+    return plan
+
+
+def _impossible(plan: Plan) -> str | None:
+    """What no plan of ours says: whoever reads a store allocates by its plan. Wrong types may raise anything."""
+    m = plan.meta
+    limits = {
+        "num_classes": (m.num_classes, MAX_CLASSES), "palette": (m.palette, 1 << 16), "shards": (m.shards, 1_000_000),
+        "num_images": (m.num_images, 1 << 40), "shard_size": (plan.shard_size, 1 << 40),
+        "key_bytes": (plan.key_bytes, 1 << 16), **{f"grid[{i}]": (side, 4096) for i, side in enumerate(m.grid)},
+    }  # fmt: skip
+    for name, (value, most) in limits.items():
+        if type(value) is not int or not 1 <= value <= most:
+            return f"{name} {_short(value)}"
+    texts = (*m.class_names, m.dataset_fingerprint, m.writer, m.format_version, *plan.class_folders)
+    numbers = (*plan.code_values, *plan.class_folders.values())
+    wrong = {
+        "names": any(type(text) is not str for text in texts) or len(m.class_names) not in (0, m.num_classes),
+        "grid": len(m.grid) != 2,
+        "a score kind or a precision": (m.score_kind, m.precision) not in KINDS or m.orientation not in ORIENTATIONS,
+        "a number": any(type(n) not in (int, float) or not math.isfinite(n) for n in numbers),
+        "code values": len(plan.code_values) != (256 if m.precision == "uint8" else 0),
+        "class folders": any(not 0 <= n < m.num_classes for n in plan.class_folders.values()),
+        "a number of shards": m.shards != -(-m.num_images // plan.shard_size),
+        "settings": not isinstance(m.teacher, dict) or not isinstance(plan.settings, dict),
+        "rows too large": m.palette * m.grid[0] * m.grid[1] > MAX_ROW,
+    }
+    return next((f"{name} that cannot be" for name, fault in wrong.items() if fault), None)
 
 
 def refuse_other_settings(store: Path, found: Plan, wanted: Plan) -> None:

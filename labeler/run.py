@@ -15,6 +15,7 @@ from labeler.commit import Marker
 from labeler.config import LabelerConfig
 from labeler.errors import TokenLabelError
 from labeler.executor import run_in_process, run_on_ray
+from labeler.foreign_store import remember_written
 from labeler.images import ImageSet, find_images, refuse_other_images
 from labeler.plan import Plan, StoreMeta, load_plan
 from labeler.score_maps import code_table
@@ -71,7 +72,7 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
 
     found, path = find_images(images, config.image_list), Path(store)
     begun = load_plan(path)
-    if begun is not None:
+    if begun is not None and begun.meta.dataset_fingerprint != found.fingerprint:
         refuse_other_images(found, begun.meta.dataset_fingerprint, stored_keys(path), path)
     # The driver of a cluster may have no GPU itself; its workers then say what is missing.
     device = config.device if config.workers and config.device != "auto" else resolve_device(config.device)
@@ -84,6 +85,8 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     rows_before = sum(marker.rows for marker in markers.values())
     seconds = _run(tasks, found, path, plan, config, device, markers)
     finished = finish_store(path, plan)
+    if not markers:  # the shards that were there may be another's
+        remember_written(path)
     return _summary(path, finished, sum(m.rows for m in finished) - rows_before, seconds, found.other)
 
 

@@ -9,6 +9,7 @@ h5py's global lock.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import zlib
@@ -26,8 +27,10 @@ import xxhash
 
 from labeler.errors import IntegrityError
 
+VIEW_FILE = "labels.h5"
 LEVEL = 6
 META_ROWS = 1024  # rows in a chunk of the small data sets
+MAX_ATTRIBUTES, MAX_ATTRIBUTE_BYTES = 100, 64 << 20  # of which class names need most
 Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # data set name -> (type, shape of one row)
 ALLOWED_FILTERS = frozenset({h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32})
 
@@ -168,6 +171,7 @@ class ShardReader:
         try:
             with h5py.File(path, "r", libver="v110") as file:
                 check_layout(file, layout, rows, path)
+                check_attributes(file, path)
                 self.attributes = _read_attributes(file)
                 self._small = {name: file[name][()] for name in layout if name not in ("scores", "background") and rows}
                 self._chunks = {
@@ -175,8 +179,8 @@ class ShardReader:
                 }
         except IntegrityError:
             raise
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise _damaged(path, str(error).splitlines()[0]) from None
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError) as error:
+            raise _damaged(path, (str(error).splitlines() or [type(error).__name__])[0]) from None
         self._image = path.read_bytes() if in_memory else None
         self._handle = -1 if in_memory else os.open(path, os.O_RDONLY)
         self.keys = [key.decode() for key in self._small["key"]] if rows else []
@@ -226,7 +230,11 @@ class ShardReader:
             # The last four bytes are HDF5's own fletcher32, which the row's checksum makes superfluous here.
             packed = self._bytes(offset, size)[:-4]
             try:
-                plain = np.frombuffer(packed if mask else zlib.decompress(packed), np.uint8)
+                # One byte more than a row has shows that there is too much; a chunk could hold a thousandfold.
+                limit = flat.shape[1] + 1
+                plain = np.frombuffer(packed if mask else zlib.decompressobj().decompress(packed, limit), np.uint8)
+                if len(plain) != flat.shape[1]:
+                    raise ValueError(f"a chunk of {len(plain):,} bytes, expected {flat.shape[1]:,}")
                 flat[i] = plain.reshape(dtype.itemsize, -1).T.ravel() if shuffle else plain
             except (zlib.error, ValueError) as error:
                 raise _damaged(self.path, f"row {row} of /{name}: {error}") from None
@@ -238,9 +246,9 @@ class ShardReader:
         return os.pread(self._handle, size, offset)
 
 
-def file_rows(path: Path, name: str) -> int:
-    """The rows that one data set of an HDF5 file shows."""
-    with h5py.File(path, "r") as file:
+def file_rows(store: Path, name: str) -> int:
+    """The rows that one data set of a store's view shows."""
+    with h5py.File(store / VIEW_FILE, "r") as file:
         return int(file[name].shape[0])
 
 
@@ -256,14 +264,35 @@ def check_layout(file: h5py.File, layout: Layout, rows: int, path: Path) -> None
         if not isinstance(data, h5py.Dataset) or data.shape != shape or data.dtype != dtype:
             found = (data.shape, str(data.dtype)) if isinstance(data, h5py.Dataset) else "a group"
             raise _damaged(path, f"/{name} is {found}, expected {(shape, str(dtype))}")
+        stored = data.id.get_type()
+        if stored.committed() or not stored.equal(h5py.h5t.py_create(dtype)) or len(data.attrs):
+            raise _damaged(path, f"/{name} has a type or attributes that the labeler does not write")
         if 0 in shape:
             continue  # nothing is stored
         if data.is_virtual or data.external or data.chunks is None or data.maxshape != data.shape:
             raise _damaged(path, f"/{name} is not stored in chunks in the file itself")
+        if any(chunk > max(side, META_ROWS) for chunk, side in zip(data.chunks, shape, strict=True)):
+            raise _damaged(path, f"/{name} has chunks {data.chunks} for {shape}")
+        if data.id.get_num_chunks() != math.prod(-(-s // c) for s, c in zip(shape, data.chunks, strict=True)):
+            raise _damaged(path, f"/{name} lacks chunks")
         creation = data.id.get_create_plist()
         filters = {creation.get_filter(i)[0] for i in range(creation.get_nfilters())}
         if not filters <= ALLOWED_FILTERS or h5py.h5z.FILTER_FLETCHER32 not in filters:
             raise _damaged(path, f"/{name} has filters {sorted(filters)}, or no checksum")
+
+
+def check_attributes(file: h5py.File, path: Path) -> None:
+    """Refuse attributes of unlimited number or length."""
+    count, total = h5py.h5a.get_num_attrs(file.id), 0
+    for i in range(min(count, MAX_ATTRIBUTES)):
+        attribute = h5py.h5a.open(file.id, index=i)
+        kind = attribute.get_type()
+        plain = kind.get_class() in (h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.STRING)
+        if not plain or kind.committed() or (isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str()):
+            raise _damaged(path, f"attribute {i} has a type that the labeler does not write")
+        total += attribute.get_storage_size()
+    if count > MAX_ATTRIBUTES or total > MAX_ATTRIBUTE_BYTES:
+        raise _damaged(path, f"{count} attributes of {total:,} bytes")
 
 
 def _chunk_table(data: h5py.Dataset, path: Path) -> tuple[bool, np.ndarray]:
@@ -276,7 +305,9 @@ def _chunk_table(data: h5py.Dataset, path: Path) -> tuple[bool, np.ndarray]:
     deflate_bit = 2 if data.shuffle else 1
 
     def note(chunk: h5py.h5d.StoreInfo) -> None:
-        table[chunk.chunk_offset[0]] = chunk.byte_offset, chunk.size, chunk.filter_mask & deflate_bit
+        if chunk.filter_mask & ~deflate_bit:  # only what gzip would make larger may be left as it is
+            raise _damaged(path, f"{data.name} has a chunk without its filters")
+        table[chunk.chunk_offset[0]] = chunk.byte_offset, chunk.size, chunk.filter_mask
 
     data.id.chunk_iter(note)
     if (table < 0).any() or (table[:, 0] + table[:, 1] > path.stat().st_size).any():

@@ -5,6 +5,7 @@ Legend: n rows of a shard; C classes; P palette size; H×W map grid.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,12 @@ import numpy as np
 from labeler.commit import check_file, read_marker
 from labeler.config import LabelerConfig, TeacherConfig
 from labeler.errors import InputError, IntegrityError, TokenLabelError
+from labeler.foreign_store import refuse_hostile, view_rows
 from labeler.images import BadImage, image_digest, image_path, read_image
 from labeler.plan import Plan, load_plan, plain
-from labeler.shard_file import ShardReader, ShardRows, file_rows
+from labeler.shard_file import VIEW_FILE, ShardReader, ShardRows, file_rows
 from labeler.store import LabelStore
-from labeler.writer import QUARANTINE_FILE, VIEW_FILE
+from labeler.writer import QUARANTINE_FILE
 
 if TYPE_CHECKING:
     from labeler.decode import Decoder
@@ -68,20 +70,32 @@ def verify_store(
     device: str = "auto",
     progress: bool = False,
     seed: int = 0,
+    trusted: bool = False,
 ) -> Verification:
     """Check a store's plan, markers, digests, layout, rows and view; with `images`, also every image file.
 
     relabel   run the store's teacher again on this many random rows (needs `images`)
+    trusted   the store is your own or a friend's: no check in a child process, and its teacher, which may be any
+              function that can be imported, may be run
 
     Raises InputError where there is no store at all; everything else is a problem in the result.
     """
-    path = Path(store)
+    path, problems = Path(store), []
+    try:
+        own = trusted or refuse_hostile(path)
+    except IntegrityError as error:
+        return Verification(str(path), 0, 0, 0, 0, 0, 0, None, None, (str(error),))
     plan = load_plan(path)
     if plan is None:
         raise InputError(f"{str(path)!r} is not a label store", got="no plan.json", remedy="Give a store's folder.")
     if relabel and images is None:
         raise InputError("--relabel needs --images", remedy="Give the image root that was labeled.")
-    problems: list[str] = []
+    if relabel and not own:
+        raise InputError(
+            f"{str(path)!r} was not written in one run of yours, and its teacher may be any code that it names",
+            got=repr(plan.meta.teacher.get("name"))[:80],
+            remedy="Give --trusted if the store is your own or a friend's, or leave --relabel away.",
+        )
     rows = quarantined = 0
     stored_kl = 0.0
     for shard in _progress(range(plan.meta.shards), "verify", progress):
@@ -93,20 +107,21 @@ def verify_store(
             check_file(path, marker)
             reader = ShardReader(path / marker.file, plan.layout, marker.rows)
             found = reader.read(np.arange(marker.rows))
-            problems += [f"{marker.file}: {p}" for p in _shard_problems(plan, shard, found, reader, marker.quarantine)]
+            bad = shard_problems(plan, shard, reader, marker.quarantine) + value_problems(plan, found)
+            problems += [f"{marker.file}: {problem}" for problem in bad]
         except TokenLabelError as error:
             problems.append(str(error))
             continue
         rows, quarantined = rows + marker.rows, quarantined + len(marker.quarantine)
         stored_kl += marker.stats.get("kl", 0.0)
     if not problems:
-        problems += _view_problems(path, rows, quarantined)
+        problems += _view_problems(path, rows, quarantined, file_rows if own else view_rows)
     checked, relabeled, relabel_kl = 0, 0, None
     if images is not None and not problems:
-        checked = _check_images(LabelStore(path), images, problems, progress)
+        checked = _check_images(LabelStore(path, trusted=True), images, problems, progress)
     if relabel and not problems:
         relabeled, relabel_kl = _relabel(
-            LabelStore(path), Path(str(images)), relabel, device, seed, stored_kl / max(1, rows), problems
+            LabelStore(path, trusted=True), Path(str(images)), relabel, device, seed, stored_kl / max(1, rows), problems
         )
     size = sum(file.stat().st_size for file in path.iterdir())
     return Verification(
@@ -123,10 +138,8 @@ def verify_store(
     )
 
 
-def _shard_problems(
-    plan: Plan, shard: int, rows: ShardRows, reader: ShardReader, quarantine: list[dict[str, str]]
-) -> list[str]:
-    """What a digest cannot tell: attributes, order, counts, and values that no labeler writes."""
+def shard_problems(plan: Plan, shard: int, reader: ShardReader, quarantine: list[dict[str, str]]) -> list[str]:
+    """What a digest cannot tell: attributes, order and counts."""
     meta = plan.meta
     problems = []
     expected = meta.attributes(shard)
@@ -134,10 +147,16 @@ def _shard_problems(
     if wrong:
         problems.append(f"attributes differ from the plan: {', '.join(wrong)}")
     part = plan.slice_of(shard)
-    if len(rows) + len(quarantine) != part.stop - part.start:
-        problems.append(f"{len(rows)} rows and {len(quarantine)} quarantined of {part.stop - part.start} images")
-    if list(rows.keys) != sorted(set(rows.keys)):
+    if reader.rows + len(quarantine) != part.stop - part.start:
+        problems.append(f"{reader.rows} rows and {len(quarantine)} quarantined of {part.stop - part.start} images")
+    if reader.keys != sorted(set(reader.keys)):
         problems.append("the keys are not sorted and unique")
+    return problems
+
+
+def value_problems(plan: Plan, rows: ShardRows) -> list[str]:
+    """Values that no labeler writes."""
+    meta, problems = plan.meta, []
     unused = np.iinfo(rows.classes.dtype).max
     if ((rows.classes >= meta.num_classes) & (rows.classes != unused)).any():
         problems.append(f"a class id beyond {meta.num_classes - 1}")
@@ -154,10 +173,10 @@ def _shard_problems(
     return problems
 
 
-def _view_problems(store: Path, rows: int, quarantined: int) -> list[str]:
+def _view_problems(store: Path, rows: int, quarantined: int, count: Callable[[Path, str], int]) -> list[str]:
     problems = []
     try:
-        found = file_rows(store / VIEW_FILE, "scores")
+        found = count(store, "scores")
         if found != rows:
             problems.append(f"{VIEW_FILE} shows {found} rows of {rows}: run the labeling command again")
         lines = len((store / QUARANTINE_FILE).read_bytes().splitlines())
@@ -165,6 +184,8 @@ def _view_problems(store: Path, rows: int, quarantined: int) -> list[str]:
             problems.append(
                 f"{QUARANTINE_FILE} has {lines} lines for {quarantined} images: run the labeling command again"
             )
+    except IntegrityError as error:
+        problems.append(str(error))
     except (OSError, KeyError) as error:
         problems.append(f"the store is not finished ({error}): run the labeling command again")
     return problems

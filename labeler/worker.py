@@ -18,7 +18,7 @@ from labeler.commit import read_marker
 from labeler.config import LabelerConfig
 from labeler.decode import Decoded, Decoder, DecodeSettings, teacher_region
 from labeler.decoders import create_decoder
-from labeler.errors import MismatchError
+from labeler.errors import LabelingError, MismatchError
 from labeler.images import BadImage, check_header, image_digest, read_image
 from labeler.plan import Plan
 from labeler.score_maps import EncodedMaps, encode_palette
@@ -146,7 +146,11 @@ def load_batches(task: ShardTask, root: Path, config: LabelerConfig, decoder: De
     try:
         while True:
             for positions in islice(slices, 1 + BATCHES_AHEAD - len(pending)):
-                pending.append(thread.submit(_load, task, positions, root, config, decoder))
+                try:
+                    pending.append(thread.submit(_load, task, positions, root, config, decoder))
+                except RuntimeError as error:
+                    remedy = "Raise the limit on processes and threads (ulimit -u), or free some."
+                    raise LabelingError("no thread to read images can be started", got=error, remedy=remedy) from None
             if not pending:
                 return
             yield pending.popleft().result()

@@ -22,9 +22,8 @@ from labeler.commit import (
 )
 from labeler.errors import InputError, IntegrityError, LabelingError
 from labeler.plan import Plan, load_plan, refuse_other_settings
-from labeler.shard_file import ShardRows, build_shard, build_view, class_dtype
+from labeler.shard_file import VIEW_FILE, ShardRows, build_shard, build_view, class_dtype
 
-VIEW_FILE = "labels.h5"
 QUARANTINE_FILE = "quarantine.jsonl"
 CANNOT_WRITE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
 
@@ -107,11 +106,18 @@ def committed_shards(store: Path, plan: Plan) -> dict[int, Marker]:
             check_file(store, marker)
         except IntegrityError as error:
             log.warning("%s", error)
-            (store / f"{shard_stem(shard, plan.meta.shards)}.json").unlink(missing_ok=True)
-            sync_folder(store)
+            _withdraw(store / f"{shard_stem(shard, plan.meta.shards)}.json")
             continue
         found[shard] = marker
     return found
+
+
+def _withdraw(marker: Path) -> None:
+    try:
+        marker.unlink(missing_ok=True)
+        sync_folder(marker.parent)
+    except OSError as error:
+        raise disk_error(marker.parent, error) from None
 
 
 def finish_store(store: Path, plan: Plan) -> list[Marker]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from tiny import make_images
 from labeler import LabelerConfig, TeacherConfig, label_images
 
 torch.set_num_threads(1)
+# What is remembered of the tests' stores does not belong among the user's.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="token-labeling-tests-")
 
 SHARED = Path(__file__).parents[2] / "shared"
 TINY = TeacherConfig("tiny:colour_teacher")

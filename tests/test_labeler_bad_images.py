@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import tally
 from PIL import Image
 from tiny import encoded, make_images, picture
 
@@ -110,6 +111,7 @@ LISTED = {
 }
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("decoder", ["dali", "pil"])
 def test_every_bad_image_is_named_and_every_good_one_labeled(corpus, tmp_path, config, decoder):
     if decoder == "dali":
@@ -130,6 +132,7 @@ def test_every_bad_image_is_named_and_every_good_one_labeled(corpus, tmp_path, c
         labels.row_of("truncated.jpg")
 
 
+@pytest.mark.fault(18)
 def test_both_decoders_give_the_same_pixels():
     pytest.importorskip("nvidia.dali", reason="DALI has no wheel for this platform")
     for view in ("full", "center"):
@@ -140,8 +143,10 @@ def test_both_decoders_give_the_same_pixels():
         np.testing.assert_array_equal(fast.sizes, plain.sizes)
         difference = (fast.pixels.int() - plain.pixels.int()).abs().float()
         assert difference.mean(dim=(1, 2, 3)).max() < 0.5  # of 255
+    tally(18, injected=1)
 
 
+@pytest.mark.fault(18)
 def test_orientation_can_be_ignored_by_both():
     pytest.importorskip("nvidia.dali", reason="DALI has no wheel for this platform")
     for name in ("dali", "pil"):
@@ -182,6 +187,7 @@ def test_only_bad_images_give_an_empty_store_with_a_full_quarantine(tmp_path, co
     assert verify_store(tmp_path / "labels").problems == ()
 
 
+@pytest.mark.fault(19)
 def test_a_file_that_changes_during_the_run_is_not_labeled(tmp_path, config):
     from labeler.images import read_image
 
@@ -200,28 +206,12 @@ def test_the_fingerprint_sees_names_and_sizes(tmp_path):
     assert image_digest(b"a") != image_digest(b"b")
 
 
-def test_a_list_chooses_images_and_refuses_what_leaves_the_root(tmp_path, config):
+def test_a_list_chooses_images(tmp_path, config):
     images = make_images(tmp_path / "images", 6)
     listed = tmp_path / "list.txt"
     listed.write_text("class1/img001.jpg\nclass0/img003.jpg\n\n")
     label_images(images, tmp_path / "labels", dataclasses.replace(config, image_list=str(listed)))
     assert LabelStore(tmp_path / "labels").keys == ["class0/img003.jpg", "class1/img001.jpg"]
-    (images / "out.jpg").symlink_to("/etc/hostname")
-    for line in (
-        "../x.jpg",
-        "/etc/hostname",
-        "class0/../class0/img000.jpg",
-        "a\0b.jpg",
-        "out.jpg",
-        "absent.jpg",
-        "class0",
-    ):
-        listed.write_text(f"class1/img001.jpg\n{line}\n")
-        with pytest.raises(InputError, match="line 2"):
-            find_images(images, listed)
-    listed.write_text("class1/img001.jpg\nCLASS1/img001.jpg\n")
-    with pytest.raises(InputError, match=r"line 2.*see line 1"):
-        find_images(images, listed)
 
 
 def test_headers_are_judged_without_decoding():

@@ -1,26 +1,15 @@
-"""Labeling on a real local Ray: the same labels as in one process, whatever is killed."""
+"""Labeling on a real local Ray: the same labels as in one process. What is killed there is in test_faults_labeling."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
-import subprocess
-import time
-from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-from test_labeler_run import command, equal, start, state, wait_for_markers
-from tiny import make_images
+from labeling_runs import command, equal, start, wait_for_markers
 
-from labeler import InputError, LabelerConfig, LabelingError, LabelStore, TeacherConfig, TeacherError, label_images
+from labeler import LabelerConfig, LabelingError, LabelStore, TeacherConfig, TeacherError, label_images
 from labeler.verify import verify_store
-
-TESTS = Path(__file__).parent
-# Ten is what is claimed; the ordinary suite runs a few of them. LABELER_KILLS=10 runs all.
-KILLS = int(os.environ.get("LABELER_KILLS", "3"))
 
 
 def on_ray(config: LabelerConfig, **changes: object) -> LabelerConfig:
@@ -41,93 +30,6 @@ def test_errors_that_every_worker_would_meet_end_the_run_as_themselves(images, t
     breaking = on_ray(config, teacher=TeacherConfig("tiny:teacher_that_breaks_the_store"))
     with pytest.raises(LabelingError, match="writing to the store"):
         label_images(images, tmp_path / "b", breaking)
-
-
-def test_a_shard_over_which_workers_die_is_named_and_the_rest_is_labeled(images, tmp_path, config, local_ray):
-    red = images / "class1" / "red.jpg"
-    Image.new("RGB", (48, 40), (255, 0, 0)).save(red, quality=95)
-    crashing = on_ray(config, teacher=TeacherConfig("tiny:crashing_teacher"), max_attempts=2)
-    with pytest.raises(LabelingError, match=r"1 shard.*shard 2 .*2 failures"):
-        label_images(images, tmp_path / "labels", crashing)
-    markers = sorted(path.name for path in (tmp_path / "labels").glob("shard-*.json"))
-    assert markers == [f"shard-{i:05d}-of-00004.json" for i in (0, 1, 3)]
-
-
-def test_an_address_where_no_cluster_answers_is_one_line(images, tmp_path):
-    done = subprocess.run(
-        command(images, tmp_path / "labels", "--workers", "1", "--ray-address", "127.0.0.1:1"),
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == InputError.exit_status
-    assert "127.0.0.1:1" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-
-
-def processes() -> dict[int, tuple[int, str]]:
-    """pid -> (parent, command line) of everything that runs."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                found[int(folder.name)] = parent, (folder / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-    return found
-
-
-def descendants(pid: int) -> dict[int, str]:
-    everything, below, grown = processes(), {pid}, True
-    while grown:
-        more = {p for p, (parent, _) in everything.items() if parent in below} - below
-        below, grown = below | more, bool(more)
-    return {p: everything[p][1] for p in below if p in everything}
-
-
-def kill_tree(pids: dict[int, str]) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers through /proc")
-@pytest.mark.timeout(900)
-def test_random_kills_of_actor_driver_and_both(tmp_path, config):
-    """Started again, the store is that of an undisturbed run, and no committed shard was touched."""
-    images = make_images(tmp_path / "images", 48)
-    slow = dataclasses.replace(config, teacher=TeacherConfig("tiny:slow_teacher"), batch_size=2)
-    label_images(images, tmp_path / "undisturbed", slow)
-    random = np.random.default_rng(1)
-    killed = []
-    for run in range(KILLS):
-        store, victim = tmp_path / f"run {run}", ("actor", "driver", "both")[run % 3]
-        driver = start(command(images, store, "--workers", "2", teacher="tiny:slow_teacher"))
-        wanted = int(random.integers(0, 11))
-        while driver.poll() is None and len(list(store.glob("shard-*.json"))) < wanted:
-            time.sleep(0.001)
-        tree = descendants(driver.pid)
-        actors = [pid for pid, command in tree.items() if command.startswith("ray::_Worker")]
-        if victim in ("driver", "both"):
-            driver.kill()
-        if victim in ("actor", "both") and actors:
-            os.kill(actors[int(random.integers(len(actors)))], signal.SIGKILL)
-            killed.append(victim)
-        _, error = driver.communicate(timeout=240)
-        if victim == "actor":
-            assert driver.returncode == 0, error
-        kill_tree(tree)
-        committed = {name: value for name, value in state(store).items() if name.endswith(".json")}
-        label_images(images, store, slow)
-        assert committed.items() <= state(store).items(), "a committed shard was labeled again"
-        assert equal(store, tmp_path / "undisturbed")
-        assert LabelStore(store).keys == sorted(set(LabelStore(store).keys))
-        assert not list(store.glob(".tmp-*"))
-    assert killed, "no actor was ever found"
 
 
 def test_a_signal_ends_a_run_on_ray_with_143(images, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faults import tally
 from tiny import encoded, make_images, picture
 
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, TeacherConfig, label_images
@@ -45,14 +46,17 @@ def refused_at_the_batch(config: LoaderConfig, *words: str) -> None:
             assert word in str(caught.value)
 
 
+@pytest.mark.fault(34)
 def test_a_missing_image_is_named_before_the_first_batch(settings, images):
     (images / "class1/img004.jpg").unlink()
     refused(settings, MismatchError, "1 labeled images are missing", "'class1/img004.jpg'", "image_list")
 
 
+@pytest.mark.fault(34)
 def test_an_image_without_labels_is_named_before_the_first_batch(settings, images):
     (images / "class1/new.jpg").write_bytes(encoded(picture(99)))
     refused(settings, MismatchError, "1 of 13 images have no labels", "'class1/new.jpg'")
+    tally(34, injected=1)
 
 
 def test_a_renamed_image_is_named(settings, images):
@@ -60,11 +64,14 @@ def test_a_renamed_image_is_named(settings, images):
     refused(settings, MismatchError, "'class1/other.jpg'")
 
 
+@pytest.mark.fault(19)
 def test_an_image_of_another_size_on_disk_is_noticed_before_the_first_batch(settings, images):
     (images / "class1/img004.jpg").write_bytes(encoded(picture(99), quality=40))
     refused(settings, MismatchError, "changed after they were labeled", "labeler verify")
+    tally(19, injected=1)
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_flipped_byte_is_noticed_at_the_batch_by_name(settings, images, backend):
     path = images / "class1/img004.jpg"
@@ -72,6 +79,7 @@ def test_a_flipped_byte_is_noticed_at_the_batch_by_name(settings, images, backen
     data[-20] ^= 4
     path.write_bytes(data)
     refused_at_the_batch(replace(settings, backend=backend), "'class1/img004.jpg'", "other bytes")
+    tally(19, injected=1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faults import tally
 from tiny import make_images
 
 from labeler import InputError, LabelerConfig, MismatchError, TeacherConfig, label_images
@@ -95,6 +96,7 @@ def test_every_place_of_an_epoch_can_be_resumed(settings):
         assert digest(next(iter(resumed))) == expected
 
 
+@pytest.mark.fault(31)
 def test_a_state_needs_the_same_images_labels_and_settings(settings, tmp_path):
     state = create_loader(settings).state_dict()
     other_images = make_images(tmp_path / "images", 49)
@@ -116,6 +118,7 @@ def test_a_state_needs_the_same_images_labels_and_settings(settings, tmp_path):
             create_loader(config).load_state_dict(state)
         assert "\n" not in str(caught.value)
         assert str(caught.value).count("got") == 1
+    tally(31, injected=1)
 
 
 def test_what_does_not_change_a_batch_does_not_refuse_a_state(settings, tmp_path):

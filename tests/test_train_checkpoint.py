@@ -100,6 +100,8 @@ def test_a_process_killed_between_any_two_system_calls_of_a_checkpoint_leaves_a_
         for ema in (False, True):
             assert read_weights(folder, info, ema)["weight"].tolist() == [info.step] * 5
         assert read_state(folder, info) == {"step": info.step}
+        for path in checkpoints(run) if before != "one damaged" else [folder]:
+            check_checkpoint(path)  # the one being written is not there, rather than there and damaged
         if ended.status == 0:
             break
         assert ended.status == -signal.SIGKILL, ended

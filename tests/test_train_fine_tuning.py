@@ -1,4 +1,4 @@
-"""Fine-tuning: from published files and from our own checkpoints, to other classes and resolutions, whole or heads only.
+"""Fine-tuning: from published files and our own checkpoints, to other classes and resolutions, whole or heads only.
 
 Legend: C classes.
 """
@@ -93,7 +93,7 @@ def test_a_published_file_is_where_training_begins(data, published, tmp_path):
 
 
 def test_a_published_file_is_fine_tuned_to_other_classes_and_pixels(data, published, tmp_path, capsys):
-    """By the command line, as a user would; what comes out validates and resumes without the published file."""
+    """By the command line, as a user would; what comes out validates."""
     recipe = tmp_path / "tune.toml"
     recipe.write_text(to_toml(tiny_config(*data, tmp_path / "run")))
     images = make_images(tmp_path / "images", 20, 10)
@@ -174,15 +174,16 @@ def test_heads_alone_for_other_classes_are_new_and_trained(run, tmp_path):
 
 def test_weights_of_another_model_are_refused_in_one_line(data, run, published, tmp_path, capsys):
     recipe = tmp_path / "tune.toml"
+    args = {"embed_dim": 16, "d_state": 4}
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (run, {"model.name": "vim_tiny"}, "demansia_nano with patch_size 8, embed_dim 16"),
         (run, {"model.name": "test_vit", "model.args": {}}, "demansia_nano with patch_size 8"),
         (
             run,
-            {"model.args": {"embed_dim": 16, "depth": 1, "d_state": 4, "patch_size": 16}},
+            {"model.args": {**args, "depth": 1, "patch_size": 16}},
             "of another name or shape",
         ),
-        (run, {"model.args": {"embed_dim": 16, "depth": 2, "d_state": 4, "patch_size": 8}}, "weights missing"),
+        (run, {"model.args": {**args, "depth": 2, "patch_size": 8}}, "weights missing"),
         (published, {"model.img_size": 64}, "DeMansia with embed_dim 32, depth 4"),
         (published, {"model.name": "test_resnet", "model.args": {}}, "does not fit model.name 'test_resnet'"),
         (tmp_path / "none.pth", {}, "there is no such checkpoint"),

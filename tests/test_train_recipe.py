@@ -7,6 +7,7 @@ import string
 
 import numpy as np
 import pytest
+from faults import tally
 
 from labeler import InputError
 from train.__main__ import main
@@ -50,6 +51,9 @@ FOUND_IN_FILE = {
     "share over one": (VALID + "[augment]\nhflip = 1.1", "augment.hflip: got 1.1, expected less than or equal to 1"),
     "average that never moves": (VALID + "[ema]\ndecay = 1.0", "ema.decay: got 1.0, expected less than 1"),
     "seed beyond torch's": (VALID + f"[run]\nseed = {1 << 63}", "run.seed: got 9223372036854775808, expected less"),
+    "more threads than any machine has": (VALID + "[run]\nthreads = 5000", "run.threads: got 5000, expected less than"),
+    "zero byte": (VALID + '[run]\nout = "a\\u0000b"', "out holds a zero byte; give a path or a name"),
+    "empty text": (VALID + "[run]\nout = ''", "out is empty; give a path or a name"),
     "long number": (VALID + f"[run]\nseed = {'9' * 5000}", "Exceeds the limit"),
     "nothing to learn": (VALID + "[loss]\ndense_weight = 0\ncls_weight = 0", "are both 0: nothing would be learned"),
     "lowest rate above the highest": (VALID + "[schedule]\nmin_lr = 1.0", "min_lr 1 is above optimizer.lr 0.001"),
@@ -96,6 +100,7 @@ def recipe(tmp_path):
     return tmp_path / "mine.toml"
 
 
+@pytest.mark.fault(35)
 @pytest.mark.parametrize("fault", FOUND_IN_FILE)
 def test_a_fault_in_a_recipe_is_named_with_its_file(recipe, fault):
     text, expected = FOUND_IN_FILE[fault]
@@ -103,13 +108,17 @@ def test_a_fault_in_a_recipe_is_named_with_its_file(recipe, fault):
     found = refusal(recipe)
     assert found.startswith(str(recipe))
     assert expected in found
+    tally(35, injected=1)
 
 
+@pytest.mark.fault(35)
 @pytest.mark.parametrize("override", FOUND_IN_OVERRIDE, ids=lambda text: ascii(text[:20]))
 def test_a_fault_in_an_override_is_named(recipe, override):
     assert FOUND_IN_OVERRIDE[override] in refusal(recipe, [override])
+    tally(35, injected=1)
 
 
+@pytest.mark.fault(35)
 def test_a_file_that_is_no_text_or_too_large_is_refused(recipe):
     recipe.write_bytes(VALID.encode("utf-16"))
     assert "is not a TOML file: got 'utf-8' codec can't decode byte 0xff in position 0" in refusal(recipe)
@@ -198,7 +207,7 @@ def test_a_configuration_written_as_a_recipe_reads_back_the_same():
     """Numbers in their shortest form, and texts with every ASCII character, quotes and controls too."""
     rng = np.random.default_rng(0)
     for _ in range(30):
-        text = "".join(rng.permutation(list(string.printable + "\x00\x1b\x7fé😀\u2028")))
+        text = "".join(rng.permutation(list(string.printable + "\x1b\x7fé😀\u2028")))
         numbers = [float(x) for x in 10.0 ** rng.uniform(-300, -3, 3)]
         values = {
             "model": {"name": text, "args": {text: numbers[0], "whole": 1, "number": 1.0, "yes": True, "text": "1"}},
@@ -216,6 +225,7 @@ def test_a_configuration_written_as_a_recipe_reads_back_the_same():
         assert differences(config, again) == {}
 
 
+@pytest.mark.fault(35)
 def test_a_wrong_command_says_so_in_one_line_with_status_2(capsys):
     for arguments in (["demo", "bad=1"], ["demo", "optimizer.lr=-1"], ["nothing"]):
         assert main(["fit", *arguments]) == 2
@@ -223,6 +233,26 @@ def test_a_wrong_command_says_so_in_one_line_with_status_2(capsys):
         assert printed.out == ""
         assert printed.err.startswith("error: ")
         assert printed.err.count("\n") == 1
+
+
+def test_overrides_and_flags_come_in_any_order(recipe, monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr("train.trainer.fit", lambda config, resume: given.append((config, resume)) or 1 / 0)
+    orders = (
+        ["a", "--resume", "auto", "--quiet", "b"],
+        ["--quiet", "a", "b", "--resume=auto"],
+        ["a", "b", "--resume", "auto"],
+    )
+    names = {"a": "lr=0.5", "b": "run.seed=3"}
+    for order in orders:
+        with pytest.raises(ZeroDivisionError):
+            main(["fit", str(recipe), *(names.get(text, text) for text in order)])
+    assert {(config.optimizer.lr, config.run.seed, resume) for config, resume in given} == {(0.5, 3, "auto")}
+    for wrong in (["fit", str(recipe), "--quite", "lr=0.5"], ["recipes", "lr=0.5"]):
+        with pytest.raises(SystemExit) as ended:
+            main(wrong)
+        assert ended.value.code == 2
+        assert "error: unrecognized arguments: " in capsys.readouterr().err
 
 
 def test_the_list_of_recipes_prints_their_headers(capsys):

@@ -24,6 +24,7 @@ from tiny_runs import FULL, outcome, tiny_config, tiny_data, write_recipe
 import train.task
 from labeler import InputError, MismatchError
 from train import TrainConfig, fit
+from train.checkpoint import check_checkpoint, read_weights
 from train.errors import Stopped
 from train.metrics import read_rows
 from train.run_record import locked
@@ -139,10 +140,9 @@ def test_a_signal_lets_the_step_end_saves_and_the_run_goes_on_bit_for_bit(config
     fit(into(config, tmp_path / "undisturbed", save_every=None))
     config = into(config, tmp_path / "run", save_every=None)
     recipe = write_recipe(config, tmp_path / "recipe.toml")
-    # In the fifth step, in the first one after that, and in the middle of the last evaluation. What comes in a step is
-    # seen by all ranks in the next one.
-    blows = [Blow(FORWARD, 9), Blow(FORWARD, 1), Blow("train.evaluate:count_right", 5)]
-    for blow, step in zip(blows, (6, 8, 9), strict=True):
+    # In the fifth step, in the third one after that, and in the middle of the last evaluation.
+    blows = [Blow(FORWARD, 9), Blow(FORWARD, 5), Blow("train.evaluate:count_right", 5)]
+    for blow, step in zip(blows, (5, 8, 9), strict=True):
         [ended] = forks().fit(recipe, "--resume", "auto", blow=replace(blow, number=number))
         assert ended.status == Stopped.exit_status, ended.errors
         assert ended.errors.splitlines()[-1].startswith("error: ")
@@ -285,3 +285,16 @@ def test_a_resumed_run_keeps_its_threads_where_the_recipe_names_none(data, tmp_p
         assert torch.get_num_threads() == saved
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_average_begins_with_the_first_steps_weights_and_then_lags(config, tmp_path, no_curves):
+    """timm's average copies after step 1 and is an average, at the full decay, from step 2 on."""
+    ema = config.ema.model_copy(update={"decay": 0.5})
+    fit(into(config.model_copy(update={"ema": ema}), tmp_path / "run", save_every=1, keep=9))
+    first, second = (tmp_path / "run" / "checkpoints" / f"step-{step:08d}" for step in (1, 2))
+    w1, w2 = (read_weights(folder, check_checkpoint(folder)) for folder in (first, second))
+    e1, e2 = (read_weights(folder, check_checkpoint(folder), ema=True) for folder in (first, second))
+    for name, value in w1.items():
+        assert torch.equal(e1[name], value), name
+        if value.is_floating_point():
+            torch.testing.assert_close(e2[name], (value + w2[name]) / 2, rtol=1e-6, atol=1e-7)

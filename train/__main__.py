@@ -20,12 +20,13 @@ from labeler.command_line import OneLineParser, run_command
 from labeler.errors import InputError
 
 PICTURES = Path("predictions")
+EMA = "the averaged weights, or not (default: what was better where the checkpoint says so)"
 BACKENDS = ("auto", "dali", "reference")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
     try:
@@ -39,15 +40,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return InputError.exit_status
 
 
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes no overrides after a flag by itself."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "fit":
+        options.overrides += [text for text in rest if not text.startswith("-")]
+        rest = [text for text in rest if text.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
 def _fit(options: argparse.Namespace) -> int:
     from train.recipe import load_recipe
     from train.trainer import fit
 
     overrides = [*options.overrides, *(["run.progress=false"] if options.quiet else [])]
     summary = fit(load_recipe(options.recipe, overrides), options.resume)
-    if os.environ.get("RANK", "0") == "0":  # under torchrun only the first rank knows the accuracy
-        print(json.dumps(asdict(summary)) if options.json else summary.text())
-    return 0
+    return _tell(summary, options)
 
 
 def _validate(options: argparse.Namespace) -> int:
@@ -63,7 +74,13 @@ def _validate(options: argparse.Namespace) -> int:
         device=options.device,
         progress=not options.quiet,
     )
-    print(json.dumps(asdict(found)) if options.json else found.text())
+    return _tell(found, options)
+
+
+def _tell(result: Any, options: argparse.Namespace) -> int:
+    """Under torchrun the first rank speaks for all; it alone knows what the others did."""
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(asdict(result)) if options.json else result.text())
     return 0
 
 
@@ -113,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     validate = _command(commands, "validate", _validate, "top-1 and top-5 accuracy on a folder of images")
     validate.add_argument("checkpoint", type=Path, help="a run's folder, one of its checkpoints, or a published file")
     validate.add_argument("--images", type=Path, required=True, help="folder of class folders; with --real, any")
-    validate.add_argument("--ema", action="store_true", help="the averaged weights")
+    validate.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
     validate.add_argument("--real", type=Path, metavar="real.json", help="ImageNet-ReaL labels instead of the folders'")
     validate.add_argument("--batch-size", type=int, default=64)
     validate.add_argument(
@@ -126,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--top", type=int, default=5, metavar="N", help="classes of each image (%(default)s)")
     predict.add_argument("--map", action="store_true", help="draw each image's tokens as its auxiliary head sees them")
     predict.add_argument("--out", type=Path, metavar="DIR", help=f"folder for these pictures ({PICTURES})")
-    predict.add_argument("--ema", action="store_true", help="the averaged weights")
+    predict.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
     predict.add_argument("--device", default="auto", help="cpu, cuda or auto")
     text = "what of this machine can be used, and why the rest cannot"
     doctor = commands.add_parser("doctor", help=text, description=text)

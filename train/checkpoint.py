@@ -26,6 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from labeler.commit import TEMPORARY, read_sealed, sealed, sync_folder
 from labeler.errors import InputError, IntegrityError
+from labeler.plain_tensors import load_plain
 
 log = logging.getLogger("train")
 
@@ -194,7 +195,7 @@ def read_state(folder: Path, info: CheckpointInfo) -> dict[str, Any]:
         raise InputError(f"{folder} has no training state", remedy="Resume from a step-… checkpoint.")
     data = _read(folder, STATE, info.files[STATE])
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return load_plain(data)
     except Exception as error:  # torch raises many types, among them UnpicklingError for code
         raise IntegrityError(
             f"{folder / STATE} is no file of plain values", got=(str(error).splitlines() or ["none"])[0][:200],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Count = Annotated[int, Field(ge=1)]
+Threads = Annotated[int, Field(ge=1, le=1024)]  # torch crashes where the system cannot start as many
 Number = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -19,6 +20,13 @@ class Section(BaseModel):
     """A part of a recipe: no unknown keys, no conversion of types, no change once it is made."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _usable_text(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str) and (not value or "\0" in value):
+            raise ValueError(f"{info.field_name} {'holds a zero byte' if value else 'is empty'}; give a path or a name")
+        return value
 
 
 class ModelConfig(Section):
@@ -67,7 +75,7 @@ class DataConfig(Section):
     image_list: str | None = None
     cache: Literal["none", "ram", "ram-compressed"] = "none"
     backend: Literal["auto", "dali", "reference"] = "auto"
-    threads: Count | None = None
+    threads: Threads | None = None
     prefetch: Count = 2
 
     @model_validator(mode="after")
@@ -96,7 +104,7 @@ class AugmentConfig(Section):
     mix_prob: Share = 1.0
     mean: Colour | None = None
     std: Colour | None = None
-    crop_pct: Share = 0.9
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.9
     crop_mode: Literal["center", "squash"] = "center"
 
 
@@ -189,7 +197,7 @@ class RunConfig(Section):
     compile: bool = False
     channels_last: bool = False
     grad_checkpointing: bool = False
-    threads: Count | None = None
+    threads: Threads | None = None
     log_every: Count = 50
     eval_every: Count = 1
     save_every: Count | None = None

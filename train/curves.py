@@ -48,7 +48,7 @@ def draw_comparison(runs: Mapping[str, Path], out: Path) -> None:
 
 
 def draw_schedules(configs: Mapping[str, TrainConfig], out: Path, epoch_steps: int = 100) -> None:
-    """The learning rate of each recipe over its epochs."""
+    """The learning rate of each recipe over its epochs, or over its steps where the recipe counts those."""
     import torch
 
     from train.optimization import LearningRate, total_steps
@@ -59,9 +59,12 @@ def draw_schedules(configs: Mapping[str, TrainConfig], out: Path, epoch_steps: i
         parameter = torch.nn.Parameter(torch.zeros(1))
         rate = LearningRate(torch.optim.SGD([parameter], config.optimizer.lr), config.schedule, epoch_steps)
         steps = range(total_steps(config.schedule, epoch_steps))
-        plot.plot([step / epoch_steps for step in steps], [rate.set(step) for step in steps])
+        unit = "step" if config.schedule.steps else "epoch"
+        plot.plot(
+            [step / (epoch_steps if unit == "epoch" else 1) for step in steps], [rate.set(step) for step in steps]
+        )
         plot.set_title(f"{name}: learning rate", fontsize=9)
-        plot.set_xlabel("epoch", fontsize=8)
+        plot.set_xlabel(unit, fontsize=8)
     for plot in plots[len(configs) :]:
         plot.axis("off")
     _save(figure, out)

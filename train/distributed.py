@@ -44,10 +44,15 @@ class Ranks:
                 dist.broadcast(buffer, 0)
 
 
+def world_size() -> int:
+    """Ranks that train together, as the launcher says before they have met."""
+    return _number("WORLD_SIZE", 1)
+
+
 @contextmanager
 def joined_ranks(device: str) -> Iterator[Ranks]:
     """Join the other ranks, and leave them at the end. Raises InputError where that cannot be."""
-    rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    rank, world = _number("RANK", 0), world_size()
     if not 0 <= rank < world:
         raise InputError("RANK does not fit WORLD_SIZE", got=f"{rank} of {world}", remedy="Start ranks with torchrun.")
     place = _device(device)
@@ -98,7 +103,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
-        raise InputError("run.device is not known", got=repr(name), expected='"auto", "cpu" or "cuda"')
+        raise InputError("device is not known", got=repr(name), expected='"auto", "cpu" or "cuda"')
     if name == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

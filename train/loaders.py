@@ -15,12 +15,6 @@ from train.distributed import Ranks
 
 def training_loader(config: TrainConfig, net: TokenLabelHeads, ranks: Ranks) -> TokenLabelLoader:
     """Raises InputError, MismatchError or IntegrityError where images, labels, network and settings do not fit."""
-    share, rest = divmod(config.run.batch_size, ranks.world_size)
-    if rest:
-        raise InputError(
-            "run.batch_size does not divide among the ranks", got=f"{config.run.batch_size} on {ranks.world_size}",
-            remedy=f"Use {share * ranks.world_size or ranks.world_size}, or other ranks.",
-        )  # fmt: skip
     augment, data = config.augment, config.data
     mean, std = _colours(config, net)
     return create_loader(
@@ -30,7 +24,7 @@ def training_loader(config: TrainConfig, net: TokenLabelHeads, ranks: Ranks) -> 
             token_labels=data.token_labels,
             image_list=data.image_list,
             num_classes=config.model.num_classes,
-            batch_size=share,
+            batch_size=images_per_rank(config, ranks.world_size),
             image_size=config.model.img_size,
             grid=_grid(net),
             seed=config.run.seed,
@@ -48,6 +42,17 @@ def training_loader(config: TrainConfig, net: TokenLabelHeads, ranks: Ranks) -> 
             **augment.model_dump(exclude={"mix", "mean", "std", "crop_pct", "crop_mode"}),
         )
     )
+
+
+def images_per_rank(config: TrainConfig, ranks: int) -> int:
+    """Each rank's part of a step's batch. Raises InputError where it does not divide."""
+    share, rest = divmod(config.run.batch_size, ranks)
+    if rest:
+        raise InputError(
+            "run.batch_size does not divide among the ranks", got=f"{config.run.batch_size} on {ranks}",
+            remedy=f"Use {share * ranks or ranks}, or other ranks.",
+        )  # fmt: skip
+    return share
 
 
 def validation_loader(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -48,7 +49,13 @@ def set_classes(net: TokenLabelHeads, num_classes: int) -> None:
 
 def restore_network(info: CheckpointInfo, state: dict[str, torch.Tensor]) -> TokenLabelHeads:
     """The model of a checkpoint, in evaluation mode."""
-    config = as_checkpointed(ModelConfig.model_validate(info.model), info)
+    try:
+        settings = ModelConfig.model_validate(info.model)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        got = f"{'.'.join(map(str, ('model', *fault['loc'])))}: {fault['msg']}"
+        raise IntegrityError("a checkpoint's record describes no model", got=got) from None
+    config = as_checkpointed(settings, info)
     net = _create(config, config.num_classes, config.img_size)
     try:
         net.load_state_dict(state)

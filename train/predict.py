@@ -77,7 +77,7 @@ def predict(
     images: Sequence[str | Path],
     *,
     top: int = 5,
-    ema: bool = False,
+    ema: bool | None = None,
     maps: str | Path | None = None,
     device: str = "auto",
     progress: bool = True,

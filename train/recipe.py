@@ -30,6 +30,8 @@ PLAIN = {
     "a valid array": "a list",
     "an object": "a section",
 }
+# May differ, too, but changes how results are rounded, and with micro-batches what BatchNorm sees.
+ROUNDING = frozenset({"run.micro_batch", "run.grad_checkpointing", "run.compile", "run.channels_last"})
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

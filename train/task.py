@@ -6,7 +6,7 @@ Legend: B images; C classes; T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 from model.token_heads import TokenLabelHeads
 from pipeline.batch import Batch
 from train.distributed import Ranks
+from train.errors import TrainError
 from train.loss import TokenLabelLoss
 from train.micro_batches import micro_batches
 
@@ -89,13 +90,16 @@ class TrainingStep:
         self.precision, self.channels_last = precision, channels_last
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision == torch.float16)
 
-    def run(self, batch: Batch, step: int, stop: bool = False) -> StepResult:
-        """The step after `step` others."""
+    def run(self, batch: Batch, step: int, stop: Callable[[], bool] = lambda: False) -> StepResult:
+        """The step after `step` others. `stop` is asked when its gradients are there."""
         self._seed(step)
         buffers = [buffer.clone() for buffer in self.task.network.buffers()]
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._accumulate(batch)
-        told = torch.stack([loss.double(), loss.new_tensor(float(stop), dtype=torch.float64)])
+        try:
+            loss = self._accumulate(batch)
+        except torch.OutOfMemoryError:
+            raise self._out_of_memory(batch) from None
+        told = torch.stack([loss.double(), loss.new_tensor(float(stop()), dtype=torch.float64)])
         mean, stops = self.ranks.sum(told).tolist()
         mean /= self.ranks.world_size
         self.scaler.unscale_(self.optimizer)
@@ -119,13 +123,32 @@ class TrainingStep:
         parts = micro_batches(batch, self.micro_batch)
         total = torch.zeros((), device=self.ranks.device)
         for part, context in zip(parts, self._contexts(len(parts)), strict=True):
-            share = len(part) / len(batch)
             with context:
-                with torch.autocast(self.ranks.device.type, self.precision, enabled=self.precision != torch.float32):
-                    loss = self.task(self._laid_out(part))["loss"] * share
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
+                total += self._backward(part, len(part) / len(batch))
         return total
+
+    def _backward(self, part: Batch, share: float) -> torch.Tensor:
+        """Adds a part's gradient; its share of the loss."""
+        with torch.autocast(self.ranks.device.type, self.precision, enabled=self.precision != torch.float32):
+            loss = self.task(self._laid_out(part))["loss"] * share
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _out_of_memory(self, batch: Batch) -> TrainError:
+        """Says how many images at a time would fit: half as many, again and again, until a pass goes through."""
+        tried = size = min(self.micro_batch or len(batch), len(batch))
+        while size > 2:
+            size = max(2, size // 4 * 2)  # even: mixed pairs stay together
+            try:
+                self.optimizer.zero_grad(set_to_none=True)
+                with self.task.no_sync():
+                    self._backward(micro_batches(batch, size)[0], 1.0)
+            except torch.OutOfMemoryError:
+                continue
+            remedy = f"run.micro_batch={size} fits, and gives the same gradient; so may run.grad_checkpointing=true."
+            return TrainError("the GPU is out of memory", got=f"{tried} images at a time", remedy=remedy)
+        remedy = "Not even two images fit: use a smaller model, or run.grad_checkpointing=true."
+        return TrainError("the GPU is out of memory", got=f"{tried} images at a time", remedy=remedy)
 
     def _contexts(self, count: int) -> Iterator[AbstractContextManager]:
         """Ranks exchange gradients once, with the last micro-batch."""

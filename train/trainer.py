@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -19,26 +19,24 @@ import torch
 from tqdm import tqdm
 
 from labeler.commit import replace_file
-from labeler.errors import InputError, IntegrityError, MismatchError
+from labeler.errors import IntegrityError
 from pipeline.batch import Batch
 from train.checkpoint import CheckpointInfo, read_state, read_weights
 from train.config import TrainConfig
-from train.distributed import Ranks, joined_ranks
+from train.device import pick_precision, set_threads
+from train.distributed import Ranks, joined_ranks, world_size
 from train.errors import NonFiniteError, Stopped
 from train.evaluate import evaluate
-from train.loaders import class_folders, training_loader, validation_loader
+from train.loaders import class_folders, images_per_rank, training_loader, validation_loader
 from train.loss import TokenLabelLoss
 from train.network import as_checkpointed, build_network, set_classes, train_mode
 from train.optimization import LearningRate, build_optimizer, total_steps
-from train.recipe import differences, parse_config
-from train.run_record import RunRecord, locked, starting_point
+from train.run_record import RunRecord, locked, refuse_other_run, starting_point
 from train.signals import StopSignals
 from train.speed import Speed
 from train.task import StepResult, TokenLabelTask, TrainingStep
 
 log = logging.getLogger("train")
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,7 @@ def fit(config: TrainConfig, resume: str | Path | None = None) -> FitSummary:
     Raises InputError and MismatchError before any work where something does not fit, NonFiniteError where the loss is
     not finite, Stopped when a signal asked for it and everything is saved.
     """
+    images_per_rank(config, world_size())  # refused by each rank alone, before it waits for the others
     with joined_ranks(config.run.device) as ranks, locked(Path(config.run.out)) if ranks.first else nullcontext():
         return Trainer(config, ranks, resume).run()
 
@@ -89,9 +88,9 @@ class Trainer:
         self.config, self.ranks, self.folder = config, ranks, Path(config.run.out)
         found = starting_point(self.folder, resume)
         if found is not None:
-            _refuse_other_run(config, found[1], ranks)
-        self.threads = _set_threads(config, None if found is None else found[1].threads)
-        self.precision = _precision(config, ranks.device)
+            refuse_other_run(config, found[1], ranks)
+        self.threads = set_threads(config.run.threads or (None if found is None else found[1].threads))
+        self.precision = pick_precision(config.run.precision, ranks.device)
         torch.manual_seed(config.run.seed)  # beginning weights are the same on all ranks
         begun = config.model if found is None else as_checkpointed(config.model, found[1])
         net = build_network(begun, config.loss.dense_weight)
@@ -161,7 +160,7 @@ class Trainer:
         train_mode(self.task.network, self.config.model)
         for batch in self.speed.timed(self._batches()):
             rate = self.rate.set(self.step)
-            result = self.train_step.run(batch, self.step, signals.requested is not None)
+            result = self.train_step.run(batch, self.step, lambda: signals.requested is not None)
             self.step += 1
             self._note(result, rate)
             self._tell_speed(bar)
@@ -193,7 +192,9 @@ class Trainer:
         if self.step % self.config.run.log_every and self.step != self.steps:
             return
         if self.record is not None and self._loss_steps:
-            values = {"loss": self._loss_sum / self._loss_steps, "lr": rate, "grad_norm": result.norm}
+            values = {"loss": self._loss_sum / self._loss_steps, "lr": rate}
+            if math.isfinite(result.norm):  # JSON has no word for the others
+                values["grad_norm"] = result.norm
             self.record.metrics.add({"kind": "train", "step": self.step, "epoch": self._epoch(), **values})
         self._loss_sum, self._loss_steps = 0.0, 0
 
@@ -319,20 +320,6 @@ def _unfit(folder: Path, error: Exception) -> IntegrityError:
     return IntegrityError(f"{folder} holds no state of this run", got=got, remedy="Resume from another checkpoint.")
 
 
-def _refuse_other_run(config: TrainConfig, info: CheckpointInfo, ranks: Ranks) -> None:
-    """Unless the checkpoint was made by the same recipe on as many ranks."""
-    changed = differences(parse_config(info.config, "the checkpoint"), config)
-    if info.world_size != ranks.world_size:
-        changed["ranks"] = (info.world_size, ranks.world_size)
-    if changed:
-        raise MismatchError(
-            "the checkpoint belongs to another run",
-            got=", ".join(f"{name} {new}" for name, (_, new) in changed.items()),
-            expected=", ".join(f"{name} {old}" for name, (old, _) in changed.items()),
-            remedy="Resume with the settings that it was saved with, or begin from its weights with model.weights=….",
-        )
-
-
 def _refuse_non_finite(step: int, result: StepResult, in_a_row: int, allowed: int) -> None:
     if in_a_row > allowed:
         raise NonFiniteError(
@@ -342,21 +329,3 @@ def _refuse_non_finite(step: int, result: StepResult, in_a_row: int, allowed: in
             "The last checkpoint is kept.",
         )  # fmt: skip
     log.warning("step %d left out: loss %s, gradient norm %s (%d in a row)", step, result.loss, result.norm, in_a_row)
-
-
-def _set_threads(config: TrainConfig, saved: int | None) -> int:
-    """Results on a CPU depend on the number of threads: a resumed run keeps it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
-    threads = config.run.threads or saved or max(1, cores // local)
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)  # the scan's states decay to numbers that CPUs are slow with
-    return threads
-
-
-def _precision(config: TrainConfig, device: torch.device) -> torch.dtype:
-    if config.run.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if config.run.precision == "float16" and device.type == "cpu":
-        raise InputError("run.precision=float16 needs a GPU", expected="float32 or bfloat16 on a CPU")
-    return PRECISIONS[config.run.precision]

@@ -68,19 +68,23 @@ class Validation:
         return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%} of {self.images:,} images; {self.checkpoint}"
 
 
-def load_trained(path: str | Path, ema: bool = False) -> Trained:
+def load_trained(path: str | Path, ema: bool | None = None) -> Trained:
     """A run's folder, one of its checkpoints, or a published DeMansia, Vim or LV-ViT file.
 
+    ema  the averaged weights; None: where the checkpoint says that they were better
     Raises InputError or IntegrityError where it is none of these, or damaged.
     """
     path = Path(path)
     if path.is_dir():
         folder, info = find_checkpoint(path)
+        if ema is None:
+            ema = info.accuracy.get("ema_top1", -1.0) > info.accuracy.get("top1", -1.0)
         net = restore_network(info, read_weights(folder, info, ema))
         dense = info.config["loss"]["dense_weight"] > 0
-        return Trained(net, str(folder), info.transform, info.class_names, info.class_folders, dense)
+        name = f"{folder} (moving average)" if ema else str(folder)
+        return Trained(net, name, info.transform, info.class_names, info.class_folders, dense)
     try:
-        net = load_reference_checkpoint(path, ema=ema)  # type: ignore[assignment]
+        net = load_reference_checkpoint(path, ema=bool(ema))  # type: ignore[assignment]
     except ModelError as error:
         raise InputError("this checkpoint cannot be used", got=error) from None
     usual: dict[str, Any] = getattr(net, "pretrained_cfg", None) or {}
@@ -97,7 +101,7 @@ def validate(
     checkpoint: str | Path,
     images: str | Path,
     *,
-    ema: bool = False,
+    ema: bool | None = None,
     real: str | Path | None = None,
     batch_size: int = 64,
     backend: str = "auto",

@@ -1,0 +1,220 @@
+"""What does not fit is refused before any work, and a loss that is not finite harms nothing: one line, its status."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults import tally
+from tiny import make_images
+from tiny_runs import tiny_config, tiny_data
+
+from labeler import InputError
+from pipeline import Batch, TokenLabelLoader
+from train import fit
+from train.__main__ import main
+from train.checkpoint import check_checkpoint, newest_checkpoint, read_state, read_weights
+from train.metrics import read_rows
+from train.recipe import to_toml
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Twelve images in six class folders, and their labels."""
+    return tiny_data(tmp_path_factory.mktemp("bad_input"))
+
+
+@pytest.fixture
+def run(data, tmp_path, capsys) -> Run:
+    """`python -m train fit` in this process: its status and its only line on standard error that is no log."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(to_toml(tiny_config(*data, tmp_path / "run")))
+
+    def command(*overrides: str) -> tuple[int, str]:
+        capsys.readouterr()
+        status = main(["fit", str(recipe), *overrides])
+        printed = capsys.readouterr()
+        errors = [line for line in printed.err.splitlines() if not line.startswith(("INFO", "WARNING"))]
+        if status:
+            assert printed.out == ""
+            assert len(errors) == 1
+            assert errors[0].startswith("error: ")
+        return status, "".join(errors)
+
+    return command
+
+
+REFUSED = {
+    # overrides, and what the error says of them
+    "images that are not there": (["data.images=nowhere"], "'nowhere' is not a folder of images: got nothing there"),
+    "labels that are not there": (["data.store=nowhere"], "'nowhere' is not a label store: got no such folder"),
+    "evaluation that is not there": (["data.validation=nowhere"], "'nowhere' is not a folder of images"),
+    "list that is not there": (["data.image_list=nowhere"], "the image list 'nowhere' cannot be read"),
+    "weights that are not there": (["model.weights=nowhere"], "there is no such checkpoint: got nowhere"),
+    "other classes": (["model.num_classes=7"], "another number of classes than the network: got 6 in"),
+    "batch larger than the data": (["batch_size=13"], "got 12 images, expected 13 or more. Use a smaller batch."),
+    "model": (["model.name=vim_tinny"], "model.name 'vim_tinny' cannot be built"),
+    "argument of a model": (["model.args.foo=1"], "unexpected keyword argument 'foo'. See model.args"),
+    "images that do not divide into patches": (["model.img_size=33"], "got 33×33 pixels, expected multiples of 8"),
+    "optimizer": (["optimizer.name=adamww"], "optimizer.name is not known: got 'adamww'. Did you mean 'adamw'?"),
+    "float16 without a GPU": (["precision=float16"], "precision=float16 needs a GPU: expected float32 or bfloat16"),
+    "device": (["run.device=tpu"], 'device is not known: got \'tpu\', expected "auto", "cpu" or "cuda"'),
+    "crop that shrinks": (["augment.scale=[1, 0.5]"], "scale does not fit: got (1.0, 0.5), expected two shares"),
+    "augmentation": (["auto_augment=foo"], "auto_augment is not understood: got 'foo'"),
+    "warm-up longer than the run": (["warmup_epochs=3"], "schedule.steps is too few for warm-up and cooldown"),
+    "checkpoint that is not there": (["--resume", "nowhere"], "there is no checkpoint in 'nowhere'"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_fit_is_refused_in_one_line_with_status_2(run, tmp_path, what):
+    overrides, expected = REFUSED[what]
+    status, error = run(*overrides)
+    assert status == 2
+    assert expected in error
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        status, error = run(f"run.out={out}")
+        assert status == 2
+        assert f"run.out '{out}' cannot be written: got " in error
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.fault(15)
+def test_labels_of_other_images_are_refused(run, tmp_path):
+    others = make_images(tmp_path / "others", 14)
+    status, error = run(f"data.images={others}")
+    assert status == 2
+    assert "images have no labels in" in error
+    assert "Label these images too" in error
+
+
+def test_labels_of_changed_images_are_refused(run, data, tmp_path):
+    """The same names, other pictures: the store has seen others."""
+    images, _ = data
+    changed = tmp_path / "changed"
+    keys = sorted(path.relative_to(images) for path in images.rglob("*.jpg"))
+    for key, other in zip(keys, reversed(keys), strict=True):
+        (changed / key).parent.mkdir(parents=True, exist_ok=True)
+        (changed / key).write_bytes((images / other).read_bytes())
+    status, error = run(f"data.images={changed}")
+    assert status == 2
+    assert "changed after they were labeled" in error
+    assert "restore or label them again" in error
+
+
+def test_a_batch_that_does_not_divide_is_refused_by_each_rank_before_it_waits_for_others(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # nobody else is there: joining them would hang
+    with pytest.raises(InputError, match=r"does not divide among the ranks: got 5 on 2\. Use 4, or other ranks"):
+        fit(tiny_config(*data, tmp_path / "run", **{"run.batch_size": 5}))
+
+
+def test_a_run_is_not_begun_over_another(run):
+    assert run("schedule.steps=2")[0] == 0
+    status, error = run("schedule.steps=2")
+    assert status == 2
+    assert "holds a run already: got step-00000002. Go on with --resume auto, or choose another folder" in error
+
+
+@pytest.fixture
+def poison(monkeypatch) -> Callable[[set[int]], None]:
+    """Makes all images of some batches, counted from the start of the run, NaN."""
+
+    def at(steps: set[int]) -> None:
+        original, count = TokenLabelLoader.__iter__, 0
+
+        def poisoned(loader: TokenLabelLoader) -> Iterator[Batch]:
+            nonlocal count
+            for batch in original(loader):
+                bad, count = count in steps, count + 1
+                yield replace(batch, images=batch.images * math.nan) if bad else batch
+
+        monkeypatch.setattr(TokenLabelLoader, "__iter__", poisoned)
+
+    return at
+
+
+@pytest.mark.fault(29)
+def test_a_loss_that_is_not_finite_stops_the_run_with_what_to_try(run, tmp_path, poison):
+    poison({3})
+    status, error = run("run.save_every=2")
+    assert status == 1
+    assert "loss or gradient is not finite at step 4: got loss nan" in error
+    for remedy in ("lower optimizer.lr", "clip_grad", "precision=float32", "skip_non_finite", "checkpoint is kept"):
+        assert remedy in error
+    folder, info = newest_checkpoint(tmp_path / "run") or pytest.fail("no checkpoint")
+    assert info.step == 2
+    assert all(value.isfinite().all() for value in read_weights(folder, info).values())
+    tally(29, injected=1)
+
+
+def test_a_rate_that_is_far_too_high_stops_the_run(run):
+    status, error = run("lr=1e30", "optimizer.name=sgd")
+    assert status == 1
+    assert "loss or gradient is not finite at step 2" in error
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    info = check_checkpoint(folder)
+    average = {f"ema.{name}": value for name, value in read_weights(folder, info, ema=True).items()}
+    return {**read_weights(folder, info), **average}
+
+
+@pytest.mark.fault(29)
+def test_a_step_that_is_not_finite_is_left_out_whole(data, tmp_path, poison, caplog):
+    """Weights, their average, BatchNorm's statistics and the optimizer's moments are those of the step before."""
+    out = tmp_path / "run"
+    poison({2, 3})
+    settings: dict[str, Any] = {"ema.decay": 0.9, "run.save_every": 1, "run.keep": 9, "run.skip_non_finite": 2}
+    with caplog.at_level(logging.WARNING, "train"):
+        summary = fit(tiny_config(*data, out, **settings))
+    assert (summary.steps, summary.skipped) == (6, 2)
+    assert "step 4 left out: loss nan, gradient norm nan (2 in a row)" in caplog.text
+    before, bad, after = weights(out, 2), weights(out, 4), weights(out, 5)
+    assert any("running_var" in name for name in before)
+    assert all(value.isfinite().all() for value in [*bad.values(), *after.values()])
+    assert all(torch.equal(bad[name], before[name]) for name in before)
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    found = newest_checkpoint(out) or pytest.fail("no checkpoint")
+    moments = read_state(*found)["optimizer"]["state"].values()
+    assert {int(state["step"]) for state in moments} == {4}
+    assert all(state["exp_avg"].isfinite().all() for state in moments)
+    # The rows of metrics stay JSON in the strict sense, with a loss of the steps that were done.
+    rows = [row for row in read_rows(out) if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == [1, 2, 5, 6]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in metrics.jsonl"))
+    tally(29, injected=1)
+
+
+def test_metrics_of_several_steps_stay_finite_where_the_last_was_left_out(data, tmp_path, poison):
+    out = tmp_path / "run"
+    poison({2})
+    fit(tiny_config(*data, out, **{"run.log_every": 3, "run.skip_non_finite": 1}))
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in metrics.jsonl"))
+    assert [row["step"] for row in read_rows(out)] == [3, 6]
+
+
+@pytest.mark.fault(29)
+def test_bad_steps_count_in_a_row_and_too_many_stop_the_run(run, tmp_path, poison):
+    poison({0, 1, 3, 4, 6, 7, 8})
+    status, error = run("skip_non_finite=2", "schedule.steps=12")
+    assert status == 1
+    assert "not finite at step 9" in error
+    tally(29, injected=1)
