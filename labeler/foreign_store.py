@@ -28,6 +28,7 @@ import numpy as np
 from labeler.commit import check_file, read_marker
 from labeler.errors import IntegrityError, TokenLabelError
 from labeler.plan import FORMAT_VERSION, PLAN_FILE, Plan, load_plan
+from labeler.row_checks import shard_problems, value_problems
 from labeler.shard_file import VIEW_FILE, ShardReader, file_rows
 
 log = logging.getLogger("labeler")
@@ -207,8 +208,6 @@ def inspect(store: Path, say: Callable[[str], None]) -> bool:
 
 def _inspect_shard(plan: Plan, shard: int, reader: ShardReader, quarantine: list[dict[str, str]], last: str) -> str:
     """Refuse what no labeler writes; the shard's last key. `last`: the key before its first."""
-    from labeler.verify import shard_problems, value_problems
-
     problems = shard_problems(plan, shard, reader, quarantine)
     if plan.meta.format_version == FORMAT_VERSION and (more := reader.attributes.keys() - plan.meta.attributes(shard)):
         problems.append(f"unknown attributes {sorted(more)[:3]}")

@@ -17,8 +17,9 @@ from labeler.config import LabelerConfig, TeacherConfig
 from labeler.errors import InputError, IntegrityError, TokenLabelError
 from labeler.foreign_store import refuse_hostile, view_rows
 from labeler.images import BadImage, image_digest, image_path, read_image
-from labeler.plan import Plan, load_plan, plain
-from labeler.shard_file import VIEW_FILE, ShardReader, ShardRows, file_rows
+from labeler.plan import load_plan
+from labeler.row_checks import shard_problems, value_problems
+from labeler.shard_file import VIEW_FILE, ShardReader, file_rows
 from labeler.store import LabelStore
 from labeler.writer import QUARANTINE_FILE
 
@@ -136,41 +137,6 @@ def verify_store(
         stored_kl / max(1, rows) if relabel else None,
         tuple(problems),
     )
-
-
-def shard_problems(plan: Plan, shard: int, reader: ShardReader, quarantine: list[dict[str, str]]) -> list[str]:
-    """What a digest cannot tell: attributes, order and counts."""
-    meta = plan.meta
-    problems = []
-    expected = meta.attributes(shard)
-    wrong = sorted(name for name in expected if plain(reader.attributes.get(name)) != plain(expected[name]))
-    if wrong:
-        problems.append(f"attributes differ from the plan: {', '.join(wrong)}")
-    part = plan.slice_of(shard)
-    if reader.rows + len(quarantine) != part.stop - part.start:
-        problems.append(f"{reader.rows} rows and {len(quarantine)} quarantined of {part.stop - part.start} images")
-    if reader.keys != sorted(set(reader.keys)):
-        problems.append("the keys are not sorted and unique")
-    return problems
-
-
-def value_problems(plan: Plan, rows: ShardRows) -> list[str]:
-    """Values that no labeler writes."""
-    meta, problems = plan.meta, []
-    unused = np.iinfo(rows.classes.dtype).max
-    if ((rows.classes >= meta.num_classes) & (rows.classes != unused)).any():
-        problems.append(f"a class id beyond {meta.num_classes - 1}")
-    ordered = np.sort(np.where(rows.classes == unused, -1, rows.classes.astype(np.int64)), axis=1)
-    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
-        problems.append("a class twice in one palette")
-    if not np.isfinite(rows.scores).all() or (rows.background is not None and not np.isfinite(rows.background).all()):
-        problems.append("scores that are not finite")
-    y0, x0, y1, x1 = rows.region.T
-    if not ((y0 >= 0) & (y0 < y1) & (y1 <= 1) & (x0 >= 0) & (x0 < x1) & (x1 <= 1)).all():
-        problems.append("a region outside its image")
-    if (rows.target >= meta.num_classes).any() or (rows.target < -1).any():
-        problems.append("a target that is no class")
-    return problems
 
 
 def _view_problems(store: Path, rows: int, quarantined: int, count: Callable[[Path, str], int]) -> list[str]:
