@@ -2,8 +2,8 @@
 
     python -m scripts.cifar10 --data cifar10-24k.zip --out runs/cifar10
 
-The archive holds JPEG files of 32x32 pixels as `train/CLASS/NAME.jpg` and `test/CLASS/NAME.jpg`. About 40 minutes on
-two CPU cores; run again, it keeps what is done and goes on. Everything it writes is below --out.
+The archive holds JPEG files of 32x32 pixels as `train/CLASS/NAME.jpg` and `test/CLASS/NAME.jpg`. About half an hour
+on two CPU cores; run again, it keeps what is done and goes on. Everything it writes is below --out.
 """
 
 from __future__ import annotations
