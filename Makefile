@@ -9,7 +9,7 @@ READY  := $(VENV)/.installed
 help:
 	@echo "make demo    install into $(VENV), then make scenes, a teacher, labels, three students, a report (demo/report.html)"
 	@echo "make test    install, then run the CPU test suite"
-	@echo "make faults  install, inject every fault at full counts (half an hour), write docs/reliability.md"
+	@echo "make faults  install, inject every fault at full counts (ten minutes), write docs/reliability.md"
 	@echo "make fuzz    install, then five minutes of random damage to each of stores, recipes, image lists, checkpoints"
 	@echo "make lint    install, then ruff and mypy, the same as CI"
 	@echo "make clean   remove what the demo wrote"
@@ -25,7 +25,7 @@ demo: $(READY)
 	$(BIN)/python -m scripts.demo --out demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

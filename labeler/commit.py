@@ -21,6 +21,7 @@ import xxhash
 from labeler.errors import IntegrityError, LabelingError
 
 TEMPORARY = ".tmp-"
+MOST = 1 << 40  # bytes, or rows, of a shard
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,8 @@ def _check_types(marker: Marker) -> None:
     kinds = {"shard": int, "size": int, "rows": int, "file": str, "sha256": str, "first_key": str, "last_key": str}
     kinds |= {"quarantine": list, "stats": dict}
     wrong = [name for name, kind in kinds.items() if type(getattr(marker, name)) is not kind]
-    if not wrong and min(marker.size, marker.rows) < 0:
-        wrong = ["rows"]
+    if not wrong and not (0 <= marker.size < MOST and 0 <= marker.rows < MOST):
+        wrong = ["size or rows"]
     if not wrong and not all(type(number) in (int, float) for number in marker.stats.values()):
         wrong = ["stats"]
     texts = [

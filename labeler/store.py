@@ -86,7 +86,15 @@ class LabelStore:
                 got=f"{shards - len(missing)} of {shards} shards, without shard {missing[0]}",
                 remedy="Run the labeling command again: it goes on where it stopped.",
             )
-        return [marker for marker in markers if marker is not None]
+        whole = [marker for marker in markers if marker is not None]
+        for marker in whole:
+            part = self.plan.slice_of(marker.shard)
+            if marker.rows > part.stop - part.start:
+                raise IntegrityError(
+                    f"the marker of shard {marker.shard} of {str(self.path)!r} cannot be",
+                    got=f"{marker.rows:,} rows", expected=f"at most {part.stop - part.start:,}",
+                )  # fmt: skip
+        return whole
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -1,6 +1,6 @@
 """The matrix of faults: runs the tests that inject them, prints what held, and writes `docs/reliability.md`.
 
-    python -m scripts.faults            full counts (this is `make faults`; about half an hour on two CPU cores)
+    python -m scripts.faults            full counts (this is `make faults`; about ten minutes on two CPU cores)
     python -m scripts.faults --quick    the counts of the ordinary suite; writes no page
 
 A row holds when every test that is marked with its number passed, and at least one did. A row whose tests were skipped

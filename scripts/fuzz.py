@@ -12,6 +12,7 @@ and the exit status is 1.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import io
 import json
@@ -209,7 +210,8 @@ def mutated_record(record: Any, rng: np.random.Generator) -> Any:
             if rng.random() < 0.15:
                 del holder[place]
             else:
-                holder[place] = values[int(rng.integers(len(values)))]
+                # A copy: the same list twice could come to hold itself.
+                holder[place] = copy.deepcopy(values[int(rng.integers(len(values)))])
             break
     return record
 

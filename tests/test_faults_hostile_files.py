@@ -171,6 +171,15 @@ def test_a_marker_of_other_types_is_refused(store, entry):
     tally(21, injected=1)
 
 
+@pytest.mark.fault(21)
+@pytest.mark.parametrize("rows", [10**6, 10**30])
+def test_a_marker_of_more_rows_than_its_shard_can_have_is_refused(store, rows):
+    hostile.repair(store, rows=rows, sha256="x")  # a shard that is damaged besides is not opened to count them
+    with pytest.raises(IntegrityError, match=r"no marker has|cannot be: got 1,000,000 rows, expected at most 4"):
+        LabelStore(store, trusted=True)
+    tally(21, injected=1)
+
+
 # Trust
 
 
