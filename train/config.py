@@ -185,7 +185,7 @@ class RunConfig(Section):
     eval_every     epochs between two evaluations; the last epoch always has one
     save_every     steps between two checkpoints; None: at every evaluation. The last `keep` of them stay.
     skip_non_finite  steps in a row whose loss may be NaN or infinite; they are left out. 0: the first one stops the run
-    tracker        also report to Weights & Biases or trackio (install it yourself)
+    tracker        also report to Weights & Biases or trackio: pip install '.[wandb]' or '.[trackio]'
     """
 
     out: str = "runs/{recipe}"
