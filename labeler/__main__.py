@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from labeler.command_line import OneLineParser, run_command
+from labeler.command_line import OneLineParser, add_command, run_command
 from labeler.config import AUTOCASTS, DECODERS, ORIENTATIONS, PRECISIONS, VIEWS, LabelerConfig, TeacherConfig
 
 QUARANTINED = 3
@@ -131,20 +131,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_label(commands)
-    verify = _command(commands, "verify", _verify, "check every bit of a store, and that it fits its images")
+    verify = add_command(commands, "verify", _verify, "check every bit of a store, and that it fits its images")
     verify.add_argument("store", type=Path)
     verify.add_argument("--images", type=Path, help="also compare every image file with the one that was labeled")
     verify.add_argument("--relabel", type=int, default=0, metavar="N", help="run the teacher again on N random rows")
     verify.add_argument("--device", default="auto", help="for --relabel: cpu, cuda or auto")
     verify.add_argument("--trusted", action="store_true", help="the store is a friend's: --relabel may run its teacher")
-    report = _command(commands, "report", _report, "write one self-contained HTML page about a store")
+    report = add_command(commands, "report", _report, "write one self-contained HTML page about a store")
     report.add_argument("store", type=Path)
     report.add_argument("--images", type=Path, required=True, help="the image root that was labeled")
     report.add_argument("--out", type=Path, required=True, metavar="FILE.html")
     report.add_argument("--truth", type=Path, help="folder of class-id PNGs by key: how often is the map right?")
     report.add_argument("--sample", type=int, default=500, metavar="N", help="rows that the charts are drawn from")
     report.add_argument("--title", help="heading of the page")
-    other = _command(commands, "import-token-labels", _import, "TokenLabeling / ReLabel .pt files to a store")
+    other = add_command(commands, "import-token-labels", _import, "TokenLabeling / ReLabel .pt files to a store")
     other.add_argument("files", type=Path, help="folder of .pt maps, named and laid out like the images")
     other.add_argument("--images", type=Path, required=True)
     other.add_argument("--store", type=Path, required=True)
@@ -153,17 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(run=run)
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser
-
-
 def _add_label(commands: Any) -> None:
     default = LabelerConfig(TeacherConfig(""))
-    label = _command(commands, "label", _label, "label a folder of images; the same command again resumes")
+    label = add_command(commands, "label", _label, "label a folder of images; the same command again resumes")
     label.add_argument("images", type=Path, help="image root; sub-folders may name the classes")
     label.add_argument("--store", type=Path, required=True, help="folder of the label store")
     label.add_argument("--image-list", metavar="FILE", help="label only these keys, one a line")

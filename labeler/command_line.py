@@ -6,7 +6,7 @@ import argparse
 import io
 import logging
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from labeler.errors import InputError, TokenLabelError
 
@@ -16,6 +16,15 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(InputError.exit_status, f"error: {message}. See {self.prog} --help\n")
+
+
+def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    """A command of a parser's `add_subparsers()`, with the flags that commands share."""
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
 
 
 def run_command(options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from labeler.command_line import OneLineParser, run_command
+from labeler.command_line import OneLineParser, add_command, run_command
 from labeler.commit import replace_file
 from labeler.errors import InputError
 from pipeline.config import BACKENDS, MIXES, LoaderConfig
@@ -74,8 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m pipeline", description="Training batches of images with token labels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     text = "draw one training batch: do the images and their token labels agree?"
-    view = commands.add_parser("view", help=text, description=text)
-    view.set_defaults(run=_view)
+    view = add_command(commands, "view", _view, text)
     view.add_argument("images", type=Path, help="the image root that was labeled, or its tar shards")
     view.add_argument("--store", type=Path, required=True, help="folder of the label store")
     view.add_argument("--out", type=Path, required=True, metavar="FILE.png")
@@ -93,8 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     view.add_argument(
         "--opacity", type=float, default=0.55, help="of a class of probability 1 over the image (%(default)s)"
     )
-    view.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    view.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
 

@@ -33,9 +33,8 @@ from labeler.errors import InputError
 from scripts import demo_students
 from scripts.demo_teacher import (
     BATCH,
-    MEAN,
-    STD,
     TeacherReport,
+    described,
     fit_teacher,
     load_split,
     store_teacher,
@@ -57,15 +56,7 @@ def teacher() -> nn.Module:
     # timm's stem would shrink such small images fourfold before the first block.
     model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     model.maxpool = nn.Identity()
-    model.pretrained_cfg = model.default_cfg = {
-        "input_size": (3, SIDE, SIDE),
-        "mean": MEAN,
-        "std": STD,
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-        "num_classes": len(CLASSES),
-    }
-    return model
+    return described(model, SIDE)
 
 
 def unpack(archive: Path, out: Path) -> dict[str, Any]:

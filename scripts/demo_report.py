@@ -15,14 +15,13 @@ from PIL import Image
 
 from labeler.commit import replace_file
 from labeler.report_charts import COLOURS, lay_over, picture
+from pipeline.view import WHOLE
 from scripts.demo_students import Student
 from train.curves import draw_comparison
-from train.distributed import Ranks
-from train.loaders import evaluation_loader
-from train.validate import Trained, load_trained
+from train.predict import normalized, see
+from train.validate import load_trained
 
 PICTURES, SIDE = 16, 170
-WHOLE = np.array([0.0, 0.0, 1.0, 1.0])
 
 
 def add_students(page: Path, students: Sequence[Student], scenes: Path) -> None:
@@ -58,49 +57,28 @@ def picture_of(path: Path) -> str:
 def answers(students: Sequence[Student], images: Path) -> str:
     """Some scenes of every class with each student's answer."""
     trained = [load_trained(student.folder) for student in students]
-    inputs, labels = _some_images(trained[0], images)
+    files = sorted(images.glob("*/*.jpg"))
+    files = [files[i] for i in np.sort(np.random.default_rng(0).permutation(len(files))[:PICTURES])]
+    seen = [see(file, trained[0]) for file in files]
+    inputs = normalized(seen, trained[0])
     guesses = [one.net(inputs).argmax(1).tolist() for one in trained]
     confidence, classes = trained[-1].net.score_maps(inputs).softmax(1).max(1)
     names = trained[0].class_names
     shown = []
-    for b, truth in enumerate(labels.tolist()):
-        image = _pixels(inputs[b], trained[0])
+    for b, file in enumerate(files):
+        truth = trained[0].class_folders[file.parent.name]
+        image = Image.fromarray(seen[b]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         tints = np.array(COLOURS, np.uint8)[classes[b].numpy()]
         overlay = lay_over(image, tints, 0.15 + 0.75 * confidence[b].numpy(), WHOLE)
         told = "".join(
             f"<div>{'✓' if guess[b] == truth else '✗'} {escape(student.arm)}: {escape(names[guess[b]])}</div>"
             for student, guess in zip(students, guesses, strict=True)
         )
-        present = classes[b].flatten().bincount().argsort(descending=True)[: classes[b].unique().numel()][:3].tolist()
+        count = classes[b].flatten().bincount()
+        present = [c for c in count.argsort(descending=True).tolist()[:3] if count[c]]
         legend = "".join(f'<span><i style="background:rgb{COLOURS[c]}"></i>{escape(names[c])}</span>' for c in present)
         shown.append(
             f'<div class="map"><div class="pair">{picture(image)}{picture(overlay)}</div>'
             f'<div class="legend">{legend}</div><div class="name">is <b>{escape(names[truth])}</b>{told}</div></div>'
         )
     return "".join(shown)
-
-
-def _some_images(trained: Trained, images: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs [B, 3, S, S] and true classes [B]."""
-    net, device = trained.net, torch.device("cpu")
-    loader = evaluation_loader(
-        str(images),
-        image_size=net.img_size[0],
-        grid=tuple(net.grid),
-        num_classes=net.num_classes,
-        class_folders=trained.class_folders,
-        transform=trained.transform,
-        ranks=Ranks(0, 1, device),
-        batch_size=1000,
-        progress=False,
-    )
-    batch = next(iter(loader))
-    chosen = np.sort(np.random.default_rng(0).permutation(len(batch))[:PICTURES])
-    return batch.images[chosen], batch.labels[chosen]
-
-
-def _pixels(image: torch.Tensor, trained: Trained) -> Image.Image:
-    """What the network saw, as a picture."""
-    mean, std = (torch.tensor(trained.transform[name]).view(3, 1, 1) for name in ("mean", "std"))
-    pixels = ((image * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)

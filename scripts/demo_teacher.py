@@ -60,13 +60,18 @@ def scene_teacher() -> nn.Module:
         zero_init_last=False,  # a full residual branch from the start: worth some fifty steps here
         num_classes=len(CLASSES),
     )
+    return described(model, LABEL_SIDE)
+
+
+def described(model: ResNet, side: int) -> ResNet:
+    """The model with what the labeler asks of a teacher: its input's size and colours."""
     model.pretrained_cfg = model.default_cfg = {
-        "input_size": (3, LABEL_SIDE, LABEL_SIDE),
+        "input_size": (3, side, side),
         "mean": MEAN,
         "std": STD,
         "interpolation": "bilinear",
         "crop_pct": 1.0,
-        "num_classes": len(CLASSES),
+        "num_classes": model.num_classes,
     }
     return model
 

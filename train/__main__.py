@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from labeler.command_line import OneLineParser, run_command
+from labeler.command_line import OneLineParser, add_command, run_command
 from labeler.errors import InputError
 
 PICTURES = Path("predictions")
@@ -123,11 +123,11 @@ def _recipes(options: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m train", description="Training with token labels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    fit = _command(commands, "fit", _fit, "train as a recipe says; under torchrun with several ranks")
+    fit = add_command(commands, "fit", _fit, "train as a recipe says; under torchrun with several ranks")
     fit.add_argument("recipe", help="a .toml file, or the name of one of `python -m train recipes`")
     fit.add_argument("overrides", nargs="*", metavar="section.key=value")
     fit.add_argument("--resume", metavar="auto|PATH", help="go on from the run's newest checkpoint, or from this one")
-    validate = _command(commands, "validate", _validate, "top-1 and top-5 accuracy on a folder of images")
+    validate = add_command(commands, "validate", _validate, "top-1 and top-5 accuracy on a folder of images")
     validate.add_argument("checkpoint", type=Path, help="a run's folder, one of its checkpoints, or a published file")
     validate.add_argument("--images", type=Path, required=True, help="folder of class folders; with --real, any")
     validate.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         "--backend", choices=BACKENDS, default="auto", help="decodes and resizes; reference: as timm does, bit for bit"
     )
     validate.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    predict = _command(commands, "predict", _predict, "the classes of single images, and of their tokens")
+    predict = add_command(commands, "predict", _predict, "the classes of single images, and of their tokens")
     predict.add_argument("checkpoint", type=Path, help="as for validate")
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     predict.add_argument("--top", type=int, default=5, metavar="N", help="classes of each image (%(default)s)")
@@ -151,14 +151,6 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print the result as one JSON object")
     recipes = commands.add_parser("recipes", help="list the recipes that come with the package")
     recipes.set_defaults(run=_recipes)
-    return parser
-
-
-def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(run=run)
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
 

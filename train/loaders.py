@@ -56,27 +56,24 @@ def images_per_rank(config: TrainConfig, ranks: int) -> int:
 
 
 def validation_loader(
-    config: TrainConfig, net: TokenLabelHeads, ranks: Ranks, training: TokenLabelLoader
+    config: TrainConfig, net: TokenLabelHeads, ranks: Ranks, training: TokenLabelLoader, folders: Mapping[str, int]
 ) -> TokenLabelLoader | None:
-    """The images of `data.validation`, whose folders mean the classes that they mean in training."""
+    """The images of `data.validation`; folders: name -> class id, as in training."""
     if config.data.validation is None:
         return None
-    mean, std = _colours(config, net)
     return evaluation_loader(
         config.data.validation,
         image_size=config.model.img_size,
         grid=_grid(net),
         num_classes=training.num_classes,
-        class_folders=class_folders(training) or None,
-        transform={
-            "mean": mean, "std": std, "crop_pct": config.augment.crop_pct, "crop_mode": config.augment.crop_mode
-        },
+        class_folders=folders or None,
+        transform=transform_of(config, net),
         ranks=ranks,
         batch_size=config.run.micro_batch or training.config.batch_size,
         backend=config.data.backend,
         threads=config.data.threads,
         progress=training.config.progress,
-    )  # fmt: skip
+    )
 
 
 def evaluation_loader(
@@ -119,6 +116,13 @@ def evaluation_loader(
             progress=progress,
         )
     )
+
+
+def transform_of(config: TrainConfig, net: TokenLabelHeads) -> dict[str, Any]:
+    """How the images of an evaluation reach the network: mean, std, crop_pct, crop_mode."""
+    mean, std = _colours(config, net)
+    crop = {"crop_pct": config.augment.crop_pct, "crop_mode": config.augment.crop_mode}
+    return {"mean": list(mean), "std": list(std), **crop}
 
 
 def class_folders(loader: TokenLabelLoader) -> dict[str, int]:

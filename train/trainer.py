@@ -27,7 +27,7 @@ from train.device import pick_precision, set_threads
 from train.distributed import Ranks, joined_ranks, world_size
 from train.errors import NonFiniteError, Stopped
 from train.evaluate import evaluate
-from train.loaders import class_folders, images_per_rank, training_loader, validation_loader
+from train.loaders import class_folders, images_per_rank, training_loader, transform_of, validation_loader
 from train.loss import TokenLabelLoss
 from train.network import as_checkpointed, build_network, set_classes, train_mode
 from train.optimization import LearningRate, build_optimizer, total_steps
@@ -96,7 +96,9 @@ class Trainer:
         net = build_network(begun, config.loss.dense_weight)
         self.loader = training_loader(config, net, ranks)
         set_classes(net, self.loader.num_classes)
-        self.validation = validation_loader(config, net, ranks, self.loader)
+        # Every checkpoint tells them; finding the folders takes a pass over all images.
+        self.class_folders, self.transform = class_folders(self.loader), transform_of(config, net)
+        self.validation = validation_loader(config, net, ranks, self.loader, self.class_folders)
         self.steps = total_steps(config.schedule, len(self.loader))
         self.step = self.skipped = 0
         self._loss_sum, self._loss_steps, self._bad_in_a_row = 0.0, 0, 0
@@ -263,8 +265,7 @@ class Trainer:
         }
 
     def _info(self, accuracy: dict[str, float]) -> CheckpointInfo:
-        loader, augment, store = self.loader.config, self.config.augment, self.loader.samples.store
-        colours = {"mean": list(loader.mean), "std": list(loader.std)}
+        store = self.loader.samples.store
         return CheckpointInfo(
             step=self.step,
             epoch=self.loader.epoch,
@@ -272,8 +273,8 @@ class Trainer:
             num_classes=self.loader.num_classes,
             aux_weight=self.task.network.aux_weight,
             class_names=list(store.meta.class_names) if store else [],
-            class_folders=class_folders(self.loader),
-            transform={**colours, "crop_pct": augment.crop_pct, "crop_mode": augment.crop_mode},
+            class_folders=self.class_folders,
+            transform=self.transform,
             config=self.config.model_dump(),
             world_size=self.ranks.world_size,
             threads=self.threads,
