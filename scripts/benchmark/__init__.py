@@ -1,0 +1,1 @@
+"""How fast each part is, against what one would use instead: `python -m scripts.benchmark`."""

@@ -1,0 +1,182 @@
+"""Measuring in turns: every figure stands beside its rivals' from the same run, round by round.
+
+A side is a function that does its work once and returns one figure. `take_turns` warms every side up, then lets them
+alternate, so that whatever else the machine does hits all of them alike; ratios are formed within a round.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SLACK = 1 << 20  # bytes on top of the largest resident set so far, so that growth shows from its first byte
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a suite is run with.
+
+    device   "cpu" or "cuda"
+    quick    fewer rounds and smaller sizes: a look, not a result
+    images   a folder of photographs, drawn ones where none was given
+    scratch  a folder for what a suite writes, removed afterwards
+    cores    that this process may use
+    """
+
+    device: str
+    quick: bool
+    images: Path
+    scratch: Path
+    cores: int
+
+    def rounds(self, full: int) -> int:
+        return max(2, full // 3) if self.quick else full
+
+
+@dataclass(frozen=True)
+class Case:
+    """One figure of a suite with its rivals'.
+
+    name       what is done, with its sizes: "random rows, batches of 100"
+    unit       of all values: "µs/row", "images/s", "ms", "MB"
+    values     side -> a value per round; ours is the first side, round i of all sides ran one after the other
+    more_is_better  of the unit
+    sought     rival -> how many times better ours is meant to be
+    note       what a reader must know to read it right
+    """
+
+    name: str
+    unit: str
+    values: Mapping[str, list[float]]
+    more_is_better: bool = False
+    sought: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def ours(self) -> str:
+        return next(iter(self.values))
+
+    def advantage(self, rival: str) -> list[float]:
+        """Lowest, median and highest of how many times better ours was than the rival beside it."""
+        pairs = zip(self.values[self.ours], self.values[rival], strict=True)
+        return spread([ours / other if self.more_is_better else other / ours for ours, other in pairs])
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a figure grows: side -> [(x, value)]. `logarithmic`: both axes."""
+
+    name: str
+    x: str
+    unit: str
+    points: Mapping[str, list[tuple[float, float]]]
+    logarithmic: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a suite found."""
+
+    cases: list[Case] = field(default_factory=list)
+    growths: list[Growth] = field(default_factory=list)
+
+
+def take_turns(sides: Mapping[str, Callable[[], float]], rounds: int, warmups: int = 1) -> dict[str, list[float]]:
+    """Each side's figures, one per round."""
+    for _ in range(warmups):
+        for side in sides.values():
+            side()
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            found[name].append(side())
+    return found
+
+
+def milliseconds(call: Callable[[], Any], device: str = "cpu", times: int = 1) -> Callable[[], float]:
+    """A side: milliseconds per call, of `times` calls in a row."""
+
+    def side() -> float:
+        started = time.perf_counter()
+        for _ in range(times):
+            call()
+        synchronize(device)
+        return (time.perf_counter() - started) / times * 1e3
+
+    return side
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def spread(values: list[float]) -> list[float]:
+    """Lowest, median and highest."""
+    return [min(values), statistics.median(values), max(values)]
+
+
+def in_own_process(function: str, *arguments: Any, **named: Any) -> Any:
+    """The result of "package.module:function", called with plain values in a fresh interpreter.
+
+    With a fixed mmap threshold, freed tensors leave that process at once; by default malloc keeps some megabytes.
+    """
+    command = [sys.executable, "-m", "scripts.benchmark.measure", function, json.dumps([arguments, named], default=str)]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{function} ended with {done.returncode}; its own words are above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def extra_memory(call: Callable[[], Any], device: str = "cpu") -> float:
+    """MB that one call needs at its peak beyond what is held before it. CPU: only in a process of its own.
+
+    On the CPU it is the growth of the largest resident set. Call once on something small before: code is loaded then.
+    """
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = call()
+        torch.cuda.synchronize()
+        del kept
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    # What was freed since the largest resident set so far would hide as much of the call's growth: fill it.
+    filler = bytearray(max(0, _largest_resident() - resident()) + SLACK)
+    filler[:: resource.getpagesize()] = b"\1" * len(filler[:: resource.getpagesize()])
+    before = _largest_resident()
+    kept = call()
+    grown = _largest_resident() - before
+    del kept, filler
+    return grown / 1e6
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _largest_resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    module, _, name = sys.argv[1].partition(":")
+    positional, keywords = json.loads(sys.argv[2])
+    print(json.dumps(getattr(importlib.import_module(module), name)(*positional, **keywords)))
