@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import zlib
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ LEVEL = 6
 META_ROWS = 1024  # rows in a chunk of the small data sets
 MAX_ATTRIBUTES, MAX_ATTRIBUTE_BYTES = 100, 64 << 20  # of which class names need most
 Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # data set name -> (type, shape of one row)
+# Where a row's chunk lies. All rows of all open shards are held, so it is kept small.
+CHUNK = np.dtype([("offset", "<i8"), ("size", "<u4"), ("mask", "u1")])
 ALLOWED_FILTERS = frozenset({h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32})
 
 
@@ -174,6 +177,8 @@ class ShardReader:
                 check_attributes(file, path)
                 self.attributes = _read_attributes(file)
                 self._small = {name: file[name][()] for name in layout if name not in ("scores", "background") and rows}
+                # Held as the bytes they are, a third of what strings take; they must only be such as can be decoded.
+                b"\n".join(self.small("key").tolist()).decode()
                 self._chunks = {
                     name: _chunk_table(file[name], path) for name in ("scores", "background") if name in layout
                 }
@@ -183,12 +188,23 @@ class ShardReader:
             raise _damaged(path, (str(error).splitlines() or [type(error).__name__])[0]) from None
         self._image = path.read_bytes() if in_memory else None
         self._handle = -1 if in_memory else os.open(path, os.O_RDONLY)
-        self.keys = [key.decode() for key in self._small["key"]] if rows else []
 
     def __del__(self) -> None:
         if getattr(self, "_handle", -1) >= 0:
             os.close(self._handle)
             self._handle = -1
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of all rows, decoded anew at each call."""
+        return [key.decode() for key in self.small("key").tolist()]
+
+    def row_of(self, key: str) -> int | None:
+        """The row of a key; None where the shard has none."""
+        # UTF-8 sorts as code points do; what it cannot express is no key.
+        keys, wanted = self.small("key"), key.encode(errors="surrogatepass")
+        row = bisect_left(keys, wanted)
+        return row if row < len(keys) and keys[row] == wanted else None
 
     def read(self, rows: np.ndarray) -> ShardRows:
         """The rows [K] in the order asked for, each compared with its checksum. Raises IntegrityError with the key."""
@@ -199,7 +215,7 @@ class ShardReader:
             arrays["scores"],
             arrays.get("background"),
             **small,
-            keys=tuple(self.keys[row] for row in rows.tolist()),
+            keys=tuple(key.decode() for key in self.small("key")[rows].tolist()),
         )
         wrong = np.nonzero(found.checksums() != self.small("checksum")[rows])[0]
         if len(wrong):
@@ -208,14 +224,14 @@ class ShardReader:
 
     def row_bytes(self, row: int) -> int:
         """Compressed bytes of one row's planes."""
-        return sum(int(table[row, 1]) for _, table in self._chunks.values())
+        return sum(int(table["size"][row]) for _, table in self._chunks.values())
 
     @property
     def code_values(self) -> np.ndarray | None:
         return self._small.get("code_values")
 
     def small(self, name: str) -> np.ndarray:
-        """A small data set, whole: classes, region, image_size, target, image_digest or checksum."""
+        """A small data set, whole: classes, region, image_size, target, image_digest, key or checksum."""
         return self._small[name] if self.rows else np.zeros((0, *self._layout[name][1]), self._layout[name][0])
 
     def _planes(self, name: str, rows: np.ndarray) -> np.ndarray:
@@ -296,12 +312,13 @@ def check_attributes(file: h5py.File, path: Path) -> None:
 
 
 def _chunk_table(data: h5py.Dataset, path: Path) -> tuple[bool, np.ndarray]:
-    """(bytes are shuffled, int64 [n, 3]: file offset, size, filter mask of each row's chunk)."""
+    """(bytes are shuffled, CHUNK [n]: file offset, size, filter mask of each row's chunk)."""
+    table = np.zeros(data.shape[0], CHUNK)
+    table["offset"] = -1
     if not data.shape[0]:
-        return False, np.zeros((0, 3), np.int64)
+        return False, table
     if data.chunks != (1, *data.shape[1:]):
         raise _damaged(path, f"{data.name} has chunks {data.chunks}, expected one image each")
-    table = np.full((data.shape[0], 3), -1, np.int64)
     deflate_bit = 2 if data.shuffle else 1
 
     def note(chunk: h5py.h5d.StoreInfo) -> None:
@@ -310,7 +327,8 @@ def _chunk_table(data: h5py.Dataset, path: Path) -> tuple[bool, np.ndarray]:
         table[chunk.chunk_offset[0]] = chunk.byte_offset, chunk.size, chunk.filter_mask
 
     data.id.chunk_iter(note)
-    if (table < 0).any() or (table[:, 0] + table[:, 1] > path.stat().st_size).any():
+    offset, last = table["offset"], path.stat().st_size - table["size"].astype(np.int64)
+    if (offset < 0).any() or (offset > last).any():
         raise _damaged(path, f"{data.name} lacks chunks")
     return bool(data.shuffle), table
 

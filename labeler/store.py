@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,10 +143,9 @@ class LabelStore:
         """The row of an image. Raises KeyError, with the reason where the image is in the quarantine."""
         shard = bisect_right([marker.first_key for marker in self.markers], key) - 1
         if shard >= 0:
-            keys = self.reader(shard).keys
-            place = bisect_left(keys, key)
-            if place < len(keys) and keys[place] == key:
-                return int(self._starts[shard]) + place
+            row = self.reader(shard).row_of(key)
+            if row is not None:
+                return int(self._starts[shard]) + row
             for entry in self.markers[shard].quarantine:
                 if entry["key"] == key:
                     raise KeyError(f"{key!r} has no labels: {entry['reason']}")

@@ -23,7 +23,7 @@ from labeler.errors import IntegrityError
 from pipeline.batch import Batch
 from train.checkpoint import CheckpointInfo, read_state, read_weights
 from train.config import TrainConfig
-from train.device import pick_precision, set_threads
+from train.device import keep_freed_memory, pick_precision, set_threads
 from train.distributed import Ranks, joined_ranks, world_size
 from train.errors import NonFiniteError, Stopped
 from train.evaluate import evaluate
@@ -90,6 +90,8 @@ class Trainer:
         if found is not None:
             refuse_other_run(config, found[1], ranks)
         self.threads = set_threads(config.run.threads or (None if found is None else found[1].threads))
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         self.precision = pick_precision(config.run.precision, ranks.device)
         torch.manual_seed(config.run.seed)  # beginning weights are the same on all ranks
         begun = config.model if found is None else as_checkpointed(config.model, found[1])

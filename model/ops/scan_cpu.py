@@ -46,6 +46,18 @@ class Steps(NamedTuple):
     lowest: float | None  # where to cut dt · A off, if it comes so low
 
 
+class WorkSpace(NamedTuple):
+    """Room for a chunk. Views of its steps are made once: a step's arithmetic takes little longer than making one."""
+
+    all: torch.Tensor  # [8, K, B, N, E]
+    each: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def like(cls, saved: torch.Tensor) -> WorkSpace:
+        room = saved.new_empty(CHUNK, *saved.shape[1:])
+        return cls(room, room.unbind())
+
+
 def saved_shape(u: torch.Tensor, A: torch.Tensor) -> tuple[int, ...]:
     """Shape of the states that `forward` keeps: the one before each chunk."""
     directions, batch, length, width = u.shape
@@ -65,18 +77,18 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y in u's type, and the state before each chunk, for `backward`."""
     dtype = state_dtype(u, delta, A, B, C, D, delta_bias)
-    saved = torch.zeros(saved_shape(u, A), dtype=dtype)
+    saved = torch.empty(saved_shape(u, A), dtype=dtype)
+    saved[:1] = 0
     with flushed_denormals():
         us, steps, _ = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, reverse, dtype)
-        decay, states = _work_space(saved, 0), _work_space(saved, 1)
+        decay, states = WorkSpace.like(saved), WorkSpace.like(saved)
         y = torch.empty_like(us)
-        for chunk, state in enumerate(saved):
+        for chunk, before in enumerate(saved):
             now = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, len(us)))
-            states[0].copy_(state)
-            n = _run_chunk(steps, now, decay, states)
-            torch.bmm(_rows(steps.C[now]), _flat(states[1 : n + 1]), out=_rows(y[now]))
+            n = _run_chunk(steps, now, before, decay, states)
+            torch.bmm(_rows(steps.C[now]), _flat(states.all[:n]), out=_rows(y[now]))
             if chunk + 1 < len(saved):
-                _drop_tiny(states[n], out=saved[chunk + 1])
+                _drop_tiny(states.each[n - 1], out=saved[chunk + 1])
         if D is not None:
             y.addcmul_(us, D.to(dtype).unsqueeze(1))
         return _from_steps(y, reverse, u.dtype), saved
@@ -119,17 +131,18 @@ def backward(
         )
 
 
-def _run_chunk(steps: Steps, now: slice, decay: torch.Tensor, states: torch.Tensor) -> int:
-    """From states[0], the one before the chunk, fills `decay` with exp(dt A), states[1:] with h; returns the steps."""
+def _run_chunk(steps: Steps, now: slice, before: torch.Tensor, decay: WorkSpace, states: WorkSpace) -> int:
+    """From the state before the chunk, fills `decay` with exp(dt A) and `states` with h; returns the steps."""
     dt, b, dtu = steps.dt[now], steps.B[now], steps.dtu[now]
     n = len(dt)
-    torch.mul(dt.unsqueeze(-2), steps.A, out=decay[:n])
+    decays = decay.all[:n]
+    torch.mul(dt.unsqueeze(-2), steps.A, out=decays)
     if steps.lowest is not None:
-        decay[:n].clamp_(min=steps.lowest)
-    decay[:n].exp_()
-    torch.mul(b.unsqueeze(-1), dtu.unsqueeze(-2), out=states[1 : n + 1])
-    for t in range(n):
-        states[t + 1].addcmul_(decay[t], states[t])
+        decays.clamp_(min=steps.lowest)
+    decays.exp_()
+    torch.mul(b.unsqueeze(-1), dtu.unsqueeze(-2), out=states.all[:n])
+    for state, kept in zip(states.each[:n], decay.each, strict=False):
+        before = state.addcmul_(kept, before)
     return n
 
 
@@ -142,22 +155,24 @@ def _reverse_recurrence(gy: torch.Tensor, steps: Steps, saved: torch.Tensor) -> 
     gB, gC = torch.empty_like(steps.B), torch.empty_like(steps.C)
     gA = torch.zeros_like(saved[0])
     carry = torch.zeros_like(gA)  # exp(dt_{t+1} A) g_{t+1}
-    decay, states, g = _work_space(saved, 0), _work_space(saved, 1), _work_space(saved, 0)
+    decay, states, g = (WorkSpace.like(saved) for _ in range(3))
     for chunk in reversed(range(len(saved))):
         now = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, len(gy)))
-        states[0].copy_(saved[chunk])
-        n = _run_chunk(steps, now, decay, states)
+        n = _run_chunk(steps, now, saved[chunk], decay, states)
         b, c, dt, dtu, gy_now = (tensor[now] for tensor in (steps.B, steps.C, steps.dt, steps.dtu, gy))
-        torch.bmm(_flat(states[1 : n + 1]), _columns(gy_now), out=_columns(gC[now]))
+        torch.bmm(_flat(states.all[:n]), _columns(gy_now), out=_columns(gC[now]))
+        c_each, gy_each = c.unsqueeze(-1).unbind(), gy_now.unsqueeze(-2).unbind()
         for t in reversed(range(n)):
-            torch.addcmul(carry, c[t].unsqueeze(-1), gy_now[t].unsqueeze(-2), out=g[t])
-            carry = decay[t].mul_(g[t])
-        torch.bmm(_flat(g[:n]), _columns(dtu), out=_columns(gB[now]))
-        torch.bmm(_rows(b), _flat(g[:n]), out=_rows(gdtu[now]))
+            torch.addcmul(carry, c_each[t], gy_each[t], out=g.each[t])
+            carry = decay.each[t].mul_(g.each[t])
+        torch.bmm(_flat(g.all[:n]), _columns(dtu), out=_columns(gB[now]))
+        torch.bmm(_rows(b), _flat(g.all[:n]), out=_rows(gdtu[now]))
         carry = _drop_tiny(carry)
-        exponent = decay[:n].mul_(states[:n])  # the gradient of dt · A: g_t exp(dt_t A) h_{t-1}
-        for t in range(n):
-            gA.addcmul_(exponent[t], dt[t].unsqueeze(-2))
+        exponent = decay.all[:n]  # the gradient of dt · A: g_t exp(dt_t A) h_{t-1}
+        exponent[0].mul_(saved[chunk])
+        exponent[1:].mul_(states.all[: n - 1])
+        for one, dt_one in zip(decay.each, dt.unsqueeze(-2).unbind(), strict=False):
+            gA.addcmul_(one, dt_one)
         torch.sum(exponent.mul_(steps.A), -2, out=gdt[now])
     return gdt, gdtu, gA, gB, gC
 
@@ -200,10 +215,6 @@ def _from_steps(x: torch.Tensor, reverse: Sequence[bool], dtype: torch.dtype) ->
     for k, backwards in enumerate(reverse):
         out[k].copy_((x[:, k].flip(0) if backwards else x[:, k]).transpose(0, 1))
     return out
-
-
-def _work_space(saved: torch.Tensor, more: int) -> torch.Tensor:
-    return saved.new_empty(CHUNK + more, *saved.shape[1:])
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:

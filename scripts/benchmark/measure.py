@@ -6,9 +6,9 @@ alternate, so that whatever else the machine does hits all of them alike; ratios
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # of glibc's mallopt
 SLACK = 1 << 20  # bytes on top of the largest resident set so far, so that growth shows from its first byte
 
 
@@ -130,13 +131,9 @@ def spread(values: list[float]) -> list[float]:
 
 
 def in_own_process(function: str, *arguments: Any, **named: Any) -> Any:
-    """The result of "package.module:function", called with plain values in a fresh interpreter.
-
-    With a fixed mmap threshold, freed tensors leave that process at once; by default malloc keeps some megabytes.
-    """
+    """The result of "package.module:function", called with plain values in a fresh interpreter."""
     command = [sys.executable, "-m", "scripts.benchmark.measure", function, json.dumps([arguments, named], default=str)]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{function} ended with {done.returncode}; its own words are above")
     return json.loads(done.stdout.splitlines()[-1])
@@ -157,6 +154,7 @@ def extra_memory(call: Callable[[], Any], device: str = "cpu") -> float:
         torch.cuda.synchronize()
         del kept
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    _keep_nothing_freed()
     # What was freed since the largest resident set so far would hide as much of the call's growth: fill it.
     filler = bytearray(max(0, _largest_resident() - resident()) + SLACK)
     filler[:: resource.getpagesize()] = b"\1" * len(filler[:: resource.getpagesize()])
@@ -165,6 +163,14 @@ def extra_memory(call: Callable[[], Any], device: str = "cpu") -> float:
     grown = _largest_resident() - before
     del kept, filler
     return grown / 1e6
+
+
+def _keep_nothing_freed() -> None:
+    """Freed tensors leave the process at once from here on; by default malloc keeps some megabytes for later."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 1 << 30)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    libc.malloc_trim(0)
 
 
 def resident() -> int:

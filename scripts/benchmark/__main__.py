@@ -1,0 +1,126 @@
+"""How fast each part is on this machine, against what one would use instead.
+
+    python -m scripts.benchmark                              # every suite: about an hour on two cores
+    python -m scripts.benchmark store loss --quick           # a look: a few minutes, nothing is written
+    python -m scripts.benchmark --images PHOTOS              # a folder of photographs of yours in place of drawn ones
+    python -m scripts.benchmark --device cuda
+    python -m scripts.benchmark --render                     # docs/benchmarks.md again, without measuring
+
+Suites: store, labeler, loader, targets, loss, scan, model, train. Results go to benchmarks/<machine>.json, a suite that
+is run again in place of what it found before, and from all such files to docs/benchmarks.md and its plots. Leave the
+machine alone meanwhile: torch's threads wait for each other, so one more busy process makes small operations many times
+slower. Exit status: 0; 1 where a suite failed, the others are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from scripts.benchmark.machine import describe, versions
+from scripts.benchmark.measure import Options, in_own_process
+from scripts.benchmark.table import render, text
+
+SUITES = ("store", "labeler", "loader", "targets", "loss", "scan", "model", "train")
+
+
+def main() -> int:
+    lines = str(__doc__).splitlines()
+    parser = argparse.ArgumentParser(
+        "scripts.benchmark", description=lines[0], epilog="\n".join(lines[2:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"any of {', '.join(SUITES)}; none: all of them")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller sizes; nothing is written")
+    parser.add_argument("--images", type=Path, help="a folder of photographs (default: drawn ones)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of results (default: benchmarks)")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the table and plots (default: docs)")
+    parser.add_argument("--scratch", type=Path, help="folder for temporary files, 15 GB in a full run of `store`")
+    parser.add_argument("--render", action="store_true", help="write the table and plots from results that are there")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    refuse_impossible(parser, options)
+    if options.render:
+        render(options.out, options.docs)
+        return 0
+    machine, failed = describe(options.device), []
+    found: dict[str, Any] = {"machine": machine, "suites": {}}
+    for suite in options.suites or SUITES:
+        print(f"{suite} …", file=sys.stderr, flush=True)
+        try:
+            found["suites"][suite] = measured(suite, options)
+        except (RuntimeError, KeyboardInterrupt) as error:
+            print(f"{suite} failed: {error or type(error).__name__}", file=sys.stderr)
+            failed.append(suite)
+            if isinstance(error, KeyboardInterrupt):
+                break
+            continue
+        if not options.quick:
+            keep(found, options.out)
+            render(options.out, options.docs)
+    print(json.dumps(found) if options.json else text(found))
+    return 1 if failed else 0
+
+
+def refuse_impossible(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    unknown = [name for name in options.suites if name not in SUITES]
+    if unknown:
+        parser.error(f"no such suite: got {unknown[0]!r}, expected any of {', '.join(SUITES)}")
+    if options.images is not None and not options.images.is_dir():
+        parser.error(f"--images: got {str(options.images)!r}, expected a folder of photographs")
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch finds no GPU here; `python -m train doctor` says why")
+
+
+def measured(suite: str, options: argparse.Namespace) -> dict[str, Any]:
+    """A suite's result as plain values, from a process of its own: what it leaves behind touches no other."""
+    started = time.monotonic()
+    found = in_own_process(
+        "scripts.benchmark.__main__:run_suite", suite, options.device, options.quick,
+        None if options.images is None else str(options.images.resolve()),
+        None if options.scratch is None else str(options.scratch.resolve()),
+    )  # fmt: skip
+    chosen = {"device": options.device, "quick": options.quick, "photographs": "given" if options.images else "drawn"}
+    about = {"date": time.strftime("%Y-%m-%d"), "seconds": round(time.monotonic() - started), "versions": versions()}
+    return {**about, **chosen, **found}
+
+
+def run_suite(suite: str, device: str, quick: bool, images: str | None, scratch: str | None) -> dict[str, Any]:
+    import importlib
+
+    from scripts.benchmark.photographs import prepare
+    from train.device import keep_freed_memory, set_threads
+
+    cores = set_threads(None)  # as training does, before torch starts its threads
+    if device == "cpu":
+        keep_freed_memory()
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        photographs = prepare(None if images is None else Path(images), Path(folder) / "drawn")
+        module = importlib.import_module(f"scripts.benchmark.{suite}_suite")
+        return asdict(module.run(Options(device, quick, photographs, Path(folder), cores)))
+
+
+def keep(found: dict[str, Any], folder: Path) -> None:
+    """The suites of this run into the machine's file, in place of what they found before."""
+    path = folder / f"{found['machine']['name']}.json"
+    before = json.loads(path.read_text())["suites"] if path.exists() else {}
+    suites = {name: {**before, **found["suites"]}[name] for name in SUITES if name in {**before, **found["suites"]}}
+    folder.mkdir(exist_ok=True)
+    written = path.with_suffix(".tmp")
+    written.write_text(json.dumps({"machine": found["machine"], "suites": suites}, indent=1) + "\n")
+    os.replace(written, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Labeling speed against the bare teacher and against a loop that a user would write.
+
+The teacher is ResNet-18 at 224 pixels with random weights. Its plain forward pass on resident tensors, with all cores
+and in channels-last layout (the faster one), is a ceiling: decoding, coding and committing take no time there. The
+plain loop decodes with PIL in `DataLoader` workers, applies the network's head to each place of its last feature map,
+and saves the five largest scores of each place with `torch.save`, one file per image.
+
+Each run is a process of its own: no side's threads and workers are left when the next one begins. Labeling is timed
+from the first worker's readiness on, the loop from its first request for a batch on.
+
+Legend: B images; C classes; D features; K = 5 classes per cell; H×W map grid, 7×7 here.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from labeler import LabelerConfig, TeacherConfig, label_images
+from labeler.images import find_images
+from scripts.benchmark import photographs
+from scripts.benchmark.measure import Case, Options, Result, in_own_process, synchronize, take_turns
+
+SIDE, TOP = 224, 5
+BATCH, CUDA_BATCH = 32, 256
+IMAGES, QUICK_IMAGES = 600, 150  # on the CPU
+CUDA_WORKERS = 4  # at most, sharing the GPU
+NETWORK = "resnet18"
+IN_PROCESS, CEILING, LOOP = (
+    "labeler, in this process",
+    "bare teacher forward, resident tensors",
+    "DataLoader + torch.save per image",
+)
+
+
+def bare_forward(device: str, seconds: float, batch: int, cores: int) -> float:
+    """Images per second of the network alone."""
+    torch.set_num_threads(cores)
+    model = timm.create_model(NETWORK).eval().to(device, memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, SIDE, SIDE, device=device).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(), _precision(device):
+        for _ in range(2):
+            model(images)
+        synchronize(device)
+        started, done = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds:
+            model(images)
+            synchronize(device)
+            done += batch
+        return done / (time.perf_counter() - started)
+
+
+def labeling(images: str, workers: int, device: str, batch: int) -> float:
+    """Images per second of a whole labeling run into a new store."""
+    teacher = TeacherConfig(NETWORK, random_weights=True)
+    with tempfile.TemporaryDirectory(dir=Path(images).parent) as folder:
+        config = LabelerConfig(
+            teacher, workers=workers, device=device, progress=False, batch_size=batch, shard_size=batch,
+            gpus_per_worker=1 / max(1, workers),
+        )  # fmt: skip
+        return label_images(images, Path(folder) / "labels", config).images_per_s
+
+
+class Photographs(Dataset):
+    """(image [3, S, S] as the teacher sees it, position)."""
+
+    def __init__(self, images: str, model: nn.Module) -> None:
+        found = find_images(images)
+        self.paths = [found.root / key for i, key in enumerate(found.keys) if i not in found.problems]
+        self.transform = create_transform(**resolve_data_config({}, model=model))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        with Image.open(self.paths[i]) as file:
+            return self.transform(file.convert("RGB")), i
+
+
+def plain_loop(images: str, device: str, batch: int, cores: int) -> float:
+    """Images per second of dense labels, [2, K, H, W] in float16 (scores and class ids), a file per image."""
+    torch.set_num_threads(cores)
+    model = timm.create_model(NETWORK).eval().to(device, memory_format=torch.channels_last)
+    photos = Photographs(images, model)
+    batches = DataLoader(photos, batch, num_workers=cores, pin_memory=device == "cuda")
+    with tempfile.TemporaryDirectory(dir=Path(images).parent) as folder, torch.inference_mode(), _precision(device):
+        started = time.perf_counter()
+        for pixels, places in batches:
+            pixels = pixels.to(device, non_blocking=True, memory_format=torch.channels_last)
+            features = model.forward_features(pixels)  # [B, D, H, W]
+            scores = model.fc(features.permute(0, 2, 3, 1))  # [B, H, W, C]: the head at each place
+            values, ids = scores.permute(0, 3, 1, 2).topk(TOP, dim=1)
+            labels = torch.stack([values.half(), ids.half()], 1).cpu()
+            for place, label in zip(places.tolist(), labels, strict=True):
+                torch.save(label.clone(), Path(folder) / f"{place}.pt")
+        return len(photos) / (time.perf_counter() - started)
+
+
+def _precision(device: str) -> torch.autocast:
+    """The labeler's own: bf16 on a GPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
+
+
+def run(options: Options) -> Result:
+    # A GPU is through with the CPU's images before it can be timed.
+    cuda = options.device == "cuda"
+    count = (QUICK_IMAGES if options.quick else IMAGES) * (8 if cuda else 1)
+    images = photographs.about(options.images, options.scratch / "labeler" / "images", count)
+    workers = min(CUDA_WORKERS, options.cores) if cuda else options.cores
+    named = {f"labeler, {workers} Ray workers": workers, IN_PROCESS: 0}
+    return Result([_case(options, images, name, number) for name, number in named.items()])
+
+
+def _case(options: Options, images: Path, name: str, workers: int) -> Case:
+    """One way of labeling with both rivals beside it in each round."""
+    print(f"labeler: {name.removeprefix('labeler, ')}, {options.rounds(3)} rounds …", file=sys.stderr)
+    batch = CUDA_BATCH if options.device == "cuda" else BATCH
+
+    def own(function: str, *arguments: object) -> Callable[[], float]:
+        return lambda: in_own_process(f"{__name__}:{function}", *arguments)
+
+    sides = {
+        name: own("labeling", images, workers, options.device, batch),
+        CEILING: own("bare_forward", options.device, 3 if options.quick else 8, batch, options.cores),
+        LOOP: own("plain_loop", images, options.device, batch, options.cores),
+    }
+    return Case(
+        f"labeling with {NETWORK} at {SIDE} px, {name.removeprefix('labeler, ')}",
+        "images/s",
+        take_turns(sides, options.rounds(3), warmups=0),
+        more_is_better=True,
+        sought={CEILING: 0.85},
+        note=f"{options.cores} cores. The bare forward pass reads, codes and writes nothing: it is a ceiling.",
+    )

@@ -1,0 +1,116 @@
+"""How fast a machine could be at best: measured rates of its parts, and what a scan or a step needs of each.
+
+Each phase is given the limit of its own bottleneck and the phases are added up, as if nothing overlapped and nothing
+else cost time; no program reaches that.
+
+Legend: B images; L sequence length; E inner width; N state size.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from model.summary import Cost, summarize
+from scripts.benchmark.measure import synchronize
+
+# Multiply-adds per state update of the scan: two for the state and one for the output; twice as many for the gradients.
+SCAN_FORWARD, SCAN_BACKWARD = 3, 6
+BYTES_PER_PARAMETER = 4 * 11  # weight, gradient, two moments and moving average: read, and all but one written; cleared
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Measured on the device, in float32 on a CPU and in bfloat16 on a GPU.
+
+    multiply      multiply-adds per second of a large matrix product
+    exponentials  per second, of values in cache
+    traffic       bytes per second, read or written, of tensors too large for the cache
+    """
+
+    multiply: float
+    exponentials: float
+    traffic: float
+
+    @classmethod
+    def measured(cls, device: str) -> Limits:
+        side, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
+        a, b = torch.randn(2, side, side, device=device).to(dtype)
+        here, there = torch.ones(2, (128 << 20) if device == "cpu" else (1 << 30), dtype=torch.uint8, device=device)
+        return cls(
+            side**3 / _seconds(lambda: a @ b, device),
+            _exponentials(device),
+            2 * here.nbytes / _seconds(lambda: here.copy_(there), device),
+        )
+
+    def text(self) -> str:
+        return (
+            f"{2 * self.multiply / 1e9:,.0f} GFLOP/s, {self.exponentials / 1e9:.1f} G exponentials/s, "
+            f"{self.traffic / 1e9:,.0f} GB/s"
+        )
+
+
+def _exponentials(device: str) -> float:
+    if device == "cpu":
+        cached = torch.randn(1 << 18)
+        out = torch.empty_like(cached)
+        return cached.numel() / _seconds(lambda: torch.exp(cached, out=out), device)
+    # An elementwise kernel would measure memory: sixteen a cycle is what a multiprocessor's special units do.
+    found = torch.cuda.get_device_properties(0)
+    return found.multi_processor_count * 16 * found.clock_rate * 1e3
+
+
+def _seconds(call: Callable[[], object], device: str) -> float:
+    """The fastest tenth of many calls: what the machine can do, not what it usually does."""
+    call()
+    times = []
+    until = time.perf_counter() + 1.5
+    while time.perf_counter() < until:
+        synchronize(device)
+        started = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.quantiles(times, n=10)[0] if len(times) > 1 else times[0]
+
+
+def scan_limit(limits: Limits, updates: int, inputs: int) -> float:
+    """Seconds of a scan forward and backward: `updates` of states, and `inputs` bytes.
+
+    The inputs are read twice; result, its gradient and the inputs' gradients are moved once.
+    """
+    compute = updates * (2 / limits.exponentials + (SCAN_FORWARD + SCAN_BACKWARD) / limits.multiply)
+    return compute + 4 * inputs / limits.traffic
+
+
+def model_cost(name: str, side: int) -> tuple[Cost, int]:
+    """(cost of one image, number of parameters)."""
+    found = summarize(name, (side,))
+    return found.costs[0], sum(found.parameters.values())
+
+
+def inference_limit(limits: Limits, cost: Cost) -> float:
+    """Seconds per image: products and scan, with all memory traffic hidden."""
+    products, scan = _parts(cost)
+    return products / limits.multiply + scan / SCAN_FORWARD / limits.exponentials + scan / limits.multiply
+
+
+def step_limit(limits: Limits, cost: Cost, parameters: int, batch: int, activation_bytes: int) -> float:
+    """Seconds of a training step: three times the forward products, the scan, activations written and read, update.
+
+    activation_bytes  of a number: 4 in float32, 2 in bfloat16
+    """
+    products, scan = _parts(cost)
+    image = 3 * products / limits.multiply
+    image += scan / SCAN_FORWARD * (2 / limits.exponentials + (SCAN_FORWARD + SCAN_BACKWARD) / limits.multiply)
+    image += 2 * cost.activations * activation_bytes / 4 / limits.traffic
+    return batch * image + parameters * BYTES_PER_PARAMETER / limits.traffic
+
+
+def _parts(cost: Cost) -> tuple[int, int]:
+    scan = cost.macs.get("scan", 0)
+    return sum(cost.macs.values()) - scan, scan

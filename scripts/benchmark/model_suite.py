@@ -1,0 +1,121 @@
+"""DeMansia Tiny's inference against the same network of stock operators and timm's DeiT-Tiny; cost against resolution.
+
+Images are resident. Growth is that of a forward and backward pass (the sum of the outputs is differentiated) with the
+network in training mode: one image on a CPU, eight on a GPU, one process for each network and resolution. A ViT's time
+is quadratic in its tokens; whether its memory is depends on whether attention is fused, so both are shown.
+
+Legend: B images; T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+
+import timm
+import torch
+from timm.layers import set_fused_attn
+from torch import nn
+
+import model  # noqa: F401  registers the names
+from scripts.benchmark.limits import Limits, inference_limit, model_cost
+from scripts.benchmark.measure import (
+    Case,
+    Growth,
+    Options,
+    Result,
+    extra_memory,
+    in_own_process,
+    milliseconds,
+    spread,
+    take_turns,
+)
+from scripts.benchmark.stock_model import scan_in_use, stock_model
+
+OURS, DEIT, UNFUSED = "DeMansia Tiny", "DeiT-Tiny (timm)", "DeiT-Tiny, attention not fused"
+RESOLUTIONS = (224, 384, 512, 768, 1024)
+
+
+def run(options: Options) -> Result:
+    precisions = [torch.float32, torch.bfloat16] if options.device == "cpu" else [torch.bfloat16]
+    cases = [inference_case(options, precision) for precision in precisions]
+    return Result(cases, growths(options))
+
+
+def inference_case(options: Options, precision: torch.dtype) -> Case:
+    batch = 8 if options.device == "cpu" else 256
+    torch.manual_seed(0)
+    images = torch.randn(batch, 3, 224, 224, device=options.device)
+    net = timm.create_model("demansia_tiny").eval().to(options.device)
+    stock = f"the same of stock operators, {scan_in_use(options.device)}"
+    deit = timm.create_model("deit_tiny_patch16_224").eval().to(options.device)
+    nets = {OURS: net, stock: stock_model(net), DEIT: deit}
+    with torch.inference_mode():
+        torch.testing.assert_close(nets[stock](images), net(images), rtol=1e-3, atol=1e-3)
+    sides = {name: rate(one, images, precision) for name, one in nets.items()}
+    found = take_turns(sides, options.rounds(7))
+    kind = str(precision).removeprefix("torch.")
+    note = ""
+    if precision == (torch.float32 if options.device == "cpu" else torch.bfloat16):
+        limits = Limits.measured(options.device)
+        found["limit"] = [1 / inference_limit(limits, model_cost("demansia_tiny", 224)[0])] * len(found[OURS])
+        note = f"limit: {limits.text()}"
+    return Case(f"inference, 224², B {batch}, {kind}", "images/s", found, more_is_better=True, note=note)
+
+
+def rate(net: nn.Module, images: torch.Tensor, precision: torch.dtype) -> Callable[[], float]:
+    def once() -> None:
+        mixed = torch.autocast(images.device.type, precision, enabled=precision != torch.float32)
+        with torch.inference_mode(), mixed:
+            net(images)
+
+    side = milliseconds(once, images.device.type)
+    return lambda: len(images) / side() * 1e3
+
+
+def growths(options: Options) -> list[Growth]:
+    sides = RESOLUTIONS[:2] if options.quick else RESOLUTIONS
+    time: dict[str, list[tuple[float, float]]] = {OURS: [], DEIT: [], UNFUSED: []}
+    memory: dict[str, list[tuple[float, float]]] = {name: [] for name in time}
+    for side in sides:
+        for name in time:
+            print(f"model: {name} at {side}²", file=sys.stderr, flush=True)
+            found = in_own_process("scripts.benchmark.model_suite:measure_growth", name, side, options.device)
+            time[name].append((side, found[0]))
+            memory[name].append((side, found[1]))
+    images = 1 if options.device == "cpu" else 8
+    what = f"forward and backward of {'an image' if images == 1 else f'{images} images'}"
+    return [
+        Growth(f"time of a {what}", "side of the image in pixels", "ms", time, note=exponents(time)),
+        Growth(f"memory of a {what}", "side of the image in pixels", "MB", memory, note=exponents(memory)),
+    ]
+
+
+def exponents(points: dict[str, list[tuple[float, float]]]) -> str:
+    """How each side grows with the number of tokens, between its last two resolutions."""
+    found = []
+    for name, line in points.items():
+        (side, low), (larger, high) = line[-2:]
+        power = math.log(max(high, 1e-9) / max(low, 1e-9)) / (2 * math.log(larger / side))
+        found.append(f"{name} with T to the power of {power:.2f}")
+    return "from " + " to ".join(f"{side:.0f}²" for side, _ in line[-2:]) + ": " + ", ".join(found)
+
+
+def measure_growth(name: str, side: int, device: str) -> list[float]:
+    """(median milliseconds, MB at the peak) of a forward and backward pass."""
+    torch.set_flush_denormal(True)
+    set_fused_attn(name != UNFUSED)
+    torch.manual_seed(0)
+    known = "demansia_tiny" if name == OURS else "deit_tiny_patch16_224"
+    images = torch.randn(1 if device == "cpu" else 8, 3, side, side, device=device)
+    net = timm.create_model(known, img_size=side).train().to(device)
+
+    def once() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            outputs = net(images)
+        sum(part.float().sum() for part in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+
+    times = take_turns({name: milliseconds(once, device)}, 3)[name]
+    net.zero_grad(set_to_none=True)
+    return [spread(times)[1], extra_memory(once, device)]

@@ -1,0 +1,72 @@
+"""Photographs to measure with: the user's, or drawn ones that cost a decoder about as much as real ones.
+
+What a JPEG costs follows from its pixels and its bytes. Drawn pictures have the sizes of ImageNet's, about 500×375, and
+its 80 to 130 kB: smooth fields of colour, with detail that gets weaker the finer it is, and the grain of a sensor.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from labeler.images import find_images
+
+DRAWN, FOLDERS, QUALITY = 96, 4, 90
+LONG, SHORT = 500, (333, 376)  # pixels; the short side is drawn from this range
+COARSEST, OCTAVES, FALL = 2, 8, 0.66  # cells across the coarsest field; each finer one is weaker by this factor
+CONTRAST = 48.0  # spread of the coarsest field, in levels of 255
+GRAIN = (15.0, 38.0)  # spread of single pixels, in levels of 255, drawn for each picture
+
+
+def prepare(images: Path | None, folder: Path) -> Path:
+    """The user's folder of photographs; where there is none, `folder`, filled with drawn ones."""
+    if images is not None:
+        return images
+    for number in range(DRAWN):
+        path = folder / f"class{number % FOLDERS}" / f"{number:03}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw(np.random.default_rng(number))).save(path, quality=QUALITY)
+    return folder
+
+
+def draw(random: np.random.Generator) -> np.ndarray:
+    """uint8 [h, w, 3]: one picture, upright or lying."""
+    width, height = LONG, int(random.integers(*SHORT))
+    if random.random() < 0.25:
+        width, height = height, width
+    picture = np.full((height, width, 3), random.uniform(80, 170, 3), np.float32)
+    for octave in range(OCTAVES):
+        cells = COARSEST << octave
+        # Fine detail of real pictures is mostly light and dark: colour belongs to the coarse fields.
+        planes = [_field(random, cells, width, height) for _ in range(3 if octave < 4 else 1)]
+        picture += CONTRAST * FALL**octave * np.stack(planes if len(planes) == 3 else planes * 3, -1)
+    picture += random.uniform(*GRAIN) * random.standard_normal((height, width, 1), np.float32)
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def _field(random: np.random.Generator, cells: int, width: int, height: int) -> np.ndarray:
+    """float32 [h, w]: noise of about `cells` cells along each side, interpolated smoothly."""
+    coarse = random.standard_normal((cells, cells), np.float32)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def copies_of(images: Path, folder: Path, copies: int) -> Path:
+    """`folder`, filled with `copies` copies of all images: longer epochs, and every file is read for itself."""
+    for copy in range(copies):
+        shutil.copytree(images, folder / str(copy))
+    return folder
+
+
+def about(images: Path, folder: Path, count: int) -> Path:
+    """`folder`, filled with about `count` images: copies of a small set, an even choice from a large one."""
+    found = find_images(images)
+    keys = [key for i, key in enumerate(found.keys) if i not in found.problems]
+    if len(keys) <= count:
+        return copies_of(images, folder, round(count / len(keys)))
+    for i in np.linspace(0, len(keys) - 1, count).astype(int):
+        (folder / keys[i]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / keys[i], folder / keys[i])
+    return folder

@@ -1,0 +1,76 @@
+"""Where the time of a training step on the CPU goes, by kind of work.
+
+    python -m scripts.benchmark.step_profile [--batch 8] [--bfloat16]
+
+A step of DeMansia Tiny at 224², as `python -m train fit` takes it, under torch's profiler. Every operator's own time
+counts for the outermost kind of work around it. The profiler slows small operators down, so that those of the scan seem
+to take a somewhat larger share than they do.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from typing import Any
+
+import timm
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import model  # noqa: F401  registers the names
+from scripts.benchmark.synthetic_batch import synthetic_batch
+from scripts.benchmark.train_suite import SIDE, our_step
+from train.device import keep_freed_memory, set_threads
+
+# Kind of work -> what the names of its operators begin with; the first that fits counts.
+KINDS = {
+    "scan": ("token_labeling::scan", "GeneratedBackwardFor_token_labeling_scan", "token_labeling::_scan"),
+    "loss": ("token_labeling::token_cross_entropy", "GeneratedBackwardFor_token_labeling_token_cross"),
+    "optimizer and average": ("Optimizer.", "aten::lerp", "aten::_foreach"),
+    "normalisation": ("aten::batch_norm", "aten::native_batch_norm", "NativeBatchNormBackward", "aten::rms_norm"),
+    "convolutions": ("aten::conv", "ConvolutionBackward"),
+    "linear layers": ("aten::linear", "aten::matmul", "MmBackward", "AddmmBackward", "aten::addmm"),
+    "copies between layouts": ("aten::copy_", "aten::cat", "aten::stack", "aten::contiguous", "aten::clone"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("scripts.benchmark.step_profile", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--bfloat16", action="store_true")
+    options = parser.parse_args()
+    set_threads(None)
+    keep_freed_memory()
+    found = step_profile(options.batch, torch.bfloat16 if options.bfloat16 else torch.float32)
+    total = sum(found.values())
+    print(f"{total / 1e3:,.0f} ms of operators in a step of {options.batch} images")
+    for kind, microseconds in sorted(found.items(), key=lambda item: -item[1]):
+        print(f"{kind:28}{microseconds / 1e3:10,.0f} ms{microseconds / total:8.1%}")
+
+
+def step_profile(batch: int, precision: torch.dtype) -> dict[str, float]:
+    """Kind of work -> microseconds of one step, the third."""
+    torch.manual_seed(0)
+    data = synthetic_batch(batch, SIDE)
+    step = our_step(timm.create_model("demansia_tiny").train(), data, precision)
+    for _ in range(2):
+        step()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        step()
+    found: dict[str, float] = defaultdict(float)
+    for event in recorded.events():
+        found[kind_of(event)] += event.self_cpu_time_total
+    return dict(found)
+
+
+def kind_of(event: Any) -> str:
+    kind = "everything else"
+    while event is not None:
+        name = event.name.removeprefix("autograd::engine::evaluate_function: ")
+        fits = [known for known, beginnings in KINDS.items() if name.startswith(beginnings)]
+        kind, event = (fits[0] if fits else kind), event.cpu_parent
+    return kind
+
+
+if __name__ == "__main__":
+    main()

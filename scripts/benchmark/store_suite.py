@@ -1,0 +1,13 @@
+"""The label store: how small and true it is, how fast rows are read, and how all of it grows with its rows."""
+
+from __future__ import annotations
+
+from scripts.benchmark import store_growth, store_truth
+from scripts.benchmark.measure import Options, Result
+
+
+def run(options: Options) -> Result:
+    parts = [store_truth.run(options), store_growth.run(options)]
+    return Result(
+        [case for part in parts for case in part.cases], [growth for part in parts for growth in part.growths]
+    )

@@ -1,0 +1,44 @@
+"""Batches for the suites that begin where the loader ends.
+
+Legend: B images; C classes; P palette size; H×W map grid; h×w token grid, T = h·w.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from labeler.score_maps import ScoreMaps
+from pipeline.batch import Batch
+from pipeline.geometry import Views, identity
+from pipeline.mix import MixBox
+from pipeline.targets import crop_score_maps
+
+CLASSES, MAP = 1000, 18
+
+
+class SyntheticLabels:
+    """Random score maps of B images with a random crop of each."""
+
+    def __init__(self, batch: int, palette: int, device: str = "cpu") -> None:
+        random = torch.Generator().manual_seed(0)
+        classes = torch.stack([torch.randperm(CLASSES, generator=random)[:palette] for _ in range(batch)])
+        scores = -6 + 2 * torch.randn(batch, palette, MAP, MAP, generator=random)
+        region = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(batch, 1)
+        maps = ScoreMaps(classes, scores, torch.full((batch, MAP, MAP), -9.0), region, CLASSES)
+        self.maps = maps.to_torch(device)
+        corner, size = torch.rand(2, batch, 2, generator=random, dtype=torch.float64)
+        self.boxes = torch.cat([corner / 2, corner / 2 + 0.3 + size / 5], 1)
+
+    def batch(self, images: torch.Tensor, grid: tuple[int, int], mix: MixBox | None = None) -> Batch:
+        """A batch of `images` [B, 3, S, S] with the targets of its crops; building them is part of the call."""
+        targets = crop_score_maps(self.maps, self.boxes, grid)
+        n, views = len(targets), Views(self.boxes, identity(len(targets)))
+        labels = torch.full((n,), -1, device=images.device)
+        return Batch(images, targets, labels, mix, ("",) * n, np.full(n, -1), views)
+
+
+def synthetic_batch(batch: int, side: int, palette: int = 8, patch: int = 16, device: str = "cpu") -> Batch:
+    """Random images and labels, as a loader with `palette` classes per image gives them, on the device."""
+    images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1)).to(device)
+    return SyntheticLabels(batch, palette, device).batch(images, (side // patch, side // patch))

@@ -1,0 +1,139 @@
+"""Results as text for a terminal, and as docs/benchmarks.md with its plots.
+
+A result is what `Result` holds, as plain values; see `measure`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scripts.benchmark.measure import Case, Growth, spread
+
+TITLES = {
+    "store": "Label store",
+    "labeler": "Labeler",
+    "loader": "Loader",
+    "targets": "Targets of the tokens",
+    "loss": "Loss",
+    "scan": "Scan and mixer",
+    "model": "Model",
+    "train": "Training step",
+}
+HEAD = """# Benchmarks
+
+Written by `python -m scripts.benchmark`; every figure is a measurement in `benchmarks/`. Values are medians with the
+lowest and the highest of their rounds in brackets. The sides of a case take turns within one run, and "ours is better
+by" is the median ratio of neighbouring rounds: above 1, this project (in bold) is faster or smaller. "Sought" is what
+was aimed at. What the time goes into: [profiles.md](profiles.md).
+"""
+
+
+def cases_of(suite: dict[str, Any]) -> list[Case]:
+    return [Case(**case) for case in suite["cases"]]
+
+
+def growths_of(suite: dict[str, Any]) -> list[Growth]:
+    return [Growth(**growth) for growth in suite["growths"]]
+
+
+def number(value: float) -> str:
+    """Three digits that count; all of those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 or value == 0 else f"{value:#.3g}".rstrip(".")
+
+
+def cell(values: list[float]) -> str:
+    low, middle, high = (number(value) for value in spread(values))
+    return middle if low == high else f"{middle} ({low} – {high})"
+
+
+def verdict(case: Case, rival: str) -> str:
+    sought = case.sought.get(rival)
+    if sought is None:
+        return ""
+    met = case.advantage(rival)[1] >= sought
+    return f"≥ {sought:.3g}: {'met' if met else '**not met**'}"
+
+
+def text(found: dict[str, Any]) -> str:
+    """For a terminal."""
+    lines = [found["machine"]["what"] + "; median (lowest – highest)"]
+    for name, suite in found["suites"].items():
+        lines.append(f"\n{TITLES[name]} ({suite['seconds']} s)")
+        for case in cases_of(suite):
+            lines += ["", f"{case.name}, {case.unit}" + (f"  [{case.note}]" if case.note else "")]
+            for side, values in case.values.items():
+                better = "" if side == case.ours else f"ours is better by {cell(case.advantage(side))}"
+                lines.append(f"  {side:62}{cell(values):28}{better}  {verdict(case, side)}".rstrip())
+        for growth in growths_of(suite):
+            lines += [
+                "",
+                f"{growth.name}, {growth.unit}, by {growth.x}" + (f"  [{growth.note}]" if growth.note else ""),
+            ]
+            for side, points in growth.points.items():
+                lines.append(f"  {side:62}" + "  ".join(f"{x:,.0f}: {number(y)}" for x, y in points))
+    return "\n".join(lines)
+
+
+def render(results: Path, docs: Path) -> None:
+    """docs/benchmarks.md and a plot for each suite that tells of growth, from every file of results."""
+    from scripts.benchmark.plots import draw_growths
+
+    files = sorted(results.glob("*.json"))
+    parts = [HEAD]
+    for file in files:
+        found = json.loads(file.read_text())
+        parts.append(machine_section(found))
+        for name, suite in found["suites"].items():
+            picture = None
+            if suite["growths"]:
+                picture = f"benchmarks-{found['machine']['name']}-{name}.png"
+                draw_growths(growths_of(suite), docs / picture)
+            parts.append(suite_section(name, suite, picture))
+    if not any(json.loads(file.read_text())["machine"]["device"] == "cuda" for file in files):
+        parts.append(
+            "## A GPU\n\nNot measured: no GPU was at hand. `python -m scripts.benchmark --device cuda` measures it.\n"
+        )
+    (docs / "benchmarks.md").write_text("\n".join(parts))
+
+
+def machine_section(found: dict[str, Any]) -> str:
+    by_versions: dict[str, list[str]] = {}
+    for name, suite in found["suites"].items():
+        told = ", ".join(f"{package} {version}" for package, version in suite["versions"].items())
+        by_versions.setdefault(f"{suite['date']}, {told}", []).append(name)
+    lines = [f"{', '.join(names)}: {told}." for told, names in by_versions.items()]
+    return f"## {found['machine']['what']}\n\n" + "\n".join(lines) + "\n"
+
+
+def suite_section(name: str, suite: dict[str, Any], picture: str | None) -> str:
+    command = f"python -m scripts.benchmark {name}"
+    command += " --images PHOTOS" if suite["photographs"] == "given" and name in ("labeler", "loader", "train") else ""
+    command += " --device cuda" if suite["device"] == "cuda" else ""
+    lines = [f"### {TITLES[name]}", "", f"`{command}`, {suite['seconds']:,} s", ""]
+    lines += ["| | | ours is better by | sought |", "|---|---|---|---|"]
+    for case in cases_of(suite):
+        note = f"; {case.note}" if case.note else ""
+        lines.append(f"| *{case.name}, {case.unit}{note}* | | | |")
+        for side, values in case.values.items():
+            mine = side == case.ours
+            better = "" if mine else cell(case.advantage(side))
+            shown = f"**{side}**" if mine else side
+            lines.append(f"| {shown} | {cell(values)} | {better} | {verdict(case, side)} |")
+    for growth in growths_of(suite):
+        lines += ["", *growth_table(growth)]
+    if picture:
+        lines += ["", f"![{TITLES[name]}: growth]({picture})"]
+    return "\n".join([*lines, ""])
+
+
+def growth_table(growth: Growth) -> list[str]:
+    places = sorted({x for points in growth.points.values() for x, _ in points})
+    note = f"; {growth.note}" if growth.note else ""
+    lines = [f"{growth.name}, {growth.unit}{note}", ""]
+    lines += ["| " + " | ".join([growth.x, *(f"{x:,.0f}" for x in places)]) + " |", "|---" * (len(places) + 1) + "|"]
+    for side, points in growth.points.items():
+        known = dict(map(tuple, points))
+        lines.append("| " + " | ".join([side, *(number(known[x]) if x in known else "" for x in places)]) + " |")
+    return lines

@@ -1,0 +1,138 @@
+"""Building the targets of a batch: from score maps, and from dense maps as token labeling's published code does.
+
+Both sides get labels that say the same, already mirrored where the image is. Ours is complete without a softmax, which
+belongs to its loss; the rival's is dense. Extra memory is what one call needs at its peak, each side in a process of
+its own, after a call on two images has loaded all code: inputs and libraries do not count, results and everything in
+between do.
+
+Legend: B images; C classes; P palette size; K = 5 classes per cell; H×W map grid; h×w token grid, T = h·w.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+from torchvision.ops import roi_align
+
+from labeler.score_maps import ScoreMaps
+from pipeline import TokenTargets, crop_score_maps
+from pipeline.crops import random_resized_crops
+from scripts.benchmark.measure import Case, Options, Result, extra_memory, in_own_process, milliseconds, take_turns
+from scripts.benchmark.synthetic_teacher import CLASSES, MAP
+
+GRID, TOP, BATCH = (14, 14), 5, 128
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+PALETTES = (8, 32)
+TOLERANCE = 1e-4  # between the two sides' probabilities
+OURS, RIVAL = "crop_score_maps", "scatter, roi_align, softmax"
+
+
+def mirrored(top5: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels [..., H, W] and boxes [..., 4] of the mirrored image."""
+    y0, x0, y1, x1 = boxes.unbind(-1)
+    return top5.flip(-1), torch.stack([y0, 1 - x1, y1, 1 - x0], -1)
+
+
+def rival_targets(
+    top5: torch.Tensor, boxes: torch.Tensor, classes: int, grid: tuple[int, int] = GRID
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels [B, 2, K, H, W] and boxes [B, 4] to distributions of tokens [B, C, T] and of whole crops [B, C]."""
+    values, ids = top5[:, 0].float(), top5[:, 1].long()
+    n, _, height, width = values.shape
+    dense = torch.zeros(n, classes, height, width, device=top5.device).scatter_(1, ids, values)
+    sides = torch.tensor([width, height, width, height], device=top5.device)
+    images = torch.arange(n, device=top5.device)[:, None].float()
+    rois = torch.cat([images, boxes.float()[:, [1, 0, 3, 2]] * sides], 1)
+    tokens = roi_align(dense, rois, grid, aligned=True).flatten(2).softmax(1)
+    return tokens, roi_align(dense, rois, (1, 1), aligned=True).flatten(1).softmax(1)
+
+
+class TargetInputs:
+    """The same scores twice: as a palette of P planes and as the K largest of each cell; random crops and flips.
+
+    An image has P classes in all, so its palette holds every class that its top-5 labels name, and 0 elsewhere.
+    """
+
+    def __init__(self, batch: int, palette: int, device: str = "cpu") -> None:
+        generator = torch.Generator().manual_seed(0)
+        classes = torch.stack([torch.randperm(CLASSES, generator=generator)[:palette] for _ in range(batch)])
+        values, places = (4 + 2 * torch.randn(batch, palette, MAP, MAP, generator=generator)).topk(TOP, dim=1)
+        values = values.half()
+        scores = torch.zeros(batch, palette, MAP, MAP).scatter_(1, places, values.float())
+        region = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(batch, 1)
+        maps = ScoreMaps(classes, scores, torch.zeros(batch, MAP, MAP), region, CLASSES)
+        # Sides without a common factor with 18: a bin of whole cells would leave the sample count to float rounding.
+        sizes = np.tile([3749, 4999], (batch, 1))
+        windows = random_resized_crops(sizes, SCALE, RATIO, np.random.default_rng(0))
+        boxes = torch.from_numpy(windows / np.tile(sizes, (1, 2)))
+        hflip = torch.rand(batch, generator=generator) < 0.5
+        top5 = torch.stack([values, classes.gather(1, places.flatten(1)).view_as(places).half()], 1)
+        rival_boxes = boxes.clone()
+        top5[hflip], rival_boxes[hflip] = mirrored(top5[hflip], boxes[hflip])
+        self.maps, self.boxes, self.hflip = maps.to_torch(device), boxes.to(device), hflip.to(device)
+        self.top5, self.rival_boxes = top5.to(device), rival_boxes.to(device)
+
+    def ours(self) -> TokenTargets:
+        return crop_score_maps(self.maps, self.boxes, GRID, self.hflip)
+
+    def rival(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return rival_targets(self.top5, self.rival_boxes, CLASSES)
+
+
+def largest_difference(inputs: TargetInputs) -> float:
+    """Between any two probabilities of the sides, of tokens and of whole crops."""
+    ours, (tokens, whole) = inputs.ours(), inputs.rival()
+    pairs = ((ours.dense_tokens(CLASSES).mT, tokens), (ours.dense_cls(CLASSES), whole))
+    return max(float((one - other).abs().max()) for one, other in pairs)
+
+
+def memory(side: str, palette: int, device: str, cores: int) -> float:
+    """MB that one call of a side ("ours" or "rival") needs; on the CPU, call it in a process of its own."""
+    torch.set_num_threads(cores)
+    getattr(TargetInputs(2, palette, device), side)()
+    return extra_memory(getattr(TargetInputs(BATCH, palette, device), side), device)
+
+
+def run(options: Options) -> Result:
+    torch.set_num_threads(options.cores)
+    cases = []
+    for palette in PALETTES:
+        print(f"targets: palette of {palette} …", file=sys.stderr)
+        cases += [_time(options, palette), _memory(options, palette)]
+    return Result(cases)
+
+
+def _time(options: Options, palette: int) -> Case:
+    inputs = TargetInputs(BATCH, palette, options.device)
+    difference = largest_difference(inputs)
+    if not difference <= TOLERANCE:
+        raise SystemExit(f"the two sides' targets differ by {difference:.1e}")
+    calls = {OURS: inputs.ours, RIVAL: inputs.rival}
+    sides = {name: milliseconds(call, options.device) for name, call in calls.items()}
+    return Case(
+        f"targets of {BATCH} images, palette of {palette}",
+        "ms",
+        take_turns(sides, options.rounds(9)),
+        sought={RIVAL: 25},
+        note=f"{MAP}×{MAP} cells to {GRID[0]}×{GRID[1]} tokens, {CLASSES:,} classes. Both sides say the same: "
+        f"no probability differs by more than {difference:.0e}.",
+    )
+
+
+def _memory(options: Options, palette: int) -> Case:
+    def extra(side: str) -> float:
+        if options.device == "cuda":
+            return memory(side, palette, options.device, options.cores)
+        where = f"{__name__}:memory"
+        return in_own_process(where, side, palette, options.device, options.cores)
+
+    sides = {OURS: lambda: extra("ours"), RIVAL: lambda: extra("rival")}
+    return Case(
+        f"extra memory for the targets of {BATCH} images, palette of {palette}",
+        "MB",
+        take_turns(sides, options.rounds(3), warmups=0),
+        sought={RIVAL: 20},
+        note="What a call needs at its peak, its result included.",
+    )

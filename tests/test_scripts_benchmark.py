@@ -1,0 +1,119 @@
+"""The benchmark's own promises: sides alternate, ratios are of neighbours, memory is counted, tables are generated."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import model
+from scripts.benchmark.measure import Case, in_own_process, take_turns
+from scripts.benchmark.stock_model import plain_scan, stock_model
+from scripts.benchmark.table import number, render
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_sides_take_turns_after_a_warm_up():
+    calls = []
+    sides = {name: lambda name=name: calls.append(name) or float(len(calls)) for name in ("ours", "rival")}
+    found = take_turns(sides, rounds=3)
+    assert calls == ["ours", "rival"] * 4
+    assert found == {"ours": [3.0, 5.0, 7.0], "rival": [4.0, 6.0, 8.0]}
+
+
+def test_ratios_are_formed_within_a_round_and_say_better():
+    values = {"ours": [1.0, 10.0, 2.0], "rival": [3.0, 20.0, 10.0]}
+    assert Case("", "ms", values).advantage("rival") == [2.0, 3.0, 5.0]
+    assert Case("", "images/s", values, more_is_better=True).advantage("rival") == [0.2, pytest.approx(1 / 3), 0.5]
+
+
+def test_extra_memory_is_that_of_the_call(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    megabytes = in_own_process("test_scripts_benchmark:memory_of_a_call", 100)
+    assert megabytes == pytest.approx(100, abs=3)
+
+
+def memory_of_a_call(megabytes: int) -> float:
+    from scripts.benchmark.measure import extra_memory
+
+    def call() -> torch.Tensor:
+        torch.ones(megabytes * 250_000 // 2)  # freed again, and hence room for what follows
+        return torch.ones(megabytes * 250_000)
+
+    torch.ones(50_000_000)  # 200 MB, gone before the call: they must not hide it
+    return extra_memory(call)
+
+
+def test_a_side_that_fails_in_its_own_process_is_an_error(capfd):
+    with pytest.raises(RuntimeError, match="measure:spread ended with 1"):
+        in_own_process("scripts.benchmark.measure:spread", [])
+    assert "empty" in capfd.readouterr().err
+
+
+def test_the_stock_network_is_the_same_function():
+    """Else its time would say nothing."""
+    torch.manual_seed(0)
+    net = timm.create_model("demansia_tiny", depth=2, img_size=64, num_classes=10).eval()
+    images = torch.randn(2, 3, 64, 64)
+    ours, stock = net(images), stock_model(net)(images)
+    torch.testing.assert_close(stock, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_the_stock_scan_has_the_same_gradients():
+    torch.manual_seed(0)
+    shapes = (2, 6, 9), (2, 6, 9), (6, 4), (2, 4, 9), (2, 4, 9), (6,), (6,)
+    inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
+    inputs[2] = (-torch.rand(6, 4) - 0.1).requires_grad_()
+    pairs = []
+    for scan in (plain_scan, model.ops.selective_scan):
+        y = scan(*inputs[:6], delta_bias=inputs[6], delta_softplus=True)
+        pairs.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for plain, ours in zip(*pairs, strict=True):
+        torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.01234, "0.0123"), (5, "5.00"), (46.04, "46.0"), (99.96, "100"), (2190.4, "2,190")]
+)
+def test_numbers_have_three_digits_that_count(value, text):
+    assert number(value) == text
+
+
+def test_the_documents_table_is_the_results(tmp_path):
+    """docs/benchmarks.md is generated from benchmarks/, never typed."""
+    render(ROOT / "benchmarks", tmp_path)
+    assert (tmp_path / "benchmarks.md").read_text() == (ROOT / "docs/benchmarks.md").read_text()
+    for picture in tmp_path.glob("*.png"):
+        assert (ROOT / "docs" / picture.name).exists()
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "scripts.benchmark", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_quick_suite_from_the_command_line_writes_nothing(tmp_path):
+    done = run("targets", "--quick", "--json", "--out", str(tmp_path / "out"), "--docs", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    suite = json.loads(done.stdout)["suites"]["targets"]
+    assert suite["quick"]
+    assert suite["versions"]["torch"] == torch.__version__.split("+")[0]
+    for case in suite["cases"]:
+        assert len(case["values"]) == 2
+        assert all(value > 0 for values in case["values"].values() for value in values)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [["stores"], ["loader", "--images", "no-such-folder"], ["scan", "--device", "cuda"]])
+def test_bad_usage_is_refused_before_any_work(wrong):
+    if "cuda" in wrong and torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    done = run(*wrong)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("scripts.benchmark: error:")
