@@ -4,13 +4,14 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: help demo test lint faults fuzz clean
+.PHONY: help demo test lint faults fuzz benchmark clean
 
 help:
 	@echo "make demo    install into $(VENV), then make scenes, a teacher, labels, three students, a report (demo/report.html)"
 	@echo "make test    install, then run the CPU test suite"
 	@echo "make faults  install, inject every fault at full counts (ten minutes), write docs/reliability.md"
 	@echo "make fuzz    install, then five minutes of random damage to each of stores, recipes, image lists, checkpoints"
+	@echo "make benchmark  install, measure every part beside what one would use instead (an hour), write docs/benchmarks.md"
 	@echo "make lint    install, then ruff and mypy, the same as CI"
 	@echo "make clean   remove what the demo wrote"
 
@@ -37,6 +38,9 @@ faults: $(READY)
 
 fuzz: $(READY)
 	for target in store recipe image-list checkpoint; do $(BIN)/python -m scripts.fuzz $$target --minutes 5 || exit 1; done
+
+benchmark: $(READY)
+	$(BIN)/python -m scripts.benchmark
 
 clean:
 	rm -rf demo

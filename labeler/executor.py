@@ -16,6 +16,7 @@ from typing import Any
 
 from labeler.config import LabelerConfig
 from labeler.errors import InputError, LabelingError, TokenLabelError
+from labeler.freed_memory import freed_memory_kept, keep_freed_memory
 from labeler.plan import Plan
 from labeler.worker import ShardLabeler, ShardResult, ShardTask
 
@@ -29,19 +30,20 @@ def run_in_process(
     tasks: list[ShardTask], root: Path, store: Path, plan: Plan, config: LabelerConfig, device: str, advance: Advance
 ) -> Iterator[ShardResult]:
     """Label the shards one after the other."""
-    labeler = ShardLabeler(root, store, plan, config, device, config.threads or os.cpu_count() or 1)
-    advance(0)
-    for task in tasks:
-        try:
-            yield labeler(task, advance)
-        except TokenLabelError:
-            raise
-        except Exception as error:
-            raise LabelingError(
-                f"shard {task.shard} (images {task.keys[0]!r} to {task.keys[-1]!r}) could not be labeled",
-                got=f"{type(error).__name__}: {error}",
-                remedy="The shards before it are committed; the same command goes on from there.",
-            ) from error
+    with freed_memory_kept(device == "cpu"):
+        labeler = ShardLabeler(root, store, plan, config, device, config.threads or os.cpu_count() or 1)
+        advance(0)
+        for task in tasks:
+            try:
+                yield labeler(task, advance)
+            except TokenLabelError:
+                raise
+            except Exception as error:
+                raise LabelingError(
+                    f"shard {task.shard} (images {task.keys[0]!r} to {task.keys[-1]!r}) could not be labeled",
+                    got=f"{type(error).__name__}: {error}",
+                    remedy="The shards before it are committed; the same command goes on from there.",
+                ) from error
 
 
 def run_on_ray(
@@ -63,7 +65,7 @@ def run_on_ray(
     worker = ray.remote(num_cpus=threads, num_gpus=config.gpus_per_worker if device.startswith("cuda") else 0)(_Worker)
     arguments = (root.absolute(), store.absolute(), plan, config, device, threads)
     paths = [os.path.abspath(path) for path in sys.path]
-    pool = _Pool(ray, lambda: worker.remote(paths, *arguments), tasks, config, advance)
+    pool = _Pool(ray, lambda: worker.remote(paths, device, *arguments), tasks, config, advance)
     try:
         yield from pool.results()
     finally:
@@ -75,13 +77,15 @@ def run_on_ray(
 class _Worker:
     """The actor. It loads the teacher in its first call, whose errors reach the driver as themselves."""
 
-    def __init__(self, paths: list[str], *arguments: Any) -> None:
+    def __init__(self, paths: list[str], device: str, *arguments: Any) -> None:
         # A teacher given as module:function may lie where only the driver looks for modules.
         sys.path += [path for path in paths if path not in sys.path and os.path.isdir(path)]
-        self.arguments = arguments
+        self.arguments, self.device = arguments, device
         self.labeler: ShardLabeler | None = None
 
     def prepare(self) -> None:
+        if self.device == "cpu":
+            keep_freed_memory()
         self.labeler = ShardLabeler(*self.arguments)
 
     def label(self, task: ShardTask) -> ShardResult:

@@ -214,9 +214,10 @@ def _inspect_shard(plan: Plan, shard: int, reader: ShardReader, quarantine: list
     own = np.array(plan.code_values, np.float32)
     if reader.code_values is not None and not np.array_equal(reader.code_values, own):
         problems.append("code values that are not the plan's")
-    if reader.keys and reader.keys[0] <= last:
+    keys = reader.keys
+    if keys and keys[0] <= last:
         problems.append("keys that are not above those of the shards before")
-    problems += [f"a key that leaves the image root: {key!r}" for key in reader.keys if not _stays_below(key)][:1]
+    problems += [f"a key that leaves the image root: {key!r}" for key in keys if not _stays_below(key)][:1]
     row = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in plan.layout.values())
     if row * reader.rows > DECODED_BYTES:
         problems.append(f"{row * reader.rows:,} bytes when decoded, more than {DECODED_BYTES:,}")
@@ -228,7 +229,7 @@ def _inspect_shard(plan: Plan, shard: int, reader: ShardReader, quarantine: list
                 break
     if problems:
         raise IntegrityError("; ".join(problems))
-    return reader.keys[-1] if reader.keys else last
+    return keys[-1] if keys else last
 
 
 def _stays_below(key: str) -> bool:

@@ -19,7 +19,7 @@ def shard_problems(plan: Plan, shard: int, reader: ShardReader, quarantine: list
     part = plan.slice_of(shard)
     if reader.rows + len(quarantine) != part.stop - part.start:
         problems.append(f"{reader.rows} rows and {len(quarantine)} quarantined of {part.stop - part.start} images")
-    if reader.keys != sorted(set(reader.keys)):
+    if (keys := reader.keys) != sorted(set(keys)):
         problems.append("the keys are not sorted and unique")
     return problems
 

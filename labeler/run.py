@@ -171,7 +171,7 @@ def _run(
     device: str,
     markers: dict[int, Marker],
 ) -> float:
-    """Label the tasks; the seconds from the first worker's readiness on."""
+    """Label the tasks; the seconds from the first worker's readiness to the last result."""
     from tqdm import tqdm
 
     if not tasks:
@@ -193,7 +193,8 @@ def _run(
         for result in execute(tasks, images.root, store, plan, config, device, advance):
             quarantined += result.quarantined
             bar.set_postfix(quarantined=quarantined, refresh=False)
-    return time.perf_counter() - began[0]
+            ended = time.perf_counter()
+    return ended - began[0]
 
 
 def _summary(store: Path, markers: list[Marker], labeled: int, seconds: float, other: int) -> LabelSummary:

@@ -78,6 +78,35 @@ def test_keys_are_sorted_and_found_again(store):
             labels.row_of(absent)
 
 
+def test_keys_sort_and_are_found_as_text_however_many_bytes_they_take(tmp_path):
+    """Keys are held as UTF-8, whose order must be that of the text; nothing near a key is taken for it."""
+    keys = tuple(sorted(["a", "a b", "a.jpg", "aé.jpg", "z.jpg", "ä/ü.jpg", "日本.png", "😀.jpg"]))
+    path = tmp_path / "shard.h5"
+    path.write_bytes(build_shard(rows_of(keys), layout := row_layout(1, (1, 1), 3, "logprob", "uint8", 16), {}, TABLE))
+    reader = ShardReader(path, layout, len(keys))
+    assert reader.keys == list(keys)
+    assert [reader.row_of(key) for key in keys] == list(range(len(keys)))
+    for absent in ("", "A", "a\0", "a b ", "aé", "b", "zz.jpg", "日", "😀.jpg\0", "\ud800", "x" * 40):
+        assert reader.row_of(absent) is None
+
+
+TABLE = np.linspace(0, -20, 256, dtype=np.float32)
+
+
+def rows_of(keys: tuple[str, ...]) -> ShardRows:
+    n = len(keys)
+    return ShardRows(
+        scores=np.zeros((n, 1, 1, 1), np.uint8),
+        background=np.zeros((n, 1, 1), np.uint8),
+        classes=np.zeros((n, 1), np.uint16),
+        region=np.zeros((n, 4), np.float32),
+        image_size=np.ones((n, 2), np.uint32),
+        target=np.zeros(n, np.int32),
+        image_digest=np.zeros(n, np.uint64),
+        keys=keys,
+    )
+
+
 def test_targets_come_from_the_folders_where_they_name_the_classes(tmp_path, config):
     images = make_images(tmp_path / "six", 12, classes=CLASSES)
     label_images(images, tmp_path / "labels", config)

@@ -12,6 +12,7 @@ import timm
 import torch
 
 import model
+from scripts.benchmark import __main__ as command_line
 from scripts.benchmark.measure import Case, in_own_process, take_turns
 from scripts.benchmark.stock_model import plain_scan, stock_model
 from scripts.benchmark.table import number, render
@@ -117,3 +118,51 @@ def test_bad_usage_is_refused_before_any_work(wrong):
     done = run(*wrong)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("scripts.benchmark: error:")
+
+
+def suite_result(seconds: int) -> dict:
+    case = {"name": "reading", "unit": "ms", "values": {"ours": [1.0], "rival": [3.0]}, "sought": {"rival": 5}}
+    case |= {"more_is_better": False, "note": ""}
+    about = {"date": "2026-01-01", "seconds": seconds, "versions": {}, "device": "cpu", "quick": False}
+    return {**about, "photographs": "drawn", "cases": [case], "growths": []}
+
+
+def main_with(monkeypatch, tmp_path: Path, measured, *arguments: str) -> int:
+    monkeypatch.setattr(command_line, "measured", measured)
+    folders = ["--out", str(tmp_path / "deep" / "out"), "--docs", str(tmp_path / "docs")]
+    monkeypatch.setattr(sys, "argv", ["scripts.benchmark", *arguments, *folders])
+    return command_line.main()
+
+
+def seconds_kept(tmp_path: Path) -> dict[str, int]:
+    (file,) = (tmp_path / "deep" / "out").glob("*.json")
+    return {name: suite["seconds"] for name, suite in json.loads(file.read_text())["suites"].items()}
+
+
+def test_a_suite_that_is_run_again_takes_the_place_of_what_it_found_before(monkeypatch, tmp_path, capsys):
+    assert main_with(monkeypatch, tmp_path, lambda suite, options: suite_result(1), "scan", "store") == 0
+    assert main_with(monkeypatch, tmp_path, lambda suite, options: suite_result(2), "scan") == 0
+    assert seconds_kept(tmp_path) == {"store": 1, "scan": 2}
+    assert "≥ 5: **not met**" in (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "ours is better by 3.00" in capsys.readouterr().out
+
+
+def test_suites_beside_one_that_fails_are_kept(monkeypatch, tmp_path, capsys):
+    def measured(suite, options):
+        if suite == "scan":
+            raise RuntimeError("no memory")
+        return suite_result(1)
+
+    assert main_with(monkeypatch, tmp_path, measured, "scan", "store") == 1
+    assert seconds_kept(tmp_path) == {"store": 1}
+    assert "scan failed: no memory" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_an_interruption_is_kept(monkeypatch, tmp_path):
+    def measured(suite, options):
+        if suite == "scan":
+            raise KeyboardInterrupt
+        return suite_result(1)
+
+    assert main_with(monkeypatch, tmp_path, measured, "store", "scan", "loss") == 130
+    assert seconds_kept(tmp_path) == {"store": 1}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 import torch
 
 from labeler.errors import InputError
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,19 +28,3 @@ def set_threads(threads: int | None) -> int:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # the scan's states decay to numbers that CPUs are slow with
     return threads
-
-
-def keep_freed_memory() -> None:
-    """Let this process's malloc keep what is freed, for the tensors of the next step.
-
-    By default glibc gives tensors of a few megabytes and more back to the system at once, and every step begins with
-    tens of thousands of page faults: a tenth of a step's time on a CPU. What a user has set for malloc stays.
-    """
-    if any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # not glibc
-        return
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, -1)  # never

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from labeler.commit import replace_file
 from labeler.errors import IntegrityError
+from labeler.freed_memory import freed_memory_kept
 from pipeline.batch import Batch
 from train.checkpoint import CheckpointInfo, read_state, read_weights
 from train.config import TrainConfig
-from train.device import keep_freed_memory, pick_precision, set_threads
+from train.device import pick_precision, set_threads
 from train.distributed import Ranks, joined_ranks, world_size
 from train.errors import NonFiniteError, Stopped
 from train.evaluate import evaluate
@@ -77,7 +78,11 @@ def fit(config: TrainConfig, resume: str | Path | None = None) -> FitSummary:
     not finite, Stopped when a signal asked for it and everything is saved.
     """
     images_per_rank(config, world_size())  # refused by each rank alone, before it waits for the others
-    with joined_ranks(config.run.device) as ranks, locked(Path(config.run.out)) if ranks.first else nullcontext():
+    with (
+        joined_ranks(config.run.device) as ranks,
+        locked(Path(config.run.out)) if ranks.first else nullcontext(),
+        freed_memory_kept(ranks.device.type == "cpu"),
+    ):
         return Trainer(config, ranks, resume).run()
 
 
@@ -90,8 +95,6 @@ class Trainer:
         if found is not None:
             refuse_other_run(config, found[1], ranks)
         self.threads = set_threads(config.run.threads or (None if found is None else found[1].threads))
-        if ranks.device.type == "cpu":
-            keep_freed_memory()
         self.precision = pick_precision(config.run.precision, ranks.device)
         torch.manual_seed(config.run.seed)  # beginning weights are the same on all ranks
         begun = config.model if found is None else as_checkpointed(config.model, found[1])

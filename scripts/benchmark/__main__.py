@@ -9,7 +9,7 @@
 Suites: store, labeler, loader, targets, loss, scan, model, train. Results go to benchmarks/<machine>.json, a suite that
 is run again in place of what it found before, and from all such files to docs/benchmarks.md and its plots. Leave the
 machine alone meanwhile: torch's threads wait for each other, so one more busy process makes small operations many times
-slower. Exit status: 0; 1 where a suite failed, the others are kept.
+slower. Exit status: 0; 1 where a suite failed, the others are kept; 2 bad usage; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from labeler.errors import TokenLabelError
+from labeler.images import find_images
 from scripts.benchmark.machine import describe, versions
 from scripts.benchmark.measure import Options, in_own_process
 from scripts.benchmark.table import render, text
@@ -57,12 +59,13 @@ def main() -> int:
         print(f"{suite} …", file=sys.stderr, flush=True)
         try:
             found["suites"][suite] = measured(suite, options)
-        except (RuntimeError, KeyboardInterrupt) as error:
-            print(f"{suite} failed: {error or type(error).__name__}", file=sys.stderr)
+        except RuntimeError as error:
+            print(f"{suite} failed: {error}", file=sys.stderr)
             failed.append(suite)
-            if isinstance(error, KeyboardInterrupt):
-                break
             continue
+        except KeyboardInterrupt:
+            print(f"{suite} interrupted; what was measured before it is kept", file=sys.stderr)
+            return 130
         if not options.quick:
             keep(found, options.out)
             render(options.out, options.docs)
@@ -74,8 +77,22 @@ def refuse_impossible(parser: argparse.ArgumentParser, options: argparse.Namespa
     unknown = [name for name in options.suites if name not in SUITES]
     if unknown:
         parser.error(f"no such suite: got {unknown[0]!r}, expected any of {', '.join(SUITES)}")
-    if options.images is not None and not options.images.is_dir():
-        parser.error(f"--images: got {str(options.images)!r}, expected a folder of photographs")
+    for name, folder in {"images": options.images, "scratch": options.scratch}.items():
+        if folder is not None and not folder.is_dir():
+            parser.error(f"--{name}: got {str(folder)!r}, expected a folder that is there")
+    if options.images is not None:
+        try:
+            find_images(options.images)
+        except TokenLabelError as error:
+            parser.error(f"--images: {error}")
+    if options.render and not list(options.out.glob("*.json")):
+        parser.error(f"--render: got no result in {str(options.out)!r}; measure first, or name its folder with --out")
+    if not options.quick:
+        try:
+            for folder in (options.out, options.docs):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"{str(folder)!r} cannot be made a folder: {error.strerror}")
     if options.device == "cuda":
         import torch
 
@@ -100,12 +117,11 @@ def run_suite(suite: str, device: str, quick: bool, images: str | None, scratch:
     import importlib
 
     from scripts.benchmark.photographs import prepare
-    from train.device import keep_freed_memory, set_threads
+    from train.device import set_threads
 
     cores = set_threads(None)  # as training does, before torch starts its threads
-    if device == "cpu":
-        keep_freed_memory()
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        os.environ["XDG_STATE_HOME"] = f"{folder}/state"  # where it is remembered which stores were checked
         photographs = prepare(None if images is None else Path(images), Path(folder) / "drawn")
         module = importlib.import_module(f"scripts.benchmark.{suite}_suite")
         return asdict(module.run(Options(device, quick, photographs, Path(folder), cores)))
@@ -116,7 +132,6 @@ def keep(found: dict[str, Any], folder: Path) -> None:
     path = folder / f"{found['machine']['name']}.json"
     before = json.loads(path.read_text())["suites"] if path.exists() else {}
     suites = {name: {**before, **found["suites"]}[name] for name in SUITES if name in {**before, **found["suites"]}}
-    folder.mkdir(exist_ok=True)
     written = path.with_suffix(".tmp")
     written.write_text(json.dumps({"machine": found["machine"], "suites": suites}, indent=1) + "\n")
     os.replace(written, path)

@@ -61,7 +61,7 @@ def bare_forward(device: str, seconds: float, batch: int, cores: int) -> float:
 
 
 def labeling(images: str, workers: int, device: str, batch: int) -> float:
-    """Images per second of a whole labeling run into a new store."""
+    """Images per second of labeling into a new store, from the first worker's readiness to the last shard."""
     teacher = TeacherConfig(NETWORK, random_weights=True)
     with tempfile.TemporaryDirectory(dir=Path(images).parent) as folder:
         config = LabelerConfig(
@@ -114,7 +114,7 @@ def _precision(device: str) -> torch.autocast:
 def run(options: Options) -> Result:
     # A GPU is through with the CPU's images before it can be timed.
     cuda = options.device == "cuda"
-    count = (QUICK_IMAGES if options.quick else IMAGES) * (8 if cuda else 1)
+    count = (QUICK_IMAGES if options.quick else IMAGES) * (20 if cuda else 1)
     images = photographs.about(options.images, options.scratch / "labeler" / "images", count)
     workers = min(CUDA_WORKERS, options.cores) if cuda else options.cores
     named = {f"labeler, {workers} Ray workers": workers, IN_PROCESS: 0}

@@ -25,14 +25,16 @@ BYTES_PER_PARAMETER = 4 * 11  # weight, gradient, two moments and moving average
 
 @dataclass(frozen=True)
 class Limits:
-    """Measured on the device, in float32 on a CPU and in bfloat16 on a GPU.
+    """In float32 on a CPU, in bfloat16 on a GPU, there with float32 vectors.
 
-    multiply      multiply-adds per second of a large matrix product
-    exponentials  per second, of values in cache
-    traffic       bytes per second, read or written, of tensors too large for the cache
+    multiply      multiply-adds per second of a large matrix product, measured
+    vector        multiply-adds per second outside of products: the same on a CPU, a GPU's data sheet
+    exponentials  per second: of values in cache, measured; a GPU's data sheet
+    traffic       bytes per second, read or written, of tensors too large for the cache, measured
     """
 
     multiply: float
+    vector: float
     exponentials: float
     traffic: float
 
@@ -41,8 +43,10 @@ class Limits:
         side, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
         a, b = torch.randn(2, side, side, device=device).to(dtype)
         here, there = torch.ones(2, (128 << 20) if device == "cpu" else (1 << 30), dtype=torch.uint8, device=device)
+        multiply = side**3 / _seconds(lambda: a @ b, device)
         return cls(
-            side**3 / _seconds(lambda: a @ b, device),
+            multiply,
+            multiply if device == "cpu" else _per_second_on_gpu(128),
             _exponentials(device),
             2 * here.nbytes / _seconds(lambda: here.copy_(there), device),
         )
@@ -59,9 +63,13 @@ def _exponentials(device: str) -> float:
         cached = torch.randn(1 << 18)
         out = torch.empty_like(cached)
         return cached.numel() / _seconds(lambda: torch.exp(cached, out=out), device)
-    # An elementwise kernel would measure memory: sixteen a cycle is what a multiprocessor's special units do.
+    return _per_second_on_gpu(16)
+
+
+def _per_second_on_gpu(each_cycle: int) -> float:
+    """Of what a multiprocessor does `each_cycle` times a cycle: an elementwise kernel would only measure memory."""
     found = torch.cuda.get_device_properties(0)
-    return found.multi_processor_count * 16 * found.clock_rate * 1e3
+    return found.multi_processor_count * each_cycle * found.clock_rate * 1e3
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
@@ -83,7 +91,7 @@ def scan_limit(limits: Limits, updates: int, inputs: int) -> float:
 
     The inputs are read twice; result, its gradient and the inputs' gradients are moved once.
     """
-    compute = updates * (2 / limits.exponentials + (SCAN_FORWARD + SCAN_BACKWARD) / limits.multiply)
+    compute = updates * (2 / limits.exponentials + (SCAN_FORWARD + SCAN_BACKWARD) / limits.vector)
     return compute + 4 * inputs / limits.traffic
 
 
@@ -96,7 +104,7 @@ def model_cost(name: str, side: int) -> tuple[Cost, int]:
 def inference_limit(limits: Limits, cost: Cost) -> float:
     """Seconds per image: products and scan, with all memory traffic hidden."""
     products, scan = _parts(cost)
-    return products / limits.multiply + scan / SCAN_FORWARD / limits.exponentials + scan / limits.multiply
+    return products / limits.multiply + scan / SCAN_FORWARD / limits.exponentials + scan / limits.vector
 
 
 def step_limit(limits: Limits, cost: Cost, parameters: int, batch: int, activation_bytes: int) -> float:
@@ -106,7 +114,7 @@ def step_limit(limits: Limits, cost: Cost, parameters: int, batch: int, activati
     """
     products, scan = _parts(cost)
     image = 3 * products / limits.multiply
-    image += scan / SCAN_FORWARD * (2 / limits.exponentials + (SCAN_FORWARD + SCAN_BACKWARD) / limits.multiply)
+    image += scan / SCAN_FORWARD * (2 / limits.exponentials + (SCAN_FORWARD + SCAN_BACKWARD) / limits.vector)
     image += 2 * cost.activations * activation_bytes / 4 / limits.traffic
     return batch * image + parameters * BYTES_PER_PARAMETER / limits.traffic
 

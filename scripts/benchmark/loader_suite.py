@@ -213,6 +213,7 @@ def _resolutions(options: Options, material: Material) -> Growth:
         "pixels along a side",
         "images/s",
         points,
+        logarithmic=False,
         note=f"The loader's batches hold token targets, one for every {PATCH}×{PATCH} pixels.",
     )
 

@@ -21,7 +21,7 @@ def describe(device: str) -> dict[str, str]:
         import torch
 
         gpu = torch.cuda.get_device_properties(0)
-        what, short = f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB; {what}", gpu.name
+        what, short = f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB; {what}", f"{gpu.name} {short}"
     return {"name": re.sub(r"[^a-z0-9]+", "-", short.lower()).strip("-"), "what": what, "device": device}
 
 

@@ -7,6 +7,7 @@ alternate, so that whatever else the machine does hits all of them alike; ratios
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import resource
@@ -19,7 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # of glibc's mallopt
+from labeler.freed_memory import M_MMAP_MAX, MMAPS_BY_DEFAULT
+
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 SLACK = 1 << 20  # bytes on top of the largest resident set so far, so that growth shows from its first byte
 
 
@@ -42,6 +45,11 @@ class Options:
 
     def rounds(self, full: int) -> int:
         return max(2, full // 3) if self.quick else full
+
+    @property
+    def calls(self) -> int:
+        """Of something short in a row: a GPU is through with one before Python has started the next."""
+        return 20 if self.device == "cuda" else 1
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,20 @@ def milliseconds(call: Callable[[], Any], device: str = "cpu", times: int = 1) -
     return side
 
 
+def per_second(images: int, side: Callable[[], float]) -> Callable[[], float]:
+    """A side in images per second, from one in milliseconds for `images` of them."""
+    return lambda: images / side() * 1e3
+
+
+def free_gpu(device: str) -> None:
+    """Give what torch holds in reserve to the processes that are started next."""
+    if device == "cuda":
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         import torch
@@ -133,10 +155,15 @@ def spread(values: list[float]) -> list[float]:
 def in_own_process(function: str, *arguments: Any, **named: Any) -> Any:
     """The result of "package.module:function", called with plain values in a fresh interpreter."""
     command = [sys.executable, "-m", "scripts.benchmark.measure", function, json.dumps([arguments, named], default=str)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{function} ended with {done.returncode}; its own words are above")
-    return json.loads(done.stdout.splitlines()[-1])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            printed, _ = process.communicate()
+        except KeyboardInterrupt:
+            process.wait()  # it was interrupted, too, and tidies up
+            raise
+    if process.returncode:
+        raise RuntimeError(f"{function} ended with {process.returncode}; its own words are above")
+    return json.loads(printed.splitlines()[-1])
 
 
 def extra_memory(call: Callable[[], Any], device: str = "cpu") -> float:
@@ -168,7 +195,7 @@ def extra_memory(call: Callable[[], Any], device: str = "cpu") -> float:
 def _keep_nothing_freed() -> None:
     """Freed tensors leave the process at once from here on; by default malloc keeps some megabytes for later."""
     libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_MAX, 1 << 30)
+    libc.mallopt(M_MMAP_MAX, MMAPS_BY_DEFAULT)
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
     libc.malloc_trim(0)
 

@@ -26,12 +26,15 @@ from scripts.benchmark.measure import (
     Options,
     Result,
     extra_memory,
+    free_gpu,
     in_own_process,
     milliseconds,
+    per_second,
     spread,
     take_turns,
 )
 from scripts.benchmark.stock_model import scan_in_use, stock_model
+from train.device import set_threads
 
 OURS, DEIT, UNFUSED = "DeMansia Tiny", "DeiT-Tiny (timm)", "DeiT-Tiny, attention not fused"
 RESOLUTIONS = (224, 384, 512, 768, 1024)
@@ -53,7 +56,10 @@ def inference_case(options: Options, precision: torch.dtype) -> Case:
     nets = {OURS: net, stock: stock_model(net), DEIT: deit}
     with torch.inference_mode():
         torch.testing.assert_close(nets[stock](images), net(images), rtol=1e-3, atol=1e-3)
-    sides = {name: rate(one, images, precision) for name, one in nets.items()}
+    sides = {
+        name: per_second(batch, milliseconds(inference(one, images, precision), options.device))
+        for name, one in nets.items()
+    }
     found = take_turns(sides, options.rounds(7))
     kind = str(precision).removeprefix("torch.")
     note = ""
@@ -64,28 +70,32 @@ def inference_case(options: Options, precision: torch.dtype) -> Case:
     return Case(f"inference, 224², B {batch}, {kind}", "images/s", found, more_is_better=True, note=note)
 
 
-def rate(net: nn.Module, images: torch.Tensor, precision: torch.dtype) -> Callable[[], float]:
+def inference(net: nn.Module, images: torch.Tensor, precision: torch.dtype) -> Callable[[], None]:
     def once() -> None:
         mixed = torch.autocast(images.device.type, precision, enabled=precision != torch.float32)
         with torch.inference_mode(), mixed:
             net(images)
 
-    side = milliseconds(once, images.device.type)
-    return lambda: len(images) / side() * 1e3
+    return once
 
 
 def growths(options: Options) -> list[Growth]:
     sides = RESOLUTIONS[:2] if options.quick else RESOLUTIONS
     time: dict[str, list[tuple[float, float]]] = {OURS: [], DEIT: [], UNFUSED: []}
     memory: dict[str, list[tuple[float, float]]] = {name: [] for name in time}
+    free_gpu(options.device)
     for side in sides:
         for name in time:
             print(f"model: {name} at {side}²", file=sys.stderr, flush=True)
-            found = in_own_process("scripts.benchmark.model_suite:measure_growth", name, side, options.device)
+            try:
+                found = in_own_process("scripts.benchmark.model_suite:measure_growth", name, side, options.device)
+            except RuntimeError as error:  # no memory for this one, most likely
+                print(f"model: left out, {error}", file=sys.stderr)
+                continue
             time[name].append((side, found[0]))
             memory[name].append((side, found[1]))
     images = 1 if options.device == "cpu" else 8
-    what = f"forward and backward of {'an image' if images == 1 else f'{images} images'}"
+    what = f"forward and backward pass of {'an image' if images == 1 else f'{images} images'}"
     return [
         Growth(f"time of a {what}", "side of the image in pixels", "ms", time, note=exponents(time)),
         Growth(f"memory of a {what}", "side of the image in pixels", "MB", memory, note=exponents(memory)),
@@ -96,15 +106,17 @@ def exponents(points: dict[str, list[tuple[float, float]]]) -> str:
     """How each side grows with the number of tokens, between its last two resolutions."""
     found = []
     for name, line in points.items():
+        if len(line) < 2:
+            continue
         (side, low), (larger, high) = line[-2:]
         power = math.log(max(high, 1e-9) / max(low, 1e-9)) / (2 * math.log(larger / side))
         found.append(f"{name} with T to the power of {power:.2f}")
-    return "from " + " to ".join(f"{side:.0f}²" for side, _ in line[-2:]) + ": " + ", ".join(found)
+    return "between the two largest: " + ", ".join(found)
 
 
 def measure_growth(name: str, side: int, device: str) -> list[float]:
     """(median milliseconds, MB at the peak) of a forward and backward pass."""
-    torch.set_flush_denormal(True)
+    set_threads(None)
     set_fused_attn(name != UNFUSED)
     torch.manual_seed(0)
     known = "demansia_tiny" if name == OURS else "deit_tiny_patch16_224"

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from labeler.errors import InputError
 from labeler.images import find_images
 
 DRAWN, FOLDERS, QUALITY = 96, 4, 90
@@ -64,6 +65,10 @@ def about(images: Path, folder: Path, count: int) -> Path:
     """`folder`, filled with about `count` images: copies of a small set, an even choice from a large one."""
     found = find_images(images)
     keys = [key for i, key in enumerate(found.keys) if i not in found.problems]
+    if not keys:
+        raise InputError(
+            "no image to measure with", got=f"none in {str(images)!r}", remedy="Give a folder of photographs."
+        )
     if len(keys) <= count:
         return copies_of(images, folder, round(count / len(keys)))
     for i in np.linspace(0, len(keys) - 1, count).astype(int):

@@ -25,6 +25,9 @@ def draw_growths(growths: list[Growth], path: Path) -> None:
             plot.set_yscale("log")
         else:
             plot.set_ylim(bottom=0)
+        places = sorted({x for points in growth.points.values() for x, _ in points})
+        plot.set_xticks(places, [f"{x:,.0f}" for x in places])
+        plot.set_xticks([], minor=True)
         plot.set_title(growth.name, fontsize=9)
         plot.set_xlabel(growth.x, fontsize=8)
         plot.set_ylabel(growth.unit, fontsize=8)

@@ -92,7 +92,7 @@ def scan_case(options: Options, limits: Limits, batch: int) -> Case:
     for scan in rivals.values():
         torch.testing.assert_close(scan(inputs).float(), expected, rtol=tolerance, atol=tolerance)
     sides = {
-        name: milliseconds(lambda scan=scan: gradients(scan, inputs, weight), options.device)
+        name: milliseconds(lambda scan=scan: gradients(scan, inputs, weight), options.device, options.calls)
         for name, scan in {"scan, this project": ours, **rivals}.items()
     }
     found = take_turns(sides, options.rounds(9))
@@ -132,9 +132,13 @@ def mixer_case(options: Options, batch: int) -> Case:
             loss = function(hidden).float().square().mean()
         torch.autograd.grad(loss, wanted)
 
+    modules = {
+        "mixer, this project": mixer,
+        f"stock operators with flips, {scan_in_use(options.device)}": stock,
+    }
     sides = {
-        "mixer, this project": milliseconds(lambda: once(mixer), options.device),
-        f"stock operators with flips, {scan_in_use(options.device)}": milliseconds(lambda: once(stock), options.device),
+        name: milliseconds(lambda module=module: once(module), options.device, options.calls)
+        for name, module in modules.items()
     }
     name = f"bidirectional mixer, forward and backward, B {batch}, L {LENGTH}, D {WIDTH // 2}"
     return Case(name, "ms", take_turns(sides, options.rounds(9)))

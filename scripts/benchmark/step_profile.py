@@ -13,14 +13,13 @@ import argparse
 from collections import defaultdict
 from typing import Any
 
-import timm
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import model  # noqa: F401  registers the names
+from labeler.freed_memory import keep_freed_memory
 from scripts.benchmark.synthetic_batch import synthetic_batch
-from scripts.benchmark.train_suite import SIDE, our_step
-from train.device import keep_freed_memory, set_threads
+from scripts.benchmark.train_suite import SIDE, demansia, our_step
+from train.device import set_threads
 
 # Kind of work -> what the names of its operators begin with; the first that fits counts.
 KINDS = {
@@ -52,7 +51,7 @@ def step_profile(batch: int, precision: torch.dtype) -> dict[str, float]:
     """Kind of work -> microseconds of one step, the third."""
     torch.manual_seed(0)
     data = synthetic_batch(batch, SIDE)
-    step = our_step(timm.create_model("demansia_tiny").train(), data, precision)
+    step = our_step(demansia("cpu"), data, precision)
     for _ in range(2):
         step()
     with profile(activities=[ProfilerActivity.CPU]) as recorded:

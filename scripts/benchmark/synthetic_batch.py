@@ -39,6 +39,8 @@ class SyntheticLabels:
 
 
 def synthetic_batch(batch: int, side: int, palette: int = 8, patch: int = 16, device: str = "cpu") -> Batch:
-    """Random images and labels, as a loader with `palette` classes per image gives them, on the device."""
+    """Random images and labels, as a loader with `palette` classes per image and token mixing gives them."""
     images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1)).to(device)
-    return SyntheticLabels(batch, palette, device).batch(images, (side // patch, side // patch))
+    tokens = side // patch
+    mix = MixBox(0, 0, tokens // 2, tokens // 2, 1 - (tokens // 2) ** 2 / tokens**2)
+    return SyntheticLabels(batch, palette, device).batch(images, (tokens, tokens), mix)

@@ -48,6 +48,11 @@ def cell(values: list[float]) -> str:
     return middle if low == high else f"{middle} ({low} – {high})"
 
 
+def compared(case: Case, side: str) -> str:
+    """How many times better ours is; of a limit, the part that it reaches."""
+    return cell(case.advantage(side)) + (" of it" if side == "limit" else "")
+
+
 def verdict(case: Case, rival: str) -> str:
     sought = case.sought.get(rival)
     if sought is None:
@@ -64,7 +69,7 @@ def text(found: dict[str, Any]) -> str:
         for case in cases_of(suite):
             lines += ["", f"{case.name}, {case.unit}" + (f"  [{case.note}]" if case.note else "")]
             for side, values in case.values.items():
-                better = "" if side == case.ours else f"ours is better by {cell(case.advantage(side))}"
+                better = "" if side == case.ours else f"ours is better by {compared(case, side)}"
                 lines.append(f"  {side:62}{cell(values):28}{better}  {verdict(case, side)}".rstrip())
         for growth in growths_of(suite):
             lines += [
@@ -118,7 +123,7 @@ def suite_section(name: str, suite: dict[str, Any], picture: str | None) -> str:
         lines.append(f"| *{case.name}, {case.unit}{note}* | | | |")
         for side, values in case.values.items():
             mine = side == case.ours
-            better = "" if mine else cell(case.advantage(side))
+            better = "" if mine else compared(case, side)
             shown = f"**{side}**" if mine else side
             lines.append(f"| {shown} | {cell(values)} | {better} | {verdict(case, side)} |")
     for growth in growths_of(suite):
