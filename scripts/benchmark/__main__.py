@@ -130,8 +130,8 @@ def run_suite(suite: str, device: str, quick: bool, images: str | None, scratch:
 def keep(found: dict[str, Any], folder: Path) -> None:
     """The suites of this run into the machine's file, in place of what they found before."""
     path = folder / f"{found['machine']['name']}.json"
-    before = json.loads(path.read_text())["suites"] if path.exists() else {}
-    suites = {name: {**before, **found["suites"]}[name] for name in SUITES if name in {**before, **found["suites"]}}
+    known = (json.loads(path.read_text())["suites"] if path.exists() else {}) | found["suites"]
+    suites = {name: known[name] for name in SUITES if name in known}
     written = path.with_suffix(".tmp")
     written.write_text(json.dumps({"machine": found["machine"], "suites": suites}, indent=1) + "\n")
     os.replace(written, path)

@@ -13,9 +13,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -67,13 +66,12 @@ def run(options: Options) -> Result:
     material, found = options.scratch / "material", {}
     material.mkdir()
     job("prepare", material)
-    with own_state(options.scratch / "state"):
-        for rows in sizes:
-            print(f"store: {rows:,} rows, building, reading and verifying", file=sys.stderr)
-            folder = options.scratch / f"rows-{rows}"
-            folder.mkdir()
-            found[rows] = measure(folder, material, rows, options)
-            shutil.rmtree(folder)
+    for rows in sizes:
+        print(f"store: {rows:,} rows, building, reading and verifying", file=sys.stderr)
+        folder = options.scratch / f"rows-{rows}"
+        folder.mkdir()
+        found[rows] = measure(folder, material, rows, options)
+        shutil.rmtree(folder)
     shutil.rmtree(material)
     return Result(cases(sizes[-1], found[sizes[-1]]), growths(found))
 
@@ -81,19 +79,6 @@ def run(options: Options) -> Result:
 def job(name: str, *arguments: Any) -> Any:
     """A function of this module, in a process of its own."""
     return in_own_process(f"scripts.benchmark.store_growth:{name}", *arguments)
-
-
-@contextmanager
-def own_state(folder: Path) -> Iterator[None]:
-    """What is remembered of checked stores goes to `folder`: the user's memory is not for stores that soon are gone."""
-    before = os.environ.get("XDG_STATE_HOME")
-    os.environ["XDG_STATE_HOME"] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ["XDG_STATE_HOME"]
-        if before is not None:
-            os.environ["XDG_STATE_HOME"] = before
 
 
 def measure(folder: Path, material: Path, rows: int, options: Options) -> tuple[Figures, dict[str, float]]:

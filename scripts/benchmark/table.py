@@ -85,10 +85,9 @@ def render(results: Path, docs: Path) -> None:
     """docs/benchmarks.md and a plot for each suite that tells of growth, from every file of results."""
     from scripts.benchmark.plots import draw_growths
 
-    files = sorted(results.glob("*.json"))
+    machines = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
     parts = [HEAD]
-    for file in files:
-        found = json.loads(file.read_text())
+    for found in machines:
         parts.append(machine_section(found))
         for name, suite in found["suites"].items():
             picture = None
@@ -96,7 +95,7 @@ def render(results: Path, docs: Path) -> None:
                 picture = f"benchmarks-{found['machine']['name']}-{name}.png"
                 draw_growths(growths_of(suite), docs / picture)
             parts.append(suite_section(name, suite, picture))
-    if not any(json.loads(file.read_text())["machine"]["device"] == "cuda" for file in files):
+    if not any(found["machine"]["device"] == "cuda" for found in machines):
         parts.append(
             "## A GPU\n\nNot measured: no GPU was at hand. `python -m scripts.benchmark --device cuda` measures it.\n"
         )
