@@ -65,7 +65,7 @@ def run_on_ray(
     worker = ray.remote(num_cpus=threads, num_gpus=config.gpus_per_worker if device.startswith("cuda") else 0)(_Worker)
     arguments = (root.absolute(), store.absolute(), plan, config, device, threads)
     paths = [os.path.abspath(path) for path in sys.path]
-    pool = _Pool(ray, lambda: worker.remote(paths, device, *arguments), tasks, config, advance)
+    pool = _Pool(ray, lambda: worker.remote(paths, device == "cpu", *arguments), tasks, config, advance)
     try:
         yield from pool.results()
     finally:
@@ -77,14 +77,14 @@ def run_on_ray(
 class _Worker:
     """The actor. It loads the teacher in its first call, whose errors reach the driver as themselves."""
 
-    def __init__(self, paths: list[str], device: str, *arguments: Any) -> None:
+    def __init__(self, paths: list[str], keep_memory: bool, *arguments: Any) -> None:
         # A teacher given as module:function may lie where only the driver looks for modules.
         sys.path += [path for path in paths if path not in sys.path and os.path.isdir(path)]
-        self.arguments, self.device = arguments, device
+        self.arguments, self.keep_memory = arguments, keep_memory
         self.labeler: ShardLabeler | None = None
 
     def prepare(self) -> None:
-        if self.device == "cpu":
+        if self.keep_memory:
             keep_freed_memory()
         self.labeler = ShardLabeler(*self.arguments)
 

@@ -18,7 +18,7 @@ import torch
 
 from labeler.freed_memory import freed_memory_kept
 from pipeline.mix import MixBox
-from scripts.benchmark.measure import Case, Options, Result, extra_memory, in_own_process, milliseconds, take_turns
+from scripts.benchmark.measure import Case, Options, Result, alone_on_cpu, extra_memory, milliseconds, take_turns
 from scripts.benchmark.synthetic_batch import CLASSES, SyntheticLabels
 from train.device import set_threads
 from train.loss import TokenLabelLoss
@@ -27,6 +27,7 @@ from train.loss_reference import dense_token_label_loss
 BATCH, PALETTE, GRID = 128, 32, (14, 14)
 MIXES = {"not mixed": None, "mixed": MixBox(0, 7, 7, 14, 0.75)}
 OURS, DENSE = "closed form", "dense targets, softmax, soft cross-entropy"
+MEMORY = "scripts.benchmark.loss_suite:memory_of"
 
 
 class Inputs:
@@ -52,7 +53,8 @@ def run(options: Options) -> Result:
         with freed_memory_kept():
             cases += [time_case(options, inputs, mix, ", freed memory kept as `fit` does") for mix in MIXES]
     for name in MIXES:
-        found = {side: [memory_of(side, name, options.device) for _ in range(2)] for side in (OURS, DENSE)}
+        about = name, options.device
+        found = {side: [alone_on_cpu(options.device, MEMORY, side, *about) for _ in range(2)] for side in (OURS, DENSE)}
         cases.append(Case(f"memory beyond logits and gradients, {name}", "MB", found, sought={DENSE: 8}))
     return Result(cases)
 
@@ -78,12 +80,6 @@ def refuse_difference(inputs: Inputs, mix: MixBox | None) -> None:
 
 
 def memory_of(side: str, mix: str, device: str) -> float:
-    if device == "cpu":  # where memory is the process's
-        return in_own_process("scripts.benchmark.loss_suite:measure_memory", side, mix, device)
-    return measure_memory(side, mix, device)
-
-
-def measure_memory(side: str, mix: str, device: str) -> float:
     set_threads(None)
     Inputs(2, device).run(side, MIXES[mix])
     inputs = Inputs(BATCH, device)

@@ -166,6 +166,19 @@ def in_own_process(function: str, *arguments: Any, **named: Any) -> Any:
     return json.loads(printed.splitlines()[-1])
 
 
+def alone_on_cpu(device: str, function: str, *arguments: Any) -> Any:
+    """`in_own_process` on a CPU, where `extra_memory` asks for it; on a GPU in this process."""
+    if device == "cpu":
+        return in_own_process(function, *arguments)
+    return named_function(function)(*arguments)
+
+
+def named_function(name: str) -> Callable[..., Any]:
+    """Of "package.module:function"."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+
+
 def extra_memory(call: Callable[[], Any], device: str = "cpu") -> float:
     """MB that one call needs at its peak beyond what is held before it. CPU: only in a process of its own.
 
@@ -210,6 +223,5 @@ def _largest_resident() -> int:
 
 
 if __name__ == "__main__":
-    module, _, name = sys.argv[1].partition(":")
     positional, keywords = json.loads(sys.argv[2])
-    print(json.dumps(getattr(importlib.import_module(module), name)(*positional, **keywords)))
+    print(json.dumps(named_function(sys.argv[1])(*positional, **keywords)))

@@ -13,8 +13,7 @@ from pipeline.batch import Batch
 from pipeline.geometry import Views, identity
 from pipeline.mix import MixBox
 from pipeline.targets import crop_score_maps
-
-CLASSES, MAP = 1000, 18
+from scripts.benchmark.synthetic_maps import CLASSES, MAP
 
 
 class SyntheticLabels:

@@ -28,7 +28,8 @@ from labeler.writer import store_classes, write_shard
 if TYPE_CHECKING:
     import torch
 
-CLASSES, GRID, FLOOR = 1000, 18, -20.0
+CLASSES, MAP = 1000, 18  # C, and H = W, of all benchmarks
+FLOOR = -20.0
 BATCH = 50  # images whose dense logits are held at once: 65 MB
 
 
@@ -55,12 +56,12 @@ def synthetic_logits(images: int, generator: torch.Generator, top: float) -> tor
 
     def smooth(channels: int, points: int) -> torch.Tensor:
         coarse = torch.randn(images, channels, points, points, generator=generator)
-        return interpolate(coarse, (GRID, GRID), mode="bicubic", align_corners=False)
+        return interpolate(coarse, (MAP, MAP), mode="bicubic", align_corners=False)
 
     logits = 0.5 * smooth(CLASSES, 4)
     strong = torch.stack([torch.randperm(CLASSES, generator=generator)[:8] for _ in range(images)])
     peaks = torch.linspace(top, top - 3, 8)[None, :, None, None] + 2 * smooth(8, 3)
-    logits.scatter_add_(1, strong[:, :, None, None].expand(-1, -1, GRID, GRID), peaks)
+    logits.scatter_add_(1, strong[:, :, None, None].expand(-1, -1, MAP, MAP), peaks)
     return logits + 0.15 * torch.randn(logits.shape, generator=generator)
 
 
@@ -105,7 +106,7 @@ def make_plan(setting: Setting, rows: int, shard_size: int) -> Plan:
         num_classes=CLASSES,
         class_names=(),
         palette=setting.palette,
-        grid=(GRID, GRID),
+        grid=(MAP, MAP),
         score_kind="logprob",
         precision="float16" if setting.table is None else "uint8",
         orientation="exif",

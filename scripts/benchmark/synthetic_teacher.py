@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-CLASSES, MAP = 1000, 18  # C, and H = W
+from scripts.benchmark.synthetic_maps import CLASSES, MAP
+
 CELL = 8  # pixels
 
 

@@ -19,8 +19,8 @@ from torchvision.ops import roi_align
 from labeler.score_maps import ScoreMaps
 from pipeline import TokenTargets, crop_score_maps
 from pipeline.crops import random_resized_crops
-from scripts.benchmark.measure import Case, Options, Result, extra_memory, in_own_process, milliseconds, take_turns
-from scripts.benchmark.synthetic_teacher import CLASSES, MAP
+from scripts.benchmark.measure import Case, Options, Result, alone_on_cpu, extra_memory, milliseconds, take_turns
+from scripts.benchmark.synthetic_maps import CLASSES, MAP
 
 GRID, TOP, BATCH = (14, 14), 5, 128
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -123,10 +123,8 @@ def _time(options: Options, palette: int) -> Case:
 
 def _memory(options: Options, palette: int) -> Case:
     def extra(side: str) -> float:
-        if options.device == "cuda":
-            return memory(side, palette, options.device, options.cores)
         where = f"{__name__}:memory"
-        return in_own_process(where, side, palette, options.device, options.cores)
+        return float(alone_on_cpu(options.device, where, side, palette, options.device, options.cores))
 
     sides = {OURS: lambda: extra("ours"), RIVAL: lambda: extra("rival")}
     return Case(
