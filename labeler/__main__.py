@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from labeler.command_line import OneLineParser, add_command, run_command
+from labeler.command_line import OneLineParser, add_command, at_least, run_command
 from labeler.config import AUTOCASTS, DECODERS, ORIENTATIONS, PRECISIONS, VIEWS, LabelerConfig, TeacherConfig
 
 QUARANTINED = 3
@@ -101,8 +101,9 @@ def _import(options: argparse.Namespace) -> int:
     from labeler.importers import import_token_label_files
 
     summary = import_token_label_files(
-        options.files, options.images, options.store, num_classes=options.num_classes, class_names=options.class_names
-    )
+        options.files, options.images, options.store, num_classes=options.num_classes, class_names=options.class_names,
+        progress=not options.quiet,
+    )  # fmt: skip
     print(json.dumps(asdict(summary)) if options.json else summary.text())
     return QUARANTINED if summary.quarantined else 0
 
@@ -134,7 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     verify = add_command(commands, "verify", _verify, "check every bit of a store, and that it fits its images")
     verify.add_argument("store", type=Path)
     verify.add_argument("--images", type=Path, help="also compare every image file with the one that was labeled")
-    verify.add_argument("--relabel", type=int, default=0, metavar="N", help="run the teacher again on N random rows")
+    verify.add_argument(
+        "--relabel", type=at_least(0), default=0, metavar="N", help="run the teacher again on N random rows"
+    )
     verify.add_argument("--device", default="auto", help="for --relabel: cpu, cuda or auto")
     verify.add_argument("--trusted", action="store_true", help="the store is a friend's: --relabel may run its teacher")
     report = add_command(commands, "report", _report, "write one self-contained HTML page about a store")
@@ -142,7 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--images", type=Path, required=True, help="the image root that was labeled")
     report.add_argument("--out", type=Path, required=True, metavar="FILE.html")
     report.add_argument("--truth", type=Path, help="folder of class-id PNGs by key: how often is the map right?")
-    report.add_argument("--sample", type=int, default=500, metavar="N", help="rows that the charts are drawn from")
+    report.add_argument(
+        "--sample", type=at_least(1), default=500, metavar="N", help="rows that the charts are drawn from"
+    )
     report.add_argument("--title", help="heading of the page")
     other = add_command(commands, "import-token-labels", _import, "TokenLabeling / ReLabel .pt files to a store")
     other.add_argument("files", type=Path, help="folder of .pt maps, named and laid out like the images")

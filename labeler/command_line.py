@@ -6,6 +6,7 @@ import argparse
 import io
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from labeler.errors import InputError, TokenLabelError
@@ -16,6 +17,21 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(InputError.exit_status, f"error: {message}. See {self.prog} --help\n")
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """A type of argument: a whole number from `lowest` on."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = lowest - 1
+        if number < lowest:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of {lowest} or more")
+        return number
+
+    return parse
 
 
 def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:

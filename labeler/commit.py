@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,8 @@ def read_marker(store: Path, shard: int, shards: int) -> Marker | None:
     except FileNotFoundError:
         return None
     try:
-        marker = Marker(**record)
+        known = {entry.name for entry in fields(Marker)}  # later versions of the format may add some
+        marker = Marker(**{name: value for name, value in record.items() if name in known})
         _check_types(marker)
     except TypeError as error:
         raise _damaged(path, str(error)) from None

@@ -49,6 +49,8 @@ class TeacherConfig:
         for option, values in (("--mean", self.mean), ("--std", self.std)):
             if values is not None and len(values) != 3:
                 raise InputError(f"{option} takes one number per colour", got=values, expected="three numbers")
+        if self.std is not None and not min(self.std) > 0:
+            raise InputError("--std must be positive: pixels are divided by it", got=self.std)
         if self.checkpoint and self.random_weights:
             raise InputError("--checkpoint and --random-weights exclude each other", remedy="Give one of them.")
 

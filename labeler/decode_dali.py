@@ -14,6 +14,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 
 from labeler.decode import Decoded, DecodeSettings
+from labeler.errors import LabelingError
 
 INTERPOLATIONS = {
     "bicubic": types.INTERP_CUBIC,
@@ -68,7 +69,7 @@ class DaliDecoder:
                     parts.append(self._run([data]))
                     kept.append(i)
                 except RuntimeError as error:
-                    failures[i] = _reason(data, error)
+                    failures[i] = self._reason(data, error)
             columns = list(zip(*(parts or [self._nothing()]), strict=True))
             pixels, sizes = torch.cat(columns[0]), np.concatenate(columns[1])
         return Decoded(pixels, sizes, kept, failures)
@@ -95,25 +96,60 @@ class DaliDecoder:
             wanted,
             batch_size=wanted.batch_size,
             num_threads=wanted.threads,
-            device_id=torch.cuda.current_device() if wanted.device.startswith("cuda") else None,
+            device_id=_gpu(wanted.device),
             prefetch_queue_depth=1,
         )
-        pipeline.build()
+        try:
+            pipeline.build()
+        except RuntimeError as error:
+            raise _no_dali(error) from None
         return pipeline
+
+    def _reason(self, data: bytes, error: RuntimeError) -> str:
+        """A line that a person understands: PIL's where it fails too, else DALI's.
+
+        Raises LabelingError where DALI decodes nothing else either: then the image is not to blame.
+        """
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+        except Exception as cause:  # PIL's decoders raise many types
+            return f"cannot be decoded: {cause}"
+        try:
+            self._run([_sound_jpeg()])
+        except RuntimeError as again:
+            raise _no_dali(again) from None
+        return f"cannot be decoded by DALI: {_told(error)}"
 
     def _nothing(self) -> tuple[torch.Tensor, np.ndarray]:
         return torch.zeros(0, self.settings.size, self.settings.size, 3).byte(), np.zeros((0, 2), np.int64)
 
 
-def _reason(data: bytes, error: RuntimeError) -> str:
-    """A line that a person understands: PIL's where it fails too, else DALI's."""
+def _gpu(device: str) -> int | None:
+    """The GPU's number; None for a CPU."""
+    place = torch.device(device)
+    if place.type != "cuda":
+        return None
+    return torch.cuda.current_device() if place.index is None else place.index
+
+
+def _sound_jpeg() -> bytes:
     from PIL import Image
 
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except Exception as cause:  # PIL's decoders raise many types
-        return f"cannot be decoded: {cause}"
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def _no_dali(error: RuntimeError) -> LabelingError:
+    remedy = "Free memory or check the driver, and run the same command again; or give --decoder pil."
+    return LabelingError("DALI cannot decode images here", got=_told(error), remedy=remedy)
+
+
+def _told(error: RuntimeError) -> str:
+    """The line of DALI's many that says what failed."""
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if "ailed" in line or "failure" in line]
-    return f"cannot be decoded by DALI: {told[0] if told else lines[0]}"
+    return told[0] if told else lines[0]

@@ -57,12 +57,13 @@ def run_on_ray(
     """
     import ray
 
-    threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)
     ours = not ray.is_initialized()
     if ours:
         with _own_signal_handlers():
-            _connect(config.ray_address, threads * config.workers)
-    worker = ray.remote(num_cpus=threads, num_gpus=config.gpus_per_worker if device.startswith("cuda") else 0)(_Worker)
+            _connect(config.ray_address, (config.threads or 1) * config.workers)
+    gpus = config.gpus_per_worker if device.startswith("cuda") else 0
+    threads = _threads([node["Resources"] for node in ray.nodes() if node["Alive"]], gpus, config)
+    worker = ray.remote(num_cpus=threads, num_gpus=gpus)(_Worker)
     arguments = (root.absolute(), store.absolute(), plan, config, device, threads)
     paths = [os.path.abspath(path) for path in sys.path]
     pool = _Pool(ray, lambda: worker.remote(paths, device == "cpu", *arguments), tasks, config, advance)
@@ -151,7 +152,9 @@ class _Pool:
             cause = error.cause
             if task is None or isinstance(cause, TokenLabelError):
                 raise cause from None
-            self.idle.append(actor)
+            # After an error of its GPU a process fails at everything, and fast: it would use up every shard's attempts.
+            self.ray.kill(actor)
+            self._start_actor()
             self._retry(task, f"{type(cause).__name__}: {cause}")
             return None
         except self.ray.exceptions.RayError as error:
@@ -199,6 +202,26 @@ class _Pool:
             got=f"{self.config.max_attempts} failures, the last: {reason}",
             remedy="All other shards are committed. Look for an image that crashes the teacher or exhausts the memory.",
         )
+
+
+def _threads(nodes: list[dict[str, float]], gpus: float, config: LabelerConfig) -> int:
+    """CPUs of each worker: as set, else the most with which all workers find room. Warns where none finds any."""
+    usable = [(int(node.get("CPU", 0)), node.get("GPU", 0)) for node in nodes if node.get("GPU", 0) >= gpus]
+    most = max((cpus for cpus, _ in usable), default=0)
+
+    def room(threads: int) -> int:
+        return sum(cpus // threads if not gpus else int(min(cpus // threads, gpu // gpus)) for cpus, gpu in usable)
+
+    workers = min(config.workers, room(1))
+    threads = config.threads or next((count for count in range(most, 0, -1) if room(count) >= workers), 1)
+    if threads > most:
+        log.warning(
+            "the run waits: no node of the Ray cluster has %d CPU(s) and %g GPU(s) for a worker, the most are %d and "
+            "%g. Unless such a node is still to come, give other --threads, --gpus-per-worker or --device",
+            threads, gpus, max((int(node.get("CPU", 0)) for node in nodes), default=0),
+            max((node.get("GPU", 0) for node in nodes), default=0),
+        )  # fmt: skip
+    return threads
 
 
 @contextlib.contextmanager

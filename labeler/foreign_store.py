@@ -12,6 +12,7 @@ a row. Opening what is remembered takes 1 ms.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -26,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from labeler.commit import check_file, read_marker
-from labeler.errors import IntegrityError, TokenLabelError
+from labeler.errors import InputError, IntegrityError, TokenLabelError
 from labeler.plan import FORMAT_VERSION, PLAN_FILE, Plan, load_plan
 from labeler.row_checks import shard_problems, value_problems
 from labeler.shard_file import VIEW_FILE, ShardReader, file_rows
@@ -37,6 +38,7 @@ WRITTEN, CHECKED = "written", "checked"
 RECORDS_BYTES = 1 << 30  # of plan and markers together
 DECODED_BYTES = 4 << 30  # of one shard's planes
 BLOCK_BYTES = 64 << 20  # decoded at once
+TOO_MANY_FILES = 3  # exit status of the child
 COMMAND = (sys.executable, "-P", "-m", "labeler.foreign_store")
 
 
@@ -152,6 +154,11 @@ def run_child(store: Path, limits: Limits | None = None, *more: str) -> str:
     lines = output.decode("utf-8", "replace").splitlines() or [PLAN_FILE]
     if status == 0:
         return lines[-1]
+    if status == TOO_MANY_FILES:
+        raise InputError(
+            f"the shards of {str(store)!r} are more files than may be open at once",
+            got=lines[-1], expected="all of them open, as a reader holds them", remedy="Raise the limit (ulimit -Hn).",
+        )  # fmt: skip
     if status == 1 and len(lines) > 1:
         raise _refused(store / _printable(lines[-2]), _printable(lines[-1]))
     raise _refused(store / _printable(lines[-1]), _ended(status, limits))
@@ -255,6 +262,11 @@ def main(arguments: list[str]) -> int:
     except IntegrityError as error:
         say(str(error.got or error.problem))
         return 1
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            say(f"{type(error).__name__}: {error}")
+            return 1
+        return TOO_MANY_FILES
     except MemoryError:
         say(f"more memory needed than {memory:,} bytes")
         return 1
@@ -267,6 +279,8 @@ def _limit(memory: int, cpu: int) -> None:
     import resource
 
     used = os.times()
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # of a store's shards there may be thousands
     with open("/proc/self/statm") if os.path.exists("/proc/self/statm") else open(os.devnull) as file:
         mapped = int((file.read().split() or ["0"])[0]) * resource.getpagesize()
     for limit, value in (

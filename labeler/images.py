@@ -6,9 +6,11 @@ point, so that every machine cuts the same shards.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
+import socket
 import stat
 import warnings
 from collections.abc import Iterator
@@ -19,13 +21,17 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import xxhash
 
-from labeler.errors import InputError, MismatchError
+from labeler.errors import InputError, LabelingError, MismatchError
 
 SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".gif"]
 )
 # What the GPU loader decodes as well: a label for an image that training cannot open would be a trap.
 FORMATS = frozenset({"JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"})
+
+# Failures to read that say nothing of the image: too many open files, no memory, a network folder that went away.
+OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
+OF_THE_MACHINE |= {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
 
 
 class BadImage(Exception):
@@ -60,16 +66,21 @@ class ImageSet:
         return digest.hexdigest()
 
 
+def image_root(root: str | Path) -> Path:
+    root = Path(root)
+    if not root.is_dir():
+        found = "a file" if root.exists() else "nothing there"
+        raise InputError(f"{str(root)!r} is not a folder of images", got=found, expected="a folder")
+    return root
+
+
 def find_images(root: str | Path, list_file: str | Path | None = None) -> ImageSet:
     """All images below `root`, or those that `list_file` names, one key a line.
 
     Raises InputError where the root is no folder, where nothing is found, and for a list line that leaves the root,
     repeats a key or names no file.
     """
-    root = Path(root)
-    if not root.is_dir():
-        found = "a file" if root.exists() else "nothing there"
-        raise InputError(f"{str(root)!r} is not a folder of images", got=found, expected="a folder")
+    root = image_root(root)
     if list_file is not None:
         return _from_list(root, Path(list_file))
     found_images: list[tuple[str, int, str | None]] = []
@@ -180,17 +191,35 @@ def image_path(root: Path, key: str) -> Path:
     return root / os.fsdecode(key.encode())
 
 
-def read_image(root: Path, key: str, size: int) -> bytes:
-    """The file's bytes. Raises BadImage where it cannot be read, is empty, or is not the file that was listed."""
+def read_image(root: Path, key: str, size: int | None = None) -> bytes:
+    """The file's bytes. Raises BadImage where it cannot be read, is empty, or is not of the size that was listed.
+
+    Raises LabelingError where this machine is to blame: another image would fare no better.
+    """
     try:
         data = image_path(root, key).read_bytes()
     except OSError as error:
+        if error.errno in OF_THE_MACHINE or not _holds_files(root):
+            raise LabelingError(
+                f"images below {str(root)!r} can no longer be read on {socket.gethostname()}",
+                got=f"{error.strerror or error} at {key!r}",
+                remedy="No image is held against it; once the folder is back, the same command goes on.",
+            ) from None
         raise BadImage(f"cannot be read: {error.strerror or error}") from None
     if not data:
         raise BadImage("empty file")
-    if len(data) != size:
+    if size is not None and len(data) != size:
         raise BadImage(f"changed after the run began: {len(data)} bytes, listed with {size}")
     return data
+
+
+def _holds_files(root: Path) -> bool:
+    """Whether a folder is there and not empty, as it would be where its disk went away."""
+    try:
+        with os.scandir(root) as entries:
+            return next(entries, None) is not None
+    except OSError:
+        return False
 
 
 def image_digest(data: bytes) -> int:

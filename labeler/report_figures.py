@@ -15,8 +15,6 @@ from labeler.errors import InputError
 from labeler.score_maps import ScoreMaps
 from labeler.store import LabelStore
 
-NO_CLASS = 255  # in a truth picture: background
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -93,7 +91,7 @@ def draw_sample(store: LabelStore, count: int, seed: int) -> Sample:
 
 
 def check_truth(sample: Sample, folder: Path) -> TruthCheck:
-    """Compare the sample's maps with pictures of true class ids, `folder`/<key with .png>, 255 for no class."""
+    """Compare the sample's maps with pictures of true class ids, `folder`/<key with .png>, see `cell_classes`."""
     from PIL import Image
 
     height, width = sample.top1.shape[1:]
@@ -103,7 +101,13 @@ def check_truth(sample: Sample, folder: Path) -> TruthCheck:
         path = folder / f"{key.rpartition('.')[0]}.png"
         if not path.is_file():
             continue
-        true = cell_classes(np.asarray(Image.open(path)), region, (height, width))
+        picture = np.asarray(Image.open(path))
+        if picture.ndim != 2 or picture.dtype not in (np.uint8, np.uint16):
+            raise InputError(
+                f"{str(path)!r} is no picture of class ids", got=f"{picture.dtype} {picture.shape}",
+                expected="one channel of 8 or 16 bits",
+            )  # fmt: skip
+        true = cell_classes(picture, region, (height, width))
         known = true >= 0
         images += 1
         judged += known
@@ -128,17 +132,19 @@ def check_truth(sample: Sample, folder: Path) -> TruthCheck:
 def cell_classes(truth: np.ndarray, region: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """int64 [H, W]: the class that covers most of each cell of `region`, −1 where none covers more than half.
 
-    truth   integers [h, w]: the class of each pixel, 255 for none
+    truth   uint8 or uint16 [h, w]: the class of each pixel, the largest number (255, 65,535) for none
     """
     (h, w), (height, width) = truth.shape, grid
+    none = np.iinfo(truth.dtype).max
     y = np.floor(((np.arange(h) + 0.5) / h - region[0]) / (region[2] - region[0]) * height).astype(int)
     x = np.floor(((np.arange(w) + 0.5) / w - region[1]) / (region[3] - region[1]) * width).astype(int)
     inside = ((y >= 0) & (y < height))[:, None] & ((x >= 0) & (x < width))[None]
     cell = (y[:, None] * width + x[None])[inside]
-    counts = np.zeros((height * width, 256), np.int64)
-    np.add.at(counts, (cell, truth[inside]), 1)
-    total = counts.sum(1)
-    counts[:, NO_CLASS] = 0
+    classes = truth[inside]
+    total = np.bincount(cell, minlength=height * width)
+    cell, classes = cell[classes != none], classes[classes != none]
+    counts = np.zeros((height * width, int(classes.max(initial=0)) + 1), np.int64)
+    np.add.at(counts, (cell, classes), 1)
     best = counts.argmax(1)
     found = np.where(2 * counts[np.arange(len(best)), best] > total, best, -1)
     return found.reshape(grid)

@@ -74,20 +74,20 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     begun = load_plan(path)
     if begun is not None and begun.meta.dataset_fingerprint != found.fingerprint:
         refuse_other_images(found, begun.meta.dataset_fingerprint, stored_keys(path), path)
-    # The driver of a cluster may have no GPU itself; its workers then say what is missing.
-    device = config.device if config.workers and config.device != "auto" else resolve_device(config.device)
+    # The driver of a cluster may have no GPU itself.
+    elsewhere = config.workers and config.ray_address and config.device != "auto"
+    device = config.device if elsewhere else resolve_device(config.device)
     config = _with_autocast(config, device)
     # Built here once, on the CPU, so that a wrong teacher is told of before any worker starts.
     info = create_teacher(config.teacher, "cpu" if config.workers else device).info
     plan = begin_store(path, make_plan(found, info, config, begun))
     markers = committed_shards(path, plan)
     tasks = [make_task(plan, found, shard) for shard in range(plan.meta.shards) if shard not in markers]
-    rows_before = sum(marker.rows for marker in markers.values())
-    seconds = _run(tasks, found, path, plan, config, device, markers)
+    labeled, seconds = _run(tasks, found, path, plan, config, device, markers)
     finished = finish_store(path, plan)
     if not markers:  # the shards that were there may be another's
         remember_written(path)
-    return _summary(path, finished, sum(m.rows for m in finished) - rows_before, seconds, found.other)
+    return _summary(path, finished, labeled, seconds, found.other)
 
 
 def _with_autocast(config: LabelerConfig, device: str) -> LabelerConfig:
@@ -170,16 +170,17 @@ def _run(
     config: LabelerConfig,
     device: str,
     markers: dict[int, Marker],
-) -> float:
-    """Label the tasks; the seconds from the first worker's readiness to the last result."""
+) -> tuple[int, float]:
+    """Label the tasks: rows that this run labeled, and seconds from the first worker's readiness to the last result."""
     from tqdm import tqdm
 
     if not tasks:
-        return 0.0
+        return 0, 0.0
     done = sum(plan.slice_of(shard).stop - plan.slice_of(shard).start for shard in markers)
     quarantined = sum(len(marker.quarantine) for marker in markers.values())
     execute = run_on_ray if config.workers else run_in_process
     began: list[float] = []
+    labeled = 0
 
     def advance(images: int) -> None:
         began.append(time.perf_counter())
@@ -192,9 +193,10 @@ def _run(
         bar.set_postfix(quarantined=quarantined, refresh=False)
         for result in execute(tasks, images.root, store, plan, config, device, advance):
             quarantined += result.quarantined
+            labeled += result.rows * result.committed  # not what another run on the same store committed meanwhile
             bar.set_postfix(quarantined=quarantined, refresh=False)
             ended = time.perf_counter()
-    return ended - began[0]
+    return labeled, ended - began[0]
 
 
 def _summary(store: Path, markers: list[Marker], labeled: int, seconds: float, other: int) -> LabelSummary:

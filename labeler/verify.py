@@ -19,6 +19,7 @@ from labeler.foreign_store import refuse_hostile, view_rows
 from labeler.images import BadImage, image_digest, image_path, read_image
 from labeler.plan import load_plan
 from labeler.row_checks import shard_problems, value_problems
+from labeler.score_maps import encode_palette
 from labeler.shard_file import VIEW_FILE, ShardReader, file_rows
 from labeler.store import LabelStore
 from labeler.writer import QUARANTINE_FILE
@@ -122,7 +123,7 @@ def verify_store(
         checked = _check_images(LabelStore(path, trusted=True), images, problems, progress)
     if relabel and not problems:
         relabeled, relabel_kl = _relabel(
-            LabelStore(path, trusted=True), Path(str(images)), relabel, device, seed, stored_kl / max(1, rows), problems
+            LabelStore(path, trusted=True), Path(str(images)), relabel, device, seed, problems
         )
     size = sum(file.stat().st_size for file in path.iterdir())
     return Verification(
@@ -159,29 +160,30 @@ def _view_problems(store: Path, rows: int, quarantined: int, count: Callable[[Pa
 
 def _check_images(store: LabelStore, images: str | Path, problems: list[str], progress: bool) -> int:
     """Compare every image file with the digest that was stored when it was labeled."""
-    from labeler.images import find_images, refuse_other_images
+    from labeler.images import find_images, image_root, refuse_other_images
 
-    found: ImageSet = find_images(images)
-    keys = store.keys
-    try:
-        known = (*keys, *(entry["key"] for entry in store.quarantine))
-        if not store.plan.settings.get("from_list"):
-            refuse_other_images(found, store.meta.dataset_fingerprint, known, store.path)
-    except TokenLabelError as error:
-        problems.append(str(error))
-        return 0
-    sizes = dict(zip(found.keys, found.sizes.tolist(), strict=True))
-    digests = store.column("image_digest").tolist()
-    for key, digest in _progress(list(zip(keys, digests, strict=True)), "images", progress):
+    root, keys = image_root(images), store.keys
+    if not store.plan.settings.get("from_list"):  # a list may name files that a folder's listing leaves out
+        found: ImageSet = find_images(root)
         try:
-            if image_digest(read_image(found.root, key, sizes.get(key, -1))) != digest:
+            known = (*keys, *(entry["key"] for entry in store.quarantine))
+            refuse_other_images(found, store.meta.dataset_fingerprint, known, store.path)
+        except TokenLabelError as error:
+            problems.append(str(error))
+            return 0
+    digests = store.column("image_digest").tolist()
+    compared = 0
+    for key, digest in _progress(list(zip(keys, digests, strict=True)), "images", progress):
+        compared += 1
+        try:
+            if image_digest(read_image(root, key)) != digest:
                 problems.append(f"{key!r} is not the image that was labeled: its bytes have changed")
         except BadImage as error:
             problems.append(f"{key!r} {error}")
         if len(problems) >= MOST_PROBLEMS:
             problems.append("… and perhaps more")
             break
-    return len(keys)
+    return compared
 
 
 def teacher_of(store: LabelStore, device: str) -> tuple[LoadedTeacher, Decoder]:
@@ -221,38 +223,44 @@ def teacher_of(store: LabelStore, device: str) -> tuple[LoadedTeacher, Decoder]:
 def teacher_kl(
     store: LabelStore, rows: np.ndarray, images: Path, teacher: LoadedTeacher, decoder: Decoder
 ) -> np.ndarray:
-    """float64 [K]: KL(teacher ‖ store) of rows, mean over cells, in nats, with the teacher run again on the images."""
-    found = []
+    """float64 [K, 2]: KL(teacher ‖ store) of rows, mean over cells, in nats, with the teacher run again on the images.
+
+    The second column is what coding these maps anew costs, which is what an honest row has.
+    """
+    plan, found = store.plan, []
+    table = np.array(plan.code_values, np.float32) if plan.code_values else None
     for chunk in np.array_split(rows, max(1, len(rows) // 16)):
         decoded = decoder([image_path(images, store.keys[row]).read_bytes() for row in chunk])
         if decoded.failures:
             raise IntegrityError(
                 "an image cannot be decoded any more", got=store.keys[chunk[next(iter(decoded.failures))]]
             )
-        log_p = teacher.label(decoded.pixels).double().log_softmax(1).cpu()
+        logits = teacher.label(decoded.pixels)
+        anew = encode_palette(logits, plan.meta.palette, table, plan.settings["score_floor"]).kl
+        log_p = logits.double().log_softmax(1).cpu()
         stored = store.read(chunk).to_torch().dense().double().clamp(min=1e-30).log()
-        found.append((log_p.exp() * (log_p - stored)).sum(1).mean((1, 2)).numpy())
+        kl = (log_p.exp() * (log_p - stored)).sum(1).mean((1, 2)).numpy()
+        found.append(np.stack([kl, anew], 1))
     return np.concatenate(found)
 
 
 def _relabel(
-    store: LabelStore, images: Path, count: int, device: str, seed: int, stored_kl: float, problems: list[str]
+    store: LabelStore, images: Path, count: int, device: str, seed: int, problems: list[str]
 ) -> tuple[int, float | None]:
     rows = np.sort(np.random.default_rng(seed).permutation(len(store))[:count])
     try:
         teacher, decoder = teacher_of(store, device)
         kl = teacher_kl(store, rows, images, teacher, decoder)
-    except TokenLabelError as error:
+    except IntegrityError as error:
         problems.append(str(error))
         return 0, None
-    # What coding cost when it was labeled, and room for another device's rounding; another image or map is far above.
-    limit = 5 * stored_kl + 0.05
-    for row, value in zip(rows.tolist(), kl.tolist(), strict=True):
-        if value > limit:
+    for row, (value, anew) in zip(rows.tolist(), kl.tolist(), strict=True):
+        limit = 1.5 * anew + 0.05  # room for another device's rounding; another image or map is far above
+        if not value <= limit:
             problems.append(
                 f"row {row} ({store.keys[row]!r}): the teacher now differs by {value:.3f} nats (limit {limit:.3f})"
             )
-    return len(rows), float(kl.mean())
+    return len(rows), float(kl[:, 0].mean())
 
 
 def _progress(items: Any, name: str, shown: bool) -> Any:

@@ -18,7 +18,7 @@ from labeler.commit import read_marker
 from labeler.config import LabelerConfig
 from labeler.decode import Decoded, Decoder, DecodeSettings, teacher_region
 from labeler.decoders import create_decoder
-from labeler.errors import LabelingError, MismatchError
+from labeler.errors import LabelingError, MismatchError, TeacherError
 from labeler.images import BadImage, check_header, image_digest, read_image
 from labeler.plan import Plan
 from labeler.score_maps import EncodedMaps, encode_palette
@@ -87,6 +87,8 @@ class ShardLabeler:
         """Label, commit and report one shard; `advance` is told of every few images done."""
         already = read_marker(self.store, task.shard, self.plan.meta.shards)
         if already is not None:  # by another run on the same store
+            if advance is not None:
+                advance(len(task.keys))
             return ShardResult(task.shard, already.rows, len(already.quarantine), committed=False)
         return label_shard(
             task, self.root, self.store, self.plan, self.config, self.teacher, self.decoder, advance or (lambda _: None)
@@ -123,12 +125,18 @@ def label_shard(
     parts: list[ShardRows] = []
     stats = dict.fromkeys(("kl", "coverage", "entropy", "agree", "known"), 0.0)
     for batch in load_batches(task, root, config, decoder):
-        failures |= batch.failures
         if batch.positions:
             logits = teacher.label(batch.decoded.pixels)
+            means = logits.mean((2, 3))
+            finite = means.isfinite().all(1)
+            if not finite.all():
+                batch = _without(batch, finite.tolist(), teacher)
+                logits, means = logits[finite], means[finite]
+        failures |= batch.failures
+        if batch.positions:
             maps = encode_palette(logits, plan.meta.palette, table, config.score_floor)
             parts.append(_rows(task, batch, maps, plan, config, teacher.info.crop_pct))
-            predicted = logits.mean((2, 3)).argmax(1).cpu().numpy()
+            predicted = means.argmax(1).cpu().numpy()
             _add_stats(stats, maps, predicted, parts[-1].target)
         advance(len(batch.positions) + len(batch.failures))
     quarantine = [{"key": task.keys[i], "reason": failures[i]} for i in sorted(failures)]
@@ -179,6 +187,25 @@ def _load(task: ShardTask, positions: range, root: Path, config: LabelerConfig, 
         [image_digest(encoded[place]) for place in decoded.kept],
         decoded,
         failures,
+    )
+
+
+def _without(batch: LoadedBatch, finite: list[bool], teacher: LoadedTeacher) -> LoadedBatch:
+    """The batch without the images whose scores are not finite."""
+    kept = [place for place, good in enumerate(finite) if good]
+    if not kept and len(finite) > 1:
+        raise TeacherError(
+            f"teacher {teacher.info.name} gives no finite scores for a whole batch of images",
+            got=f"NaN or infinity, autocast {teacher.info.autocast}",
+            remedy="Give --autocast none, or look at --std and at the weights.",
+        )
+    decoded = batch.decoded
+    lost = [i for i, good in zip(batch.positions, finite, strict=True) if not good]
+    return LoadedBatch(
+        [batch.positions[place] for place in kept],
+        [batch.digests[place] for place in kept],
+        Decoded(decoded.pixels[kept], decoded.sizes[kept], kept, {}),
+        batch.failures | dict.fromkeys(lost, "the teacher's scores are not finite"),
     )
 
 

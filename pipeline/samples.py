@@ -114,10 +114,10 @@ def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) ->
         raise InputError(f"all {len(keys)} images are in the quarantine of {name!r}")
     columns = {name: store.column(name)[rows] for name in ("image_size", "target", "image_digest")}
     labels = columns["target"].astype(np.int64)
-    if source.labels is not None:
-        labels = source.labels[positions]
-    elif config.class_folders is not None:
+    if config.class_folders is not None:
         labels = targets_of(tuple(keys[i] for i in positions.tolist()), config.class_folders).astype(np.int64)
+    elif source.labels is not None:
+        labels = np.where(source.labels[positions] >= 0, source.labels[positions], labels)
     meta = store.meta
     if config.token_labels and (meta.grid[0] < config.grid[0] or meta.grid[1] < config.grid[1]):
         log.warning(
@@ -166,9 +166,9 @@ def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
     images = source.images
     for i, problem in images.problems.items():
         raise unreadable(images.keys[i], problem)
-    labels, count = source.labels, config.num_classes
+    count, folders = config.num_classes, config.class_folders
+    labels = source.labels if folders is None else None
     if labels is None:
-        folders = config.class_folders
         if folders is None:
             # All folders of the root, also those of which a list names nothing: their order is the class ids.
             folders = {name: i for i, name in enumerate(source.folders)}

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from faults import tally
 from PIL import Image
-from tiny import encoded, make_images, picture
+from tiny import ColourTeacher, encoded, make_images, picture
 
-from labeler import InputError, LabelStore, label_images
+from labeler import InputError, LabelStore, TeacherConfig, TeacherError, label_images
 from labeler.decode import DecodeSettings, teacher_region
 from labeler.decoders import create_decoder
 from labeler.images import BadImage, check_header, find_images, image_digest
@@ -218,3 +219,42 @@ def test_headers_are_judged_without_decoding():
     with pytest.raises(BadImage, match="too large"):
         check_header(png_of(9000, 12000), 8, 100_000_000)
     check_header(png_of(9000, 12000), 8, 200_000_000)
+
+
+class Standardising(ColourTeacher):
+    """Divides by each image's own spread, which a black one has not: its scores are NaN, in one cell only."""
+
+    def score_maps(self, images: torch.Tensor) -> torch.Tensor:
+        maps = super().score_maps(images)
+        maps[:, 0, 0, 0] /= (images.std((1, 2, 3)) > 0).float()
+        return maps
+
+
+def standardising_teacher() -> torch.nn.Module:
+    return Standardising()
+
+
+def test_an_image_whose_scores_are_not_finite_is_quarantined_and_no_other(images, tmp_path, config):
+    black = Image.new("RGB", (40, 40))
+    keys = ["class0/img000.jpg", "class2/img011.jpg"]  # the first of a batch, and a batch of its own
+    for key in keys:
+        (images / key).write_bytes(encoded(black))
+    settings = dataclasses.replace(config, teacher=TeacherConfig("test_labeler_bad_images:standardising_teacher"))
+    summary = label_images(images, tmp_path / "labels", settings)
+    store = LabelStore(tmp_path / "labels")
+    reason = "the teacher's scores are not finite"
+    assert store.quarantine == [{"key": key, "reason": reason} for key in keys]
+    assert (summary.rows, summary.quarantined) == (10, 2)
+    assert np.isfinite([summary.kl, summary.coverage]).all()
+    assert verify_store(tmp_path / "labels", images, relabel=10, device="cpu").problems == ()
+
+
+def test_a_teacher_without_any_finite_score_is_told_at_once(tmp_path, config):
+    (tmp_path / "images").mkdir()
+    for i in range(6):
+        (tmp_path / "images" / f"{i}.png").write_bytes(encoded(Image.new("RGB", (40, 40)), "PNG"))
+    settings = dataclasses.replace(config, teacher=TeacherConfig("test_labeler_bad_images:standardising_teacher"))
+    with pytest.raises(TeacherError, match="no finite scores for a whole batch"):
+        label_images(tmp_path / "images", tmp_path / "labels", settings)
+    with pytest.raises(InputError, match="--std must be positive"):
+        TeacherConfig("tiny:colour_teacher", std=(0.5, 0.0, 0.5))

@@ -54,9 +54,12 @@ def test_the_sample_is_the_dense_distribution_in_short(store):
     np.testing.assert_allclose(sample.p.sum(1) + sample.left, 1, atol=1e-5)
 
 
-def test_cell_classes_against_a_plain_loop():
-    random = np.random.default_rng(0)
-    truth = np.kron(random.choice([0, 1, 2, 255], (6, 9)), np.ones((5, 7), int))
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_cell_classes_against_a_plain_loop(kind):
+    random, none = np.random.default_rng(0), np.iinfo(kind).max
+    blocks = random.choice([0, 1, 2, none], (6, 9))
+    blocks[:3, :4] = none
+    truth = np.kron(blocks, np.ones((5, 7), int)).astype(kind)
     region, grid = np.array([0.1, 0.2, 0.9, 1.0]), (4, 5)
     found = cell_classes(truth, region, grid)
     for i in range(grid[0]):

@@ -29,6 +29,18 @@ def test_a_second_run_labels_nothing_and_changes_nothing(images, store, config):
     assert state(store) == before
 
 
+def test_what_another_run_committed_meanwhile_is_not_counted_as_labeled_now(images, store, config, monkeypatch):
+    """As where two runs share a store: both began when nothing was there, and one was faster."""
+    import labeler.run
+
+    done = []
+    monkeypatch.setattr(labeler.run, "committed_shards", lambda path, plan: {})
+    monkeypatch.setattr("tqdm.tqdm.update", lambda bar, n=1: done.append(n))
+    summary = label_images(images, store, config)
+    assert (summary.labeled_now, summary.rows) == (0, 12)
+    assert sum(done) == 12
+
+
 def test_a_folder_with_other_things_in_it_is_not_written_to(images, tmp_path, config):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("mine")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import encoded, make_images, picture
 
-from labeler import InputError, IntegrityError
+from labeler import InputError, IntegrityError, label_images
 from pipeline import LoaderConfig, create_loader
 from pipeline.order import EpochOrder
 from pipeline.sources import FolderSource, TarSource, open_source
@@ -76,6 +76,26 @@ def test_webdataset_classes_are_read(settings, images, tmp_path):
     # One file, named itself.
     one = create_loader(replace(settings, images=str(shards / "part-000.tar"), store=None))
     assert len(one.samples) == 5
+
+
+def test_classes_that_shards_leave_open_are_the_stores_and_class_folders_go_first(settings, images, tmp_path, config):
+    (tmp_path / "names.txt").write_text("".join(f"class{i}\n" for i in range(6)))
+    label_images(images, tmp_path / "named", replace(config, class_names=str(tmp_path / "names.txt")))
+    names = sorted(str(path.relative_to(images)) for path in images.rglob("*.jpg"))
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "a.tar", "w") as archive:
+        for i, name in enumerate(names):
+            archive.add(images / name, name)
+            if i % 2:
+                add(archive, name.replace(".jpg", ".cls"), b"5")
+    config = replace(settings, images=str(tmp_path / "shards"), store=str(tmp_path / "named"), train=False)
+    own = {name: int(name[5]) for name in names}
+    labels = {key: label for b in create_loader(config) for key, label in zip(b.keys, b.labels.tolist(), strict=True)}
+    assert labels == {name: 5 if i % 2 else own[name] for i, name in enumerate(names)}
+    for store in (config.store, None):
+        chosen = replace(config, store=store, class_folders={"class0": 2, "class1": 0, "class2": 1})
+        for batch in create_loader(chosen):
+            assert batch.labels.tolist() == [(own[key] + 2) % 3 for key in batch.keys]
 
 
 def test_samples_of_one_name_belong_together_up_to_the_first_dot(tmp_path):
