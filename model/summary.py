@@ -9,13 +9,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.errors import ModelError
 from model.mixer import BidirectionalMamba
+from model.wrapper import create_backbone
 
 # Per step, channel and state: decay times state, plus input times B; then times C into the output.
 SCAN_MACS_PER_STATE = 3
@@ -59,10 +58,7 @@ class Summary:
 
 def summarize(name: str, resolutions: tuple[int, ...] | None = None, num_classes: int = 1000) -> Summary:
     """Measured by running a model with random weights on one image of each resolution (default: its own)."""
-    try:
-        net = timm.create_model(name, num_classes=num_classes)
-    except RuntimeError as error:
-        raise ModelError(f"unknown model: got {name!r}; `python -m model list` prints the names ({error})") from None
+    net: Any = create_backbone(name, num_classes=num_classes)
     own = net.default_cfg["input_size"][1] if hasattr(net, "default_cfg") else 224
     costs = tuple(_cost(name, side, num_classes) for side in resolutions or (own,))
     return Summary(name, _parameters(net), costs)
@@ -76,7 +72,7 @@ def _parameters(net: nn.Module) -> dict[str, int]:
 
 
 def _cost(name: str, side: int, num_classes: int) -> Cost:
-    net = timm.create_model(name, num_classes=num_classes, img_size=side).train()
+    net: Any = create_backbone(name, num_classes=num_classes, img_size=side).train()
     image = torch.randn(2, 3, side, side)  # batch norm in training wants more than one
     scans: dict[str, int] = {}
     hooks = [

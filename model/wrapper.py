@@ -60,12 +60,16 @@ def token_label(
 
 
 def _create(name: str, num_classes: int | None, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    """`timm.create_model`; `img_size` is left away for a backbone that takes any size."""
     kwargs = kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
     if name.startswith("vim_"):
         kwargs = {"aux_head": True, **kwargs}
+    return create_backbone(name, pretrained=pretrained, **kwargs)
+
+
+def create_backbone(name: str, **kwargs: Any) -> nn.Module:
+    """`timm.create_model`, without `img_size` where a backbone takes any size. Raises ModelError for unknown names."""
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        return timm.create_model(name, **kwargs)
     except TypeError as error:
         if "img_size" not in kwargs or "img_size" not in str(error):
             raise
@@ -73,7 +77,7 @@ def _create(name: str, num_classes: int | None, pretrained: bool, kwargs: dict[s
         if "Unknown model" in str(error):
             raise ModelError(f"unknown model: got {name!r}, expected a name of timm.list_models()") from error
         raise
-    return timm.create_model(name, pretrained=pretrained, **{k: v for k, v in kwargs.items() if k != "img_size"})
+    return timm.create_model(name, **{key: value for key, value in kwargs.items() if key != "img_size"})
 
 
 class TokenLabeled(TokenLabelHeads):

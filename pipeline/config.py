@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from labeler.config import ORIENTATIONS
 from labeler.errors import InputError
 
 BACKENDS = ("auto", "dali", "reference")
@@ -18,6 +19,7 @@ CHOICES = {
     "backend": BACKENDS,
     "interpolation": INTERPOLATIONS,
     "crop_mode": CROP_MODES,
+    "orientation": ORIENTATIONS,
     "mix": MIXES,
     "erase_mode": ERASE_MODES,
     "cache": CACHES,
@@ -49,6 +51,7 @@ class LoaderConfig:
     mix            "none"; "token": a box for the model, which mixes its tokens; "image": pixels of whole patches
     mix_alpha      of Beta(alpha, alpha); mix_prob: share of batches that are mixed
     crop_pct, crop_mode  evaluation: as timm's ("center" or "squash")
+    orientation    without a store: "exif" turns images as their tag says, "ignore" does not; a store says it itself
     shuffle_window tar shards: how far an image may leave the order of its shard
     backend        "dali", "reference" (PIL, readable), or "auto": DALI where it is installed
     device         where batches end: "cpu", "cuda:1"; "cuda": torch's current GPU; "auto": that, if there is one
@@ -87,6 +90,7 @@ class LoaderConfig:
     mix_prob: float = 1.0
     crop_pct: float = 0.875
     crop_mode: str = "center"
+    orientation: str = "exif"
     shuffle_window: int = 10_000
     backend: str = "auto"
     device: str = "auto"

@@ -183,8 +183,8 @@ def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
         count = count or max(folders.values(), default=-1) + 1
     count = count or int(labels.max()) + 1
     n = len(images)
-    sizes = scan_sizes(source, "exif", config.threads, config.progress)
-    return Samples(source, np.arange(n), None, np.full(n, -1), sizes, labels, None, "exif", count)
+    sizes = scan_sizes(source, config.orientation, config.threads, config.progress)
+    return Samples(source, np.arange(n), None, np.full(n, -1), sizes, labels, None, config.orientation, count)
 
 
 def scan_sizes(source: ImageSource, orientation: str, threads: int | None, progress: bool) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from faults import tally
@@ -35,6 +37,27 @@ def test_out_of_memory_names_the_micro_batch_that_fits_and_keeps_the_checkpoint(
     run = config.run.model_copy(update={"micro_batch": 2})
     summary = fit(config.model_copy(update={"run": run}), resume="auto")
     assert summary.steps > 1
+
+
+@pytest.mark.fault(36)
+def test_what_the_failed_pass_held_is_free_before_smaller_ones_are_tried(images, store, tmp_path, monkeypatch):
+    """Or they would fail for its activations, and be called too large themselves."""
+    forward, held = TokenLabelTask.forward, []
+
+    def limited(task: TokenLabelTask, batch: object) -> dict[str, torch.Tensor]:
+        if any(activations() is not None for activations in held):
+            raise torch.OutOfMemoryError("the failed pass has it all")
+        output = forward(task, batch)
+        if len(batch) > 6:
+            held.append(weakref.ref(output["loss"]))
+            raise torch.OutOfMemoryError
+        return output
+
+    monkeypatch.setattr(TokenLabelTask, "forward", limited)
+    with pytest.raises(TrainError, match=r"run\.micro_batch=6 fits"):
+        fit(tiny_config(images, store, tmp_path / "run", **{"run.batch_size": 12}))
+    assert held
+    tally(36, injected=1)
 
 
 @pytest.mark.fault(36)

@@ -16,6 +16,7 @@ import torch
 from timm.optim import create_optimizer_v2
 
 from model import NAMES, ModelError
+from model.summary import summarize
 
 SMALL = {"img_size": 64, "num_classes": 7, "embed_dim": 48, "depth": 3}
 FAMILIES = {"demansia_tiny": SMALL, "vim_tiny": SMALL, "lvvit_t": {**SMALL, "num_heads": 3}}
@@ -204,6 +205,14 @@ def test_nan_images_give_nan_and_no_silence():
     out = net(broken)
     assert out[0].isnan().all()
     assert torch.isfinite(out[1]).all()
+
+
+def test_the_summary_takes_any_timm_model():
+    found = summarize("test_resnet", (64, 96))
+    assert [cost.resolution for cost in found.costs] == [64, 96]
+    assert sum(found.costs[1].macs.values()) > 2 * sum(found.costs[0].macs.values())
+    with pytest.raises(ModelError, match="unknown model: got 'test_restnet'"):
+        summarize("test_restnet")
 
 
 def test_the_summary_counts_what_the_design_counts():

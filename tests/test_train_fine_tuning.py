@@ -201,6 +201,16 @@ def test_weights_of_another_model_are_refused_in_one_line(data, run, published, 
         assert not checkpoints(tmp_path / "next")
 
 
+def test_windows_that_would_grow_with_the_image_are_refused_before_training(data, tmp_path):
+    """timm scales a Swin's windows with its input, so that one built at the size has other shapes: no way back."""
+    model = {"model.name": "swin_tiny_patch4_window7_224", "model.args": {"embed_dim": 12}, "schedule.steps": 1}
+    train.fit(tiny_config(*data, tmp_path / "run", **model, **{"model.img_size": 64}))
+    larger = {**model, "model.weights": str(tmp_path / "run"), "model.img_size": 128}
+    with pytest.raises(InputError, match=r"another resolution than its weights', 64×64.*relative_position_bias_table"):
+        train.fit(tiny_config(*data, tmp_path / "larger", **larger))
+    assert not (tmp_path / "larger" / "checkpoints").exists()
+
+
 def test_a_run_without_an_average_has_none_to_begin_with(data, tmp_path):
     train.fit(tiny_config(*data, tmp_path / "run", **{"schedule.steps": 1}))
     settings = {"model.weights": str(tmp_path / "run"), "model.weights_ema": True}

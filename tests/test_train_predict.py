@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tiny import CLASSES, encoded, picture
 from tiny_runs import tiny_config, tiny_data
 
 import train
+from labeler import LabelerConfig, TeacherConfig, label_images
 from labeler.decode_reference import ORIENTATION_TAG
 from labeler.report_charts import COLOURS
 from model.vim import Vim
@@ -95,6 +97,27 @@ def test_the_network_sees_the_pixels_of_the_evaluation(run, tmp_path, crop_pct, 
         assert (trained.net(inputs) - trained.net(expected)).abs().max() < 1e-4
     turned = Image.open(images / "class0/turned.jpg")
     assert ImageOps.exif_transpose(turned).size == turned.size[::-1]  # it does test turning
+
+
+def test_images_are_turned_in_evaluation_as_they_were_in_training(data, tmp_path):
+    """A store that ignores orientation tags has labels of the pixels as they lie; all that is shown must lie so."""
+    turned = Path(shutil.copytree(data[0], tmp_path / "images")) / "class0" / "img000.jpg"
+    plain, tag = tmp_path / "plain.jpg", Image.Exif()
+    tag[ORIENTATION_TAG] = 6
+    plain.write_bytes(encoded(picture(1), quality=95))
+    turned.write_bytes(encoded(picture(1), quality=95, exif=tag))
+    config = LabelerConfig(
+        TeacherConfig("tiny:colour_teacher"), orientation="ignore", decoder="pil", threads=1, progress=False
+    )
+    label_images(turned.parents[1], tmp_path / "labels", config)
+    settings = {"data.validation": str(turned.parents[1]), "schedule.steps": 1}
+    train.fit(tiny_config(turned.parents[1], tmp_path / "labels", tmp_path / "run", **settings))
+    trained = load_trained(tmp_path / "run")
+    upright = dataclasses.replace(trained, transform={**trained.transform, "orientation": "exif"})
+    assert np.array_equal(see(turned, trained), see(plain, trained))
+    assert not np.array_equal(see(turned, upright), see(plain, upright))
+    inputs = normalized([see(Path(path), trained) for path in files(turned.parents[1])], trained)
+    assert (inputs - loaded(turned.parents[1], trained)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("ema", [False, True])

@@ -24,11 +24,14 @@ from tiny_runs import FULL, outcome, tiny_config, tiny_data, write_recipe
 import train.task
 from labeler import InputError, MismatchError
 from train import TrainConfig, fit
-from train.checkpoint import check_checkpoint, read_weights
+from train.checkpoint import check_checkpoint, checkpoints, read_weights
+from train.distributed import Ranks
 from train.errors import Stopped
 from train.metrics import read_rows
 from train.run_record import locked
+from train.trainer import Trainer
 
+SINGLE = Ranks(0, 1, torch.device("cpu"))
 RUN, FORWARD = "train.task:TrainingStep.run", "train.task:TokenLabelTask.forward"
 # Two forward passes make a step, three steps an epoch; an evaluation asks two networks about six batches.
 PLACES = {
@@ -178,6 +181,35 @@ def test_the_command_stops_at_sigterm_with_143_and_goes_on_where_it_stopped(data
     tally(28, injected=1, resumed=1, resumed_equal=1)
 
 
+def test_without_evaluations_every_epoch_ends_with_a_checkpoint(data, tmp_path, no_curves):
+    config = tiny_config(*data, tmp_path / "run", **{"schedule.steps": 8, "run.keep": 9})
+    fit(config)
+    assert [path.name[-1] for path in checkpoints(tmp_path / "run")] == ["8", "6", "3"]
+    fit(into(config, tmp_path / "rarely", eval_every=2))
+    assert [path.name[-1] for path in checkpoints(tmp_path / "rarely")] == ["8", "6"]
+
+
+def test_going_back_to_a_named_checkpoint_gives_up_the_later_ones(config, tmp_path, no_curves):
+    """Or the abandoned way would win: the newest checkpoint, and the best one, are those of the highest step."""
+    config = into(config, tmp_path / "run", keep=9)
+    fit(config)
+    expected = outcome(tmp_path / "run")
+    best = [path.name for path in checkpoints(tmp_path / "run", "best")]
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    stop_at = 6
+    trainer = Trainer(config, SINGLE, tmp_path / "run" / "checkpoints" / "step-00000004")
+    original = trainer.train_step.run
+    trainer.train_step.run = lambda batch, step, stop: original(batch, step, lambda: step == stop_at - 1)
+    with pytest.raises(Stopped):
+        trainer.run()
+    assert [int(path.name[-8:]) for path in checkpoints(tmp_path / "run")] == [6, 4, 3, 2]
+    assert all(int(path.name[-8:]) <= stop_at for path in checkpoints(tmp_path / "run", "best")), best
+    fit(config, resume="auto")
+    assert outcome(tmp_path / "run") == expected
+    with pytest.raises(InputError, match="holds another run than the one to go on from"):
+        fit(config, resume=tmp_path / "copy")
+
+
 def test_half_a_row_of_metrics_is_left_out_when_a_run_goes_on(config, tmp_path, no_curves):
     fit(into(config, tmp_path / "undisturbed"))
     [ended] = forks().fit(write_recipe(config, tmp_path / "recipe.toml"), blow=Blow(RUN, 6))
@@ -235,7 +267,7 @@ def test_what_changes_no_weight_may_change_between_a_run_and_its_resumption(stop
         "data": stopped.data.model_copy(
             update={"images": str(moved), "store": str(labels), "threads": 2, "prefetch": 3, "cache": "ram"}
         ),
-        "run": stopped.run.model_copy(update={"save_every": 1, "keep": 5}),
+        "run": stopped.run.model_copy(update={"save_every": 1, "keep": 5, "skip_non_finite": 3}),
     }
     assert fit(stopped.model_copy(update=sections), resume="auto").steps == 4
 

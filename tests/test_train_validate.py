@@ -180,8 +180,17 @@ def test_images_in_no_folder_need_their_classes(run, tmp_path, capsys):
     assert "not a folder of images" in refusal(capsys, 2, run, tmp_path / "nothing")
 
 
+@pytest.mark.parametrize(("precision", "on_a_gpu"), [("float32", torch.float32), ("auto", torch.bfloat16)])
+def test_answers_are_computed_as_in_training(data, tmp_path, precision, on_a_gpu):
+    train.fit(tiny_config(*data, tmp_path / "run", **{"schedule.steps": 1, "run.precision": precision}))
+    trained = load_trained(tmp_path / "run")
+    assert trained.dtype(torch.device("cuda")) == on_a_gpu
+    assert trained.dtype(torch.device("cpu")) == torch.float32
+
+
 def test_a_damaged_checkpoint_is_refused(run, data, tmp_path, capsys):
     copy = tmp_path / "run"
+    shutil.rmtree(run / "checkpoints/step-00000009")  # of the epoch before, which would take the damaged one's place
     for name, damage in {
         "weights.safetensors": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
         "state.pt": lambda content: content[:100],

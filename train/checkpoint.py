@@ -47,7 +47,7 @@ class CheckpointInfo:
     model          the settings that build the model again (`train.config.ModelConfig`)
     aux_weight     of the auxiliary head in evaluation
     class_names    one for each class, or empty; class_folders  folder name -> class id
-    transform      mean, std, crop_pct, crop_mode: how images reach the model
+    transform      mean, std, crop_pct, crop_mode, orientation: how images reach the model
     config         the run's resolved recipe
     world_size, threads  of the run
     accuracy       top-1 at that step, weights and averaged weights, where it was evaluated
@@ -210,10 +210,22 @@ def remove_old(folder: Path, keep: int) -> None:
     """
     kind = folder.name.partition("-")[0]
     for old in [path for path in checkpoints(folder.parent.parent, kind) if path.name <= folder.name][keep:]:
-        # Renamed first: one that is removed half-way would look damaged.
-        gone = old.with_name(f"{TEMPORARY}{old.name}-{secrets.token_hex(4)}")
-        os.rename(old, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        _remove(old)
+
+
+def remove_later(run: Path, step: int) -> None:
+    """Remove a run's checkpoints after `step`, where it was asked to go back: they would win over those to come."""
+    for folder in checkpoints(run) + checkpoints(run, "best"):
+        if int(folder.name.rpartition("-")[2]) > step:
+            log.warning("%s is removed: the run goes on from step %d", folder, step)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first: one that is removed half-way would look damaged.
+    gone = folder.with_name(f"{TEMPORARY}{folder.name}-{secrets.token_hex(4)}")
+    os.rename(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def sweep(run: Path) -> None:

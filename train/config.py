@@ -183,7 +183,7 @@ class RunConfig(Section):
     threads        of torch on a CPU; None: the machine's cores shared among its ranks. Results differ with it.
     log_every      steps between two lines of metrics.jsonl
     eval_every     epochs between two evaluations; the last epoch always has one
-    save_every     steps between two checkpoints; None: at every evaluation. The last `keep` of them stay.
+    save_every     steps between two checkpoints; None: every `eval_every` epochs. The last `keep` of them stay.
     skip_non_finite  steps in a row whose loss may be NaN or infinite; they are left out. 0: the first one stops the run
     tracker        also report to Weights & Biases or trackio: pip install '.[wandb]' or '.[trackio]'
     """

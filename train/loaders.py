@@ -67,7 +67,7 @@ def validation_loader(
         grid=_grid(net),
         num_classes=training.num_classes,
         class_folders=folders or None,
-        transform=transform_of(config, net),
+        transform=transform_of(config, net, training.samples.orientation),
         ranks=ranks,
         batch_size=config.run.micro_batch or training.config.batch_size,
         backend=config.data.backend,
@@ -91,7 +91,7 @@ def evaluation_loader(
     progress: bool = True,
     image_list: str | None = None,
 ) -> TokenLabelLoader:
-    """Every image once, resized and cropped as timm does. transform: mean, std, crop_pct, crop_mode."""
+    """Every image once, resized and cropped as timm does. transform: as `transform_of` gives it."""
     return create_loader(
         LoaderConfig(
             images=images,
@@ -106,6 +106,7 @@ def evaluation_loader(
             std=tuple(transform["std"]),
             crop_pct=transform["crop_pct"],
             crop_mode=transform["crop_mode"],
+            orientation=transform.get("orientation", "exif"),
             batch_size=batch_size,
             interpolation="bicubic",
             rank=ranks.rank,
@@ -118,11 +119,11 @@ def evaluation_loader(
     )
 
 
-def transform_of(config: TrainConfig, net: TokenLabelHeads) -> dict[str, Any]:
-    """How the images of an evaluation reach the network: mean, std, crop_pct, crop_mode."""
+def transform_of(config: TrainConfig, net: TokenLabelHeads, orientation: str) -> dict[str, Any]:
+    """How the images of an evaluation reach the network: mean, std, crop_pct, crop_mode, training's orientation."""
     mean, std = _colours(config, net)
     crop = {"crop_pct": config.augment.crop_pct, "crop_mode": config.augment.crop_mode}
-    return {"mean": list(mean), "std": list(std), **crop}
+    return {"mean": list(mean), "std": list(std), "orientation": orientation, **crop}
 
 
 def class_folders(loader: TokenLabelLoader) -> dict[str, int]:

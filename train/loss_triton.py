@@ -32,7 +32,8 @@ def token_loss(
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss, lse = (logits.new_empty((batch, tokens), dtype=dtype) for _ in range(2))
     arguments = _target_arguments(logits, classes, scores, background, smoothing, partner, block)
-    _loss_kernel[(batch * tokens,)](logits, loss, lse, *logits.stride()[:2], **arguments)
+    with torch.cuda.device_of(logits):
+        _loss_kernel[(batch * tokens,)](logits, loss, lse, *logits.stride()[:2], **arguments)
     return loss, lse
 
 
@@ -57,9 +58,10 @@ def token_gradient(
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
     batch, tokens, _ = logits.shape
     arguments = _target_arguments(logits, classes, scores, background, smoothing, partner, block)
-    _gradient_kernel[(batch * tokens,)](
-        logits, out, gradient.contiguous(), lse, *logits.stride()[:2], *out.stride()[:2], **arguments
-    )
+    with torch.cuda.device_of(logits):
+        _gradient_kernel[(batch * tokens,)](
+            logits, out, gradient.contiguous(), lse, *logits.stride()[:2], *out.stride()[:2], **arguments
+        )
 
 
 def _target_arguments(

@@ -113,9 +113,21 @@ def _from_weights(config: ModelConfig) -> TokenLabelHeads:
     net.load_state_dict(state, strict=False)
     if side != config.img_size:
         net.set_input_size(config.img_size)  # type: ignore[operator]
+        _refuse_other_shapes(net, _create(config, classes, config.img_size), side)
     if config.new_heads:
         net.reset_classifier(classes)  # type: ignore[operator]
     return net
+
+
+def _refuse_other_shapes(net: nn.Module, built: nn.Module, side: int) -> None:
+    """A checkpoint tells how to build its model: one that was resized must have the shapes of one built at its size."""
+    found, expected = ({key: tuple(t.shape) for key, t in one.state_dict().items()} for one in (net, built))
+    if wrong := [key for key in expected if found.get(key) != expected[key]]:
+        raise InputError(
+            f"this model cannot be trained at another resolution than its weights', {side}×{side}",
+            got=f"{wrong[0]} {found.get(wrong[0])}", expected=f"{expected[wrong[0]]}, as when built at that size",
+            remedy=f"Use model.img_size={side}, or a model without windows.",
+        )  # fmt: skip
 
 
 def _begin_with(path: Path, ema: bool) -> tuple[dict[str, torch.Tensor], int, int, str]:

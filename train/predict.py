@@ -47,7 +47,6 @@ from train.validate import Trained, load_trained
 log = logging.getLogger("train")
 
 BATCH = 32
-ORIENTATION = "exif"
 PANEL, COLUMN = 288, 240  # side of a panel and width of the legend, in pixels
 OPACITY = 0.6
 
@@ -103,7 +102,7 @@ def predict(
         ):
             part = slice(start, start + BATCH)
             inputs = normalized(shown[part], trained).to(ranks.device)
-            scores, tokens = _answers(net, inputs, maps is not None)
+            scores, tokens = _answers(net, inputs, maps is not None, trained.dtype(ranks.device))
             for i, (path, p) in enumerate(zip(images[part], scores, strict=True)):
                 classes = _first(p, top, trained)
                 picture = pictures[start + i]
@@ -125,7 +124,7 @@ def see(path: Path, trained: Trained) -> np.ndarray:
         raise InputError(f"{named} cannot be read", got=error.strerror) from None
     try:
         check_header(data, 1, LabelerConfig.max_pixels)
-        image = open_rgb(data, ORIENTATION)
+        image = open_rgb(data, trained.transform.get("orientation", "exif"))
     except BadImage as error:
         raise InputError(f"{named} cannot be used", got=error) from None
     except Exception as error:  # PIL's decoders raise many types
@@ -176,10 +175,9 @@ def draw_map(
     return page
 
 
-def _answers(net: Any, inputs: torch.Tensor, maps: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _answers(net: Any, inputs: torch.Tensor, maps: bool, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities [B, C] of the images and [B, C, h, w] of their tokens, where wanted; float32 on the CPU."""
-    kind = inputs.device.type
-    with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+    with torch.inference_mode(), torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
         logits = net(inputs)
         tokens = net.score_maps(inputs) if maps else logits[:0]
     return logits.float().softmax(1).cpu(), tokens.float().softmax(1).cpu()

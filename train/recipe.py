@@ -16,10 +16,10 @@ from train.config import TrainConfig
 
 RECIPES = Path(__file__).with_name("recipes")
 MAX_BYTES = 1 << 20
-# What may differ between a run and its resumption: it changes no batch and no weight.
+# What may differ between a run and its resumption: it changes no batch, and no weight that is finite.
 FREE = frozenset(
     {"data.images", "data.store", "data.validation", "data.image_list", "data.cache", "data.threads", "data.prefetch",
-     "run.out", "run.save_every", "run.keep", "run.tensorboard", "run.tracker", "run.progress"}
+     "run.out", "run.save_every", "run.keep", "run.skip_non_finite", "run.tensorboard", "run.tracker", "run.progress"}
 )  # fmt: skip
 # pydantic's words for types, in plain ones
 PLAIN = {

@@ -21,6 +21,7 @@ from train.checkpoint import (
     check_checkpoint,
     checkpoints,
     newest_checkpoint,
+    remove_later,
     remove_old,
     save_checkpoint,
     sweep,
@@ -38,12 +39,17 @@ FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", 
 
 
 class RunRecord:
-    """`step`: where the run goes on; what an earlier process told of later steps is dropped and will be told again."""
+    """`step`: where the run goes on; what an earlier process told of later steps is dropped and will be told again.
 
-    def __init__(self, folder: Path, config: TrainConfig, step: int) -> None:
+    went_back  the user named the checkpoint to go on from: later ones are removed
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, step: int, went_back: bool = False) -> None:
         self.folder, self._keep = folder, config.run.keep
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         sweep(folder)
+        if went_back:
+            remove_later(folder, step)
         replace_file(folder / "config.toml", to_toml(config).encode())
         self.metrics = Metrics(folder, step, config.run.tensorboard, config.run.tracker, flat(config))
 
@@ -119,6 +125,12 @@ def starting_point(folder: Path, resume: str | Path | None) -> tuple[Path, Check
     if str(resume) == "auto":
         return newest_checkpoint(folder)
     path = Path(resume)
+    home = path.parent.parent if path.parent.name == FOLDER else path
+    if (found := checkpoints(folder)) and home.resolve() != folder.resolve():
+        raise InputError(
+            f"{str(folder)!r} holds another run than the one to go on from", got=found[0].name,
+            remedy="Go on with --resume auto, or choose another folder with run.out=….",
+        )  # fmt: skip
     if path.parent.name == FOLDER:
         return path, check_checkpoint(path)
     found_there = newest_checkpoint(path)

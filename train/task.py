@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,10 +95,11 @@ class TrainingStep:
         self._seed(step)
         buffers = [buffer.clone() for buffer in self.task.network.buffers()]
         self.optimizer.zero_grad(set_to_none=True)
-        try:
+        loss = None
+        with suppress(torch.OutOfMemoryError):
             loss = self._accumulate(batch)
-        except torch.OutOfMemoryError:
-            raise self._out_of_memory(batch) from None
+        if loss is None:  # not before the error is gone: its traceback holds the pass's activations
+            raise self._out_of_memory(batch)
         told = torch.stack([loss.double(), loss.new_tensor(float(stop()), dtype=torch.float64)])
         mean, stops = self.ranks.sum(told).tolist()
         mean /= self.ranks.world_size
@@ -136,6 +137,7 @@ class TrainingStep:
 
     def _out_of_memory(self, batch: Batch) -> TrainError:
         """Says how many images at a time would fit: half as many, again and again, until a pass goes through."""
+        self.task.trainable_module = self.task.network  # other ranks wait elsewhere: nothing must be exchanged
         tried = size = min(self.micro_batch or len(batch), len(batch))
         while size > 2:
             size = max(2, size // 4 * 2)  # even: mixed pairs stay together

@@ -92,6 +92,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: Ranks, resume: str | Path | None = None) -> None:
         self.config, self.ranks, self.folder = config, ranks, Path(config.run.out)
         found = starting_point(self.folder, resume)
+        self.went_back = str(resume) not in ("None", "auto")
         if found is not None:
             refuse_other_run(config, found[1], ranks)
         self.threads = set_threads(config.run.threads or (None if found is None else found[1].threads))
@@ -102,7 +103,8 @@ class Trainer:
         self.loader = training_loader(config, net, ranks)
         set_classes(net, self.loader.num_classes)
         # Every checkpoint tells them; finding the folders takes a pass over all images.
-        self.class_folders, self.transform = class_folders(self.loader), transform_of(config, net)
+        self.class_folders = class_folders(self.loader)
+        self.transform = transform_of(config, net, self.loader.samples.orientation)
         self.validation = validation_loader(config, net, ranks, self.loader, self.class_folders)
         self.steps = total_steps(config.schedule, len(self.loader))
         self.step = self.skipped = 0
@@ -144,7 +146,7 @@ class Trainer:
 
     def run(self) -> FitSummary:
         """From where it stands to the last step."""
-        self.record = RunRecord(self.folder, self.config, self.step) if self.ranks.first else None
+        self.record = RunRecord(self.folder, self.config, self.step, self.went_back) if self.ranks.first else None
         self.speed = Speed(self.config.run.batch_size)
         shown = self.ranks.first and self.config.run.progress
         with (
@@ -220,8 +222,10 @@ class Trainer:
         return self.step / len(self.loader)
 
     def _save_due(self) -> bool:
-        every = self.config.run.save_every
-        return self.step == self.steps or (every is not None and self.step % every == 0)
+        run = self.config.run
+        if run.save_every is None and self.validation is not None:
+            return self.step == self.steps  # each evaluation is saved before, too
+        return self.step == self.steps or self.step % (run.save_every or run.eval_every * len(self.loader)) == 0
 
     def _evaluation_due(self) -> bool:
         every = self.config.run.eval_every * len(self.loader)
@@ -330,8 +334,8 @@ def _refuse_non_finite(step: int, result: StepResult, in_a_row: int, allowed: in
     if in_a_row > allowed:
         raise NonFiniteError(
             f"loss or gradient is not finite at step {step}", got=f"loss {result.loss}, gradient norm {result.norm}",
-            remedy="Try a lower optimizer.lr, a longer schedule.warmup_epochs, optimizer.clip_grad=1 or "
-            "run.precision=float32; run.skip_non_finite=3 leaves out up to three such steps in a row. "
-            "The last checkpoint is kept.",
+            remedy="The last checkpoint is kept: --resume auto run.skip_non_finite=3 goes on and leaves out up to "
+            "three such steps in a row. In a new run.out, perhaps from model.weights= of this one, try a lower "
+            "optimizer.lr, a longer schedule.warmup_epochs, optimizer.clip_grad=1 or run.precision=float32.",
         )  # fmt: skip
     log.warning("step %d left out: loss %s, gradient norm %s (%d in a row)", step, result.loss, result.norm, in_a_row)

@@ -20,6 +20,7 @@ from model.token_heads import TokenLabelHeads
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.loader import TokenLabelLoader
 from train.checkpoint import find_checkpoint, read_weights
+from train.device import pick_precision
 from train.distributed import joined_ranks
 from train.evaluate import evaluate, read_real_labels
 from train.loaders import evaluation_loader
@@ -30,9 +31,10 @@ from train.network import restore_network
 class Trained:
     """A model ready to answer, with what it needs to know of images and classes.
 
-    transform      mean, std, crop_pct, crop_mode
+    transform      mean, std, crop_pct, crop_mode, orientation
     class_folders  folder name -> class id; empty: told by the images' folders
     dense_trained  whether its auxiliary head was part of the loss
+    precision      of its forward passes on a GPU
     """
 
     net: TokenLabelHeads
@@ -41,6 +43,11 @@ class Trained:
     class_names: list[str]
     class_folders: dict[str, int]
     dense_trained: bool = True
+    precision: str = "float32"
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """That its forward passes are computed in: as in training on a GPU, float32 on a CPU."""
+        return torch.float32 if device.type == "cpu" else pick_precision(self.precision, device)
 
     @property
     def side(self) -> int:
@@ -82,7 +89,9 @@ def load_trained(path: str | Path, ema: bool | None = None) -> Trained:
         net = restore_network(info, read_weights(folder, info, ema))
         dense = info.config["loss"]["dense_weight"] > 0
         name = f"{folder} (moving average)" if ema else str(folder)
-        return Trained(net, name, info.transform, info.class_names, info.class_folders, dense)
+        return Trained(
+            net, name, info.transform, info.class_names, info.class_folders, dense, info.config["run"]["precision"]
+        )
     try:
         net = load_reference_checkpoint(path, ema=bool(ema))  # type: ignore[assignment]
     except ModelError as error:
@@ -129,7 +138,7 @@ def validate(
             "progress": shown,
         }
         loader = _loader(trained, Path(images), settings, labels is None)
-        precision = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+        precision = trained.dtype(ranks.device)
         found = evaluate({"": net}, loader, ranks, precision=precision, real=labels, progress=shown)[""]
     return Validation(found.top1, found.top5, found.images, trained.name)
 
