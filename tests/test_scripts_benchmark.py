@@ -13,9 +13,10 @@ import torch
 
 import model
 from scripts.benchmark import __main__ as command_line
-from scripts.benchmark.measure import Case, in_own_process, take_turns
-from scripts.benchmark.stock_model import plain_scan, stock_model
-from scripts.benchmark.table import number, render
+from scripts.benchmark import labeler_suite, loader_suite, loss_suite, model_suite, train_suite
+from scripts.benchmark.measure import Case, Options, in_own_process, take_turns
+from scripts.benchmark.stock_model import our_scan, plain_scan, stock_model
+from scripts.benchmark.table import number, render, text
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +53,7 @@ def memory_of_a_call(megabytes: int) -> float:
 
 
 def test_a_side_that_fails_in_its_own_process_is_an_error(capfd):
-    with pytest.raises(RuntimeError, match="measure:spread ended with 1"):
+    with pytest.raises(RuntimeError, match=r"measure:spread ended with 1: ValueError$"):
         in_own_process("scripts.benchmark.measure:spread", [])
     assert "empty" in capfd.readouterr().err
 
@@ -79,11 +80,89 @@ def test_the_stock_scan_has_the_same_gradients():
         torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-4)
 
 
+def test_a_slow_scan_is_refused(monkeypatch):
+    """A published figure is never that of the reference, whatever the environment names."""
+    monkeypatch.delenv("TOKEN_LABELING_SCAN", raising=False)
+    assert our_scan("cpu") == "backend: cpu"
+    for named in ("reference", "mamba_ssm", "no-such"):
+        monkeypatch.setenv("TOKEN_LABELING_SCAN", named)
+        with pytest.raises(SystemExit) as stopped:
+            our_scan("cpu")
+        assert named in str(stopped.value)
+        assert "TOKEN_LABELING_SCAN" in str(stopped.value)
+
+
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (0.01234, "0.0123"), (5, "5.00"), (46.04, "46.0"), (99.96, "100"), (2190.4, "2,190")]
+    ("value", "shown"), [(0, "0"), (0.01234, "0.0123"), (5, "5.00"), (46.04, "46.0"), (99.96, "100"), (2190.4, "2,190")]
 )
-def test_numbers_have_three_digits_that_count(value, text):
-    assert number(value) == text
+def test_numbers_have_three_digits_that_count(value, shown):
+    assert number(value) == shown
+
+
+def test_exponents_name_the_resolutions_of_a_side_that_ends_early():
+    points = {"ours": [(512, 1.0), (768, 2.0), (1024, 4.0)], "rival": [(512, 1.0), (768, 2.0)], "third": [(512, 1.0)]}
+    told = "ours with T to the power of 1.20, rival with T to the power of 0.85 (between 512 and 768)"
+    assert model_suite.exponents(points) == f"between the two largest: {told}"
+    assert model_suite.exponents({"ours": [(512, 1.0)]}) == ""
+
+
+def test_a_growth_tells_of_the_figures_that_it_lacks(monkeypatch, tmp_path):
+    def measured(function, name, side, device):
+        if (name, side) == (model_suite.UNFUSED, 384):
+            raise RuntimeError("measure_growth ended with -9")
+        return [1.0, 2.0]
+
+    monkeypatch.setattr(model_suite, "in_own_process", measured)
+    for growth in model_suite.growths(options(tmp_path)):
+        assert f"; no figure for {model_suite.UNFUSED} at 384: measure_growth ended with -9; " in growth.note
+        assert [len(line) for line in growth.points.values()] == [2, 2, 1]
+
+
+def options(scratch: Path, device: str = "cpu") -> Options:
+    return Options(device, quick=True, images=scratch, scratch=scratch, cores=2)
+
+
+def test_without_ray_labeling_in_this_process_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(labeler_suite, "find_spec", lambda name: None)
+    monkeypatch.setattr(labeler_suite.photographs, "about", lambda *arguments: tmp_path)
+    monkeypatch.setattr(labeler_suite, "in_own_process", lambda *arguments: 1.0)
+    found = labeler_suite.run(options(tmp_path))
+    assert [case.ours for case in found.cases] == ["labeler, in this process"]
+    assert found.left_out == {"labeling with resnet18 at 224 px, 2 Ray workers": "Ray is not installed"}
+
+
+def test_without_dali_the_loader_is_left_out_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(loader_suite, "has_dali", lambda: False)
+    monkeypatch.delattr(loader_suite, "_prepare")
+    assert loader_suite.run(options(tmp_path)).left_out == {"all cases": "DALI is not installed"}
+
+
+def test_steps_are_kept_where_training_from_end_to_end_fails(monkeypatch, tmp_path, capsys):
+    def fails(*arguments):
+        raise RuntimeError("fit_rate ended with 1: ImportError")
+
+    monkeypatch.setattr(train_suite, "about", lambda *arguments: tmp_path)
+    monkeypatch.setattr(train_suite, "own", fails)
+    name = "training end to end, 224², B 8"
+    assert train_suite.end_to_end(options(tmp_path), 8).left_out == {name: "fit_rate ended with 1: ImportError"}
+    monkeypatch.setattr(train_suite, "has_dali", lambda: False)
+    assert train_suite.end_to_end(options(tmp_path, "cuda"), 8).left_out == {name: "DALI is not installed"}
+
+
+def test_a_side_without_memory_leaves_the_others():
+    def too_large():
+        raise torch.OutOfMemoryError
+
+    fitting, missing = train_suite.that_fit({"ours": int, "rival": too_large, "other": int}, "cpu")
+    assert list(fitting) == ["ours", "other"]
+    assert missing == ["no figure for rival: the GPU is out of memory"]
+
+
+def test_with_ready_targets_the_loss_builds_none(monkeypatch):
+    inputs, mix = loss_suite.Inputs(2, "cpu"), loss_suite.MIXES["mixed"]
+    ready, (loss, gradients) = inputs.batch(mix), inputs.run(loss_suite.OURS, mix)
+    monkeypatch.delattr(loss_suite.SyntheticLabels, "batch")
+    torch.testing.assert_close(inputs.run(loss_suite.OURS, mix, ready), (loss, gradients))
 
 
 def test_the_documents_table_is_the_results(tmp_path):
@@ -145,6 +224,25 @@ def test_a_suite_that_is_run_again_takes_the_place_of_what_it_found_before(monke
     assert seconds_kept(tmp_path) == {"store": 1, "scan": 2}
     assert "≥ 5: **not met**" in (tmp_path / "docs" / "benchmarks.md").read_text()
     assert "ours is better by 3.00" in capsys.readouterr().out
+
+
+def test_what_was_left_out_is_told_with_its_reason(tmp_path):
+    suites = {"store": suite_result(1), "loader": suite_result(1) | {"left_out": {"all cases": "no DALI"}}}
+    found = {"machine": {"name": "this", "what": "this", "device": "cpu"}, "suites": suites}
+    (tmp_path / "this.json").write_text(json.dumps(found))
+    render(tmp_path, tmp_path)
+    for told in (text(found), (tmp_path / "benchmarks.md").read_text()):
+        assert told.count("not measured: all cases: no DALI") == 1
+
+
+@pytest.mark.parametrize("named", [[], ["store", "scan"]])
+def test_the_store_is_measured_with_a_gpu_only_if_named(monkeypatch, tmp_path, named, capsys):
+    suites = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command_line, "describe", lambda device: {"name": "this", "what": "this", "device": device})
+    measured = lambda suite, options: suites.append(suite) or suite_result(1)  # noqa: E731
+    assert main_with(monkeypatch, tmp_path, measured, *named, "--device", "cuda", "--quick") == 0
+    assert suites == (named or ["labeler", "loader", "targets", "loss", "scan", "model", "train"])
 
 
 def test_suites_beside_one_that_fails_are_kept(monkeypatch, tmp_path, capsys):

@@ -1,10 +1,10 @@
 """Labeling speed against the bare teacher and against a loop that a user would write.
 
 The teacher is ResNet-18 at 224 pixels with random weights. Its plain forward pass on resident tensors, with all cores
-and in channels-last layout (the faster one), decodes, codes and commits nothing; it runs as in a plain script, where
-malloc gives freed memory back, which the labeler prevents. The plain loop decodes with PIL in `DataLoader` workers,
-applies the network's head to each place of its last feature map, and saves the five largest scores of each place with
-`torch.save`, one file per image.
+and in channels-last layout (the faster one), decodes, codes and commits nothing; on a CPU it keeps freed memory, as the
+labeler does. The plain loop is a script as a user writes it: it decodes with PIL in `DataLoader` workers, applies the
+network's head to each place of its last feature map, and saves the five largest scores of each place with `torch.save`,
+one file per image.
 
 Each run is a process of its own: no side's threads and workers are left when the next one begins. Labeling is timed
 from the first worker's readiness on, the loop from its first request for a batch on.
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import timm
@@ -28,24 +29,23 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from labeler import LabelerConfig, TeacherConfig, label_images
+from labeler.freed_memory import keep_freed_memory
 from labeler.images import find_images
 from scripts.benchmark import photographs
-from scripts.benchmark.measure import Case, Options, Result, in_own_process, synchronize, take_turns
+from scripts.benchmark.measure import Case, Options, Result, in_own_process, note_of, synchronize, take_turns
 
 SIDE, TOP = 224, 5
 BATCH, CUDA_BATCH = 32, 256
-IMAGES, QUICK_IMAGES = 600, 150  # on the CPU
+BATCHES_A_SHARD, SHARDS_EACH = 4, 3  # a worker decodes ahead within a shard only; all workers get as many
 CUDA_WORKERS = 4  # at most, sharing the GPU
 NETWORK = "resnet18"
-IN_PROCESS, CEILING, LOOP = (
-    "labeler, in this process",
-    "bare teacher forward, resident tensors",
-    "DataLoader + torch.save per image",
-)
+CEILING, LOOP = "bare teacher forward, resident tensors", "DataLoader + torch.save per image"
 
 
 def bare_forward(device: str, seconds: float, batch: int, cores: int) -> float:
     """Images per second of the network alone."""
+    if device == "cpu":
+        keep_freed_memory()
     torch.set_num_threads(cores)
     model = timm.create_model(NETWORK).eval().to(device, memory_format=torch.channels_last)
     images = torch.randn(batch, 3, SIDE, SIDE, device=device).contiguous(memory_format=torch.channels_last)
@@ -66,8 +66,8 @@ def labeling(images: str, workers: int, device: str, batch: int) -> float:
     teacher = TeacherConfig(NETWORK, random_weights=True)
     with tempfile.TemporaryDirectory(dir=Path(images).parent) as folder:
         config = LabelerConfig(
-            teacher, workers=workers, device=device, progress=False, batch_size=batch, shard_size=batch,
-            gpus_per_worker=1 / max(1, workers),
+            teacher, workers=workers, device=device, progress=False, batch_size=batch,
+            shard_size=BATCHES_A_SHARD * batch, gpus_per_worker=1 / max(1, workers),
         )  # fmt: skip
         return label_images(images, Path(folder) / "labels", config).images_per_s
 
@@ -113,34 +113,45 @@ def _precision(device: str) -> torch.autocast:
 
 
 def run(options: Options) -> Result:
-    # A GPU is through with the CPU's images before it can be timed.
     cuda = options.device == "cuda"
-    count = (QUICK_IMAGES if options.quick else IMAGES) * (20 if cuda else 1)
-    images = photographs.about(options.images, options.scratch / "labeler" / "images", count)
     workers = min(CUDA_WORKERS, options.cores) if cuda else options.cores
-    named = {f"labeler, {workers} Ray workers": workers, IN_PROCESS: 0}
-    return Result([_case(options, images, name, number) for name, number in named.items()])
+    batch = CUDA_BATCH if cuda else BATCH
+    count = (1 if options.quick else SHARDS_EACH) * workers * BATCHES_A_SHARD * batch
+    images = photographs.about(options.images, options.scratch / "labeler" / "images", count)
+    ways = {f"{workers} Ray workers": workers, "in this process": 0}
+    left_out = {}
+    if find_spec("ray") is None:
+        left_out = {_name(way): "Ray is not installed" for way in ways if ways[way]}
+    cases = [_case(options, images, way, batch, ways[way]) for way in ways if _name(way) not in left_out]
+    return Result(cases, left_out=left_out)
 
 
-def _case(options: Options, images: Path, name: str, workers: int) -> Case:
+def _name(way: str) -> str:
+    return f"labeling with {NETWORK} at {SIDE} px, {way}"
+
+
+def _case(options: Options, images: Path, way: str, batch: int, workers: int) -> Case:
     """One way of labeling with both rivals beside it in each round."""
-    print(f"labeler: {name.removeprefix('labeler, ')}, {options.rounds(3)} rounds …", file=sys.stderr)
-    batch = CUDA_BATCH if options.device == "cuda" else BATCH
+    print(f"labeler: {way}, {options.rounds(3)} rounds …", file=sys.stderr)
 
     def own(function: str, *arguments: object) -> Callable[[], float]:
         return lambda: in_own_process(f"{__name__}:{function}", *arguments)
 
     sides = {
-        name: own("labeling", images, workers, options.device, batch),
+        f"labeler, {way}": own("labeling", images, workers, options.device, batch),
         CEILING: own("bare_forward", options.device, 3 if options.quick else 8, batch, options.cores),
         LOOP: own("plain_loop", images, options.device, batch, options.cores),
     }
     return Case(
-        f"labeling with {NETWORK} at {SIDE} px, {name.removeprefix('labeler, ')}",
+        _name(way),
         "images/s",
         take_turns(sides, options.rounds(3), warmups=0),
         more_is_better=True,
         sought={CEILING: 0.85},
-        note=f"{options.cores} cores; the bare forward pass reads, codes and writes nothing, but gives freed "
-        "memory back, as plain scripts do",
+        note=note_of(
+            f"{options.cores} cores",
+            f"the labeler decodes with {photographs.decoder_in_use()}",
+            "the bare forward pass reads, codes and writes nothing",
+            "the loop, a plain script, gives freed memory back" if options.device == "cpu" else "",
+        ),
     )

@@ -24,6 +24,8 @@ from labeler.freed_memory import M_MMAP_MAX, MMAPS_BY_DEFAULT
 
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 SLACK = 1 << 20  # bytes on top of the largest resident set so far, so that growth shows from its first byte
+# For the note of a case whose sides run within `freed_memory_kept`, by device: a GPU's memory is torch's own.
+KEPT = {"cpu": "freed memory kept on all sides, as `fit` does", "cuda": ""}
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,16 @@ class Growth:
 
 @dataclass(frozen=True)
 class Result:
-    """What a suite found."""
+    """What a suite found; left_out: name of a case -> why it could not be measured here."""
 
     cases: list[Case] = field(default_factory=list)
     growths: list[Growth] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def note_of(*parts: str) -> str:
+    """A note of those parts that say something."""
+    return "; ".join(part for part in parts if part)
 
 
 def take_turns(sides: Mapping[str, Callable[[], float]], rounds: int, warmups: int = 1) -> dict[str, list[float]]:
@@ -162,7 +170,8 @@ def in_own_process(function: str, *arguments: Any, **named: Any) -> Any:
             process.wait()  # it was interrupted, too, and tidies up
             raise
     if process.returncode:
-        raise RuntimeError(f"{function} ended with {process.returncode}; its own words are above")
+        kind = printed.splitlines()[-1:] if process.returncode == 1 else []  # of its error, as printed below
+        raise RuntimeError(": ".join([f"{function} ended with {process.returncode}", *kind]))
     return json.loads(printed.splitlines()[-1])
 
 
@@ -224,4 +233,8 @@ def _largest_resident() -> int:
 
 if __name__ == "__main__":
     positional, keywords = json.loads(sys.argv[2])
-    print(json.dumps(named_function(sys.argv[1])(*positional, **keywords)))
+    try:
+        print(json.dumps(named_function(sys.argv[1])(*positional, **keywords)))
+    except (Exception, SystemExit) as error:
+        print(type(error).__name__)  # goes into published results, where its text may name a user's folders
+        raise

@@ -29,11 +29,12 @@ from scripts.benchmark.measure import (
     free_gpu,
     in_own_process,
     milliseconds,
+    note_of,
     per_second,
     spread,
     take_turns,
 )
-from scripts.benchmark.stock_model import scan_in_use, stock_model
+from scripts.benchmark.stock_model import our_scan, scan_in_use, stock_model
 from train.device import set_threads
 
 OURS, DEIT, UNFUSED = "DeMansia Tiny", "DeiT-Tiny (timm)", "DeiT-Tiny, attention not fused"
@@ -41,6 +42,7 @@ RESOLUTIONS = (224, 384, 512, 768, 1024)
 
 
 def run(options: Options) -> Result:
+    our_scan(options.device)  # stops here, before anything is measured, where it is not the fast one
     precisions = [torch.float32, torch.bfloat16] if options.device == "cpu" else [torch.bfloat16]
     cases = [inference_case(options, precision) for precision in precisions]
     return Result(cases, growths(options))
@@ -62,11 +64,11 @@ def inference_case(options: Options, precision: torch.dtype) -> Case:
     }
     found = take_turns(sides, options.rounds(7))
     kind = str(precision).removeprefix("torch.")
-    note = ""
+    note = our_scan(options.device)
     if precision == (torch.float32 if options.device == "cpu" else torch.bfloat16):
         limits = Limits.measured(options.device)
         found["limit"] = [1 / inference_limit(limits, model_cost("demansia_tiny", 224)[0])] * len(found[OURS])
-        note = f"limit: {limits.text()}"
+        note = note_of(f"limit: {limits.text()}", note)
     return Case(f"inference, 224², B {batch}, {kind}", "images/s", found, more_is_better=True, note=note)
 
 
@@ -83,6 +85,7 @@ def growths(options: Options) -> list[Growth]:
     sides = RESOLUTIONS[:2] if options.quick else RESOLUTIONS
     time: dict[str, list[tuple[float, float]]] = {OURS: [], DEIT: [], UNFUSED: []}
     memory: dict[str, list[tuple[float, float]]] = {name: [] for name in time}
+    missing = []
     free_gpu(options.device)
     for side in sides:
         for name in time:
@@ -90,28 +93,33 @@ def growths(options: Options) -> list[Growth]:
             try:
                 found = in_own_process("scripts.benchmark.model_suite:measure_growth", name, side, options.device)
             except RuntimeError as error:  # no memory for this one, most likely
-                print(f"model: left out, {error}", file=sys.stderr)
+                missing.append(f"no figure for {name} at {side:,}: {error}")
+                print(f"model: {missing[-1]}; its own words are above", file=sys.stderr)
                 continue
             time[name].append((side, found[0]))
             memory[name].append((side, found[1]))
     images = 1 if options.device == "cpu" else 8
     what = f"forward and backward pass of {'an image' if images == 1 else f'{images} images'}"
+    note = note_of(*missing, our_scan(options.device))
+    pixels = "side of the image in pixels"
     return [
-        Growth(f"time of a {what}", "side of the image in pixels", "ms", time, note=exponents(time)),
-        Growth(f"memory of a {what}", "side of the image in pixels", "MB", memory, note=exponents(memory)),
+        Growth(f"time of a {what}", pixels, "ms", time, note=note_of(exponents(time), note)),
+        Growth(f"memory of a {what}", pixels, "MB", memory, note=note_of(exponents(memory), note)),
     ]
 
 
 def exponents(points: dict[str, list[tuple[float, float]]]) -> str:
-    """How each side grows with the number of tokens, between its last two resolutions."""
+    """How each side grows with the number of tokens between its last two resolutions, named if not the largest."""
+    largest = sorted({side for line in points.values() for side, _ in line})[-2:]
     found = []
     for name, line in points.items():
         if len(line) < 2:
             continue
         (side, low), (larger, high) = line[-2:]
         power = math.log(max(high, 1e-9) / max(low, 1e-9)) / (2 * math.log(larger / side))
-        found.append(f"{name} with T to the power of {power:.2f}")
-    return "between the two largest: " + ", ".join(found)
+        where = "" if [side, larger] == largest else f" (between {side:,} and {larger:,})"
+        found.append(f"{name} with T to the power of {power:.2f}{where}")
+    return "between the two largest: " + ", ".join(found) if found else ""
 
 
 def measure_growth(name: str, side: int, device: str) -> list[float]:

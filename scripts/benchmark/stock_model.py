@@ -16,8 +16,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from model.errors import ModelError
 from model.mixer import BidirectionalMamba
+from model.ops import choose_backend
 from model.vision_mamba import Block, VisionMamba
+
+FAST = {"cpu": "cpu", "cuda": "triton"}  # device -> the backend of this project's scan that figures are of
 
 
 class StockMixer(nn.Module):
@@ -85,6 +89,20 @@ def mamba_ssm_scan():  # type: ignore[no-untyped-def]
 
 def scan_in_use(device: str) -> str:
     return "mamba_ssm's scan" if device == "cuda" and has_mamba_ssm() else "a loop over time"
+
+
+def our_scan(device: str) -> str:
+    """The backend of this project's scan, for a note; SystemExit where it is not the fast one of the device."""
+    try:
+        found = choose_backend("auto", device)
+    except ModelError as error:  # about what TOKEN_LABELING_SCAN names
+        raise SystemExit(str(error)) from None
+    if found != FAST[device]:
+        raise SystemExit(
+            f"no figure of a slow scan: got backend {found!r} on {device}, expected {FAST[device]!r}. "
+            "Unset TOKEN_LABELING_SCAN; `python -m train doctor` says what runs here."
+        )
+    return f"backend: {found}"
 
 
 def stock_model(net: VisionMamba) -> VisionMamba:

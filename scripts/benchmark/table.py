@@ -38,6 +38,11 @@ def growths_of(suite: dict[str, Any]) -> list[Growth]:
     return [Growth(**growth) for growth in suite["growths"]]
 
 
+def left_out(suite: dict[str, Any]) -> list[str]:
+    """A line for each case that was not measured; there are results that do not tell."""
+    return [f"not measured: {name}: {reason}" for name, reason in suite.get("left_out", {}).items()]
+
+
 def number(value: float) -> str:
     """Three digits that count; all of those before the point."""
     return f"{value:,.0f}" if abs(value) >= 99.95 or value == 0 else f"{value:#.3g}".rstrip(".")
@@ -78,6 +83,7 @@ def text(found: dict[str, Any]) -> str:
             ]
             for side, points in growth.points.items():
                 lines.append(f"  {side:62}" + "  ".join(f"{x:,.0f}: {number(y)}" for x, y in points))
+        lines += [line for left in left_out(suite) for line in ("", left)]
     return "\n".join(lines)
 
 
@@ -125,6 +131,7 @@ def suite_section(name: str, suite: dict[str, Any], picture: str | None) -> str:
             better = "" if mine else compared(case, side)
             shown = f"**{side}**" if mine else side
             lines.append(f"| {shown} | {cell(values)} | {better} | {verdict(case, side)} |")
+    lines += [f"| *{left}* | | | |" for left in left_out(suite)]
     for growth in growths_of(suite):
         lines += ["", *growth_table(growth)]
     if picture:
