@@ -70,8 +70,10 @@ class LoadedTeacher:
 
     def __init__(self, dense: DenseMap, info: TeacherInfo, device: torch.device) -> None:
         self.dense, self.info, self.device = dense, info, device
-        self._mean = (255 * torch.tensor(info.mean, device=device)).view(3, 1, 1)
-        self._std = (255 * torch.tensor(info.std, device=device)).view(3, 1, 1)
+        # Once for every pixel of a row: three numbers broadcast along the colours would leave CPUs without vectors.
+        self._mean, self._std = (
+            (255 * torch.tensor(values, device=device)).repeat(info.input_size) for values in (info.mean, info.std)
+        )
 
     @torch.inference_mode()
     def score_maps(self, images: Tensor) -> Tensor:
@@ -93,8 +95,9 @@ class LoadedTeacher:
                 f"teacher {self.info.name} cannot read these pixels", got=f"{pixels.dtype} {list(pixels.shape)}",
                 expected=f"uint8 [B, {side}, {side}, 3]",
             )  # fmt: skip
-        images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
-        return self.score_maps(images.sub_(self._mean).div_(self._std))
+        rows = pixels.to(self.device, non_blocking=True).reshape(len(pixels), side, 3 * side).float()
+        images = rows.sub_(self._mean).div_(self._std).view(len(pixels), side, side, 3)
+        return self.score_maps(images.permute(0, 3, 1, 2))
 
 
 def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
