@@ -24,7 +24,7 @@ def resize(
     box            y0, x0, y1, x1 in pixels of what is shown; the filter sees across its edges. None: everything
     """
     if box is None and interpolation in IN_TORCH:
-        image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
         return torch.nn.functional.interpolate(image, (side, side), mode=interpolation, antialias=True)
     y0, x0, y1, x1 = box or (0, 0, *pixels.shape[:2])
     method = Image.Resampling[interpolation.upper()]
