@@ -209,7 +209,7 @@ def _add_label(commands: Any) -> None:
         "--min-side", type=int, default=default.min_side, help="smaller images are quarantined (%(default)s px)"
     )
     images.add_argument("--max-pixels", type=int, default=default.max_pixels, help="larger ones too (%(default)s)")
-    images.add_argument("--decoder", choices=DECODERS, default=default.decoder)
+    images.add_argument("--decoder", choices=DECODERS, default=default.decoder, help="auto: DALI on a GPU, else PIL")
 
     work = label.add_argument_group("work")
     work.add_argument("--workers", type=int, default=0, help="0: in this process; else Ray actors, each with a teacher")

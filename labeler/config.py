@@ -66,6 +66,7 @@ class LabelerConfig:
     min_side      images with a shorter side, in pixels, go to the quarantine
     max_pixels    images with more pixels go to the quarantine before they are decoded
     shard_size    images per shard; None: chosen from the number of images, at most 10,000
+    decoder       "auto": DALI on a GPU where it is installed, PIL otherwise, which is faster on a CPU
     workers       0: label in this process; otherwise the number of Ray actors
     ray_address   None: a private Ray on this machine; "auto" or an address: that cluster
     threads       CPU threads per worker; None: the machine's cores shared out

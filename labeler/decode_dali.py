@@ -1,4 +1,4 @@
-"""The fast decoder, with DALI: JPEG decoding in its own threads or on the GPU, which resizes as well.
+"""The fast decoder, with DALI: JPEG decoding and resizing in its own threads, on the CPU or the GPU.
 
 Legend: B images; S side of the teacher's square input.
 """
@@ -13,9 +13,8 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 
-from labeler.decode import Decoded, DecodeSettings, teacher_region
+from labeler.decode import Decoded, DecodeSettings
 from labeler.errors import LabelingError
-from labeler.resize import resize
 
 INTERPOLATIONS = {
     "bicubic": types.INTERP_CUBIC,
@@ -27,17 +26,13 @@ INTERPOLATIONS = {
 
 @pipeline_def
 def _teacher_input(settings: DecodeSettings) -> Any:
-    """On a GPU the resized images and their sizes before; on a CPU the images as they are."""
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-    on_gpu = settings.device.startswith("cuda")
     images = fn.decoders.image(
         encoded,
-        device="mixed" if on_gpu else "cpu",
+        device="mixed" if settings.device.startswith("cuda") else "cpu",
         output_type=types.RGB,
         adjust_orientation=settings.orientation == "exif",
     )
-    if not on_gpu:
-        return images
     sizes = images.shape()[:2]
     window = {}
     if settings.view == "center":
@@ -87,23 +82,16 @@ class DaliDecoder:
         pipeline = self._pipeline
         try:
             pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
-            images, *sizes = pipeline.run()
+            resized, sizes = pipeline.run()
         except RuntimeError:
             self._pipeline = None  # it is invalid after an error
             raise
         # The buffers are DALI's and are written again by the next run.
-        if sizes:
-            return torch.from_dlpack(images.as_tensor()).clone(), np.array(sizes[0].as_array(), np.int64)
-        decoded = [np.asarray(image) for image in images]
-        pixels = torch.cat([self._resized(image) for image in decoded]).permute(0, 2, 3, 1).contiguous()
-        return pixels, np.array([image.shape[:2] for image in decoded], np.int64)
-
-    def _resized(self, image: np.ndarray) -> torch.Tensor:
-        wanted, (height, width) = self.settings, image.shape[:2]
-        if wanted.view == "full":
-            return resize(image, wanted.size, wanted.interpolation)
-        y0, x0, y1, x1 = teacher_region(height, width, wanted.view, wanted.crop_pct)
-        return resize(image, wanted.size, wanted.interpolation, (y0 * height, x0 * width, y1 * height, x1 * width))
+        if self.settings.device.startswith("cuda"):
+            pixels = torch.from_dlpack(resized.as_tensor()).clone()
+        else:  # with numpy: this is a thread of its own beside the teacher's, see `labeler.resize`
+            pixels = torch.from_numpy(np.array(resized.as_array()))
+        return pixels, np.array(sizes.as_array(), np.int64)
 
     def _build(self) -> Any:
         wanted = self.settings

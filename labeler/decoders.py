@@ -15,9 +15,12 @@ def has_dali() -> bool:
 
 
 def create_decoder(name: str, settings: DecodeSettings) -> Decoder:
-    """`name` is "dali", "pil", or "auto": DALI where it is installed. Raises InputError where it cannot be imported."""
+    """`name` is "dali", "pil", or "auto": DALI for a GPU, where it is installed.
+
+    Raises InputError where DALI is asked for and cannot be imported.
+    """
     if name == "auto":
-        name = "dali" if has_dali() else "pil"
+        name = "dali" if settings.device.startswith("cuda") and has_dali() else "pil"
     if name == "pil":
         return ReferenceDecoder(settings)
     try:

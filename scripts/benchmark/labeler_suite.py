@@ -2,9 +2,9 @@
 
 The teacher is ResNet-18 at 224 pixels with random weights. Its plain forward pass on resident tensors, with all cores
 and in channels-last layout (the faster one), decodes, codes and commits nothing; on a CPU it keeps freed memory, as the
-labeler does. The plain loop is a script as a user writes it: it decodes with PIL in `DataLoader` workers, applies the
-network's head to each place of its last feature map, and saves the five largest scores of each place with `torch.save`,
-one file per image.
+labeler does, and in a second run gives it back, as a script does that knows nothing of this. The plain loop is a script
+as a user writes it: it decodes with PIL in `DataLoader` workers, applies the network's head to each place of its last
+feature map, and saves the five largest scores of each place with `torch.save`, one file per image.
 
 Each run is a process of its own: no side's threads and workers are left when the next one begins. Labeling is timed
 from the first worker's readiness on, the loop from its first request for a batch on.
@@ -40,11 +40,12 @@ BATCHES_A_SHARD, SHARDS_EACH = 4, 3  # a worker decodes ahead within a shard onl
 CUDA_WORKERS = 4  # at most, sharing the GPU
 NETWORK = "resnet18"
 CEILING, LOOP = "bare teacher forward, resident tensors", "DataLoader + torch.save per image"
+GIVES_BACK = f"{CEILING}, freed memory given back"
 
 
-def bare_forward(device: str, seconds: float, batch: int, cores: int) -> float:
-    """Images per second of the network alone."""
-    if device == "cpu":
+def bare_forward(device: str, seconds: float, batch: int, cores: int, keep: bool) -> float:
+    """Images per second of the network alone. keep: freed memory."""
+    if keep:
         keep_freed_memory()
     torch.set_num_threads(cores)
     model = timm.create_model(NETWORK).eval().to(device, memory_format=torch.channels_last)
@@ -137,9 +138,11 @@ def _case(options: Options, images: Path, way: str, batch: int, workers: int) ->
     def own(function: str, *arguments: object) -> Callable[[], float]:
         return lambda: in_own_process(f"{__name__}:{function}", *arguments)
 
+    ceilings = [CEILING, GIVES_BACK] if options.device == "cpu" else [CEILING]
+    forward = options.device, 3 if options.quick else 8, batch, options.cores
     sides = {
         f"labeler, {way}": own("labeling", images, workers, options.device, batch),
-        CEILING: own("bare_forward", options.device, 3 if options.quick else 8, batch, options.cores),
+        **{name: own("bare_forward", *forward, name == CEILING) for name in ceilings},
         LOOP: own("plain_loop", images, options.device, batch, options.cores),
     }
     return Case(
@@ -147,11 +150,11 @@ def _case(options: Options, images: Path, way: str, batch: int, workers: int) ->
         "images/s",
         take_turns(sides, options.rounds(3), warmups=0),
         more_is_better=True,
-        sought={CEILING: 0.85},
+        sought=dict.fromkeys(ceilings, 0.85),
         note=note_of(
             f"{options.cores} cores",
-            f"the labeler decodes with {photographs.decoder_in_use()}",
+            f"the labeler decodes with {photographs.decoder_in_use() if options.device == 'cuda' else 'PIL'}",
             "the bare forward pass reads, codes and writes nothing",
-            "the loop, a plain script, gives freed memory back" if options.device == "cpu" else "",
+            "the loop, a plain script, gives freed memory back, too" if options.device == "cpu" else "",
         ),
     )

@@ -56,7 +56,7 @@ def _field(random: np.random.Generator, cells: int, width: int, height: int) -> 
 
 
 def decoder_in_use() -> str:
-    """What the labeler and the loader read images with, unless they are told otherwise."""
+    """What the loader, and the labeler on a GPU, read images with, unless they are told otherwise."""
     return "DALI" if has_dali() else "PIL"
 
 
