@@ -14,13 +14,17 @@ def has_dali() -> bool:
     return bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
 
 
+def automatic_decoder(device: str) -> str:
+    """What "auto" means on a device."""
+    return "dali" if device.startswith("cuda") and has_dali() else "pil"
+
+
 def create_decoder(name: str, settings: DecodeSettings) -> Decoder:
     """`name` is "dali", "pil", or "auto": DALI for a GPU, where it is installed.
 
     Raises InputError where DALI is asked for and cannot be imported.
     """
-    if name == "auto":
-        name = "dali" if settings.device.startswith("cuda") and has_dali() else "pil"
+    name = automatic_decoder(settings.device) if name == "auto" else name
     if name == "pil":
         return ReferenceDecoder(settings)
     try:

@@ -262,15 +262,12 @@ def main(arguments: list[str]) -> int:
     except IntegrityError as error:
         say(str(error.got or error.problem))
         return 1
-    except OSError as error:
-        if error.errno != errno.EMFILE:
-            say(f"{type(error).__name__}: {error}")
-            return 1
-        return TOO_MANY_FILES
     except MemoryError:
         say(f"more memory needed than {memory:,} bytes")
         return 1
     except Exception as error:  # whatever the file brought about, it is not a store of ours
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            return TOO_MANY_FILES
         say(f"{type(error).__name__}: {error}")
         return 1
 

@@ -67,6 +67,7 @@ class ImageSet:
 
 
 def image_root(root: str | Path) -> Path:
+    """The folder as a path. Raises InputError where it is none."""
     root = Path(root)
     if not root.is_dir():
         found = "a file" if root.exists() else "nothing there"

@@ -83,16 +83,13 @@ class ShardLabeler:
                 remedy="Give every node the same checkpoint and the same library versions.",
             )
 
-    def __call__(self, task: ShardTask, advance: Callable[[int], None] | None = None) -> ShardResult:
+    def __call__(self, task: ShardTask, advance: Callable[[int], None] = lambda _: None) -> ShardResult:
         """Label, commit and report one shard; `advance` is told of every few images done."""
         already = read_marker(self.store, task.shard, self.plan.meta.shards)
         if already is not None:  # by another run on the same store
-            if advance is not None:
-                advance(len(task.keys))
+            advance(len(task.keys))
             return ShardResult(task.shard, already.rows, len(already.quarantine), committed=False)
-        return label_shard(
-            task, self.root, self.store, self.plan, self.config, self.teacher, self.decoder, advance or (lambda _: None)
-        )
+        return label_shard(task, self.root, self.store, self.plan, self.config, self.teacher, self.decoder, advance)
 
 
 def decoder_for(teacher: LoadedTeacher, config: LabelerConfig, device: str, threads: int) -> Decoder:

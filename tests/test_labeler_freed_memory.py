@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is meant")
 ROOT = Path(__file__).parents[1]
 FAULTS_OF_LATER_STEPS = """
 import resource, sys, torch
@@ -62,17 +63,14 @@ def default_faults():
     return found
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is meant")
 def test_later_steps_get_the_memory_that_was_freed(default_faults):
     assert faults("kept") < default_faults / 20
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is meant")
 def test_what_was_kept_for_a_while_goes_back_to_the_system(default_faults):
     assert in_a_process_of_its_own(HELD_AFTER_BEING_FREED) > 200 << 20
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is meant")
 @pytest.mark.parametrize("variable", [{"MALLOC_ARENA_MAX": "2"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}])
 def test_what_a_user_has_set_for_malloc_stays(default_faults, variable):
     assert faults("kept", **variable) > default_faults / 20

@@ -106,7 +106,7 @@ def evaluation_loader(
             std=tuple(transform["std"]),
             crop_pct=transform["crop_pct"],
             crop_mode=transform["crop_mode"],
-            orientation=transform.get("orientation", "exif"),
+            orientation=transform["orientation"],
             batch_size=batch_size,
             interpolation="bicubic",
             rank=ranks.rank,

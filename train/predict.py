@@ -124,7 +124,7 @@ def see(path: Path, trained: Trained) -> np.ndarray:
         raise InputError(f"{named} cannot be read", got=error.strerror) from None
     try:
         check_header(data, 1, LabelerConfig.max_pixels)
-        image = open_rgb(data, trained.transform.get("orientation", "exif"))
+        image = open_rgb(data, trained.transform["orientation"])
     except BadImage as error:
         raise InputError(f"{named} cannot be used", got=error) from None
     except Exception as error:  # PIL's decoders raise many types

@@ -92,7 +92,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: Ranks, resume: str | Path | None = None) -> None:
         self.config, self.ranks, self.folder = config, ranks, Path(config.run.out)
         found = starting_point(self.folder, resume)
-        self.went_back = str(resume) not in ("None", "auto")
+        self.went_back = resume is not None and str(resume) != "auto"
         if found is not None:
             refuse_other_run(config, found[1], ranks)
         self.threads = set_threads(config.run.threads or (None if found is None else found[1].threads))

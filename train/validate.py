@@ -89,9 +89,9 @@ def load_trained(path: str | Path, ema: bool | None = None) -> Trained:
         net = restore_network(info, read_weights(folder, info, ema))
         dense = info.config["loss"]["dense_weight"] > 0
         name = f"{folder} (moving average)" if ema else str(folder)
-        return Trained(
-            net, name, info.transform, info.class_names, info.class_folders, dense, info.config["run"]["precision"]
-        )
+        transform = {"orientation": "exif", **info.transform}
+        precision = info.config["run"]["precision"]
+        return Trained(net, name, transform, info.class_names, info.class_folders, dense, precision)
     try:
         net = load_reference_checkpoint(path, ema=bool(ema))  # type: ignore[assignment]
     except ModelError as error:
@@ -100,6 +100,7 @@ def load_trained(path: str | Path, ema: bool | None = None) -> Trained:
     transform = {
         "mean": usual.get("mean", IMAGENET_MEAN), "std": usual.get("std", IMAGENET_STD),
         "crop_pct": usual.get("crop_pct", 0.9), "crop_mode": usual.get("crop_mode", "center"),
+        "orientation": "exif",
     }  # fmt: skip
     # What was published with 1,000 classes has ImageNet's, in their usual order.
     names = list(imagenet_names()[1]) if net.num_classes == IMAGENET_CLASSES else []

@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from labeler import LabelerConfig, TeacherConfig, label_images
+from labeler.decoders import automatic_decoder
 from labeler.freed_memory import keep_freed_memory
 from labeler.images import find_images
 from scripts.benchmark import photographs
@@ -153,7 +154,7 @@ def _case(options: Options, images: Path, way: str, batch: int, workers: int) ->
         sought=dict.fromkeys(ceilings, 0.85),
         note=note_of(
             f"{options.cores} cores",
-            f"the labeler decodes with {photographs.decoder_in_use() if options.device == 'cuda' else 'PIL'}",
+            f"the labeler decodes with {automatic_decoder(options.device).upper()}",
             "the bare forward pass reads, codes and writes nothing",
             "the loop, a plain script, gives freed memory back, too" if options.device == "cpu" else "",
         ),

@@ -51,6 +51,11 @@ class Limits:
             2 * here.nbytes / _seconds(lambda: here.copy_(there), device),
         )
 
+    @property
+    def update(self) -> float:
+        """Seconds of one update of a scan's state, forward and backward."""
+        return 2 / self.exponentials + (SCAN_FORWARD + SCAN_BACKWARD) / self.vector
+
     def text(self) -> str:
         return (
             f"{2 * self.multiply / 1e9:,.0f} GFLOP/s, {self.exponentials / 1e9:.1f} G exponentials/s, "
@@ -91,7 +96,7 @@ def scan_limit(limits: Limits, updates: int, inputs: int) -> float:
 
     The inputs are read twice; result, its gradient and the inputs' gradients are moved once.
     """
-    compute = updates * (2 / limits.exponentials + (SCAN_FORWARD + SCAN_BACKWARD) / limits.vector)
+    compute = updates * limits.update
     return compute + 4 * inputs / limits.traffic
 
 
@@ -114,7 +119,7 @@ def step_limit(limits: Limits, cost: Cost, parameters: int, batch: int, activati
     """
     products, scan = _parts(cost)
     image = 3 * products / limits.multiply
-    image += scan / SCAN_FORWARD * (2 / limits.exponentials + (SCAN_FORWARD + SCAN_BACKWARD) / limits.vector)
+    image += scan / SCAN_FORWARD * limits.update
     image += 2 * cost.activations * activation_bytes / 4 / limits.traffic
     return batch * image + parameters * BYTES_PER_PARAMETER / limits.traffic
 

@@ -13,8 +13,6 @@ Legend: B images; C classes; P palette size; T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from labeler.freed_memory import freed_memory_kept
@@ -69,13 +67,12 @@ def run(options: Options) -> Result:
 def time_case(options: Options, inputs: Inputs, name: str, how: str = "", ready: Batch | None = None) -> Case:
     mix = MIXES[name]
     refuse_difference(inputs, mix)
-    sides = {side: time_of(options, lambda side=side: inputs.run(side, mix, ready)) for side in (OURS, DENSE)}
+    sides = {
+        side: milliseconds(lambda side=side: inputs.run(side, mix, ready), options.device, options.calls)
+        for side in (OURS, DENSE)
+    }
     what = f"forward and backward, B {BATCH}, T 196, C {CLASSES:,}, P {PALETTE}, {name}{how}"
     return Case(what, "ms", take_turns(sides, options.rounds(9)), sought={DENSE: 5})
-
-
-def time_of(options: Options, call: Callable[[], object]) -> Callable[[], float]:
-    return milliseconds(call, options.device, options.calls)
 
 
 def refuse_difference(inputs: Inputs, mix: MixBox | None) -> None:

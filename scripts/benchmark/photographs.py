@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from labeler.decoders import has_dali
 from labeler.errors import InputError
 from labeler.images import find_images
 
@@ -53,11 +52,6 @@ def _field(random: np.random.Generator, cells: int, width: int, height: int) -> 
     """float32 [h, w]: noise of about `cells` cells along each side, interpolated smoothly."""
     coarse = random.standard_normal((cells, cells), np.float32)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def decoder_in_use() -> str:
-    """What the loader, and the labeler on a GPU, read images with, unless they are told otherwise."""
-    return "DALI" if has_dali() else "PIL"
 
 
 def copies_of(images: Path, folder: Path, copies: int) -> Path:

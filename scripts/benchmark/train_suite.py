@@ -39,7 +39,7 @@ from scripts.benchmark.measure import (
     per_second,
     take_turns,
 )
-from scripts.benchmark.photographs import about, decoder_in_use
+from scripts.benchmark.photographs import about
 from scripts.benchmark.stock_model import has_mamba_ssm, our_scan, scan_in_use, stock_model
 from scripts.benchmark.synthetic_batch import synthetic_batch
 from train.device import set_threads
@@ -217,7 +217,7 @@ def end_to_end(options: Options, batch: int) -> Result:
         return Result(left_out={name: str(error)})
     note = note_of(
         f"waiting for data: {100 * max(waits):.1f} % of the time at most",
-        f"images decoded by {decoder_in_use()}",
+        f"images decoded by {'DALI' if has_dali() else 'PIL'}",
         our_scan(options.device),
         KEPT[options.device],
     )
