@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from labeler.command_line import OneLineParser, add_command, at_least, run_command
 from labeler.config import AUTOCASTS, DECODERS, ORIENTATIONS, PRECISIONS, VIEWS, LabelerConfig, TeacherConfig
+from labeler.score_code import QUALITIES, Encoding
 
 QUARANTINED = 3
 STOPPED = 143
@@ -51,12 +52,13 @@ def _label(options: argparse.Namespace) -> int:
         print(json.dumps(asdict(summary)))
     else:
         known = "" if summary.agreement is None else f", agreement with the folders' classes {summary.agreement:.1%}"
+        share = "" if summary.kl_of_reference is None else f" ({summary.kl_of_reference:.2f} of top-5 float16 files')"
         ignored = f" ({summary.other_files} files of other kinds left alone)" if summary.other_files else ""
         print(
             f"{summary.rows:,} images in {summary.shards} shards, {summary.quarantined} in the quarantine{ignored}\n"
             f"{summary.labeled_now:,} labeled now in {summary.seconds:.1f} s ({summary.images_per_s:.1f} images/s)\n"
-            f"{summary.bytes_per_image:,.0f} bytes per image, KL to the teacher {summary.kl:.4f} nats, "
-            f"palette coverage {summary.coverage:.1%}{known}\n{summary.store}"
+            f"{summary.bytes_per_image:,.0f} bytes per image, KL from the teacher {summary.kl:.4f} nats{share}, "
+            f"first class kept in {summary.first_kept:.1%} of the cells{known}\n{summary.store}"
         )
         if summary.quarantined:
             print(f"see {Path(options.store) / 'quarantine.jsonl'}", file=sys.stderr)
@@ -181,25 +183,21 @@ def _add_label(commands: Any) -> None:
     teacher.add_argument(
         "--view", choices=VIEWS, default="full", help="the whole picture, or the teacher's centre crop"
     )
-    teacher.add_argument("--tta", choices=("none", "flip"), default="none", help="average with the mirrored image")
+    teacher.add_argument("--tta", choices=("none", "flip"), default="flip", help="flip: average with the mirrored image; none halves the cost")
     teacher.add_argument("--autocast", choices=AUTOCASTS, default="auto", help="auto: bf16 on a GPU, none on a CPU")
     teacher.add_argument("--compile", action="store_true", help="torch.compile the teacher")
 
     labels = label.add_argument_group("labels")
+    base = Encoding()
+    labels.add_argument("--quality", choices=tuple(QUALITIES), default=default.quality, help="how true, and how large")
     labels.add_argument(
-        "--palette", type=int, default=default.palette, metavar="P", help="most classes kept per image (%(default)s)"
+        "--bytes-per-image", type=int, metavar="N", help="the truest labels of about N bytes, settled on a sample first"
     )
+    labels.add_argument("--palette", type=int, metavar="P", help=f"most classes with a plane of scores ({base.palette})")
+    labels.add_argument("--tail", type=int, metavar="R", help=f"most classes that share one plane ({base.tail})")
+    labels.add_argument("--levels", type=int, help=f"steps of the square root of a probability ({base.levels})")
+    labels.add_argument("--threshold", type=float, help=f"nats that a byte must save to be spent ({base.threshold:g})")
     labels.add_argument("--precision", choices=PRECISIONS, default=default.precision)
-    labels.add_argument(
-        "--fine-step", type=float, default=default.fine_step, help="nats between codes near 0 (%(default)s)"
-    )
-    labels.add_argument("--knee", type=float, default=default.knee, help="where the coarse steps begin (%(default)s)")
-    labels.add_argument(
-        "--coarse-step", type=float, default=default.coarse_step, help="nats between codes below (%(default)s)"
-    )
-    labels.add_argument(
-        "--score-floor", type=float, default=default.score_floor, help="lower scores are cut (%(default)s)"
-    )
 
     images = label.add_argument_group("images")
     images.add_argument(

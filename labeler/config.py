@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from labeler.errors import InputError
+from labeler.score_code import QUALITIES
 
 VIEWS = ("full", "center")
 PRECISIONS = ("uint8", "float16")
@@ -24,7 +25,7 @@ class TeacherConfig:
     input_size      side S of the square input in pixels; None: the teacher's own
     mean, std       per-channel normalisation of images in 0..1; None: the teacher's own
     view            "full": the whole picture squeezed to S×S; "center": the teacher's own evaluation crop
-    flip            average with the pass over the mirrored image, mirrored back
+    flip            average with the pass over the mirrored image, mirrored back: truer maps at twice the cost
     autocast        "auto": bf16 on a GPU, none on a CPU
     compile         run the teacher through torch.compile
     """
@@ -37,7 +38,7 @@ class TeacherConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     view: str = "full"
-    flip: bool = False
+    flip: bool = True
     autocast: str = "auto"
     compile: bool = False
 
@@ -59,9 +60,10 @@ class TeacherConfig:
 class LabelerConfig:
     """One labeling run.
 
-    palette       P, the most classes kept per image, each as one dense plane
-    precision     "uint8": codes into one table of 256 scores; "float16": the scores themselves
-    fine_step     nats between codes from 0 down to `knee`; `coarse_step` below; scores are cut at `score_floor`
+    quality       "low", "default" or "high": how true, and how large, the labels are
+    bytes_per_image  instead: the truest labels of about so many bytes an image, settled on a sample before the first shard
+    palette, tail, levels, threshold  see `labeler.score_code.Encoding`; None: the quality's
+    precision     "uint8": codes into one table of 256 scores; "float16": the scores themselves, `palette` dense planes
     orientation   "exif": turn images as their EXIF tag says (the loaders follow the store's setting); "ignore": do not
     min_side      images with a shorter side, in pixels, go to the quarantine
     max_pixels    images with more pixels go to the quarantine before they are decoded
@@ -74,12 +76,13 @@ class LabelerConfig:
     """
 
     teacher: TeacherConfig
-    palette: int = 8
+    quality: str = "default"
+    bytes_per_image: int | None = None
+    palette: int | None = None
+    tail: int | None = None
+    levels: int | None = None
+    threshold: float | None = None
     precision: str = "uint8"
-    fine_step: float = 0.06
-    knee: float = -3.0
-    coarse_step: float = 0.25
-    score_floor: float = -20.0
     orientation: str = "exif"
     min_side: int = 8
     max_pixels: int = 100_000_000
@@ -98,9 +101,16 @@ class LabelerConfig:
 
     def __post_init__(self) -> None:
         _one_of("--precision", self.precision, PRECISIONS)
+        _one_of("--quality", self.quality, tuple(QUALITIES))
+        if self.bytes_per_image is not None and (self.threshold is not None or self.precision == "float16"):
+            raise InputError(
+                "--bytes-per-image picks the threshold of uint8 codes itself",
+                got=f"--threshold {self.threshold}, --precision {self.precision}", remedy="Give one or the other.",
+            )  # fmt: skip
         _one_of("--orientation", self.orientation, ORIENTATIONS)
         _one_of("--decoder", self.decoder, DECODERS)
-        for name in ("palette", "shard_size", "batch_size", "threads", "max_attempts", "min_side", "max_pixels"):
+        names = ("bytes_per_image", "palette", "shard_size", "batch_size", "threads", "max_attempts", "min_side")
+        for name in (*names, "max_pixels"):
             _positive("--" + name.replace("_", "-"), getattr(self, name))
         if self.workers < 0:
             raise InputError("--workers is a count", got=self.workers, expected="0 (this process) or more")

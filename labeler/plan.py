@@ -9,19 +9,24 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from labeler import __version__
 from labeler.commit import read_sealed, write_sealed
 from labeler.config import ORIENTATIONS
 from labeler.errors import IntegrityError, MismatchError
+from labeler.score_code import Encoding, ScoreCode
 from labeler.shard_file import Layout, row_layout
 
 PLAN_FILE = "plan.json"
 FORMAT_NAME = "token-label store"
-FORMAT_VERSION = "1.0"
-COMPARED = ("num_classes", "class_names", "palette", "grid", "precision", "orientation", "score_kind")
+FORMAT_VERSION = "2.0"
+READABLE = ("1", "2")  # major versions
+COMPARED = ("format_version", "num_classes", "class_names", "palette", "tail", "grid", "precision", "orientation", "score_kind")
 KINDS = frozenset({("logprob", "uint8"), ("logprob", "float16"), ("logit", "float16")})
 MAX_CLASSES = 1 << 31
 MAX_ROW = 32 << 20  # scores of one image
@@ -36,7 +41,7 @@ class StoreMeta:
     grid                 H, W of the maps
     score_kind           "logprob" or "logit" (see FORMAT.md)
     precision            "uint8" or "float16"
-    palette              P
+    palette              P; tail: R
     class_names          one for each of `num_classes`, or empty
     orientation          "exif" or "ignore": how the images were turned before labeling
     teacher              name, weights_sha256, input_size, view, interpolation, mean, std, …
@@ -54,6 +59,7 @@ class StoreMeta:
     dataset_fingerprint: str
     num_images: int
     shards: int
+    tail: int = 0
     format: str = FORMAT_NAME
     format_version: str = FORMAT_VERSION
     writer: str = f"token-labeling {__version__}"
@@ -63,6 +69,10 @@ class StoreMeta:
         plain = asdict(self)
         for name in ("class_names", "teacher"):
             plain[name] = json.dumps(plain[name], ensure_ascii=False, sort_keys=True)
+        if self.format_version.startswith("1."):
+            del plain["tail"]
+        elif shard is not None:  # a thousand names weigh more than a hundred rows: the plan and the view have them
+            del plain["class_names"]
         return plain if shard is None else {**plain, "shard": shard}
 
 
@@ -88,7 +98,19 @@ class Plan:
     def layout(self) -> Layout:
         """The data sets of every shard."""
         m = self.meta
-        return row_layout(m.palette, m.grid, m.num_classes, m.score_kind, m.precision, self.key_bytes)
+        return row_layout(m.palette, m.grid, m.num_classes, m.score_kind, m.precision, self.key_bytes, m.tail)
+
+    @property
+    def encoding(self) -> Encoding:
+        """How maps were, and are, made into rows."""
+        chosen = {name: self.settings[name] for name in ("levels", "threshold") if name in self.settings}
+        return Encoding(self.meta.palette, self.meta.tail, precision=self.meta.precision, **chosen)
+
+    @cached_property
+    def code(self) -> ScoreCode:
+        """What the stored numbers mean."""
+        values = np.array(self.code_values, np.float32) if self.code_values else None
+        return ScoreCode(values, as_background=values is not None and not self.meta.format_version.startswith("1."))
 
     def slice_of(self, shard: int) -> slice:
         return slice(shard * self.shard_size, min((shard + 1) * self.shard_size, self.meta.num_images))
@@ -114,11 +136,11 @@ def load_plan(store: Path) -> Plan | None:
     if not isinstance(meta, dict):
         raise IntegrityError(f"{str(path)!r} is not a plan", got=type(meta).__name__, expected="the plan of a store")
     version = str(meta.get("format_version", "?"))
-    if meta.get("format") != FORMAT_NAME or version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+    if meta.get("format") != FORMAT_NAME or version.split(".")[0] not in READABLE:
         raise MismatchError(
             f"{str(store)!r} cannot be read by this version",
             got=f"{meta.get('format')!r} format {version}",
-            expected=f"{FORMAT_NAME!r} format {FORMAT_VERSION.split('.')[0]}.x",
+            expected=f"{FORMAT_NAME!r} format {' or '.join(f'{major}.x' for major in READABLE)}",
             remedy="Install a version of this package that knows the format.",
         )
     known = {f.name for f in fields(StoreMeta)}
@@ -159,6 +181,7 @@ def _impossible(plan: Plan) -> str | None:
         "a number of shards": m.shards != -(-m.num_images // plan.shard_size),
         "settings": not isinstance(m.teacher, dict) or not isinstance(plan.settings, dict),
         "rows too large": m.palette * m.grid[0] * m.grid[1] > MAX_ROW,
+        "a tail": type(m.tail) is not int or not 0 <= m.tail < 1 << 16 or (m.tail > 0 and m.precision != "uint8"),
     }
     return next((f"{name} that cannot be" for name, fault in wrong.items() if fault), None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from labeler.plan import Plan, plain
+from labeler.score_code import MAX_OFFSET
 from labeler.shard_file import ShardReader, ShardRows
 
 
@@ -28,11 +29,14 @@ def value_problems(plan: Plan, rows: ShardRows) -> list[str]:
     """Values that no labeler writes."""
     meta, problems = plan.meta, []
     unused = np.iinfo(rows.classes.dtype).max
-    if ((rows.classes >= meta.num_classes) & (rows.classes != unused)).any():
+    named = rows.classes if rows.tail_classes is None else np.concatenate([rows.classes, rows.tail_classes], 1)
+    if ((named >= meta.num_classes) & (named != unused)).any():
         problems.append(f"a class id beyond {meta.num_classes - 1}")
-    ordered = np.sort(np.where(rows.classes == unused, -1, rows.classes.astype(np.int64)), axis=1)
+    ordered = np.sort(np.where(named == unused, -1, named.astype(np.int64)), axis=1)
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
-        problems.append("a class twice in one palette")
+        problems.append("a class twice in one palette or tail")
+    if rows.tail_offsets is not None and (np.abs(rows.tail_offsets.astype(np.int16)) > MAX_OFFSET * 4).any():
+        problems.append("a tail offset that is no offset")
     if not np.isfinite(rows.scores).all() or (rows.background is not None and not np.isfinite(rows.background).all()):
         problems.append("scores that are not finite")
     y0, x0, y1, x1 = rows.region.T

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from labeler.choose_encoding import asked_encoding, fit_encoding
 from labeler.class_names import name_classes, targets_of
 from labeler.commit import Marker
 from labeler.config import LabelerConfig
@@ -18,22 +19,17 @@ from labeler.executor import run_in_process, run_on_ray
 from labeler.foreign_store import remember_written
 from labeler.images import ImageSet, find_images, refuse_other_images
 from labeler.plan import Plan, StoreMeta, load_plan
-from labeler.score_maps import code_table
+from labeler.score_code import Encoding, code_table
 from labeler.store import LabelStore
 from labeler.writer import begin_store, committed_shards, finish_store
 
 if TYPE_CHECKING:
     from labeler.teacher import TeacherInfo
 
-MAX_SHARD_SIZE = 10_000
+MIN_SHARD_SIZE, MAX_SHARD_SIZE = 256, 10_000
 # Settings, besides the teacher's own, that decide what a label is.
 VALUE_SETTINGS = (
-    "palette",
-    "precision",
-    "fine_step",
-    "knee",
-    "coarse_step",
-    "score_floor",
+    "bytes_per_image",
     "orientation",
     "min_side",
     "max_pixels",
@@ -44,7 +40,9 @@ VALUE_SETTINGS = (
 class LabelSummary:
     """What a run did. Counts are of images; `seconds` are this run's own, from the first worker's readiness on.
 
-    kl and coverage are means over the whole store: KL(teacher ‖ store) per cell in nats, probability in the palette.
+    Means over the whole store: kl, KL(teacher ‖ store) per cell in nats; coverage, the probability that the labels name;
+    first_kept, the share of cells whose first class is kept. kl_of_reference is kl as a share of what the reference's
+    files (five float16 logits per cell) lose of the same maps; None where that was not compared.
     agreement is the share of images whose mean map names the true class, None where no true class is known.
     """
 
@@ -58,6 +56,8 @@ class LabelSummary:
     images_per_s: float
     kl: float
     coverage: float
+    first_kept: float
+    kl_of_reference: float | None
     agreement: float | None
     other_files: int
 
@@ -80,7 +80,8 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     config = _with_autocast(config, device)
     # Built here once, on the CPU, so that a wrong teacher is told of before any worker starts.
     info = create_teacher(config.teacher, "cpu" if config.workers else device).info
-    plan = begin_store(path, make_plan(found, info, config, begun))
+    encoding = _encoding(found, config, device if not elsewhere else "cpu", begun)
+    plan = begin_store(path, make_plan(found, info, config, encoding, begun))
     markers = committed_shards(path, plan)
     tasks = [make_task(plan, found, shard) for shard in range(plan.meta.shards) if shard not in markers]
     labeled, seconds = _run(tasks, found, path, plan, config, device, markers)
@@ -107,15 +108,31 @@ def stored_keys(store: Path) -> tuple[str, ...]:
         return ()
 
 
-def make_plan(images: ImageSet, info: TeacherInfo, config: LabelerConfig, found: Plan | None) -> Plan:
+def _encoding(images: ImageSet, config: LabelerConfig, device: str, begun: Plan | None) -> Encoding:
+    if config.bytes_per_image is None:
+        return asked_encoding(config)
+    if begun is not None and begun.settings.get("bytes_per_image") == config.bytes_per_image:
+        return begun.encoding  # as it was settled before the first shard
+    return fit_encoding(config, images, device)
+
+
+def make_plan(
+    images: ImageSet, info: TeacherInfo, config: LabelerConfig, encoding: Encoding, found: Plan | None
+) -> Plan:
     """The plan that `config` asks for; the shard size of a store that was begun stays unless it is set."""
     names, folders = name_classes(images.keys, info.num_classes, config.class_names)
     size = config.shard_size or (found.shard_size if found else default_shard_size(len(images)))
-    table = code_table(config.fine_step, config.knee, config.coarse_step, config.score_floor)
+    coded = encoding.precision == "uint8"
+    palette, tail = encoding.places(info.num_classes)
+    settings = {name: getattr(config, name) for name in VALUE_SETTINGS}
+    settings |= {"from_list": config.image_list is not None}
+    if coded:
+        settings |= {"levels": encoding.levels, "threshold": encoding.threshold}
     meta = StoreMeta(
         num_classes=info.num_classes,
         class_names=names,
-        palette=config.palette,
+        palette=palette,
+        tail=tail,
         grid=info.grid,
         score_kind="logprob",
         precision=config.precision,
@@ -127,17 +144,17 @@ def make_plan(images: ImageSet, info: TeacherInfo, config: LabelerConfig, found:
     )
     return Plan(
         meta=meta,
-        settings={"from_list": config.image_list is not None, **{n: getattr(config, n) for n in VALUE_SETTINGS}},
+        settings=settings,
         shard_size=size,
         key_bytes=max(len(key.encode()) for key in images.keys),
-        code_values=tuple(table.tolist()) if config.precision == "uint8" else (),
+        code_values=tuple(code_table(encoding.levels).tolist()) if coded else (),
         class_folders=dict(folders),
     )
 
 
 def default_shard_size(images: int) -> int:
-    """About 64 shards, so that workers share them evenly, of 32 to 10,000 images."""
-    return min(MAX_SHARD_SIZE, max(32, math.ceil(images / 64)))
+    """About 64 shards, so that workers share them evenly, of 256 to 10,000 images: a shard's own bytes hardly count."""
+    return min(MAX_SHARD_SIZE, max(MIN_SHARD_SIZE, math.ceil(images / 64)))
 
 
 def teacher_record(info: TeacherInfo, config: LabelerConfig) -> dict[str, Any]:
@@ -201,7 +218,8 @@ def _run(
 
 def _summary(store: Path, markers: list[Marker], labeled: int, seconds: float, other: int) -> LabelSummary:
     rows = sum(marker.rows for marker in markers)
-    total = {name: sum(m.stats.get(name, 0.0) for m in markers) for name in ("kl", "coverage", "agree", "known")}
+    names = ("kl", "coverage", "first_kept", "reference_kl", "compared_kl", "agree", "known")
+    total = {name: sum(m.stats.get(name, 0.0) for m in markers) for name in names}
     size = sum(file.stat().st_size for file in store.iterdir())
     return LabelSummary(
         store=str(store),
@@ -214,6 +232,8 @@ def _summary(store: Path, markers: list[Marker], labeled: int, seconds: float, o
         images_per_s=labeled / seconds if seconds > 0 else 0.0,
         kl=total["kl"] / max(1, rows),
         coverage=total["coverage"] / max(1, rows),
+        first_kept=total["first_kept"] / max(1, rows),
+        kl_of_reference=total["compared_kl"] / total["reference_kl"] if total["reference_kl"] else None,
         agreement=total["agree"] / total["known"] if total["known"] else None,
         other_files=other,
     )

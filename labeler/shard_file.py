@@ -1,6 +1,6 @@
-"""One shard as an HDF5 file, format 1.0 (see FORMAT.md): the only file that imports h5py.
+"""One shard as an HDF5 file (see FORMAT.md): the only file that imports h5py.
 
-Legend: n rows of the shard; P palette size; H×W map grid.
+Legend: n rows of the shard; P palette size; R tail size; H×W map grid.
 
 A shard is built in memory, because libhdf5 ends the process when a disk fills up under it. A shard is read through
 HDF5 once, to check its layout and to learn where each chunk lies; rows are then read from the file directly, outside
@@ -9,6 +9,7 @@ h5py's global lock.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import secrets
@@ -29,8 +30,11 @@ import xxhash
 from labeler.errors import IntegrityError
 
 VIEW_FILE = "labels.h5"
-LEVEL = 6
+LEVEL = 9
 META_ROWS = 1024  # rows in a chunk of the small data sets
+_LIBRARY = ctypes.CDLL(h5py.h5p.__file__)  # its dependencies, and so libhdf5, are searched as well
+MOST_IN_4_BYTES = 1 << 30  # bytes of data before compression, in a file whose places take four bytes
+MAX_LINKS = 32
 MAX_ATTRIBUTES, MAX_ATTRIBUTE_BYTES = 100, 64 << 20  # of which class names need most
 Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # data set name -> (type, shape of one row)
 # Where a row's chunk lies. All rows of all open shards are held, so it is kept small.
@@ -45,6 +49,8 @@ class ShardRows:
     scores        uint8 codes or float16 [n, P, H, W]
     background    likewise [n, H, W]; None in a `logit` store
     classes       uint16 or uint32 [n, P]; the type's maximum where unused
+    tail_classes  likewise [n, R]; None in a store without a tail
+    tail_offsets  int8 [n, R], in quarter nats; likewise
     region        float32 [n, 4]; image_size uint32 [n, 2]; target int32 [n] (−1 unknown)
     image_digest  uint64 [n]: xxh3-64 of the image file's bytes
     keys          n strings
@@ -58,14 +64,16 @@ class ShardRows:
     target: np.ndarray
     image_digest: np.ndarray
     keys: tuple[str, ...]
+    tail_classes: np.ndarray | None = None
+    tail_offsets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def checksums(self) -> np.ndarray:
-        """uint64 [n]: xxh3-64 over each row's little-endian bytes in the order of the fields above, the key last."""
-        fields = [self.scores, self.background, self.classes, self.region, self.image_size, self.target]
-        fields += [self.image_digest]
+        """uint64 [n]: xxh3-64 over each row's little-endian bytes in the order of the docstring above, the key last."""
+        fields = [self.scores, self.background, self.classes, self.tail_classes, self.tail_offsets]
+        fields += [self.region, self.image_size, self.target, self.image_digest]
         n = len(self)
         parts = [little_endian(f).reshape(n, -1).view(np.uint8) for f in fields if f is not None] if n else []
         record = np.concatenate(parts, axis=1) if n else np.zeros((0, 0), np.uint8)
@@ -100,8 +108,8 @@ def build_shard(
         "key": np.array(keys, layout["key"][0]),
         "checksum": rows.checksums(),
     }
-    with _memory_file() as file:
-        _write_attributes(file, attributes)
+    payload = sum(len(rows) * dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+    with _memory_file(payload) as file:
         for name, (dtype, row_shape) in layout.items():
             array: np.ndarray = special[name] if name in special else getattr(rows, name)
             shape = row_shape if name == "code_values" else (len(rows), *row_shape)
@@ -109,6 +117,7 @@ def build_shard(
                 raise ValueError(f"{name} is {array.dtype} {array.shape}, the layout has {dtype} {shape}")
             per_image = name in ("scores", "background")
             _add(file, name, array, (1 if per_image else min(META_ROWS, max(1, shape[0])), *shape[1:]))
+        _write_attributes(file, attributes)  # last: they fill space that the links left behind
         file.flush()
         return file.id.get_file_image()
 
@@ -119,7 +128,7 @@ def build_view(shards: Sequence[tuple[str, int]], layout: Layout, attributes: Ma
     layout: data set name -> (dtype, shape of one row); `code_values` is taken from the first shard.
     """
     total = sum(rows for _, rows in shards)
-    with _memory_file() as file:
+    with _memory_file(0) as file:
         _write_attributes(file, attributes)
         for name, (dtype, row_shape) in layout.items():
             if name == "code_values":
@@ -138,7 +147,7 @@ def build_view(shards: Sequence[tuple[str, int]], layout: Layout, attributes: Ma
 
 
 def row_layout(
-    palette: int, grid: tuple[int, int], num_classes: int, kind: str, precision: str, key_bytes: int
+    palette: int, grid: tuple[int, int], num_classes: int, kind: str, precision: str, key_bytes: int, tail: int = 0
 ) -> Layout:
     """Data set name -> (dtype, shape of one row) of every store with these settings."""
     scores = score_dtype(precision)
@@ -147,6 +156,8 @@ def row_layout(
         "background": (scores, grid),
         "code_values": (np.dtype("<f4"), (256,)),
         "classes": (class_dtype(num_classes), (palette,)),
+        "tail_classes": (class_dtype(num_classes), (tail,)),
+        "tail_offsets": (np.dtype("i1"), (tail,)),
         "region": (np.dtype("<f4"), (4,)),
         "image_size": (np.dtype("<u4"), (2,)),
         "target": (np.dtype("<i4"), ()),
@@ -156,6 +167,8 @@ def row_layout(
     }
     if kind == "logit":
         del layout["background"]
+    if not tail:
+        del layout["tail_classes"], layout["tail_offsets"]
     if precision != "uint8":
         del layout["code_values"]
     return layout
@@ -209,8 +222,8 @@ class ShardReader:
     def read(self, rows: np.ndarray) -> ShardRows:
         """The rows [K] in the order asked for, each compared with its checksum. Raises IntegrityError with the key."""
         arrays = {name: self._planes(name, rows) for name in self._chunks}
-        names = ("classes", "region", "image_size", "target", "image_digest")
-        small = {name: self.small(name)[rows] for name in names}
+        names = ("classes", "tail_classes", "tail_offsets", "region", "image_size", "target", "image_digest")
+        small = {name: self.small(name)[rows] for name in names if name in self._layout}
         found = ShardRows(
             arrays["scores"],
             arrays.get("background"),
@@ -231,7 +244,7 @@ class ShardReader:
         return self._small.get("code_values")
 
     def small(self, name: str) -> np.ndarray:
-        """A small data set, whole: classes, region, image_size, target, image_digest, key or checksum."""
+        """A small data set, whole: classes, tail_…, region, image_size, target, image_digest, key or checksum."""
         return self._small[name] if self.rows else np.zeros((0, *self._layout[name][1]), self._layout[name][0])
 
     def _planes(self, name: str, rows: np.ndarray) -> np.ndarray:
@@ -333,19 +346,35 @@ def _chunk_table(data: h5py.Dataset, path: Path) -> tuple[bool, np.ndarray]:
     return bool(data.shuffle), table
 
 
-def _memory_file() -> h5py.File:
+def _memory_file(payload: int) -> h5py.File:
+    """A new file in memory for about `payload` bytes of data."""
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fapl_core(backing_store=False)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    # A shard of few rows should not be mostly empty space: no blocks set aside, attributes and links in the header,
+    # and four bytes for a place in the file where that is enough.
+    access.set_meta_block_size(0)
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_sizes(*((4, 4) if payload < MOST_IN_4_BYTES else (8, 8)))
+    creation.set_attr_phase_change(MAX_ATTRIBUTES, MAX_ATTRIBUTES - 1)
+    _set_property("H5Pset_link_phase_change", creation, MAX_LINKS, MAX_LINKS - 1)
     # The name is never a file: it only has to differ from that of every other open memory file.
-    name = f"memory-{secrets.token_hex(8)}"
-    return h5py.File(name, "w", driver="core", backing_store=False, libver=("v110", "v110"))
+    name = f"memory-{secrets.token_hex(8)}".encode()
+    return h5py.File(h5py.h5f.create(name, h5py.h5f.ACC_TRUNC, fcpl=creation, fapl=access))
 
 
 def _add(file: h5py.File, name: str, array: np.ndarray, chunks: tuple[int, ...]) -> None:
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    _set_property("H5Pset_dset_no_attrs_hint", properties, 1)
+    data = little_endian(array)
     if not array.size:
-        file.create_dataset(name, data=little_endian(array), track_times=False)
+        file.create_dataset(name, data=data, dcpl=properties, track_times=False)
         return
     file.create_dataset(
         name,
-        data=little_endian(array),
+        data=data,
+        dcpl=properties,
         chunks=chunks,
         compression="gzip",
         compression_opts=LEVEL,
@@ -353,6 +382,14 @@ def _add(file: h5py.File, name: str, array: np.ndarray, chunks: tuple[int, ...])
         fletcher32=True,
         track_times=False,
     )
+
+
+def _set_property(function: str, properties: Any, *values: int) -> None:
+    """Call a setter of libhdf5 that h5py does not wrap. Where it cannot be found, files only get some kB larger."""
+    setter = getattr(_LIBRARY, function, None)
+    if setter is not None:
+        with h5py._objects.phil:
+            setter(ctypes.c_int64(properties.id), *(ctypes.c_uint(value) for value in values))
 
 
 def _write_attributes(file: h5py.File, attributes: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """`LabelStore`: read a label store by row or by key.
 
-Legend: N rows asked for; P palette size; H×W map grid.
+Legend: N rows asked for; P palette size; R tail size; H×W map grid.
 
 The reader goes by the plan, the markers and shard arithmetic; it never follows links inside a file, and it compares
 every shard with its digest when it first opens it and every row with its checksum when it reads it.
@@ -23,6 +23,7 @@ from labeler.commit import Marker, check_file, read_marker
 from labeler.errors import InputError, IntegrityError
 from labeler.foreign_store import refuse_hostile
 from labeler.plan import Plan, StoreMeta, load_plan
+from labeler.score_code import ScoreCode
 from labeler.score_maps import ScoreMaps
 from labeler.shard_file import ShardReader, ShardRows
 
@@ -34,16 +35,25 @@ CACHES = (None, "ram", "ram-compressed")
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows as they are stored, for decoding elsewhere: `code_values[scores]` gives the scores of uint8 codes.
+    """Rows as they are stored, for decoding elsewhere; `LabelStore.code` says what uint8 codes mean.
 
     classes int64 [N, P] (−1 unused); scores uint8 or float16 [N, P, H, W]; background likewise [N, H, W], or None in a
-    `logit` store, where it is 0; region float32 [N, 4].
+    `logit` store, where it is 0; region float32 [N, 4]; tail_classes int64 [N, R] (−1 unused); tail_offsets int8 [N, R],
+    in quarter nats.
     """
 
     classes: np.ndarray
     scores: np.ndarray
     background: np.ndarray | None
     region: np.ndarray
+    tail_classes: np.ndarray
+    tail_offsets: np.ndarray
+
+    def maps(self, code: ScoreCode, num_classes: int) -> ScoreMaps:
+        """Decoded."""
+        scores, background = code.decode(self.scores, self.background)
+        offsets = self.tail_offsets.astype(np.float32) / 4
+        return ScoreMaps(self.classes, scores, background, self.region, num_classes, self.tail_classes, offsets)
 
 
 class LabelStore:
@@ -135,9 +145,14 @@ class LabelStore:
         return [key for shard in range(len(self.markers)) for key in self.reader(shard).keys]
 
     @property
+    def code(self) -> ScoreCode:
+        """What stored scores mean."""
+        return self.plan.code
+
+    @property
     def code_values(self) -> np.ndarray | None:
         """float32 [256]: the score of each uint8 code; None where scores are float16."""
-        return np.array(self.plan.code_values, np.float32) if self.plan.code_values else None
+        return self.code.values
 
     def row_of(self, key: str) -> int:
         """The row of an image. Raises KeyError, with the reason where the image is in the quarantine."""
@@ -152,29 +167,25 @@ class LabelStore:
         raise KeyError(f"{key!r} is not in the store {str(self.path)!r}")
 
     def column(self, name: str) -> np.ndarray:
-        """A small data set over all rows: classes, region, image_size, target, image_digest or checksum."""
+        """A small data set over all rows: classes, tail_…, region, image_size, target, image_digest or checksum."""
         return np.concatenate([self.reader(shard).small(name) for shard in range(len(self.markers))])
 
     def read(self, rows: Sequence[int] | np.ndarray) -> ScoreMaps:
         """The maps of `rows`, in the order given; rows may repeat. Raises IndexError, IntegrityError."""
-        stored, table = self.read_codes(rows), self.code_values
-        scores = table[stored.scores] if table is not None else stored.scores.astype(np.float32)
-        if stored.background is None:
-            background = np.zeros((len(scores), *self.meta.grid), np.float32)
-        else:
-            background = table[stored.background] if table is not None else stored.background.astype(np.float32)
-        return ScoreMaps(stored.classes, scores, background, stored.region, self.meta.num_classes)
+        return self.read_codes(rows).maps(self.code, self.meta.num_classes)
 
-    def read_codes(self, rows: Sequence[int] | np.ndarray) -> StoredRows:
-        """As `read`, before decoding: a quarter of the bytes to move to a GPU."""
+    def read_codes(self, rows: Sequence[int] | np.ndarray, trim: bool = False) -> StoredRows:
+        """As `read`, before decoding: a quarter of the bytes to move to a GPU.
+
+        trim  as few palette and tail places as the rows use, at least one and none
+        """
         wanted = np.asarray(rows, np.int64).reshape(-1)
         if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} asked of a store with {len(self)} rows")
         if self.cache == "ram":
-            whole = self._decoded
-            background = None if whole.background is None else whole.background[wanted]
-            return StoredRows(whole.classes[wanted], whole.scores[wanted], background, whole.region[wanted])
-        return self._gather(wanted)
+            return _rows_of(self._decoded, wanted, trim)
+        found = self._gather(wanted)
+        return _rows_of(found, slice(None), trim) if trim else found
 
     @cached_property
     def _decoded(self) -> StoredRows:
@@ -190,6 +201,8 @@ class LabelStore:
         scores, region = empty("scores"), empty("region")
         background = empty("background") if "background" in layout else None
         classes = np.empty((n, self.meta.palette), np.int64)
+        tail_classes = np.empty((n, self.meta.tail), np.int64)
+        tail_offsets = np.empty((n, self.meta.tail), np.int8)
         shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
         for shard in np.unique(shard_of).tolist():
             places = np.nonzero(shard_of == shard)[0]
@@ -197,9 +210,10 @@ class LabelStore:
             scores[places], region[places] = found.scores, found.region
             if background is not None:
                 background[places] = found.background
-            unused = found.classes == np.iinfo(found.classes.dtype).max
-            classes[places] = np.where(unused, -1, found.classes.astype(np.int64))
-        return StoredRows(classes, scores, background, region)
+            classes[places] = _signed(found.classes)
+            if found.tail_classes is not None:
+                tail_classes[places], tail_offsets[places] = _signed(found.tail_classes), found.tail_offsets
+        return StoredRows(classes, scores, background, region, tail_classes, tail_offsets)
 
     def verify(self, images: str | Path | None = None) -> Verification:
         """Check every bit of the store, and with `images` every image file; see `labeler.verify`."""
@@ -237,9 +251,36 @@ class LabelStore:
                     expected=f"room for one file per shard, {len(self.markers)} in all",
                     remedy='Raise the limit on open files (ulimit -n), or read with cache="ram-compressed".',
                 ) from None
-            classes = reader.small("classes")
-            if ((classes >= self.meta.num_classes) & (classes != np.iinfo(classes.dtype).max)).any():
-                expected = f"ids below {self.meta.num_classes}"
-                raise IntegrityError(f"{str(path)!r} is damaged", got="a class id out of range", expected=expected)
+            for name in ("classes", "tail_classes") if self.meta.tail else ("classes",):
+                if _signed(reader.small(name)).max(initial=-1) >= self.meta.num_classes:
+                    expected = f"ids below {self.meta.num_classes}"
+                    raise IntegrityError(f"{str(path)!r} is damaged", got="a class id out of range", expected=expected)
             self._readers[shard] = reader
         return reader
+
+
+def _rows_of(rows: StoredRows, wanted: np.ndarray | slice, trim: bool) -> StoredRows:
+    """Some rows; with `trim` without the places that none of them uses."""
+    classes, tail_classes = rows.classes[wanted], rows.tail_classes[wanted]
+    places, tail = classes.shape[1], tail_classes.shape[1]
+    if trim:
+        places, tail = max(1, _most_used(classes)), _most_used(tail_classes)
+    return StoredRows(
+        classes[:, :places],
+        rows.scores[wanted, :places],
+        None if rows.background is None else rows.background[wanted],
+        rows.region[wanted],
+        tail_classes[:, :tail],
+        rows.tail_offsets[wanted, :tail],
+    )
+
+
+def _most_used(classes: np.ndarray) -> int:
+    """Places up to the last that any row uses; unused ones stand behind."""
+    used = (classes >= 0).any(0).nonzero()[0]
+    return int(used[-1]) + 1 if len(used) else 0
+
+
+def _signed(classes: np.ndarray) -> np.ndarray:
+    """int64, with −1 for the type's maximum, which marks an unused place."""
+    return np.where(classes == np.iinfo(classes.dtype).max, -1, classes.astype(np.int64))

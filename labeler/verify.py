@@ -19,7 +19,6 @@ from labeler.foreign_store import refuse_hostile, view_rows
 from labeler.images import BadImage, image_digest, image_path, read_image
 from labeler.plan import load_plan
 from labeler.row_checks import shard_problems, value_problems
-from labeler.score_maps import encode_palette
 from labeler.shard_file import VIEW_FILE, ShardReader, file_rows
 from labeler.store import LabelStore
 from labeler.writer import QUARANTINE_FILE
@@ -227,8 +226,9 @@ def teacher_kl(
 
     The second column is what coding these maps anew costs, which is what an honest row has.
     """
+    from labeler.encoder import encode_maps, encode_planes
+
     plan, found = store.plan, []
-    table = np.array(plan.code_values, np.float32) if plan.code_values else None
     for chunk in np.array_split(rows, max(1, len(rows) // 16)):
         decoded = decoder([image_path(images, store.keys[row]).read_bytes() for row in chunk])
         if decoded.failures:
@@ -236,7 +236,10 @@ def teacher_kl(
                 "an image cannot be decoded any more", got=store.keys[chunk[next(iter(decoded.failures))]]
             )
         logits = teacher.label(decoded.pixels)
-        anew = encode_palette(logits, plan.meta.palette, table, plan.settings["score_floor"]).kl
+        if plan.code.as_background or plan.code.values is None:
+            anew = encode_maps(logits, plan.encoding).kl
+        else:  # format 1.0
+            anew = encode_planes(logits, plan.meta.palette, plan.code.values).kl
         log_p = logits.double().log_softmax(1).cpu()
         stored = store.read(chunk).to_torch().dense().double().clamp(min=1e-30).log()
         kl = (log_p.exp() * (log_p - stored)).sum(1).mean((1, 2)).numpy()

@@ -1,6 +1,6 @@
 """Labeling one shard: a plain function of its images, the teacher and the plan, wherever it runs.
 
-Legend: B images of a batch; C classes; P palette size; H×W map grid; S side of the teacher's input.
+Legend: B images of a batch; C classes; P palette size; R tail size; H×W map grid; S side of the teacher's input.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from labeler.commit import read_marker
 from labeler.config import LabelerConfig
 from labeler.decode import Decoded, Decoder, DecodeSettings, teacher_region
 from labeler.decoders import create_decoder
+from labeler.encoder import EncodedMaps, encode_maps
 from labeler.errors import LabelingError, MismatchError, TeacherError
 from labeler.images import BadImage, check_header, image_digest, read_image
 from labeler.plan import Plan
-from labeler.score_maps import EncodedMaps, encode_palette
 from labeler.shard_file import ShardRows
 from labeler.teacher import LoadedTeacher, create_teacher
 from labeler.writer import store_classes, write_shard
 
 BATCHES_AHEAD = 2
+SUMS = ("kl", "coverage", "entropy", "first_kept")  # fields of `EncodedMaps` that are added up over the rows
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,9 @@ def label_shard(
     advance: Callable[[int], None],
 ) -> ShardResult:
     """Decode, label, encode and commit the images of `task`; images that cannot be labeled go to its quarantine."""
-    table = np.array(plan.code_values, np.float32) if plan.code_values else None
     failures: dict[int, str] = {}
     parts: list[ShardRows] = []
-    stats = dict.fromkeys(("kl", "coverage", "entropy", "agree", "known"), 0.0)
+    stats = dict.fromkeys((*SUMS, "agree", "known", "reference_kl", "compared_kl"), 0.0)
     for batch in load_batches(task, root, config, decoder):
         if batch.positions:
             logits = teacher.label(batch.decoded.pixels)
@@ -131,7 +131,7 @@ def label_shard(
                 logits, means = logits[finite], means[finite]
         failures |= batch.failures
         if batch.positions:
-            maps = encode_palette(logits, plan.meta.palette, table, config.score_floor)
+            maps = encode_maps(logits, plan.encoding)
             parts.append(_rows(task, batch, maps, plan, config, teacher.info.crop_pct))
             predicted = means.argmax(1).cpu().numpy()
             _add_stats(stats, maps, predicted, parts[-1].target)
@@ -210,6 +210,7 @@ def _rows(
     task: ShardTask, batch: LoadedBatch, maps: EncodedMaps, plan: Plan, config: LabelerConfig, crop_pct: float
 ) -> ShardRows:
     sizes = batch.decoded.sizes
+    tail = bool(plan.meta.tail)
     region = [teacher_region(height, width, config.teacher.view, crop_pct) for height, width in sizes.tolist()]
     return ShardRows(
         scores=maps.scores,
@@ -220,20 +221,25 @@ def _rows(
         target=np.array([task.targets[i] for i in batch.positions], np.int32),
         image_digest=np.array(batch.digests, np.uint64),
         keys=tuple(task.keys[i] for i in batch.positions),
+        tail_classes=store_classes(maps.tail_classes, plan.meta.num_classes) if tail else None,
+        tail_offsets=maps.tail_offsets if tail else None,
     )
 
 
 def _join(parts: list[ShardRows], plan: Plan) -> ShardRows:
     """All parts as one, also where there is none."""
     arrays = {}
-    for name in ("scores", "background", "classes", "region", "image_size", "target", "image_digest"):
+    for name in plan.layout.keys() - {"key", "checksum", "code_values"}:
         dtype, shape = plan.layout[name]
         arrays[name] = np.concatenate([np.zeros((0, *shape), dtype), *(getattr(part, name) for part in parts)])
     return ShardRows(**arrays, keys=tuple(key for part in parts for key in part.keys))
 
 
 def _add_stats(stats: dict[str, float], maps: EncodedMaps, predicted: np.ndarray, target: np.ndarray) -> None:
-    for name in ("kl", "coverage", "entropy"):
+    for name in SUMS:
         stats[name] += float(getattr(maps, name).sum(dtype=np.float64))
+    compared = np.isfinite(maps.reference_kl)
+    stats["reference_kl"] += float(maps.reference_kl[compared].sum(dtype=np.float64))
+    stats["compared_kl"] += float(maps.kl[compared].sum(dtype=np.float64))
     stats["known"] += int((target >= 0).sum())
     stats["agree"] += int((predicted == target).sum())

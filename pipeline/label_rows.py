@@ -16,12 +16,14 @@ from labeler.store import LabelStore
 
 @dataclass(frozen=True)
 class HostRows:
-    """`StoredRows` as tensors in (pinned) host memory: classes int64, scores and background still coded, region."""
+    """`StoredRows` as tensors in (pinned) host memory, scores and background still coded."""
 
     classes: torch.Tensor
     scores: torch.Tensor
     background: torch.Tensor | None
     region: torch.Tensor
+    tail_classes: torch.Tensor
+    tail_offsets: torch.Tensor
 
 
 class LabelRows:
@@ -34,19 +36,26 @@ class LabelRows:
 
     def read(self, rows: np.ndarray) -> HostRows:
         """Raises IntegrityError for a damaged row."""
-        stored = self.store.read_codes(rows)
-        background = None if stored.background is None else self._host(stored.background)
-        return HostRows(self._host(stored.classes), self._host(stored.scores), background, self._host(stored.region))
+        stored = self.store.read_codes(rows, trim=True)
+        return HostRows(**{name: None if array is None else self._host(array) for name, array in vars(stored).items()})
 
     def decode(self, rows: HostRows) -> ScoreMaps:
         """The maps as tensors on the device."""
-        scores = self._decode(rows.scores)
-        background = torch.zeros_like(scores[:, 0]) if rows.background is None else self._decode(rows.background)
-        classes, region = (t.to(self.device, non_blocking=True) for t in (rows.classes, rows.region))
-        return ScoreMaps(classes, scores, background, region, self.store.meta.num_classes)
+        names = ("classes", "scores", "region", "tail_classes", "tail_offsets")
+        classes, coded, region, tail_classes, offsets = (
+            getattr(rows, name).to(self.device, non_blocking=True) for name in names
+        )
+        scores = self._decode(coded)
+        if rows.background is None:
+            background = torch.zeros_like(scores[:, 0])
+        else:
+            background = self._decode(rows.background.to(self.device, non_blocking=True))
+        if self.store.code.as_background:
+            scores = torch.where(coded == 0, background[:, None], scores)
+        count = self.store.meta.num_classes
+        return ScoreMaps(classes, scores, background, region, count, tail_classes, offsets.float() / 4)
 
     def _decode(self, coded: torch.Tensor) -> torch.Tensor:
-        coded = coded.to(self.device, non_blocking=True)
         # A look-up by int32 moves half the bytes that one by int64 would.
         return coded.float() if self._table is None else self._table[coded.int()]
 

@@ -1,14 +1,16 @@
 """Score maps and crops to token targets.
 
-Legend: B images; C classes; P palette size; H×W map grid; h×w token grid, T = h·w.
+Legend: B images; C classes; P palette size; R tail size; H×W map grid; h×w token grid, T = h·w.
 
-A target is the softmax over P palette scores and C − P copies of one background score, for each token and for the
-whole crop. Scores are averaged over a token's area first and softmaxed after. Unused palette places (class −1) count as
-nothing.
+A target is the softmax over P palette scores, R scores of the tail (the background's and an offset) and C − P − R copies
+of the background score, for each token and for the whole crop. Scores are averaged over a token's area first and
+softmaxed after; a tail's offsets are the same all over the image, so that a crop leaves them as they are. Unused palette
+and tail places (class −1) count as nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from labeler.errors import InputError
+from labeler.score_maps import dense_scores
 from pipeline.geometry import (
     Views,
     apply_affine,
@@ -45,6 +48,8 @@ class TokenTargets:
     token_background  float32 [B, T]     the score of every other class
     cls_scores        float32 [B, P]     the same for the whole crop
     cls_background    float32 [B]
+    tail_classes      int64 [B, R]       classes that share the background; −1 where unused; None: no tail
+    tail_offsets      float32 [B, R]     nats that such a class lies above the background, in tokens and crop alike
     """
 
     classes: torch.Tensor
@@ -52,17 +57,39 @@ class TokenTargets:
     token_background: torch.Tensor
     cls_scores: torch.Tensor
     cls_background: torch.Tensor
+    tail_classes: torch.Tensor = None  # type: ignore[assignment]
+    tail_offsets: torch.Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if (self.tail_classes is None) != (self.tail_offsets is None):
+            raise InputError("a tail is classes and offsets", got="only one of them", expected="both, or neither")
+        if self.tail_classes is None:
+            object.__setattr__(self, "tail_classes", self.classes[:, :0])
+            object.__setattr__(self, "tail_offsets", self.cls_scores[:, :0])
 
     def __len__(self) -> int:
         return self.classes.shape[0]
 
     def dense_tokens(self, num_classes: int) -> torch.Tensor:
         """float32 [B, T, C]: each token's distribution; the plain reference for everything that avoids building it."""
-        return _dense(self.classes, self.token_scores, self.token_background, num_classes)
+        return self._dense(self.token_scores, self.token_background, num_classes)
 
     def dense_cls(self, num_classes: int) -> torch.Tensor:
         """float32 [B, C]: the whole crop's distribution."""
-        return _dense(self.classes, self.cls_scores[..., None], self.cls_background[:, None], num_classes)[:, 0]
+        return self._dense(self.cls_scores[..., None], self.cls_background[:, None], num_classes)[:, 0]
+
+    def _dense(self, scores: torch.Tensor, background: torch.Tensor, num_classes: int) -> torch.Tensor:
+        """Palette scores [B, P, T] and background [B, T] to distributions [B, T, C]."""
+        logits = dense_scores(
+            self.classes, scores, background, self.tail_classes, self.tail_offsets.to(scores.dtype), num_classes
+        )
+        # Over dim 1, as the published code sums it: float32 rounds differently along the last one (2e-5 at C = 1000).
+        return logits.softmax(1).transpose(1, 2)
+
+    def tempered(self, temperature: float) -> TokenTargets:
+        """All scores divided by `temperature`: above 1 the targets are softer than the teacher, below 1 sharper."""
+        names = ("token_scores", "token_background", "cls_scores", "cls_background", "tail_offsets")
+        return dataclasses.replace(self, **{name: getattr(self, name) / temperature for name in names})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenTargets:
         return TokenTargets(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
@@ -95,7 +122,8 @@ def crop_score_maps(
     views = Views(box_in_region(boxes.to(device, dtype), maps.region.to(device, dtype)), turned)
     with torch.autocast(device.type, enabled=False):
         tokens, whole = _crop_planes(maps, views, grid)
-    return TokenTargets(maps.classes, tokens[:, :-1], tokens[:, -1], whole[:, :-1], whole[:, -1])
+    planes = tokens[:, :-1], tokens[:, -1], whole[:, :-1], whole[:, -1]
+    return TokenTargets(maps.classes, *planes, maps.tail_classes, maps.tail_offsets)
 
 
 def _crop_planes(maps: ScoreMaps, views: Views, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,12 +188,3 @@ def label_targets(labels: torch.Tensor, tokens: int) -> TokenTargets:
     scores = torch.zeros(n, 1, tokens, device=labels.device)
     nothing = torch.full((n, tokens), NOTHING, device=labels.device)
     return TokenTargets(labels[:, None], scores, nothing, scores[:, :, 0], nothing[:, 0])
-
-
-def _dense(classes: torch.Tensor, scores: torch.Tensor, background: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Palette scores [B, P, T] and background [B, T] to distributions [B, T, C]."""
-    logits = background[:, None].repeat(1, num_classes, 1)
-    image, place = (classes >= 0).nonzero(as_tuple=True)
-    logits[image, classes[image, place]] = scores[image, place]
-    # Over dim 1, as the published code sums it: float32 rounds differently along the last one (2e-5 at C = 1000).
-    return logits.softmax(1).transpose(1, 2)

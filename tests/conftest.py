@@ -33,7 +33,8 @@ def images(tmp_path: Path) -> Path:
 @pytest.fixture
 def config() -> LabelerConfig:
     """The tiny teacher on four-image shards, in this process, with PIL: a run takes a fraction of a second."""
-    return LabelerConfig(TINY, shard_size=4, batch_size=3, decoder="pil", threads=1, progress=False)
+    work = {"shard_size": 4, "batch_size": 3, "decoder": "pil", "threads": 1, "progress": False}
+    return LabelerConfig(TINY, levels=160, threshold=1e-6, **work)  # finely coded, so that maps can be compared
 
 
 @pytest.fixture

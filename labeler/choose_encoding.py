@@ -1,0 +1,167 @@
+"""Which encoding a store gets: the one asked for, or the truest of about so many bytes an image, found on a sample.
+
+Legend: n sampled images; C classes; H×W map grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from labeler.config import LabelerConfig
+from labeler.errors import InputError
+from labeler.images import BadImage, ImageSet, check_header, read_image
+from labeler.score_code import QUALITIES, Encoding, code_table
+from labeler.shard_file import ShardRows, build_shard, row_layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from labeler.encoder import EncodedMaps
+
+SAMPLE = 96  # images
+LEVELS = (12, 16, 20, 24, 32)
+FINEST, COARSEST, STEPS = 1e-6, 0.5, 11  # thresholds between which the one that fits is sought, by halving their ratio
+KEY_BYTES = 40  # of a sampled row's key: about ImageNet's
+
+log = logging.getLogger("labeler")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an encoding costs on a sample. bytes: of a row; kl in nats, mean over cells and images."""
+
+    encoding: Encoding
+    bytes: float
+    kl: float
+    reference_kl: float
+    first_kept: float
+
+
+def asked_encoding(config: LabelerConfig) -> Encoding:
+    """The settings' own encoding: the quality's, with what is set beside it."""
+    names = ("palette", "tail", "levels", "threshold", "precision")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    return dataclasses.replace(QUALITIES[config.quality], **given)
+
+
+def fit_encoding(config: LabelerConfig, images: ImageSet, device: str) -> Encoding:
+    """The truest encoding of about `config.bytes_per_image` bytes; the teacher is run on a sample of the images.
+
+    Raises InputError where no encoding is so small.
+    """
+    assert config.bytes_per_image is not None
+    logits = sample_logits(config, images, device)
+    asked = asked_encoding(config)
+    levels = (config.levels,) if config.levels else LEVELS
+    found = [fit_threshold(logits, dataclasses.replace(asked, levels=k), config.bytes_per_image) for k in levels]
+    best = min(found, key=lambda cost: (cost.bytes > 1.03 * config.bytes_per_image, cost.kl))
+    if best.bytes > 1.03 * config.bytes_per_image:
+        smallest = min(cost.bytes for cost in found)
+        raise InputError(
+            "no map of this teacher fits into so few bytes", got=f"--bytes-per-image {config.bytes_per_image}",
+            expected=f"at least {smallest:,.0f}", remedy="Give more bytes, or a smaller --input-size.",
+        )  # fmt: skip
+    log.info(
+        "%d levels, threshold %.2g: %.0f bytes an image, KL %.3f", best.encoding.levels, best.encoding.threshold,
+        best.bytes, best.kl,
+    )  # fmt: skip
+    return best.encoding
+
+
+def fit_threshold(logits: Tensor, encoding: Encoding, wanted: float) -> Cost:
+    """`encoding` with the smallest threshold whose rows take at most `wanted` bytes, or the largest there is."""
+    low, high = FINEST, COARSEST
+    finest = measure(logits, dataclasses.replace(encoding, threshold=low))
+    if finest.bytes <= wanted:
+        return finest
+    best = measure(logits, dataclasses.replace(encoding, threshold=high))
+    for _ in range(STEPS):
+        middle = (low * high) ** 0.5
+        cost = measure(logits, dataclasses.replace(encoding, threshold=float(f"{middle:.3g}")))
+        if cost.bytes > wanted:
+            low = middle
+        else:
+            high, best = middle, cost
+    return best
+
+
+def measure(logits: Tensor, encoding: Encoding) -> Cost:
+    """What rows of these maps cost: their share of a shard's bytes, and the truth that they lose."""
+    from labeler.encoder import encode_maps
+
+    maps = encode_maps(logits, encoding)
+    compared = np.isfinite(maps.reference_kl)
+    return Cost(
+        encoding,
+        row_bytes(maps, logits.shape[1], encoding),
+        float(maps.kl.mean()),
+        float(maps.reference_kl[compared].mean() * maps.kl.mean() / maps.kl[compared].mean()),
+        float(maps.first_kept.mean()),
+    )
+
+
+def row_bytes(maps: EncodedMaps, num_classes: int, encoding: Encoding) -> float:
+    """Bytes of a row in a shard of these maps, what the shard takes without rows left out."""
+    n, palette, *grid = maps.scores.shape
+    layout = row_layout(
+        palette, (grid[0], grid[1]), num_classes, "logprob", encoding.precision, KEY_BYTES, maps.tail_classes.shape[1]
+    )
+    table = code_table(encoding.levels) if encoding.precision == "uint8" else None
+    random = np.random.default_rng(0)
+    unused = np.iinfo(layout["classes"][0]).max
+    tail = maps.tail_classes.shape[1] > 0
+
+    def rows(count: int) -> ShardRows:
+        ids = [np.where(c < 0, unused, c).astype(layout["classes"][0]) for c in (maps.classes, maps.tail_classes)]
+        return ShardRows(
+            scores=maps.scores[:count],
+            background=maps.background[:count],
+            classes=ids[0][:count],
+            region=np.tile(np.array([0, 0, 1, 1], np.float32), (count, 1)),
+            image_size=random.integers(200, 600, (count, 2)).astype(np.uint32),
+            target=random.integers(0, num_classes, count).astype(np.int32),
+            image_digest=random.integers(0, 2**64, count, dtype=np.uint64),
+            keys=tuple(f"n{i // 100:08d}/n{i // 100:08d}_{i:08d}.JPEG" for i in range(count)),
+            tail_classes=ids[1][:count] if tail else None,
+            tail_offsets=maps.tail_offsets[:count] if tail else None,
+        )
+
+    sizes = [len(build_shard(rows(count), layout, {}, table)) for count in (1, n)] if n > 1 else [0, 0]
+    if n == 1:
+        return float(len(build_shard(rows(1), layout, {}, table)) - len(build_shard(rows(0), layout, {}, table)))
+    return (sizes[1] - sizes[0]) / (n - 1)
+
+
+def sample_logits(config: LabelerConfig, images: ImageSet, device: str, count: int = SAMPLE) -> Tensor:
+    """float32 [n, C, H, W]: the teacher's maps of at most `count` random images that can be labeled, on the CPU."""
+    import torch
+
+    from labeler.teacher import create_teacher
+    from labeler.worker import decoder_for
+
+    teacher = create_teacher(config.teacher, device)
+    decoder = decoder_for(teacher, config, device, config.threads or torch.get_num_threads())
+    parts: list[Tensor] = []
+    order = np.random.default_rng(0).permutation(len(images)).tolist()
+    while order and sum(map(len, parts)) < count:
+        batch, order = order[: config.batch_size], order[config.batch_size :]
+        encoded = []
+        for i in batch:
+            try:
+                data = read_image(images.root, images.keys[i], int(images.sizes[i]))
+                check_header(data, config.min_side, config.max_pixels)
+                encoded.append(data)
+            except BadImage:
+                continue
+        decoded = decoder(encoded)
+        if decoded.kept:
+            logits = teacher.label(decoded.pixels)
+            parts.append(logits[logits.isfinite().all(1).flatten(1).all(1)].cpu())
+    if not sum(map(len, parts)):
+        raise InputError("none of the images can be labeled", got=f"{len(images)} images", expected="one, for a sample")
+    return torch.cat(parts)[:count]
