@@ -357,6 +357,7 @@ def _memory_file(payload: int) -> h5py.File:
     access.set_meta_block_size(0)
     creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
     creation.set_sizes(*((4, 4) if payload < MOST_IN_4_BYTES else (8, 8)))
+    creation.set_obj_track_times(False)
     creation.set_attr_phase_change(MAX_ATTRIBUTES, MAX_ATTRIBUTES - 1)
     _set_property("H5Pset_link_phase_change", creation, MAX_LINKS, MAX_LINKS - 1)
     # The name is never a file: it only has to differ from that of every other open memory file.

@@ -14,17 +14,27 @@ import numpy as np
 
 
 def read_row(store: Path, key: str | None) -> tuple[str, np.ndarray, np.ndarray, list[str]]:
-    """(key, class ids [P], probabilities [P, H, W], class names) of one image; the first one where `key` is None."""
+    """(key, class ids [K], probabilities [K, H, W], class names) of one image; the first one where `key` is None.
+
+    The K classes are those of the palette, then those of the tail.
+    """
     with h5py.File(store / "labels.h5") as file:
         keys = file["key"][:]
         row = 0 if key is None else int(np.searchsorted(keys, key.encode()))
         if row == len(keys) or (key is not None and keys[row] != key.encode()):
             raise KeyError(f"{key!r} is not in {store}")
-        classes, scores = file["classes"][row], file["scores"][row]
-        background = file["background"][row] if "background" in file else np.zeros(scores.shape[1:])
+        classes, stored = file["classes"][row], file["scores"][row]
+        background = file["background"][row] if "background" in file else np.zeros(stored.shape[1:])
+        scores = stored
         if "code_values" in file:
             codes = file["code_values"][:]
-            scores, background = codes[scores], codes[background]
+            scores, background = codes[stored], codes[background]
+            if not file.attrs["format_version"].startswith(b"1."):
+                scores = np.where(stored == 0, background, scores)  # code 0: as the background in this cell
+        if "tail_classes" in file:
+            classes = np.concatenate([classes, file["tail_classes"][row]])
+            offsets = file["tail_offsets"][row][:, None, None] / 4  # stored in quarter nats
+            scores = np.concatenate([scores, background + offsets])
         names, count = json.loads(file.attrs["class_names"]), int(file.attrs["num_classes"])
     used = classes != np.iinfo(classes.dtype).max
     weights = np.exp(scores[used].astype(np.float64))

@@ -164,12 +164,14 @@ def test_a_damaged_plan_is_told_with_the_way_out(images, store, config):
 SETTINGS = [
     ({"palette": 4}, "palette"),
     ({"precision": "float16"}, "precision"),
-    ({"fine_step": 0.1}, "fine_step"),
+    ({"tail": 2}, "tail"),
+    ({"levels": 24}, "levels"),
+    ({"threshold": 0.01}, "threshold"),
     ({"orientation": "ignore"}, "orientation"),
     ({"shard_size": 5}, "shard_size"),
     ({"min_side": 9}, "min_side"),
     ({"teacher": TeacherConfig("tiny:colour_teacher", view="center")}, "view"),
-    ({"teacher": TeacherConfig("tiny:colour_teacher", flip=True)}, "flip"),
+    ({"teacher": TeacherConfig("tiny:colour_teacher", flip=False)}, "flip"),
     ({"teacher": TeacherConfig("tiny:slow_teacher")}, "name"),
     ({"teacher": TeacherConfig("tiny:colour_teacher", mean=(0.4, 0.5, 0.5))}, "mean"),
 ]

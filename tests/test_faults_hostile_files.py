@@ -301,7 +301,10 @@ CRASHES = {
 
 @pytest.mark.fault(22)
 @pytest.mark.parametrize("name", CRASHES)
-def test_a_shard_on_which_libhdf5_crashes_is_refused(store, stranger, name):
+def test_a_shard_on_which_libhdf5_crashes_is_refused(tmp_path, stranger, name):
+    """In a store of format 1.0: the shards of 2.0 have no B-trees."""
+    store = tmp_path / "old"
+    shutil.copytree(Path(__file__).parent / "fixtures" / "store_1_0" / "labels", store)
     path = hostile.shards(store)[0]
     data = bytearray(path.read_bytes())
     which, changes = CRASHES[name]
@@ -564,5 +567,31 @@ def test_codes_that_stand_for_no_number_are_refused(store, stranger, change):
 
     hostile.edit_plan(store, edit)
     with pytest.raises(IntegrityError, match="a number that cannot be" if change == "nan" else "code values"):
+        LabelStore(store)
+    tally(33, corruptions=1, silent=0)
+
+
+BAD_TAILS = {
+    "class ids out of range": {"tail_classes": CLASSES},
+    "a class of the palette": {"tail_classes": (0, 1, 2, 3, 4)},
+    "an offset that is none": {"tail_offsets": -128},
+}
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("name", BAD_TAILS)
+def test_tails_that_no_labeler_writes_are_refused_though_every_digest_fits(store, stranger, name):
+    rewrite(store, **BAD_TAILS[name])
+    with pytest.raises(IntegrityError, match=hostile.shards(store)[0].name):
+        LabelStore(store)
+    assert any(hostile.shards(store)[0].name in problem for problem in verify_store(store, trusted=True).problems)
+    tally(33, corruptions=1, silent=0)
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("tail", [-1, 1 << 20, 2.5, None, "64"])
+def test_a_plan_with_a_tail_that_cannot_be_is_refused(store, stranger, tail):
+    hostile.edit_plan(store, lambda plan: plan["meta"].update(tail=tail))
+    with pytest.raises(IntegrityError, match="tail"):
         LabelStore(store)
     tally(33, corruptions=1, silent=0)

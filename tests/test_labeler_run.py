@@ -108,9 +108,9 @@ def test_the_command_line_tells_its_status(images, tmp_path):
     assert process.wait(120) == 3
 
 
-def test_the_default_shard_size_gives_every_worker_some():
+def test_the_default_shard_size_gives_every_worker_some_and_wastes_no_bytes():
     from labeler.run import default_shard_size
 
-    assert [default_shard_size(n) for n in (1, 150, 20_000, 1_281_167)] == [32, 32, 313, 10_000]
+    assert [default_shard_size(n) for n in (1, 150, 20_000, 1_281_167)] == [256, 256, 313, 10_000]
     assert LabelerConfig(TeacherConfig("x")).shard_size is None
     assert CLASSES == 6
