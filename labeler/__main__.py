@@ -14,11 +14,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from labeler.command_line import OneLineParser, add_command, at_least, run_command
 from labeler.config import AUTOCASTS, DECODERS, ORIENTATIONS, PRECISIONS, VIEWS, LabelerConfig, TeacherConfig
 from labeler.score_code import QUALITIES, Encoding
+
+if TYPE_CHECKING:
+    from labeler.audit import Audit
 
 QUARANTINED = 3
 STOPPED = 143
@@ -48,8 +51,9 @@ def _label(options: argparse.Namespace) -> int:
     from labeler.run import label_images
 
     summary = label_images(options.images, options.store, _config(options))
+    audit = _audit_of_labels(options) if options.audit and summary.rows else None
     if options.json:
-        print(json.dumps(asdict(summary)))
+        print(json.dumps({**asdict(summary), "audit": audit and asdict(audit)}))
     else:
         known = "" if summary.agreement is None else f", agreement with the folders' classes {summary.agreement:.1%}"
         share = "" if summary.kl_of_reference is None else f" ({summary.kl_of_reference:.2f} of top-5 float16 files')"
@@ -60,9 +64,24 @@ def _label(options: argparse.Namespace) -> int:
             f"{summary.bytes_per_image:,.0f} bytes per image, KL from the teacher {summary.kl:.4f} nats{share}, "
             f"first class kept in {summary.first_kept:.1%} of the cells{known}\n{summary.store}"
         )
+        if audit:
+            print(audit.text())
         if summary.quarantined:
             print(f"see {Path(options.store) / 'quarantine.jsonl'}", file=sys.stderr)
     return QUARANTINED if summary.quarantined else 0
+
+
+def _audit_of_labels(options: argparse.Namespace) -> Audit:
+    """The audit of what was just labeled, by the teacher that this command names: no store's word is taken for it."""
+    from labeler.audit import audit_labels
+    from labeler.store import LabelStore
+
+    # The workers of a cluster may have had a device that this machine has not.
+    device = "auto" if options.workers and options.ray_address else options.device
+    found = audit_labels(
+        LabelStore(options.store), options.images, options.audit, device=device, progress=not options.quiet
+    )
+    return found[0]
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -89,12 +108,27 @@ def _report(options: argparse.Namespace) -> int:
     from labeler.report import write_report
 
     found = write_report(
-        options.store, options.images, options.out, truth=options.truth, sample=options.sample, title=options.title
+        options.store,
+        options.images,
+        options.out,
+        truth=options.truth,
+        sample=options.sample,
+        title=options.title,
+        audit=options.audit,
+        device=options.device,
+        trusted=options.trusted,
+        progress=not options.quiet,
     )
     if options.json:
-        truth = None if found is None else {"right": found.right, "cells": found.cells, "images": found.images}
-        print(json.dumps({"report": str(options.out), "truth": truth}))
+        t, a = found.truth, found.audit
+        truth = None if t is None else {"right": t.right, "cells": t.cells, "images": t.images}
+        record = {"report": str(options.out), "sampled": found.sampled, "missing": found.missing, "truth": truth}
+        print(json.dumps({**record, "audit": a and asdict(a)}))
     else:
+        if found.missing:
+            print(f"{found.missing:,} of {found.sampled:,} sampled images were not found", file=sys.stderr)
+        if found.audit:
+            print(found.audit.text())
         print(options.out)
     return 0
 
@@ -151,6 +185,15 @@ def _parser() -> argparse.ArgumentParser:
         "--sample", type=at_least(1), default=500, metavar="N", help="rows that the charts are drawn from"
     )
     report.add_argument("--title", help="heading of the page")
+    report.add_argument(
+        "--audit",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="say how true it all is: the teacher runs again on N images",
+    )
+    report.add_argument("--device", default="auto", help="for --audit: cpu, cuda or auto")
+    report.add_argument("--trusted", action="store_true", help="the store is a friend's: --audit may run its teacher")
     other = add_command(commands, "import-token-labels", _import, "TokenLabeling / ReLabel .pt files to a store")
     other.add_argument("files", type=Path, help="folder of .pt maps, named and laid out like the images")
     other.add_argument("--images", type=Path, required=True)
@@ -183,7 +226,12 @@ def _add_label(commands: Any) -> None:
     teacher.add_argument(
         "--view", choices=VIEWS, default="full", help="the whole picture, or the teacher's centre crop"
     )
-    teacher.add_argument("--tta", choices=("none", "flip"), default="flip", help="flip: average with the mirrored image; none halves the cost")
+    teacher.add_argument(
+        "--tta",
+        choices=("none", "flip"),
+        default="flip",
+        help="flip: average with the mirrored image; none halves the cost",
+    )
     teacher.add_argument("--autocast", choices=AUTOCASTS, default="auto", help="auto: bf16 on a GPU, none on a CPU")
     teacher.add_argument("--compile", action="store_true", help="torch.compile the teacher")
 
@@ -193,11 +241,17 @@ def _add_label(commands: Any) -> None:
     labels.add_argument(
         "--bytes-per-image", type=int, metavar="N", help="the truest labels of about N bytes, settled on a sample first"
     )
-    labels.add_argument("--palette", type=int, metavar="P", help=f"most classes with a plane of scores ({base.palette})")
+    labels.add_argument(
+        "--palette", type=int, metavar="P", help=f"most classes with a plane of scores ({base.palette})"
+    )
     labels.add_argument("--tail", type=int, metavar="R", help=f"most classes that share one plane ({base.tail})")
     labels.add_argument("--levels", type=int, help=f"steps of the square root of a probability ({base.levels})")
     labels.add_argument("--threshold", type=float, help=f"nats that a byte must save to be spent ({base.threshold:g})")
     labels.add_argument("--precision", choices=PRECISIONS, default=default.precision)
+
+    labels.add_argument(
+        "--audit", type=at_least(0), default=0, metavar="N", help="then say how true labels are, on N images"
+    )
 
     images = label.add_argument_group("images")
     images.add_argument(

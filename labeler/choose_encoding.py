@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from tqdm import tqdm
 
 from labeler.config import LabelerConfig
 from labeler.errors import InputError
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 
     from labeler.encoder import EncodedMaps
 
-SAMPLE = 96  # images
+SAMPLE = 64  # images
 LEVELS = (12, 16, 20, 24, 32)
-FINEST, COARSEST, STEPS = 1e-6, 0.5, 11  # thresholds between which the one that fits is sought, by halving their ratio
+FINEST, COARSEST, STEPS = 1e-6, 0.5, 10  # thresholds between which the one that fits is sought, by halving their ratio
 KEY_BYTES = 40  # of a sampled row's key: about ImageNet's
 
 log = logging.getLogger("labeler")
@@ -54,13 +55,14 @@ def fit_encoding(config: LabelerConfig, images: ImageSet, device: str) -> Encodi
 
     Raises InputError where no encoding is so small.
     """
-    assert config.bytes_per_image is not None
+    wanted = config.bytes_per_image
+    assert wanted is not None
     logits = sample_logits(config, images, device)
     asked = asked_encoding(config)
-    levels = (config.levels,) if config.levels else LEVELS
-    found = [fit_threshold(logits, dataclasses.replace(asked, levels=k), config.bytes_per_image) for k in levels]
-    best = min(found, key=lambda cost: (cost.bytes > 1.03 * config.bytes_per_image, cost.kl))
-    if best.bytes > 1.03 * config.bytes_per_image:
+    levels = tqdm((config.levels,) if config.levels else LEVELS, "bytes per image", disable=not config.progress)
+    found = [fit_threshold(logits, dataclasses.replace(asked, levels=k), wanted) for k in levels]
+    best = min(found, key=lambda cost: (cost.bytes > wanted, cost.kl))
+    if best.bytes > wanted:
         smallest = min(cost.bytes for cost in found)
         raise InputError(
             "no map of this teacher fits into so few bytes", got=f"--bytes-per-image {config.bytes_per_image}",
@@ -131,10 +133,10 @@ def row_bytes(maps: EncodedMaps, num_classes: int, encoding: Encoding) -> float:
             tail_offsets=maps.tail_offsets[:count] if tail else None,
         )
 
-    sizes = [len(build_shard(rows(count), layout, {}, table)) for count in (1, n)] if n > 1 else [0, 0]
-    if n == 1:
-        return float(len(build_shard(rows(1), layout, {}, table)) - len(build_shard(rows(0), layout, {}, table)))
-    return (sizes[1] - sizes[0]) / (n - 1)
+    def size(count: int) -> int:
+        return len(build_shard(rows(count), layout, {}, table))
+
+    return (size(n) - size(1)) / (n - 1) if n > 1 else float(size(1) - size(0))
 
 
 def sample_logits(config: LabelerConfig, images: ImageSet, device: str, count: int = SAMPLE) -> Tensor:

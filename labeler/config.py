@@ -61,7 +61,7 @@ class LabelerConfig:
     """One labeling run.
 
     quality       "low", "default" or "high": how true, and how large, the labels are
-    bytes_per_image  instead: the truest labels of about so many bytes an image, settled on a sample before the first shard
+    bytes_per_image  instead: the truest labels of about so many bytes an image, settled on a sample before any shard
     palette, tail, levels, threshold  see `labeler.score_code.Encoding`; None: the quality's
     precision     "uint8": codes into one table of 256 scores; "float16": the scores themselves, `palette` dense planes
     orientation   "exif": turn images as their EXIF tag says (the loaders follow the store's setting); "ignore": do not

@@ -2,15 +2,15 @@
 
 Legend: B images; C classes; P palette size; R tail size; Q candidates, at least P; H×W map grid.
 
-Every byte must earn its place. A class's code in a cell saves p·log(p / b) − (p − b) nats there against counting the class
-as background; it is kept where that is more than its bytes are worth at the setting's rate. A class enters the palette for
-the sum of what its codes save, the tail for what one offset saves. What codes, ids and offsets cost after gzip was
-measured on maps of a real ImageNet teacher.
+Every byte must earn its place. Against counting a class as background b, its code for p in a cell saves
+p·log(p / b) − (p − b) nats there; it is kept where that is more than its bytes are worth at the setting's rate. A class
+enters the palette for the sum of what its codes save, the tail for what one offset saves. What codes, ids and offsets
+cost after gzip was measured on maps of a real ImageNet teacher.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class EncodedMaps:
     coverage       float32 [B]: probability that codes and the tail name
     entropy        float32 [B]: mean entropy of the teacher's cells, nats
     first_kept     float32 [B]: share of cells whose most probable class is still the first
-    reference_kl   float32 [B]: `kl` of the five float16 logits per cell that the reference keeps; NaN where not reckoned
+    reference_kl   float32 [B]: `kl` of the reference's files, five float16 logits per cell; NaN where not computed
     """
 
     classes: np.ndarray
@@ -74,10 +74,9 @@ def encode_maps(logits: Tensor, encoding: Encoding) -> EncodedMaps:
         else:
             parts.append(_encode_sparse(chunk, places, encoding))
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
-    maps = EncodedMaps(*columns[: len(fields(EncodedMaps)) - 1], reference_kl=np.full(len(logits), np.nan, np.float32))
-    some = slice(None, None, REFERENCE_EVERY)
-    maps.reference_kl[some] = reference_kl(logits[some].float()).cpu().numpy()
-    return maps
+    compared = np.full(len(logits), np.nan, np.float32)
+    compared[::REFERENCE_EVERY] = reference_kl(logits[::REFERENCE_EVERY].float()).cpu().numpy()
+    return EncodedMaps(*[*columns, compared])
 
 
 def encode_planes(logits: Tensor, palette: int, table: np.ndarray | None) -> EncodedMaps:
@@ -87,7 +86,7 @@ def encode_planes(logits: Tensor, palette: int, table: np.ndarray | None) -> Enc
     """
     values = None if table is None else torch.from_numpy(table).to(logits.device)
     columns = [column.cpu().numpy() for column in _encode_planes(logits.float(), palette, values)]
-    return EncodedMaps(*columns, reference_kl=reference_kl(logits.float()).cpu().numpy())
+    return EncodedMaps(*[*columns, reference_kl(logits.float()).cpu().numpy()])
 
 
 def reference_kl(logits: Tensor) -> Tensor:
@@ -184,16 +183,14 @@ def _codes_of(p: Tensor, of_rest: Tensor, others: int, levels: int, rate: float)
 
 
 def _keep_first(codes: Tensor, p: Tensor) -> Tensor:
-    """Codes in which rounding never ties a cell's first class, where it is coded, with another: that goes a step down."""
+    """Lower by a step what rounding has tied with a cell's first class, where that is coded."""
     first = p.argmax(1, keepdim=True)
     tied = (codes == codes.gather(1, first)).scatter(1, first, False)
     return (codes - tied.to(codes.dtype)).clamp(min=0)
 
 
-def _tail(
-    mass: Tensor, left: Tensor, uncoded: Tensor, tail: int, rate: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tail classes [B, R] in ascending order (−1 unused), their offsets in nats, and the background per class [B, H, W].
+def _tail(mass: Tensor, left: Tensor, uncoded: Tensor, tail: int, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Tail classes [B, R], ascending (−1 unused), their offsets in nats, and the background per class [B, H, W].
 
     mass     [B, C]: each class's probability summed over the cells, 0 for those of the palette
     left     [B, H, W]: the probability that is not coded; uncoded [B, H, W]: of how many classes
@@ -289,7 +286,7 @@ def _quantise(scores: Tensor, table: Tensor | None) -> Tensor:
 
 
 def _top(values: Tensor, count: int) -> Tensor:
-    """int64 [B, count]: places of the largest values [B, C]; ties go to the lower place, so equal inputs give equals."""
+    """int64 [B, count]: places of the largest values [B, C]; ties go to the lower place, on every machine."""
     return values.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 

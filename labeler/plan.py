@@ -26,7 +26,17 @@ PLAN_FILE = "plan.json"
 FORMAT_NAME = "token-label store"
 FORMAT_VERSION = "2.0"
 READABLE = ("1", "2")  # major versions
-COMPARED = ("format_version", "num_classes", "class_names", "palette", "tail", "grid", "precision", "orientation", "score_kind")
+COMPARED = (
+    "format_version",
+    "num_classes",
+    "class_names",
+    "palette",
+    "tail",
+    "grid",
+    "precision",
+    "orientation",
+    "score_kind",
+)
 KINDS = frozenset({("logprob", "uint8"), ("logprob", "float16"), ("logit", "float16")})
 MAX_CLASSES = 1 << 31
 MAX_ROW = 32 << 20  # scores of one image

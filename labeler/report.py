@@ -5,16 +5,19 @@ Legend: n sampled rows; P palette size; H×W map grid.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
+from labeler.audit import Audit, audit_labels, refuse_foreign
 from labeler.commit import replace_file
 from labeler.errors import InputError
-from labeler.images import image_path
-from labeler.report_charts import COLOURS, OTHER, bars, curve, heat_grid, histogram, lay_over, picture
+from labeler.images import image_path, image_root
+from labeler.report_charts import COLOURS, OTHER, bars, heat_grid, histogram, lay_over, picture
 from labeler.report_figures import Sample, TruthCheck, check_truth, draw_sample
+from labeler.report_truth import Costs, audit_part, cards, costs_of, missing_note, palette_curve
 from labeler.store import LabelStore
 
 PICTURES = 24
@@ -23,6 +26,16 @@ LEGEND = 4  # classes told apart on one picture
 QUARANTINE_SHOWN = 200
 
 STYLE = Path(__file__).with_name("report.css").read_text("utf-8")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a report compared, None where it was not asked for; `missing` of the `sampled` images were not found."""
+
+    truth: TruthCheck | None
+    audit: Audit | None
+    sampled: int
+    missing: int
 
 
 def write_report(
@@ -34,43 +47,67 @@ def write_report(
     sample: int = 500,
     title: str | None = None,
     seed: int = 0,
-) -> TruthCheck | None:
-    """Write the page; returns what the comparison with `truth` gave, where there is one.
+    audit: int = 0,
+    device: str = "auto",
+    trusted: bool = False,
+    progress: bool = False,
+) -> Findings:
+    """Write the page; returns what its comparisons gave.
 
-    Raises InputError where the store, the images or the truth cannot be read, or the page cannot be written.
+    audit    run the store's teacher again on so many images, see `labeler.audit`; `device` and `trusted` are for that
+
+    Raises InputError where the store, the images or the truth cannot be read, none of the sampled images is there, or
+    the page cannot be written.
     """
-    labels = LabelStore(store)
+    root, labels = image_root(images), LabelStore(store, trusted=trusted)
     if not len(labels):
         raise InputError(f"{str(store)!r} has no rows", remedy="See its quarantine.jsonl.")
+    if audit:
+        refuse_foreign(labels)
     drawn = draw_sample(labels, sample, seed)
+    missing = sum(not image_path(root, key).is_file() for key in drawn.keys)
+    if missing == len(drawn.keys):
+        raise InputError(
+            f"none of the store's images is below {str(images)!r}", got=f"0 of {missing:,} sampled",
+            expected=f"for example {drawn.keys[0]!r}", remedy="Give --images the folder that was labeled.",
+        )  # fmt: skip
     checked = None if truth is None else check_truth(drawn, Path(truth))
-    page = render(labels, drawn, Path(images), checked, title or f"Label store {Path(store).name}")
+    found, costs = None, None
+    if audit:
+        found, logits = audit_labels(labels, root, audit, device=device, seed=seed, progress=progress)
+        costs = costs_of(labels, logits, found, progress)
+    findings = Findings(checked, found, len(drawn.keys), missing)
+    page = render(labels, drawn, root, findings, costs, title or f"Label store {Path(store).name}")
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         replace_file(Path(out), page.encode())
     except OSError as error:
         raise InputError(f"the report {str(out)!r} cannot be written", got=error.strerror) from None
-    return checked
+    return findings
 
 
-def render(store: LabelStore, sample: Sample, images: Path, truth: TruthCheck | None, title: str) -> str:
+def render(store: LabelStore, sample: Sample, images: Path, findings: Findings, costs: Costs | None, title: str) -> str:
     """The whole page as text."""
-    meta = store.meta
+    meta, truth = store.meta, findings.truth
     grid = "×".join(map(str, meta.grid))
     teacher = meta.teacher
+    tail = f" and {meta.tail} more in a tail" if meta.tail else ""
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{len(store):,} images, maps of {grid} cells over {meta.num_classes:,} classes, at most '
-        f"{meta.palette} of them kept per image, by <b>{escape(str(teacher['name']))}</b>. Charts are drawn from "
+        f"{meta.palette} of them with a plane of scores per image{tail}, by <b>{escape(str(teacher['name']))}</b>. "
+        "Charts are drawn from "
         f"{len(sample.rows):,} random rows; figures marked “all” from every row.</p>",
-        _cards(store, sample, truth),
+        missing_note(findings.missing, findings.sampled, images),
+        cards(store, sample, truth),
         *(f'<p class="note">{escape(note)}</p>' for note in teacher.get("notes", ())),
         "<h2>What the teacher sees, and where</h2>",
         '<p class="soft">Left the image, right its stored map: each cell in the colour of its most probable class, the '
         "stronger the surer. Percentages are shares of the whole map’s probability.</p>",
         f'<div class="maps">{_maps(store, sample, images)}</div>',
         _truth_part(truth),
-        "<h2>How good the labels are</h2>",
+        audit_part(store, findings.audit, costs),
+        "<h2>What the labels hold</h2>",
         f'<div class="charts">{_charts(store, sample)}</div>',
         _agreement(store, sample),
         _quarantine(store),
@@ -85,31 +122,6 @@ def render(store: LabelStore, sample: Sample, images: Path, truth: TruthCheck | 
 def class_name(store: LabelStore, number: int) -> str:
     names = store.meta.class_names
     return names[number] if 0 <= number < len(names) else f"class {number}"
-
-
-def _totals(store: LabelStore) -> dict[str, float]:
-    names = ("kl", "coverage", "entropy", "agree", "known")
-    return {name: sum(marker.stats.get(name, 0.0) for marker in store.markers) for name in names}
-
-
-def _cards(store: LabelStore, sample: Sample, truth: TruthCheck | None) -> str:
-    rows, totals = max(1, len(store)), _totals(store)
-    size = sum(file.stat().st_size for file in store.path.iterdir())
-    cards = [(f"{size / rows:,.0f} B", "per image, all files of the store counted")]
-    if store.meta.score_kind == "logprob":
-        cards += [
-            (f"{totals['kl'] / rows:.4f}", "nats lost per cell: KL from the teacher’s full softmax to the store, all"),
-            (f"{totals['coverage'] / rows:.1%}", "of the probability is in the palette, all"),
-        ]
-    if truth is not None:
-        cards.append((f"{truth.right:.1%}", f"of {truth.cells:,} object cells name the right class in the right place"))
-    if totals["known"]:
-        cards.append((f"{totals['agree'] / totals['known']:.1%}", "of images: the map’s class is the folder’s, all"))
-    cards += [
-        (f"{np.median(sample.confidence):.0%}", "median probability of a cell’s first class"),
-        (f"{len(store.quarantine):,}", "images in the quarantine"),
-    ]
-    return f'<div class="cards">{"".join(f"<div class=card><b>{a}</b><span>{b}</span></div>" for a, b in cards)}</div>'
 
 
 def _maps(store: LabelStore, sample: Sample, images: Path) -> str:
@@ -132,18 +144,19 @@ def _maps(store: LabelStore, sample: Sample, images: Path) -> str:
 
 
 def _one_map(store: LabelStore, sample: Sample, i: int, image: object) -> str:
-    share = sample.p[i].mean((1, 2))
-    cells = np.array([(sample.top1[i] == c).mean() if c >= 0 else 0 for c in sample.maps.classes[i]])
-    shown = [place for place in np.argsort(-cells, kind="stable")[:LEGEND].tolist() if cells[place] > 0]
+    names, counts = np.unique(sample.top1[i], return_counts=True)
+    shown = names[np.argsort(-counts, kind="stable")[:LEGEND]].tolist()
+    classes, share = (column[i] for column in sample.named)
     few = store.meta.num_classes <= len(COLOURS)
     colours = np.full((*sample.top1.shape[1:], 3), OTHER, np.uint8)
     legend = []
-    for order, place in enumerate(shown):
-        number = int(sample.maps.classes[i, place])
+    for order, number in enumerate(shown):
         colour = COLOURS[number if few else order]
         colours[sample.top1[i] == number] = colour
+        percent = 100 * share[classes == number].sum()
         legend.append(
-            f'<span><i style="background:rgb{colour}"></i>{escape(class_name(store, number))} {share[place]:.0%}</span>'
+            f'<span><i style="background:rgb{colour}"></i>{escape(class_name(store, number))} '
+            f"{'&lt;1' if percent < 1 else round(percent)}%</span>"
         )
     overlay = lay_over(image, colours, 0.15 + 0.75 * sample.confidence[i], sample.maps.region[i])
     target = int(sample.target[i])
@@ -157,11 +170,11 @@ def _one_map(store: LabelStore, sample: Sample, i: int, image: object) -> str:
 
 def _charts(store: LabelStore, sample: Sample) -> str:
     meta = store.meta
-    place_share = sample.p.mean((0, 2, 3))
+    kept = "codes and the tail name" if meta.tail else "the palette names"
     charts = [
         histogram(store.row_bytes(sample.rows), "Bytes of score planes per image, as compressed"),
-        curve(np.cumsum(place_share).tolist(), "Probability kept with 1, 2, 3 … palette places, mean over images"),
-        histogram(1 - sample.left.mean((1, 2)), "Palette coverage per image", top=1.0, percent=True),
+        palette_curve(sample),
+        histogram(1 - sample.left.mean((1, 2)), f"Probability that {kept}, per image", top=1.0, percent=True),
         histogram(sample.entropy, f"Entropy of each cell, nats (uniform over {meta.num_classes:,} classes: "
                   f"{np.log(meta.num_classes):.2f})", top=float(np.log(meta.num_classes))),
         histogram(sample.confidence, "Probability of each cell’s first class", top=1.0, percent=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -26,6 +27,7 @@ COLOURS = (
 OTHER = (128, 128, 128)
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 360, 190, 44, 34
+Point = tuple[float, float, str]  # x, y, name
 
 
 def histogram(
@@ -62,8 +64,9 @@ def curve(values: Sequence[float], label: str) -> str:
     step = (WIDTH - LEFT - 16) / max(1, count - 1)
     points = [(LEFT + 8 + i * step, (HEIGHT - BOTTOM) * (1 - 0.95 * value)) for i, value in enumerate(values)]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    radius = 3.5 if count <= 32 else 1.5
     dots = "".join(
-        f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3.5"><title>{i + 1}: {value:.2%}</title></circle>'
+        f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{i + 1}: {value:.2%}</title></circle>'
         for i, ((x, y), value) in enumerate(zip(points, values, strict=True))
     )
     every = max(1, count // 8)
@@ -96,12 +99,58 @@ def heat_grid(values: np.ndarray, label: str) -> str:
     return _frame(cells, label)
 
 
-def bars(rows: Sequence[tuple[str, float]], label: str) -> str:
-    """Named shares as horizontal bars."""
+def scatter(line: Sequence[Point], marks: Sequence[Point], label: str) -> str:
+    """Points joined by a line, and marked points with their names; x in doublings, y from 0."""
+    every = [*line, *marks]
+    low, high = (math.log2(end(x for x, _, _ in every)) + room for end, room in ((min, -0.3), (max, 0.3)))
+    top = 1.15 * max(max(y for _, y, _ in every), 1e-9)
+
+    def across(x: float) -> float:
+        return LEFT + (WIDTH - LEFT) * (math.log2(x) - low) / (high - low)
+
+    def down(y: float) -> float:
+        return (HEIGHT - BOTTOM) * (1 - y / top)
+
+    joined = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y, _ in line)
+    dots = "".join(
+        f'<circle class="{kind}" cx="{across(x):.1f}" cy="{down(y):.1f}" r="{radius}">'
+        f"<title>{escape(name)}: {x:,.0f} bytes, {y:.3f} nats</title></circle>"
+        for points, kind, radius in ((line, "dot", 3), (marks, "spot", 5))
+        for x, y, name in points
+    )
+    names = []
+    for x, y, name in marks:
+        anchor, shift = ("start", 8) if across(x) < 0.6 * WIDTH else ("end", -8)
+        names.append(
+            f'<text class="strong" x="{across(x) + shift:.1f}" y="{down(y) - 7:.1f}" text-anchor="{anchor}">'
+            f"{escape(name)}</text>"
+        )
+    ticks = "".join(
+        f'<text x="{across(2.0**k):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{2**k:,}</text>'
+        for k in range(math.ceil(low), math.floor(high) + 1)
+        if LEFT + 8 < across(2.0**k) < WIDTH - 14
+    )
+    step = _round_step(top / 3)
+    levels = "".join(
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{down(k * step):.1f}" y2="{down(k * step):.1f}"/>'
+        f'<text x="{LEFT - 6}" y="{down(k * step) + 4:.1f}" text-anchor="end">{_tick(k * step, False)}</text>'
+        for k in range(int(top / step) + 1)
+    )
+    return _frame(f'{levels}<polyline class="line" points="{joined}"/>{dots}{"".join(names)}{ticks}', label)
+
+
+def _round_step(most: float) -> float:
+    """The largest of 1, 2 and 5 times a power of ten that is at most `most`."""
+    power = 10.0 ** math.floor(math.log10(most))
+    return max(power * k for k in (1, 2, 5) if power * k <= most * 1.000001)
+
+
+def bars(rows: Sequence[tuple[str, float]], label: str, form: str = ".1%") -> str:
+    """Named shares, or other numbers in the format `form`, as horizontal bars."""
     top = max((share for _, share in rows), default=1) or 1
     lines = "".join(
         f"<tr><th>{escape(name)}</th><td><div class='rule' style='width:{100 * share / top:.1f}%'></div></td>"
-        f"<td class='n'>{share:.1%}</td></tr>"
+        f"<td class='n'>{share:{form}}</td></tr>"
         for name, share in rows
     )
     return f"<figure><table class='bars'>{lines}</table><figcaption>{escape(label)}</figcaption></figure>"

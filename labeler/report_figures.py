@@ -1,6 +1,6 @@
 """The figures of a report: a random sample of a store as probabilities, and its comparison with true maps.
 
-Legend: n sampled rows; C classes; P palette size; H×W map grid.
+Legend: n sampled rows; C classes; P palette size; R tail size; H×W map grid.
 """
 
 from __future__ import annotations
@@ -20,16 +20,25 @@ from labeler.store import LabelStore
 class Sample:
     """Random rows of a store as probabilities.
 
-    rows int64 [n], rising; p float32 [n, P, H, W]: palette probabilities, 0 in unused places; left float32 [n, H, W]:
-    probability of all other classes together; entropy float32 [n, H, W], nats; target int32 [n], −1 unknown
+    rows        int64 [n], rising
+    p           float32 [n, P, H, W]: of each palette class, 0 in unused places and where it counts as background
+    tail        float32 [n, H, W]: of all tail classes together
+    left        float32 [n, H, W]: of all that neither a code nor the tail names; p, tail and left sum to 1
+    shared      float32 [n, H, W]: of one class of the background
+    entropy     float32 [n, H, W], nats
+    confidence  float32 [n, H, W]: of the most probable class
+    target      int32 [n], −1 unknown
     """
 
     rows: np.ndarray
     keys: list[str]
     maps: ScoreMaps
     p: np.ndarray
+    tail: np.ndarray
     left: np.ndarray
+    shared: np.ndarray
     entropy: np.ndarray
+    confidence: np.ndarray
     target: np.ndarray
     image_size: np.ndarray
 
@@ -39,14 +48,19 @@ class Sample:
         return self.maps.top1()
 
     @cached_property
-    def confidence(self) -> np.ndarray:
-        """float32 [n, H, W]: the probability of that class."""
-        return self.p.max(1)
+    def named(self) -> tuple[np.ndarray, np.ndarray]:
+        """Class ids int64 [n, P + R] of palette and tail, −1 unused, and their shares of the whole map [n, P + R]."""
+        used = self.maps.tail_classes >= 0
+        in_tail = np.where(used, np.exp(self.maps.tail_offsets), 0) * self.shared.mean((1, 2))[:, None]
+        as_background = np.where((self.maps.classes >= 0)[:, :, None, None] & (self.p == 0), self.shared[:, None], 0)
+        in_palette = (self.p + as_background).mean((2, 3))
+        return np.concatenate([self.maps.classes, self.maps.tail_classes], 1), np.concatenate([in_palette, in_tail], 1)
 
     @cached_property
     def image_class(self) -> np.ndarray:
         """int64 [n]: the class with the largest share of the whole map."""
-        return self.maps.classes[np.arange(len(self.rows)), self.p.mean((2, 3)).argmax(1)]
+        classes, share = self.named
+        return classes[np.arange(len(self.rows)), share.argmax(1)]
 
 
 @dataclass(frozen=True)
@@ -69,25 +83,42 @@ def draw_sample(store: LabelStore, count: int, seed: int) -> Sample:
     """At most `count` random rows, decoded."""
     rows = np.sort(np.random.default_rng(seed).permutation(len(store))[:count])
     maps = store.read(rows)
-    used = (maps.classes >= 0)[:, :, None, None]
+    used, in_tail = (maps.classes >= 0)[:, :, None, None], maps.tail_classes >= 0
     # Scores are at most 0 in a logprob store; logits are shifted so that exp cannot overflow.
-    top = np.maximum(np.where(used, maps.scores, -np.inf).max(1), maps.background)
-    weights = np.where(used, np.exp(maps.scores - top[:, None]), 0)
-    others = (maps.num_classes - used.sum(1)) * np.exp(maps.background - top)
-    total = weights.sum(1) + others
-    p, left = weights / total[:, None], others / total
-    log_total = top + np.log(total)
-    entropy = log_total - (p * np.where(used, maps.scores, 0)).sum(1) - left * maps.background
+    named = used
+    if store.code.as_background or store.meta.score_kind == "logit":
+        named = used & (maps.scores != maps.background[:, None])
+    others = maps.num_classes - named.sum(1) - in_tail.sum(1)[:, None, None]
+    leader = np.where(in_tail, maps.tail_offsets, -np.inf).max(1, initial=-np.inf)[:, None, None]
+    leader = np.maximum(leader, np.where(others > 0, 0, -np.inf))
+    best = np.maximum(np.where(named, maps.scores, -np.inf).max(1), maps.background + leader)
+    shared = np.exp(maps.background - best)
+    p = np.where(named, np.exp(maps.scores - best[:, None]), 0)
+    weights = np.where(in_tail, np.exp(maps.tail_offsets), 0)
+    tail = shared * weights.sum(1)[:, None, None]
+    left = shared * others
+    total = p.sum(1) + tail + left
+    # −Σ p·log p, where log p is the score less log_total; a tail class's score is the background's and its offset.
+    log_total = best + np.log(total)
+    offsets = (weights * maps.tail_offsets).sum(1)[:, None, None]
+    scored = (p * np.where(named, maps.scores, 0)).sum(1) + (tail + left) * maps.background + shared * offsets
     return Sample(
-        rows,
-        [store.keys[row] for row in rows],
-        maps,
-        p.astype(np.float32),
-        left.astype(np.float32),
-        entropy.astype(np.float32),
-        store.column("target")[rows],
-        store.column("image_size")[rows].astype(np.int64),
+        rows=rows,
+        keys=[store.keys[row] for row in rows],
+        maps=maps,
+        p=_float32(p / total[:, None]),
+        tail=_float32(tail / total),
+        left=_float32(left / total),
+        shared=_float32(shared / total),
+        entropy=_float32(log_total - scored / total),
+        confidence=_float32(1 / total),
+        target=store.column("target")[rows],
+        image_size=store.column("image_size")[rows].astype(np.int64),
     )
+
+
+def _float32(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32)
 
 
 def check_truth(sample: Sample, folder: Path) -> TruthCheck:

@@ -40,9 +40,9 @@ VALUE_SETTINGS = (
 class LabelSummary:
     """What a run did. Counts are of images; `seconds` are this run's own, from the first worker's readiness on.
 
-    Means over the whole store: kl, KL(teacher ‖ store) per cell in nats; coverage, the probability that the labels name;
-    first_kept, the share of cells whose first class is kept. kl_of_reference is kl as a share of what the reference's
-    files (five float16 logits per cell) lose of the same maps; None where that was not compared.
+    Means over the whole store: kl, KL(teacher ‖ store) per cell in nats; coverage, the probability that the labels
+    name; first_kept, the share of cells whose first class is kept. kl_of_reference is kl as a share of what the
+    reference's files (five float16 logits per cell) lose of the same maps; None where that was not compared.
     agreement is the share of images whose mean map names the true class, None where no true class is known.
     """
 

@@ -2,9 +2,9 @@
 
 Legend: N images; P palette size; H×W map grid.
 
-The KL divergence of a small error d in a probability p is about d²/2p, so equal steps in √p spend bits where a loss feels
-them: code k of 1 … levels stands for p = (k / levels)². Code 0 says "as the background in this cell". The codes above
-`levels` are the background's own: 0, −0.25, −0.5 … nats.
+The KL divergence of a small error d in a probability p is about d²/2p, so equal steps in √p spend bits where a loss
+feels them: code k of 1 … levels stands for p = (k / levels)². Code 0 says "as the background in this cell". The codes
+above `levels` are the background's own: 0, −0.25, −0.5 … nats.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Legend: N images; C classes; P palette size; R tail size; H×W map grid.
 
-A cell's teacher distribution is the softmax over its P palette scores `v_p`, R scores `b + o_r` of the tail and C − P − R
-copies of the background score `b`. Unused palette and tail places (class −1) count as nothing: neither as palette or tail
-nor among the other classes.
+A cell's teacher distribution is the softmax over its P palette scores `v_p`, R scores `b + o_r` of the tail and
+C − P − R copies of the background score `b`. Unused palette and tail places (class −1) count as nothing: neither as
+palette or tail nor among the other classes.
 """
 
 from __future__ import annotations
@@ -93,9 +93,11 @@ class ScoreMaps:
 def dense_scores(
     classes: Any, scores: Any, background: Any, tail_classes: Any, tail_offsets: Any, num_classes: int
 ) -> Any:
-    """Scores of all classes [N, C, …] from palette scores [N, P, …], background [N, …] and tail [N, R]; arrays or tensors.
+    """Scores of all classes, the plain reference for everything that avoids building them.
 
-    The plain reference for everything that avoids building it.
+    Args: classes [N, P], scores [N, P, …], background [N, …], tail_classes and tail_offsets [N, R]; arrays or tensors.
+
+    Returns: [N, C, …], as the arguments are.
     """
     shape = (len(classes), num_classes, *background.shape[1:])
     if isinstance(scores, np.ndarray):

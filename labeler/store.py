@@ -38,8 +38,8 @@ class StoredRows:
     """Rows as they are stored, for decoding elsewhere; `LabelStore.code` says what uint8 codes mean.
 
     classes int64 [N, P] (−1 unused); scores uint8 or float16 [N, P, H, W]; background likewise [N, H, W], or None in a
-    `logit` store, where it is 0; region float32 [N, 4]; tail_classes int64 [N, R] (−1 unused); tail_offsets int8 [N, R],
-    in quarter nats.
+    `logit` store, where it is 0; region float32 [N, 4]; tail_classes int64 [N, R] (−1 unused); tail_offsets int8
+    [N, R], in quarter nats.
     """
 
     classes: np.ndarray
@@ -211,7 +211,7 @@ class LabelStore:
             if background is not None:
                 background[places] = found.background
             classes[places] = _signed(found.classes)
-            if found.tail_classes is not None:
+            if found.tail_classes is not None and found.tail_offsets is not None:
                 tail_classes[places], tail_offsets[places] = _signed(found.tail_classes), found.tail_offsets
         return StoredRows(classes, scores, background, region, tail_classes, tail_offsets)
 
@@ -277,7 +277,7 @@ def _rows_of(rows: StoredRows, wanted: np.ndarray | slice, trim: bool) -> Stored
 
 def _most_used(classes: np.ndarray) -> int:
     """Places up to the last that any row uses; unused ones stand behind."""
-    used = (classes >= 0).any(0).nonzero()[0]
+    used = np.flatnonzero((classes >= 0).any(0))
     return int(used[-1]) + 1 if len(used) else 0
 
 

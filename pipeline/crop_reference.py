@@ -22,8 +22,8 @@ def crop_one_by_one(maps: ScoreMaps, views: Views, grid: tuple[int, int]) -> Tok
         tokens.append(_crop(planes, box, region, affine, grid).reshape(len(planes), -1))
         whole.append(_crop(planes, box, region, affine, (1, 1))[:, 0, 0])
     token, cls = (torch.from_numpy(np.stack(part)).float() for part in (tokens, whole))
-    planes = token[:, :-1], token[:, -1], cls[:, :-1], cls[:, -1]
-    return TokenTargets(maps.classes, *planes, maps.tail_classes, maps.tail_offsets)
+    scores = token[:, :-1], token[:, -1], cls[:, :-1], cls[:, -1]
+    return TokenTargets(maps.classes, *scores, maps.tail_classes, maps.tail_offsets)
 
 
 def _crop(

@@ -37,7 +37,15 @@ class LabelRows:
     def read(self, rows: np.ndarray) -> HostRows:
         """Raises IntegrityError for a damaged row."""
         stored = self.store.read_codes(rows, trim=True)
-        return HostRows(**{name: None if array is None else self._host(array) for name, array in vars(stored).items()})
+        background = None if stored.background is None else self._host(stored.background)
+        return HostRows(
+            self._host(stored.classes),
+            self._host(stored.scores),
+            background,
+            self._host(stored.region),
+            self._host(stored.tail_classes),
+            self._host(stored.tail_offsets),
+        )
 
     def decode(self, rows: HostRows) -> ScoreMaps:
         """The maps as tensors on the device."""

@@ -2,10 +2,10 @@
 
 Legend: B images; C classes; P palette size; R tail size; H×W map grid; h×w token grid, T = h·w.
 
-A target is the softmax over P palette scores, R scores of the tail (the background's and an offset) and C − P − R copies
-of the background score, for each token and for the whole crop. Scores are averaged over a token's area first and
-softmaxed after; a tail's offsets are the same all over the image, so that a crop leaves them as they are. Unused palette
-and tail places (class −1) count as nothing.
+A target is the softmax over P palette scores, R scores of the tail (the background's and an offset) and C − P − R
+copies of the background score, for each token and for the whole crop. Scores are averaged over a token's area first and
+softmaxed after; a tail's offsets are the same all over the image, so that a crop leaves them as they are. Unused
+palette and tail places (class −1) count as nothing.
 """
 
 from __future__ import annotations

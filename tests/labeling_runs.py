@@ -31,8 +31,18 @@ def content(store: Path) -> list[tuple[np.ndarray, ...]]:
     labels = LabelStore(store)
     shards = [labels.read_shard(i) for i in range(labels.meta.shards)]
     return [
-        (s.scores, s.background, s.classes, s.tail_classes, s.tail_offsets, s.region, s.image_size, s.target,
-         s.image_digest, s.keys)
+        (
+            s.scores,
+            s.background,
+            s.classes,
+            s.tail_classes,
+            s.tail_offsets,
+            s.region,
+            s.image_size,
+            s.target,
+            s.image_digest,
+            s.keys,
+        )
         for s in shards
     ]
 
@@ -72,7 +82,19 @@ def command(images: Path, store: Path, *more: str, teacher: str = "tiny:colour_t
 
 def arguments(images: Path, store: Path, *more: str, teacher: str = "tiny:colour_teacher") -> list[str]:
     fine = ["--levels", "160", "--threshold", "1e-6"]  # as conftest's `config`
-    options = [*fine, "--teacher", teacher, "--shard-size", "4", "--batch-size", "2", "--decoder", "pil", "--threads", "1"]
+    options = [
+        *fine,
+        "--teacher",
+        teacher,
+        "--shard-size",
+        "4",
+        "--batch-size",
+        "2",
+        "--decoder",
+        "pil",
+        "--threads",
+        "1",
+    ]
     return ["label", str(images), "--store", str(store), "--quiet", *options, *more]
 
 

@@ -18,7 +18,7 @@ TINY_TABLE = np.pad(-np.arange(0, 20, 0.1, dtype=np.float32), (0, 56), mode="edg
 
 
 def teacher_like(images: int, classes: int, grid: int, seed: int) -> torch.Tensor:
-    """Unsure, as trained with smoothing: a few classes here and there, and many that an image makes a little likelier."""
+    """Unsure, as trained with smoothing: a few classes here and there, many that an image makes a little likelier."""
     liking = torch.randn(images, classes, 1, 1, generator=torch.Generator().manual_seed(seed))
     return 0.35 * synthetic_logits(images, classes, grid, seed=seed) + 0.8 * liking
 

@@ -3,16 +3,75 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tiny import ColourTeacher
 
-from labeler import InputError, LabelStore, label_images
+from labeler import InputError, LabelStore, TeacherConfig, import_token_label_files, label_images
+from labeler.__main__ import main
+from labeler.encoder import reference_kl
 from labeler.report import write_report
+from labeler.report_charts import curve, scatter
 from labeler.report_figures import cell_classes, check_truth, draw_sample
+from labeler.report_truth import costs_of, palette_curve, reference_bytes, totals, truth_cards
+
+
+class ManyClasses(ColourTeacher):
+    """Forty classes by colour, more than a palette and a tail hold."""
+
+    num_classes = 40
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.weight = torch.nn.Parameter(2 * torch.randn(40, 3, generator=generator), requires_grad=False)
+        self.bias = torch.nn.Parameter(2 * torch.randn(40, 1, 1, generator=generator), requires_grad=False)
+
+    def score_maps(self, images: torch.Tensor) -> torch.Tensor:
+        return super().score_maps(images) + self.bias
+
+
+def many_classes() -> torch.nn.Module:
+    return ManyClasses()
+
+
+@pytest.fixture
+def sparse(images, tmp_path, config):
+    """A store whose maps have codes, cells that count as background, a tail, and classes in none of them."""
+    wanted = dataclasses.replace(
+        config, teacher=TeacherConfig("test_labeler_report:many_classes"), palette=7, tail=9, levels=20, threshold=3e-3
+    )
+    label_images(images, tmp_path / "sparse", wanted)
+    return tmp_path / "sparse"
+
+
+@pytest.fixture
+def imported(images, tmp_path):
+    """A `logit` store of the reference's files."""
+    for i, path in enumerate(sorted(images.rglob("*.jpg"))):
+        values, ids = (3 * torch.randn(50, 4, 4, generator=torch.Generator().manual_seed(i))).topk(5, dim=0)
+        target = (tmp_path / "maps" / path.relative_to(images)).with_suffix(".pt")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.stack([values.half(), ids.half()]), target)
+    import_token_label_files(tmp_path / "maps", images, tmp_path / "imported", num_classes=50, progress=False)
+    return tmp_path / "imported"
+
+
+def read_page(store, images, path, **options) -> str:
+    """The page, whole."""
+    write_report(store, images, path, **options)
+    page = path.read_text()
+    parser = WellFormed()
+    parser.feed(page)
+    assert parser.open == []
+    assert "nan" not in re.sub(r"data:[^\"]*|<style>.*?</style>", "", page, flags=re.S).lower().split()
+    return page
 
 
 class WellFormed(HTMLParser):
@@ -44,14 +103,53 @@ def test_the_page_is_well_formed_and_needs_nothing_else(store, images, tmp_path)
     assert page.count("data:image/jpeg") == 2 * 12
 
 
-def test_the_sample_is_the_dense_distribution_in_short(store):
-    labels = LabelStore(store)
+@pytest.mark.parametrize("name", ["store", "sparse", "imported"])
+def test_the_sample_is_the_dense_distribution_in_short(request, name):
+    labels = LabelStore(request.getfixturevalue(name))
     sample = draw_sample(labels, 100, seed=0)
-    dense = labels.read(sample.rows).dense().astype(np.float64)
-    np.testing.assert_array_equal(sample.top1, dense.argmax(1))
+    maps = labels.read(sample.rows)
+    dense = maps.dense().astype(np.float64)
     np.testing.assert_allclose(sample.confidence, dense.max(1), rtol=1e-4)
     np.testing.assert_allclose(sample.entropy, -(dense * np.log(dense)).sum(1), atol=1e-4)
-    np.testing.assert_allclose(sample.p.sum(1) + sample.left, 1, atol=1e-5)
+    np.testing.assert_allclose(sample.p.sum(1) + sample.tail + sample.left, 1, atol=1e-5)
+    of_first = np.take_along_axis(dense, sample.top1[:, None], 1)[:, 0]
+    np.testing.assert_allclose(of_first, dense.max(1), rtol=1e-4)
+    left, in_tail = np.zeros_like(sample.left, float), np.zeros_like(sample.left, float)
+    for image in range(len(dense)):
+        palette, tail = maps.classes[image].tolist(), maps.tail_classes[image].tolist()
+        for number in range(dense.shape[1]):
+            place = palette.index(number) if number in palette else None
+            if number in tail:
+                in_tail[image] += dense[image, number]
+            elif place is None:
+                left[image] += dense[image, number]
+            else:  # what counts as background in a cell is not named there
+                left[image] += dense[image, number] * (maps.scores[image, place] == maps.background[image])
+    np.testing.assert_allclose(sample.left, left, atol=1e-5)
+    np.testing.assert_allclose(sample.tail, in_tail, atol=1e-5)
+    classes, share = sample.named
+    for image in range(len(dense)):
+        used = classes[image] >= 0
+        np.testing.assert_allclose(share[image, used], dense[image, classes[image, used]].mean((1, 2)), atol=1e-6)
+        assert (share[image, ~used] == 0).all()
+    if name == "sparse":
+        assert 0.02 < in_tail.mean() < 0.5
+        assert left.mean() > 0.01
+        assert ((maps.classes >= 0)[:, :, None, None] & (sample.p == 0)).any()
+        assert 1 - left.mean() == pytest.approx(totals(labels)["coverage"] / len(labels), abs=5e-3)
+
+
+def test_the_palettes_curve_goes_by_share_and_not_by_place(sparse):
+    sample = draw_sample(LabelStore(sparse), 100, seed=0)
+    share = sample.p.mean((2, 3))
+    assert (np.diff(share, axis=1) > 0).any()
+    figure = palette_curve(sample)
+    shown = [float(value) / 100 for value in re.findall(r"<title>\d+: ([\d.]+)%", figure)]
+    assert shown[0] == pytest.approx(share.max(1).mean(), abs=1e-4)
+    assert shown[-1] == pytest.approx(sample.p.sum(1).mean(), abs=1e-4)
+    gains = np.diff([0.0, *shown])
+    assert (np.diff(gains) < 1e-4).all()
+    assert f"the tail names {sample.tail.mean():.1%} more" in figure
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
@@ -102,3 +200,97 @@ def test_missing_images_and_the_quarantine_are_shown(images, tmp_path, config):
     page = (tmp_path / "report.html").read_text()
     assert "&lt;bad&gt;.jpg" in page
     assert "No such file" in page
+
+
+def test_cards_say_what_the_markers_sum_up(sparse, images, tmp_path, config):
+    labels = LabelStore(sparse)
+    page = read_page(sparse, images, tmp_path / "report.html")
+    sums = {name: sum(m.stats[name] for m in labels.markers) for name in labels.markers[0].stats}
+    for figure, words in (
+        (f"{sums['kl'] / 12:.4f}", "nats lost per cell"),
+        (f"{sums['compared_kl'] / sums['reference_kl']:.2f}", "five float16 logits per cell"),
+        (f"{sums['coverage'] / 12:.1%}", "codes and the tail name"),
+        (f"{sums['first_kept'] / 12:.1%}", "of cells keep the teacher’s first class"),
+    ):
+        assert re.search(rf"<b>{re.escape(figure)}</b><span>[^<]*{words}", page), words
+    label_images(
+        images, tmp_path / "planes", dataclasses.replace(config, precision="float16", threshold=None, levels=None)
+    )
+    assert [words for _, words in truth_cards(LabelStore(tmp_path / "planes")) if "the palette names" in words]
+
+
+def test_an_imported_store_has_a_page_without_a_teachers_figures(imported, images, tmp_path):
+    assert truth_cards(LabelStore(imported)) == []
+    page = read_page(imported, images, tmp_path / "report.html")
+    assert "nats lost per cell" not in page
+    assert "--audit" not in page
+    assert "Probability that the palette names" in page
+    with pytest.raises(InputError, match="was imported"):
+        write_report(imported, images, tmp_path / "r.html", audit=3, device="cpu", trusted=True)
+
+
+def test_other_images_are_an_error_and_some_missing_ones_a_note(store, images, tmp_path, capsys):
+    command = ["report", str(store), "--out", str(tmp_path / "r.html"), "--images"]
+    assert main([*command, str(tmp_path / "nowhere")]) == 2
+    assert "not a folder of images" in capsys.readouterr().err
+    (tmp_path / "others").mkdir()
+    assert main([*command, str(tmp_path / "others")]) == 2
+    assert "none of the store's images" in capsys.readouterr().err
+    assert not (tmp_path / "r.html").exists()
+    for key in LabelStore(store).keys[:5]:
+        (images / key).unlink()
+    assert main([*command, str(images), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["sampled"], told["missing"], told["audit"]) == (12, 5, None)
+    assert "5 of the 12 sampled images were not found" in (tmp_path / "r.html").read_text()
+
+
+def test_an_audit_stands_on_the_page_with_what_more_bytes_would_buy(sparse, images, tmp_path, capsys):
+    page = read_page(sparse, images, tmp_path / "without.html")
+    assert "How true the labels are" not in page
+    assert "--audit 48" in page
+    command = ["report", str(sparse), "--images", str(images), "--device", "cpu", "--quiet", "--audit", "8", "--json"]
+    assert main([*command, "--out", str(tmp_path / "r.html")]) == 0
+    found = json.loads(capsys.readouterr().out)["audit"]
+    page = read_page(sparse, images, tmp_path / "r.html", audit=8, device="cpu")
+    assert "How true the labels are" in page
+    for words in (
+        f"Storage, {found['storage']:.3f} nats",
+        f"Mirror, {found['mirror']:.3f} nats",
+        "at 50% of the sides",
+    ):
+        assert words in page
+    assert page.count("this store") >= 2  # the name of its point and what it says when pointed at
+    assert "top-5 files" in page
+
+
+def test_points_of_the_cost_chart_are_measured(sparse, images, tmp_path):
+    from labeler.audit import audit_labels
+
+    labels = LabelStore(sparse)
+    audit, logits = audit_labels(labels, images, 12, device="cpu")
+    costs = costs_of(labels, logits, audit)
+    assert costs.images == 12
+    sizes, errors = np.array([c.bytes for c in costs.several]), np.array([c.kl for c in costs.several])
+    assert (np.diff(sizes) >= 0).all()
+    assert sizes[-1] > sizes[0]
+    assert (np.diff(errors) < 1e-3).all()  # the palette of seven, not the threshold, is what the finest lack
+    assert errors[-1] < errors[0]
+    assert costs.own[1] == pytest.approx(audit.storage, rel=0.01)
+    torch.save(torch.zeros(2, 5, 4, 4, dtype=torch.float16), tmp_path / "map.pt")
+    assert costs.reference[0] == reference_bytes((4, 4)) == pytest.approx((tmp_path / "map.pt").stat().st_size, abs=128)
+    assert costs.reference[1] == pytest.approx(float(reference_kl(logits).mean()), rel=1e-5)
+
+
+def test_charts_keep_their_points_inside():
+    marks = [(900.0, 0.2, "this <store>"), (8005.0, 0.9, "top-5 files")]
+    figure = scatter([(500.0, 0.3, "a"), (1000.0, 0.18, "b"), (4000.0, 0.05, "c")], marks, "label")
+    assert "this &lt;store&gt;" in figure
+    places = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.-]+)" cy="([\d.-]+)"', figure)]
+    assert len(places) == 5
+    assert all(44 <= x <= 360 and 0 <= y <= 156 for x, y in places)
+    across = {
+        x: place for (x, _, _), (place, _) in zip([(500, 0, 0), (1000, 0, 0), (4000, 0, 0)], places, strict=False)
+    }
+    assert across[4000] - across[1000] == pytest.approx(2 * (across[1000] - across[500]), abs=0.2)
+    assert len(re.findall("<circle", curve([0.5] * 128, "long"))) == 128

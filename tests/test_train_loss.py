@@ -1,12 +1,13 @@
 """The token-labeling loss: the published losses, closed form against dense targets, and what it refuses.
 
-Legend: B images; C classes; P palette size; h×w token grid, T = h·w.
+Legend: B images; C classes; P palette size; R tail size; h×w token grid, T = h·w.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ GRID = (3, 4)
 BOX = MixBox(1, 0, 3, 3, 0.5)
 FIXTURE = SHARED / "fixtures" / "token_targets"
 both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+tail_or_not = pytest.mark.parametrize("tail", [0, 5], ids=["no tail", "tail"])
 mixed_or_not = pytest.mark.parametrize("mix", [None, BOX], ids=["not mixed", "mixed"])
 
 
@@ -39,15 +41,30 @@ def make_batch(targets: TokenTargets, mix: MixBox | None = None, labels: torch.T
 
 
 def make_targets(
-    batch: int, palette: int, classes: int, dtype: torch.dtype = torch.float32, unused: int = 0
+    batch: int, palette: int, classes: int, dtype: torch.dtype = torch.float32, unused: int = 0, tail: int = 0
 ) -> TokenTargets:
-    """Random ones; the last `unused` places of every other image are empty."""
+    """Random ones; the last `unused` places of every other image are empty.
+
+    So is the last place of every tail, and all of the second image's.
+    """
     random = torch.Generator().manual_seed(1)
-    ids = torch.stack([torch.randperm(max(classes, palette), generator=random)[:palette] for _ in range(batch)])
+    order = torch.stack([torch.randperm(max(classes, palette), generator=random) for _ in range(batch)])
+    ids = order[:, :palette].clone()
     if unused:
         ids[::2, -unused:] = -1
     shapes = ((batch, palette, 12), (batch, 12), (batch, palette), (batch,))
-    return TokenTargets(ids, *(2 * torch.randn(shape, generator=random, dtype=dtype) for shape in shapes))
+    targets = TokenTargets(ids, *(2 * torch.randn(shape, generator=random, dtype=dtype) for shape in shapes))
+    if not tail:
+        return targets
+    tail_ids = order[:, palette : palette + tail].clone()
+    tail_ids[:, -1] = tail_ids[1:2] = -1
+    offsets = 2 * torch.randn(tail_ids.shape, generator=random, dtype=dtype)
+    offsets[:, -1] = math.nan  # never read
+    return dataclasses.replace(targets, tail_classes=tail_ids, tail_offsets=offsets)
+
+
+def tail_arguments(targets: TokenTargets) -> dict[str, torch.Tensor]:
+    return {"tail_classes": targets.tail_classes, "tail_offsets": targets.tail_offsets}
 
 
 def make_outputs(batch: int, classes: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,8 +75,9 @@ def make_outputs(batch: int, classes: int, dtype: torch.dtype = torch.float32) -
 
 
 def as_double(batch: Batch) -> Batch:
-    classes, *scores = (getattr(batch.targets, field.name) for field in dataclasses.fields(batch.targets))
-    return dataclasses.replace(batch, targets=TokenTargets(classes, *(part.double() for part in scores)))
+    parts = {field.name: getattr(batch.targets, field.name) for field in dataclasses.fields(batch.targets)}
+    wide = {name: part.double() if part.is_floating_point() else part for name, part in parts.items()}
+    return dataclasses.replace(batch, targets=TokenTargets(**wide))
 
 
 def assert_equals_dense(batch: Batch, dtype: torch.dtype, classes: int, **options: object) -> None:
@@ -96,10 +114,143 @@ def test_closed_form_equals_dense(
 
 @both_types
 @mixed_or_not
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("batch", "palette", "classes", "unused", "tail"),
+    [(4, 6, 23, 0, 5), (5, 6, 23, 3, 9), (2, 4, 9, 4, 3), (4, 5, 9, 0, 4), (3, 6, 23, 0, 1)],
+    ids=["even", "odd, unused", "empty palettes", "P + R = C", "all unused"],
+)
+def test_closed_form_with_a_tail_equals_dense(
+    dtype: torch.dtype, mix: MixBox | None, smoothing: float, batch: int, palette: int, classes: int, unused: int,
+    tail: int,
+) -> None:  # fmt: skip
+    targets = make_targets(batch, palette, classes, dtype, unused, tail)
+    assert_equals_dense(make_batch(targets, mix), dtype, classes, smoothing=smoothing)
+
+
+@mixed_or_not
+def test_one_image_with_a_tail_and_one_whose_palette_is_all_classes(mix: MixBox | None) -> None:
+    targets = make_targets(1, 4, 7, torch.float64)
+    tail = dataclasses.replace(
+        targets, tail_classes=targets.classes.new_tensor([[5, 6]]), tail_offsets=torch.ones(1, 2).double()
+    )
+    tail.classes[:] = torch.tensor([[0, 1, 2, 3]])
+    assert_equals_dense(make_batch(tail, mix), torch.float64, 7)
+    targets = make_targets(3, 7, 7, torch.float64)
+    ids = torch.tensor([[-1, -1], [-1, 6], [5, 6]])
+    targets.classes[:] = torch.arange(7)
+    targets.classes[1, 6], targets.classes[2, 5:] = -1, -1  # palette and tail are all classes
+    targets.cls_background[0] = targets.token_background[0] = 2000.0  # of nobody
+    tail = dataclasses.replace(targets, tail_classes=ids, tail_offsets=torch.full((3, 2), -3.0).double())
+    assert_equals_dense(make_batch(tail, mix), torch.float64, 7)
+
+
+@mixed_or_not
+@pytest.mark.parametrize(("dtype", "offset"), [(torch.float32, 31.75), (torch.float32, 100.0), (torch.float64, 800.0)])
+def test_offsets_whose_powers_overflow(mix: MixBox | None, dtype: torch.dtype, offset: float) -> None:
+    targets = make_targets(4, 6, 23, dtype, 2, 5)
+    targets.tail_offsets[2, 0], targets.tail_offsets[3, 1], targets.tail_offsets[0, :4] = offset, offset, -offset
+    outputs = make_outputs(4, 23, dtype)
+    for smoothing in (0.0, 0.1):
+        found = TokenLabelLoss(smoothing=smoothing)(outputs, make_batch(targets, mix))
+        expected = dense_token_label_loss(outputs, as_double(make_batch(targets, mix)), GRID, smoothing=smoothing)
+        # A score of 100 has a last bit of 8e-6.
+        torch.testing.assert_close(found, expected.to(dtype), rtol=1e-5 if dtype == torch.float32 else 1e-10, atol=0)
+        gradients = (torch.autograd.grad(loss, outputs) for loss in (found, expected))
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other.to(dtype), rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-12)
+
+
+def logit_targets() -> TokenTargets:
+    """As of imported files: 0 is every class's score where it is not among a cell's first."""
+    targets = make_targets(4, 6, 23, torch.float64)
+    zero = torch.zeros_like(targets.token_background)
+    scores = targets.token_scores.clamp(min=0)
+    return dataclasses.replace(targets, token_scores=scores, token_background=zero, cls_background=zero[:, 0])
+
+
+@mixed_or_not
+@pytest.mark.parametrize("kind", ["palette", "palette and tail", "logit"])
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(kind: str, mix: MixBox | None) -> None:
+    """Cells and crop alike; a class target that is two images' answers has no such student with logits of one."""
+    targets = logit_targets() if kind == "logit" else make_targets(4, 6, 23, torch.float64, 2, 5 * ("tail" in kind))
+    tokens, whole = targets.dense_tokens(23), targets.dense_cls(23)
+    if mix is not None:
+        tokens = torch.where(mix.mask(GRID)[:, None], tokens.flip(0), tokens)
+        whole = mix.lam * whole + (1 - mix.lam) * whole.flip(0)
+    outputs = tuple(p.log().requires_grad_() for p in (whole, tokens))
+    loss = TokenLabelLoss(smoothing=0.0)(outputs, make_batch(targets, mix))
+    entropy = sum(-(p * p.log()).sum(-1).mean() for p in (whole, tokens))
+    torch.testing.assert_close(loss, entropy, rtol=1e-12, atol=0)
+    for gradient in torch.autograd.grad(loss, outputs):
+        assert gradient.abs().max() < 1e-15
+    # The teacher's answer, and no other, is where it vanishes.
+    further = targets.tail_offsets + 0.01 if "tail" in kind else targets.tail_offsets
+    moved = dataclasses.replace(targets, cls_background=targets.cls_background + 0.01, tail_offsets=further)
+    cls_gradient, aux_gradient = torch.autograd.grad(
+        TokenLabelLoss(smoothing=0.0)(outputs, make_batch(moved, mix)), outputs
+    )
+    assert cls_gradient.abs().max() > 1e-5
+    assert (float(aux_gradient.abs().max()) > 1e-6) == ("tail" in kind)
+
+
+@mixed_or_not
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+@tail_or_not
+def test_a_temperature_is_a_power_of_the_teachers_answer(mix: MixBox | None, temperature: float, tail: int) -> None:
+    targets, outputs = make_targets(4, 6, 23, torch.float64, 2, tail), make_outputs(4, 23, torch.float64)
+    batch, loss = make_batch(targets, mix), TokenLabelLoss(0.7, 1.3, temperature=temperature)
+    tokens, whole = (p ** (1 / temperature) for p in (targets.dense_tokens(23), targets.dense_cls(23)))
+    tokens, whole = (smoothed(p / p.sum(-1, keepdim=True), 0.1) for p in (tokens, whole))
+    if mix is not None:
+        tokens = torch.where(mix.mask(GRID)[:, None], tokens.flip(0), tokens)
+        whole = mix.lam * whole + (1 - mix.lam) * whole.flip(0)
+    expected = 1.3 * cross_entropy(whole, outputs[0]).mean() + 0.7 * cross_entropy(tokens, outputs[1]).mean()
+    found = loss(outputs, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    gradients = (torch.autograd.grad(value, outputs) for value in (found, expected))
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-14)
+    # It may change from step to step; 1 is the teacher as it is.
+    loss.temperature = 1.0
+    assert loss(outputs, batch) == TokenLabelLoss(0.7, 1.3)(outputs, batch) != found
+
+
+@both_types
+@mixed_or_not
 def test_known_labels_on_every_token(dtype: torch.dtype, mix: MixBox | None) -> None:
     batch = make_batch(label_targets(torch.tensor([3, 0, 6]), 12), mix)
     assert_equals_dense(batch, dtype, 7)
     assert_equals_dense(batch, dtype, 7, smoothing=0.0)
+
+
+@both_types
+@tail_or_not
+def test_autocast_does_not_round_the_logits(dtype: torch.dtype, tail: int) -> None:
+    """Which it does for a matrix product, and a tail is one."""
+    batch, outputs = make_batch(make_targets(4, 6, 23, dtype, tail=tail), BOX), make_outputs(4, 23, dtype)
+    expected = TokenLabelLoss()(outputs, batch)
+    gradient = torch.autograd.grad(expected, outputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = TokenLabelLoss()(outputs, batch)
+        assert torch.equal(found, expected)
+        for one, other in zip(torch.autograd.grad(found, outputs), gradient, strict=True):
+            assert torch.equal(one, other)
+
+
+@mixed_or_not
+def test_the_class_that_the_teacher_names_may_be_of_the_tail(mix: MixBox | None) -> None:
+    """Which decides how much of the truth is blended in. Images: right, wrong, unnamed first, all of one score."""
+    ids, tail = torch.tensor([[3, 4], [3, 4], [3, 4], [4, 3]]), torch.tensor([[5, 6], [5, 6], [5, -1], [5, 6]])
+    scores = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, -2.0], [0.5, 0.5]]).double()
+    offsets = torch.tensor([[0.2, 2.0], [2.0, 0.2], [-1.0, 9.0], [0.0, 0.0]]).double()
+    background = torch.tensor([0.0, 0.0, 0.0, 0.5]).double()
+    targets = TokenTargets(
+        ids, scores[..., None].expand(-1, -1, 12), background[:, None].expand(-1, 12), scores, background, tail, offsets
+    )
+    assert targets.dense_cls(9).argmax(1).tolist() == [6, 5, 0, 0]
+    for labels in ([6, 6, 3, 4], [3, 5, 5, 3]):
+        batch = make_batch(targets, mix, torch.tensor(labels))
+        assert_equals_dense(batch, torch.float64, 9, ground_truth=True)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -112,12 +263,14 @@ def test_ground_truth_and_weights(mix: MixBox | None, smoothing: float) -> None:
     assert_equals_dense(make_batch(targets, mix, labels), torch.float64, 23, **options)
 
 
-def test_many_classes_and_large_logits() -> None:
-    """More than one part and block of images; logits whose powers overflow; class logits of a batch in one part."""
-    random, targets = torch.Generator().manual_seed(0), make_targets(70, 5, 3000, torch.float64)
+@tail_or_not
+def test_many_classes_and_large_logits(tail: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 32, 32 and 6 images, in parts of 16; logits whose powers overflow."""
+    monkeypatch.setattr("train.smoothed_targets.PART", 16 * 12 * 3000)
+    random, targets = torch.Generator().manual_seed(0), make_targets(70, 5, 3000, torch.float64, 0, tail)
     logits = (300 * torch.randn(70, 12, 3000, generator=random, dtype=torch.float64)).requires_grad_()
     parts, inside = (targets.classes, targets.token_scores, targets.token_background), BOX.mask(GRID)
-    loss = token_cross_entropy(logits, *parts, 0.1, inside)
+    loss = token_cross_entropy(logits, *parts, 0.1, inside, **tail_arguments(targets))
     dense = smoothed(targets.dense_tokens(3000), 0.1)
     expected = cross_entropy(torch.where(inside[:, None], dense.flip(0), dense), logits).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
@@ -170,19 +323,22 @@ def test_published_losses(dtype: torch.dtype) -> None:
     assert done == 42
 
 
-def test_gradcheck() -> None:
-    targets = make_targets(3, 4, 6, torch.float64, 1)
+@tail_or_not
+def test_gradcheck(tail: int) -> None:
+    targets = make_targets(3, 4, 12, torch.float64, 1, tail)
     batch = make_batch(targets, BOX, torch.tensor([1, -1, 5]))
     loss = TokenLabelLoss(0.7, 1.3, ground_truth=True)
-    torch.autograd.gradcheck(lambda *outputs: loss(outputs, batch), make_outputs(3, 6, torch.float64))
+    torch.autograd.gradcheck(lambda *outputs: loss(outputs, batch), make_outputs(3, 12, torch.float64))
     parts = targets.classes, targets.token_scores, targets.token_background
-    weight, logits = torch.randn(3, 12, dtype=torch.float64), make_outputs(3, 6, torch.float64)[1]
-    torch.autograd.gradcheck(lambda x: token_cross_entropy(x, *parts, 0.1, BOX.mask(GRID), weight).cos(), logits)
+    weight, logits = torch.randn(3, 12, dtype=torch.float64), make_outputs(3, 12, torch.float64)[1]
+    inside, more = BOX.mask(GRID), tail_arguments(targets)
+    torch.autograd.gradcheck(lambda x: token_cross_entropy(x, *parts, 0.1, inside, weight, **more).cos(), logits)
 
 
+@tail_or_not
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
-def test_half_precision_is_reckoned_in_float32(dtype: torch.dtype, tolerance: float) -> None:
-    batch, outputs = make_batch(make_targets(4, 6, 23), BOX), make_outputs(4, 23, dtype)
+def test_half_precision_is_reckoned_in_float32(dtype: torch.dtype, tolerance: float, tail: int) -> None:
+    batch, outputs = make_batch(make_targets(4, 6, 23, tail=tail), BOX), make_outputs(4, 23, dtype)
     loss = 1024 * TokenLabelLoss()(outputs, batch)
     wide = tuple(logits.detach().double().requires_grad_() for logits in outputs)
     dense = 1024 * dense_token_label_loss(wide, as_double(batch), GRID)
@@ -193,7 +349,7 @@ def test_half_precision_is_reckoned_in_float32(dtype: torch.dtype, tolerance: fl
 
 
 def test_class_logits_alone_targets_untouched_and_lam() -> None:
-    targets, outputs = make_targets(4, 6, 23, unused=2), make_outputs(4, 23)
+    targets, outputs = make_targets(4, 6, 23, unused=2, tail=5), make_outputs(4, 23)
     kept = [getattr(targets, field.name).clone() for field in dataclasses.fields(targets)]
     for mix in (None, BOX, MixBox(0, 0, 3, 4, 0.0), MixBox(1, 1, 1, 1, 1.0)):
         batch = make_batch(targets, mix, torch.arange(4))
@@ -201,23 +357,25 @@ def test_class_logits_alone_targets_untouched_and_lam() -> None:
         torch.testing.assert_close(alone, TokenLabelLoss(0.0, ground_truth=True)(outputs, batch))
         TokenLabelLoss(ground_truth=True)(outputs, batch).backward()
     for field, before in zip(dataclasses.fields(targets), kept, strict=True):
-        assert torch.equal(getattr(targets, field.name), before)
+        torch.testing.assert_close(getattr(targets, field.name), before, rtol=0, atol=0, equal_nan=True)
     partners = TokenLabelLoss()(outputs[0], make_batch(targets, MixBox(0, 0, 3, 4, 0.0)))
     torch.testing.assert_close(partners, TokenLabelLoss()(outputs[0].flip(0), make_batch(targets)))
 
 
+@tail_or_not
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_nan_and_infinity_are_not_hidden(bad: float) -> None:
-    batch = make_batch(make_targets(4, 6, 23))
+def test_nan_and_infinity_are_not_hidden(bad: float, tail: int) -> None:
+    batch = make_batch(make_targets(4, 6, 23, tail=tail))
     for which in (0, 1):
         outputs = [logits.detach().clone() for logits in make_outputs(4, 23)]
         outputs[which].flatten()[5] = bad
         assert not TokenLabelLoss()(outputs, batch).isfinite()
 
 
-def test_in_place_twice_and_second_derivative() -> None:
+@tail_or_not
+def test_in_place_twice_and_second_derivative(tail: int) -> None:
     cls_logits, leaf = make_outputs(4, 23)
-    batch = make_batch(make_targets(4, 6, 23), BOX)
+    batch = make_batch(make_targets(4, 6, 23, tail=tail), BOX)
     loss = 3 * TokenLabelLoss()((cls_logits, leaf), batch)
     expected, again = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] / 3 for _ in range(2))
     assert torch.equal(expected, again)
@@ -237,9 +395,10 @@ def test_in_place_twice_and_second_derivative() -> None:
         torch.autograd.grad(TokenLabelLoss()((cls_logits, leaf), batch), leaf, create_graph=True)
 
 
-def test_compiled_equals_eager_for_any_box() -> None:
+@tail_or_not
+def test_compiled_equals_eager_for_any_box(tail: int) -> None:
     torch._dynamo.reset()
-    outputs, targets, loss = make_outputs(4, 23), make_targets(4, 6, 23), TokenLabelLoss(0.5)
+    outputs, targets, loss = make_outputs(4, 23), make_targets(4, 6, 23, tail=tail), TokenLabelLoss(0.5)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for box in (None, BOX, MixBox(0, 1, 2, 4, 0.5), MixBox(2, 2, 3, 3, 11 / 12), MixBox(0, 0, 3, 4, 0.0)):
         batch = make_batch(targets, box)
@@ -252,6 +411,16 @@ def test_bad_input_is_named() -> None:
     (cls_logits, aux_logits), batch, loss = make_outputs(4, 23), make_batch(targets), TokenLabelLoss()
     outside = make_batch(targets, MixBox(0, 0, 4, 4, 0.0))
     odd = dataclasses.replace(make_batch(targets, BOX), images=torch.zeros(4, 3, 32, 32))
+    beyond, learnt = targets.classes[:, :1] + 23, torch.zeros(4, 1, requires_grad=True)
+    tails = {
+        name: make_batch(dataclasses.replace(targets, tail_classes=ids, tail_offsets=offsets))
+        for name, ids, offsets in (
+            ("type", beyond.int(), learnt.detach()),
+            ("length", targets.classes[:, :1], torch.zeros(4, 2)),
+            ("grows", targets.classes[:, :1], learnt),
+            ("beyond", beyond, learnt.detach()),
+        )
+    }
     grows = dataclasses.replace(targets, token_scores=targets.token_scores.clone().requires_grad_())
     for outputs, data, message in (
         ((cls_logits, aux_logits, aux_logits), batch, r"got tuple of 3"),
@@ -262,11 +431,23 @@ def test_bad_input_is_named() -> None:
         ((cls_logits, aux_logits), outside, "mix box leaves the token grid"),
         ((cls_logits[:, :5], aux_logits[..., :5]), batch, r"targets name a class that the logits lack.*below 5"),
         ((cls_logits, aux_logits), make_batch(grows), "scores requires a gradient"),
+        (
+            (cls_logits, aux_logits),
+            tails["type"],
+            r"tail classes do not fit .* got torch.int32 .* int64",
+        ),
+        ((cls_logits, aux_logits), tails["length"], r"tail_offsets does not fit the logits: got \(4, 2\)"),
+        ((cls_logits, aux_logits), tails["grows"], "tail_offsets requires a gradient"),
+        ((cls_logits, aux_logits), tails["beyond"], r"a class that the logits lack: got class \d\d, expected below 23"),
         ((cls_logits, aux_logits.int()), batch, "logits are not usable: got torch.int32"),
     ):
         with pytest.raises(InputError, match=message):
             loss(outputs, data)  # type: ignore[arg-type]
     assert TokenLabelLoss(grid=GRID)((cls_logits, aux_logits), odd).isfinite()
-    for options in ({"smoothing": 1.0}, {"dense_weight": -1.0}, {"cls_weight": float("nan")}):
+    parts = targets.classes, targets.token_scores, targets.token_background
+    with pytest.raises(InputError, match="a tail is classes and offsets: got only one of them"):
+        token_cross_entropy(aux_logits, *parts, 0.1, tail_classes=beyond)
+    wrong = ({"smoothing": 1.0}, {"dense_weight": -1.0}, {"cls_weight": math.nan}, {"temperature": 0.0})
+    for options in wrong:
         with pytest.raises(InputError, match="out of range"):
             TokenLabelLoss(**options)

@@ -11,7 +11,7 @@ from faults import tally
 
 from labeler import InputError
 from train.__main__ import main
-from train.config import TrainConfig
+from train.config import LossConfig, TrainConfig
 from train.recipe import RECIPES, differences, flat, load_recipe, parse_config, recipe_names, to_toml
 
 VALID = '[model]\nname = "demansia_nano"\n[data]\nimages = "images"\nstore = "labels"\n'
@@ -45,6 +45,8 @@ FOUND_IN_FILE = {
     "argument of a model": (VALID + "[model.args]\nx = [1]", "model.args.x: got [1], expected true or false or a"),
     "negative rate": (VALID + "[optimizer]\nlr = -1e-3", "optimizer.lr: got -0.001, expected greater than 0"),
     "rate of zero": (VALID + "[optimizer]\nlr = 0", "optimizer.lr: got 0, expected greater than 0"),
+    "temperature of zero": (VALID + "[loss]\ntemperature = 0", "loss.temperature: got 0, expected greater than 0"),
+    "negative temperature": (VALID + "[loss]\nfinal_temperature = -1", "got -1, expected greater than 0"),
     "no number": (VALID + "[optimizer]\nlr = nan", "optimizer.lr: got nan, expected a finite number"),
     "infinity": (VALID + "[optimizer]\nweight_decay = inf", "got inf, expected a finite number"),
     "empty batch": (VALID + "[run]\nbatch_size = 0", "got 0, expected greater than or equal to 1"),
@@ -201,6 +203,15 @@ def test_recipes_of_papers_have_their_settings(name, expected):
     found = flat(load_recipe(name))
     expected = {**expected, "loss.smoothing": 0.1, **{f"augment.{key}": value for key, value in augment.items()}}
     assert {key: found[key] for key in expected} == expected
+
+
+def test_the_temperature_moves_in_a_straight_line_from_the_first_step_to_the_last():
+    falling = LossConfig(temperature=4.0, final_temperature=1.0)
+    assert [falling.temperature_at(step, 5) for step in range(5)] == [4.0, 3.25, 2.5, 1.75, 1.0]
+    assert falling.temperature_at(0, 1) == 4.0
+    assert LossConfig(final_temperature=2.0).temperature_at(500, 1001) == 1.5
+    assert {LossConfig(temperature=3.0).temperature_at(step, 5) for step in range(5)} == {3.0}
+    assert {LossConfig().temperature_at(step, 5) for step in range(5)} == {1.0}
 
 
 def test_a_configuration_written_as_a_recipe_reads_back_the_same():

@@ -23,7 +23,7 @@ from tiny_runs import FULL, outcome, tiny_config, tiny_data, write_recipe
 
 import train.task
 from labeler import InputError, MismatchError
-from train import TrainConfig, fit
+from train import TokenLabelLoss, TrainConfig, fit
 from train.checkpoint import check_checkpoint, checkpoints, read_weights
 from train.distributed import Ranks
 from train.errors import Stopped
@@ -54,6 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def config(data: tuple[Path, Path], tmp_path: Path) -> TrainConfig:
     """Nine steps of two micro-batches, with everything that a resumed run could get wrong."""
     overrides = {**FULL, "data.validation": str(data[0]), "run.micro_batch": 2}
+    overrides |= {"loss.temperature": 4.0, "loss.final_temperature": 0.5}
     return tiny_config(*data, tmp_path / "run", **overrides)
 
 
@@ -104,6 +105,29 @@ def test_a_run_that_is_resumed_at_every_step_ends_bit_for_bit_as_one_left_alone(
         assert found["last"] == whole["last"], step
         assert found["rows"] == [row for row in whole["rows"] if row["step"] >= step + (row["kind"] == "train")]
         tally(30, resumed=1, resumed_equal=1)
+
+
+def test_each_step_has_its_temperature_whether_or_not_the_run_was_resumed(data, tmp_path, no_curves, monkeypatch):
+    seen = []
+
+    def forward(loss: TokenLabelLoss, outputs: Any, batch: Any) -> torch.Tensor:
+        seen.append(loss.temperature)
+        return original(loss, outputs, batch)
+
+    original = TokenLabelLoss.forward
+    monkeypatch.setattr(TokenLabelLoss, "forward", forward)
+    annealed = {"schedule.steps": 5, "loss.temperature": 3.0, "loss.final_temperature": 1.0, "run.save_every": 1}
+    config = tiny_config(*data, tmp_path / "run", **annealed, **{"run.keep": 9})
+    fit(config)
+    assert seen == [3.0, 2.5, 2.0, 1.5, 1.0]
+    seen.clear()
+    fit(into(config, tmp_path / "resumed"), resume=tmp_path / "run" / "checkpoints" / "step-00000002")
+    assert seen == [2.0, 1.5, 1.0]
+    whole = outcome(tmp_path / "run")["last"]
+    assert outcome(tmp_path / "resumed")["last"] == whole
+    constant = config.loss.model_copy(update={"final_temperature": None})
+    fit(into(config, tmp_path / "constant").model_copy(update={"loss": constant}))
+    assert outcome(tmp_path / "constant")["last"]["weights"] != whole["weights"]
 
 
 class Cut(BaseException):
@@ -242,6 +266,13 @@ def test_auto_begins_where_there_is_nothing_to_resume_and_a_named_run_must_be_th
         ("run", "batch_size", 8, r"got run\.batch_size 8, expected run\.batch_size 4\."),
         ("run", "seed", 1, r"got run\.seed 1, expected run\.seed 0\."),
         ("model", "num_classes", 6, r"got model\.num_classes 6, expected model\.num_classes None\."),
+        ("loss", "temperature", 2.0, r"got loss\.temperature 2\.0, expected loss\.temperature 1\.0\."),
+        (
+            "loss",
+            "final_temperature",
+            2.0,
+            r"got loss\.final_temperature 2\.0, expected .* None\.",
+        ),
         ("schedule", "steps", 12, r"got schedule\.steps 12, expected schedule\.steps 4\."),
     ],
 )
