@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from labeler.checkpoints import classes_in, load_weights, read_checkpoint, weights_only
 from labeler.config import TeacherConfig
 from labeler.dense_maps import HEADS, first_line
-from labeler.errors import TeacherError
+from labeler.errors import TeacherError, TokenLabelError
 
 NO_WEIGHTS_REMEDY = "Give --checkpoint FILE, or --random-weights to try the machinery."
 
@@ -111,6 +111,8 @@ def _from_function(module: str, function: str, config: TeacherConfig, state: dic
         sys.path.append(os.getcwd())
     try:
         model = getattr(importlib.import_module(module), function)()
+    except TokenLabelError:  # it says itself what is wrong
+        raise
     except Exception as error:
         raise TeacherError(
             f"teacher {module}:{function} cannot be made", got=f"{type(error).__name__}: {first_line(error)}",

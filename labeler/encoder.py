@@ -30,8 +30,8 @@ OFFSET_STEP = 0.25  # nats
 REFERENCE_TOP = 5  # classes per cell that the reference's files keep
 REFERENCE_EVERY = 8  # images: the comparison with the reference's files is made on each eighth
 MIN_P = 1e-12
-# Cells of a fine map say much the same: what a byte must save grows slower than their number.
-RATE_POWER = 0.4
+# Cells of a fine map say much the same: what a byte must save hardly grows with their number.
+RATE_POWER = 0.12
 DENSE_ELEMENTS = 16_000_000  # copies that are dense over the classes: keep each to 64 MB, whatever their number
 
 

@@ -30,14 +30,14 @@ class Encoding:
     tail       R, the most classes that share the background plane, each with an offset
     levels     steps of √p; more are truer and larger
     threshold  nats of KL, summed over the cells of a map, that a byte must save to be spent, for a map of one cell; it
-               grows with the number of cells to the power 0.4. Smaller is truer and larger
+               grows with the number of cells to the power 0.12. Smaller is truer and larger
     precision  "uint8": codes; "float16": P dense planes of scores, chosen by their share, without threshold or tail
     """
 
-    palette: int = 128
-    tail: int = 128
+    palette: int = 64
+    tail: int = 192
     levels: int = 20
-    threshold: float = 7.8e-4
+    threshold: float = 2.4e-3
     precision: str = "uint8"
 
     def __post_init__(self) -> None:
@@ -56,9 +56,9 @@ class Encoding:
 
 
 QUALITIES = {
-    "low": Encoding(levels=16, threshold=2e-3),
+    "low": Encoding(levels=16, threshold=6e-3),
     "default": Encoding(),
-    "high": Encoding(levels=28, threshold=3e-4),
+    "high": Encoding(palette=128, levels=28, threshold=1e-3),
 }
 
 

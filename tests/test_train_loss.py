@@ -172,7 +172,7 @@ def logit_targets() -> TokenTargets:
 @mixed_or_not
 @pytest.mark.parametrize("kind", ["palette", "palette and tail", "logit"])
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(kind: str, mix: MixBox | None) -> None:
-    """Cells and crop alike; a class target that is two images' answers has no such student with logits of one."""
+    """Tokens and crop alike; of mixed images the crop's answer is the mean of both."""
     targets = logit_targets() if kind == "logit" else make_targets(4, 6, 23, torch.float64, 2, 5 * ("tail" in kind))
     tokens, whole = targets.dense_tokens(23), targets.dense_cls(23)
     if mix is not None:
