@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--test", type=int, default=1000, help="scenes to test the teacher on")
     parser.add_argument("--teacher-steps", type=int, default=400)
     parser.add_argument("--student-steps", type=int, default=400)
+    parser.add_argument("--tta", choices=("flip", "none"), default="flip", help="of the teacher's maps")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.perf_counter()
@@ -49,7 +50,7 @@ def main() -> int:
     images, store, page = scenes.root / "train", out / "labels", out / "report.html"
     heading(3, "labels: the teacher's map of every image, by two Ray workers")
     who = (
-        f"--teacher {TEACHER} --checkpoint {quoted(teacher.checkpoint)} --tta flip "
+        f"--teacher {TEACHER} --checkpoint {quoted(teacher.checkpoint)} --tta {options.tta} "
         f"--class-names {quoted(scenes.root / 'classes.txt')}"
     )
     summary = json.loads(command("labeler", f"label {quoted(images)} --store {quoted(store)} {who} --workers 2 --json"))
@@ -81,7 +82,7 @@ def main() -> int:
         "images_per_s": summary["images_per_s"],
         "bytes_per_image": summary["bytes_per_image"],
         "kl": summary["kl"],
-        "coverage": summary["coverage"],
+        "first_kept": summary["first_kept"],
         "problems": len(verified["problems"]),
         "map_accuracy": told["truth"]["right"],
         "loader_images_per_s": loader_rate,
@@ -122,7 +123,7 @@ def print_summary(results: dict[str, Any], students: list[Student], page: Path, 
         f"{results['bytes_per_image']:,.0f} bytes each, {results['problems']} problems found\n"
         f"teacher: {results['teacher_accuracy']:.1%} of test scenes right\n"
         f"labels:  {results['map_accuracy']:.1%} of object cells name the right class in the right place\n"
-        f"         (KL to the teacher {results['kl']:.4f} nats, {results['coverage']:.1%} of its probability kept)\n"
+        f"         (KL from the teacher {results['kl']:.4f} nats, first class kept in {results['first_kept']:.1%} of cells)\n"
         f"batches: {results['loader_images_per_s']:.0f} images/s, augmented, with their token targets\n"
         f"students, {rate:.0f} images/s, right on unseen scenes when taught by\n{indented(table([students]))}\n"
         f"report:  {page}\n"

@@ -109,12 +109,24 @@ class AugmentConfig(Section):
 
 
 class LossConfig(Section):
-    """As `train.TokenLabelLoss`."""
+    """As `train.TokenLabelLoss`.
+
+    final_temperature  the last step's; from the first step's it moves in a straight line. None: constant
+    """
 
     dense_weight: Number = 1.0
     cls_weight: Number = 1.0
     smoothing: Decay = 0.1
     ground_truth: bool = False
+    temperature: Rate = 1.0
+    final_temperature: Rate | None = None
+
+    def temperature_at(self, step: int, steps: int) -> float:
+        """For the step after `step` others of a run of `steps`."""
+        if self.final_temperature is None or step == 0:
+            return self.temperature
+        share = step / (steps - 1)
+        return (1 - share) * self.temperature + share * self.final_temperature
 
 
 class OptimizerConfig(Section):

@@ -1,6 +1,6 @@
 """The token-labeling loss in closed form: no target of size C is ever built.
 
-Legend: B images; C classes; P palette size; h×w token grid, T = h·w.
+Legend: B images; C classes; P palette size; R tail size; h×w token grid, T = h·w.
 
 Design section 6; Jiang et al., "All Tokens Matter" (2021), for the loss and its mixing. For a token with logits x [C],
 palette scores v_p, background b of the C − P other classes and smoothing s: off = s/C, on = 1 − s + off,
@@ -8,6 +8,9 @@ Z = Σ_p e^{v_p} + (C − P)·e^b, and the target on·p + off sums to S = on + C
 
     loss     = S·logsumexp(x) − (on·e^b/Z + off)·Σ_c x_c − Σ_p (on/Z)·(e^{v_p} − e^b)·x_p
     gradient = S·softmax(x) − target
+
+With a tail, a class outside the palette weighs w_c = e^{its offset}, and 1 without one. The sum of these weights then
+stands for C − P, and in the teacher's part Σ w_c·x_c for Σ x_c: a product of a token's logits with a vector per image.
 
 A GPU reads the logits in both passes and keeps logsumexp [B, T] between them; so does a CPU for half-precision logits,
 whose gradient is then rounded once, when its scale is known. For others a CPU forms the gradient in the forward pass,
@@ -17,6 +20,7 @@ while a few images' logits are in its cache. Sums are in float32, for float64 lo
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -40,6 +44,7 @@ class TokenLabelLoss(nn.Module):
     grid          h, w of the tokens; None: square patches, so that the images' sides give it. Needed for mixing only.
     in_place      the backward pass writes the auxiliary logits' gradient over the logits, which saves a tensor of their
                   size; they are not logits any more then. Ignored where it cannot be done (`token_cross_entropy`).
+    temperature   the teacher's scores are divided by it: above 1 soft targets are softer. May be changed between calls.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class TokenLabelLoss(nn.Module):
         ground_truth: bool = False,
         grid: tuple[int, int] | None = None,
         in_place: bool = False,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         if not 0 <= smoothing < 1:
@@ -57,14 +63,19 @@ class TokenLabelLoss(nn.Module):
         for name, weight in (("dense_weight", dense_weight), ("cls_weight", cls_weight)):
             if not 0 <= weight < math.inf:
                 raise InputError(f"{name} is out of range", got=weight, expected="a finite number, 0 or more")
+        if not 0 < temperature < math.inf:
+            raise InputError("temperature is out of range", got=temperature, expected="a finite number above 0")
         self.dense_weight, self.cls_weight, self.smoothing = dense_weight, cls_weight, smoothing
         self.ground_truth, self.grid, self.in_place = ground_truth, grid, in_place
+        self.temperature = temperature
 
     def forward(
         self, outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | list[torch.Tensor], batch: Batch
     ) -> torch.Tensor:
         """outputs: (cls_logits [B, C], aux_logits [B, T, C]), or cls_logits alone for the class part alone."""
         cls_logits, aux_logits = _split(outputs, batch)
+        if self.temperature != 1:
+            batch = dataclasses.replace(batch, targets=batch.targets.tempered(self.temperature))
         # Several gradients are added up for the class logits: in float32.
         loss = self._class_loss(cls_logits.to(sum_dtype(cls_logits)), batch)
         if aux_logits is None:
@@ -77,8 +88,9 @@ class TokenLabelLoss(nn.Module):
         # The weight goes inside: a backward pass that starts from 1 need not touch the gradient again.
         weight = spread_weight(aux_logits, self.dense_weight)
         return loss + token_cross_entropy(
-            aux_logits, t.classes, t.token_scores, t.token_background, self.smoothing, partner, weight, self.in_place
-        )
+            aux_logits, t.classes, t.token_scores, t.token_background, self.smoothing, partner, weight, self.in_place,
+            tail_classes=t.tail_classes, tail_offsets=t.tail_offsets,
+        )  # fmt: skip
 
     def _class_loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The class token is a token whose targets are the whole crop's; mixed, it has its partner's as well."""
@@ -95,8 +107,9 @@ class TokenLabelLoss(nn.Module):
         """Towards each image's own target, or with `partner` towards its partner's; weight [B, 1]."""
         t, x = batch.targets, logits[:, None]
         soft = t.classes, t.cls_scores[..., None], t.cls_background[:, None]
+        tail: dict[str, Any] = {"tail_classes": t.tail_classes, "tail_offsets": t.tail_offsets}
         if not self.ground_truth:
-            return token_cross_entropy(x, *soft, self.smoothing, partner, weight)
+            return token_cross_entropy(x, *soft, self.smoothing, partner, weight, **tail)
         # The true class's target is a palette of one class: 1 − s + s/C there, s/C elsewhere, smoothed already.
         labels, off = batch.labels.to(logits.device), self.smoothing / logits.shape[1]
         one = t.cls_background.new_zeros(len(labels), 1, 1)
@@ -104,7 +117,7 @@ class TokenLabelLoss(nn.Module):
         truth = labels[:, None], one + math.log(1 - self.smoothing + off), others
         share = _teacher_share(batch.targets, labels, logits.shape[1])[:, None]
         share = share if partner is None else share.flip(0)
-        return token_cross_entropy(x, *soft, self.smoothing, partner, weight * share) + token_cross_entropy(
+        return token_cross_entropy(x, *soft, self.smoothing, partner, weight * share, **tail) + token_cross_entropy(
             x, *truth, 0.0, partner, weight * (1 - share)
         )
 
@@ -114,11 +127,13 @@ def _teacher_share(targets: TokenTargets, labels: torch.Tensor, count: int) -> t
 
     Where the score of all other classes is highest, the teacher has named no class, hence not the true one.
     """
-    unused = targets.classes < 0
-    highest, place = targets.cls_scores.masked_fill(unused, -math.inf).max(1)
+    classes = torch.cat([targets.classes, targets.tail_classes], 1)
+    scores = torch.cat([targets.cls_scores, targets.cls_background[:, None] + targets.tail_offsets], 1)
+    unused = classes < 0
+    highest, place = scores.masked_fill(unused, -math.inf).max(1)
     others = (~unused).sum(1) < count
-    named = targets.classes.gather(1, place[:, None])[:, 0]
-    right = (named == labels) & ~(others & (highest < targets.cls_background))
+    named = classes.gather(1, place[:, None])[:, 0]
+    right = (named == labels) & ~(others & (highest <= targets.cls_background))
     share = torch.where(right, TEACHER_RIGHT, TEACHER_WRONG)
     return torch.where(labels < 0, 1.0, share)
 

@@ -77,5 +77,5 @@ def blend_truth(soft: torch.Tensor, labels: torch.Tensor, smoothing: float) -> t
 
 
 def _as_dtype(targets: TokenTargets, dtype: torch.dtype) -> TokenTargets:
-    fields = ("token_scores", "token_background", "cls_scores", "cls_background")
+    fields = ("token_scores", "token_background", "cls_scores", "cls_background", "tail_offsets")
     return dataclasses.replace(targets, **{name: getattr(targets, name).to(dtype) for name in fields})

@@ -1,6 +1,6 @@
 """Smoothed targets of tokens as the closed-form loss needs them: sparse over the classes, a few images at a time.
 
-Legend: B images; C classes; P palette size; T tokens; n images of a part.
+Legend: B images; C classes; P palette size; R tail size; T tokens; n images of a block.
 """
 
 from __future__ import annotations
@@ -16,18 +16,68 @@ import torch
 PART, PARTS = 1 << 21, 2
 
 
+class Tail(NamedTuple):
+    """Weights of the classes outside each image's palette: the score of class c there is b + shift + log(weight)."""
+
+    weights: torch.Tensor  # [B, C], at most 1, and 0 for the palette's
+    shift: torch.Tensor  # [B]: the highest offset, so that no power of it overflows
+    mass: torch.Tensor  # [B]: sum of the weights
+
+
+class Spread(NamedTuple):
+    """What every class has, as Σ_k factors[k]·rows[k]: K products of a token's part and a class's."""
+
+    factors: torch.Tensor  # [n, K, T]
+    rows: torch.Tensor  # [n, K, C]
+
+
 class SmoothedTarget(NamedTuple):
-    """Targets of n images' tokens: every class has `rest`, the palette's `extra` beyond it; `total` is their sum, S."""
+    """Targets of n images' tokens: what every class has, the palette's `extra` beyond it, and the sum of all, S."""
 
     ids: torch.Tensor  # int64 [n, T, P], 0 where a place is unused: it has no extra
     extra: torch.Tensor  # [n, T, P]
-    rest: torch.Tensor  # [n, T]
-    total: torch.Tensor  # [n, T]
+    rest: torch.Tensor  # [n, T]: what every class has, without a tail
+    total: torch.Tensor  # S [n, T]
+    spread: Spread | None = None  # what every class has, with a tail
 
     def subtracted(self, weight: torch.Tensor) -> SmoothedTarget:
         """Weighted, and the palette's part with the sign that it has in a gradient."""
-        weight = weight.to(self.rest.dtype)
-        return SmoothedTarget(self.ids, self.extra * -weight[..., None], self.rest * weight, self.total * weight)
+        w = weight.to(self.rest.dtype)
+        spread = None if self.spread is None else Spread(self.spread.factors * w[:, None], self.spread.rows)
+        # Next to each other in memory for each token, as logits are gathered and gradients scattered.
+        extra = torch.mul(self.extra, -w[..., None], out=self.extra.new_empty(self.extra.shape))
+        return SmoothedTarget(self.ids, extra, self.rest * w, self.total * w, spread)
+
+    def dot_spread(self, x: torch.Tensor, within: slice) -> torch.Tensor:
+        """[i, T]: Σ_c x_c · what every class has, for logits [i, T, C] of the images `within`."""
+        if self.spread is None:
+            return x.sum(2).mul_(self.rest[within])
+        # Autocast would round the logits to half precision for the product.
+        with torch.autocast(x.device.type, enabled=False):
+            dots = torch.bmm(self.spread.rows[within], x.mT)
+        return dots.mul_(self.spread.factors[within]).sum(1)
+
+    def subtract_spread(self, x: torch.Tensor, within: slice) -> torch.Tensor:
+        """`x` [i, T, C] less what every class has, in place."""
+        if self.spread is None:
+            return x.sub_(self.rest[within, :, None])
+        with torch.autocast(x.device.type, enabled=False):
+            return x.baddbmm_(self.spread.factors[within].mT, self.spread.rows[within], alpha=-1)
+
+
+def dense_tail(
+    classes: torch.Tensor, tail_classes: torch.Tensor, tail_offsets: torch.Tensor, count: int, dtype: torch.dtype
+) -> Tail:
+    """A class that is none of `count` makes its image's mass NaN: a check would wait for a GPU."""
+    # One column more than there are classes takes the places that are unused, and the classes that are none.
+    offsets = torch.zeros(len(classes), count + 1, dtype=dtype, device=classes.device)
+    tail_places, places = (ids.masked_fill((ids < 0) | (ids >= count), count) for ids in (tail_classes, classes))
+    offsets = offsets.scatter_(1, tail_places, tail_offsets.to(dtype)).scatter_(1, places, -math.inf)[:, :count]
+    highest = offsets.amax(1)
+    shift = highest.masked_fill(highest == -math.inf, 0)
+    weights = (offsets - shift[:, None]).exp_()
+    unknown = torch.maximum(classes.amax(1), tail_classes.amax(1)) >= count
+    return Tail(weights, shift, weights.sum(1).masked_fill(unknown, math.nan))
 
 
 def smoothed_target(
@@ -36,36 +86,56 @@ def smoothed_target(
     background: torch.Tensor,
     smoothing: float,
     partner: torch.Tensor | None,
+    tail: Tail | None,
     images: slice,
     count: int,
     dtype: torch.dtype,
 ) -> SmoothedTarget:
-    own = _own_target(classes[images], scores[images], background[images], smoothing, count, dtype)
-    if partner is None:
-        return own
-    batch = len(classes)
+    batch, off = len(classes), smoothing / count
+    on = 1 - smoothing + off
     others = slice(batch - images.stop, batch - images.start)  # backwards they are the partners, B−1−b of b
-    other = _own_target(classes[others], scores[others], background[others], smoothing, count, dtype)
-    inside = partner[:, None]
-    ids, extra = (torch.where(inside, b.flip(0), a) for a, b in zip(own[:2], other[:2], strict=True))
-    return SmoothedTarget(ids, extra, torch.where(partner, other.rest.flip(0), own.rest), own.total)
+    ids, extra, rest = _own_target(classes, scores, background, on, tail, images, count, dtype)
+    if partner is not None:
+        other = _own_target(classes, scores, background, on, tail, others, count, dtype)
+        ids, extra = (torch.where(partner[:, None], b.flip(0), a) for a, b in ((ids, other[0]), (extra, other[1])))
+        rest = torch.where(partner, other[2].flip(0), rest)
+    total, spread = torch.full_like(rest, on + count * off), None
+    if tail is not None:
+        factors, rows = [rest], [tail.weights[images]]
+        if partner is not None:
+            factors = [rest.masked_fill(partner, 0), rest.masked_fill(~partner, 0)]
+            rows.append(tail.weights[others].flip(0))
+        factors.append(torch.full_like(rest, off))
+        spread = Spread(torch.stack(factors, 1), torch.stack([*rows, torch.ones_like(rows[0])], 1))
+    return SmoothedTarget(ids, extra, rest + off, total, spread)
 
 
 def _own_target(
-    classes: torch.Tensor, v: torch.Tensor, b: torch.Tensor, smoothing: float, count: int, dtype: torch.dtype
-) -> SmoothedTarget:
-    off = smoothing / count
-    on = 1 - smoothing + off
+    classes: torch.Tensor,
+    scores: torch.Tensor,
+    background: torch.Tensor,
+    on: float,
+    tail: Tail | None,
+    images: slice,
+    count: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids and extra [n, T, P] of the palette, and what other classes have [n, T], times their weights with a tail."""
+    classes, v, b = classes[images], scores[images], background[images].to(dtype)
     unused = classes[..., None] < 0
-    left = count - classes.shape[1] + unused.sum(1)
+    if tail is None:
+        mass = count - classes.shape[1] + unused.sum(1)
+    else:
+        mass, b = tail.mass[images, None], b + tail.shift[images, None]
     # With every class in the palette the background is nobody's score, and may be far above all.
-    v, b = v.to(dtype).masked_fill(unused, -math.inf), b.to(dtype).masked_fill(left <= 0, -math.inf)
+    v, b = v.to(dtype).masked_fill(unused, -math.inf), b.masked_fill(mass <= 0, -math.inf)
     top = torch.maximum(v.amax(1), b)
     v, b = v.sub_(top[:, None]).exp_(), b.sub_(top).exp_()
-    share = on / (v.sum(1) + left * b)
-    extra = v.sub_(b[:, None]).mul_(share[:, None]).masked_fill_(unused, 0)
-    ids = classes.clamp(min=0)[:, None].expand_as(extra.mT)
-    return SmoothedTarget(ids, extra.mT, share * b + off, torch.full_like(b, on + count * off))
+    share = on / (v.sum(1) + mass * b)
+    if tail is None:  # with one the palette's weights are 0
+        v = v.sub_(b[:, None]).masked_fill_(unused, 0)
+    ids, extra = classes.clamp(min=0)[:, None], v.mul_(share[:, None]).mT
+    return ids.expand_as(extra), extra, share * b
 
 
 def blocks(logits: torch.Tensor) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:

@@ -119,7 +119,7 @@ class Trainer:
             net.set_grad_checkpointing(True)
         if config.run.channels_last:
             net = net.to(memory_format=torch.channels_last)
-        loss = TokenLabelLoss(**config.loss.model_dump(), grid=self.loader.config.grid)
+        loss = TokenLabelLoss(**config.loss.model_dump(exclude={"final_temperature"}), grid=self.loader.config.grid)
         self.task = TokenLabelTask(net, loss, ranks.device)
         self.optimizer = build_optimizer(net, config.optimizer)
         self.rate = LearningRate(self.optimizer, config.schedule, len(self.loader))
@@ -169,6 +169,7 @@ class Trainer:
         train_mode(self.task.network, self.config.model)
         for batch in self.speed.timed(self._batches()):
             rate = self.rate.set(self.step)
+            self.task.criterion.temperature = self.config.loss.temperature_at(self.step, self.steps)
             result = self.train_step.run(batch, self.step, lambda: signals.requested is not None)
             self.step += 1
             self._note(result, rate)
