@@ -123,7 +123,7 @@ def audit_part(store: LabelStore, audit: Audit | None, costs: Costs | None) -> s
 class Costs:
     """Bytes per image and KL in nats of the same maps in several encodings, in the store's own, and in the reference's.
 
-    images  that were measured
+    images  that were measured; the store's own bytes are those of its shards, and its KL the audit's
     """
 
     images: int
@@ -148,7 +148,7 @@ def costs_of(store: LabelStore, logits: Tensor, audit: Audit, progress: bool = F
     """What maps [K, C, H, W] cost in encodings between low and high quality, and beyond."""
     from tqdm import tqdm
 
-    base, code = store.plan.encoding, store.code
+    base = store.plan.encoding
     several = []
     for threshold in tqdm(THRESHOLDS, desc="encodings", disable=not progress):
         encoding = dataclasses.replace(
@@ -156,11 +156,8 @@ def costs_of(store: LabelStore, logits: Tensor, audit: Audit, progress: bool = F
             levels=_levels(threshold), threshold=threshold,
         )  # fmt: skip
         several.append(measure(logits, encoding))
-    if code.as_background or code.values is None:
-        cost = measure(logits, base)
-        own = cost.bytes, cost.kl
-    else:  # format 1.0, which is no longer written
-        own = float(store.row_bytes(np.arange(min(len(store), len(logits)))).mean()), audit.storage
+    # As it is: the store may have been coded by an earlier version.
+    own = sum(marker.size for marker in store.markers) / len(store), audit.storage
     reference = float(reference_bytes(store.meta.grid)), float(_reference_kl(logits))
     return Costs(len(logits), tuple(several), own, reference)
 
