@@ -18,6 +18,7 @@ import numpy as np
 from labeler.errors import InputError
 from labeler.images import BadImage, image_digest, image_path, image_root, read_image
 from labeler.store import LabelStore
+from labeler.verify import refuse_foreign_teacher, teacher_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +65,7 @@ class Audit:
         return {
             "storage": f"less with more bytes: {finer}",
             "mirror": both if self.flip else "less with --tta flip, which stores the average of both passes",
-            "crop": f"less with an --input-size above {self.input_size}",
+            "crop": f"small crops: an --input-size above {self.input_size} answers for them, less well for large ones",
         }
 
     def text(self) -> str:
@@ -103,18 +104,8 @@ def audit_store(
     IntegrityError where its teacher is no longer there.
     """
     labels = LabelStore(store, trusted=trusted)
-    refuse_foreign(labels)
+    refuse_foreign_teacher(labels.trusted, labels.plan, labels.path, "--audit")
     return audit_labels(labels, images, count, device=device, seed=seed, progress=progress)[0]
-
-
-def refuse_foreign(labels: LabelStore) -> None:
-    """Raise InputError where the teacher that the store names may not be run here."""
-    if not labels.trusted:
-        raise InputError(
-            f"{str(labels.path)!r} was not written in one run of yours, and its teacher may be any code that it names",
-            got=repr(labels.meta.teacher.get("name"))[:80],
-            remedy="Give --trusted if the store is your own or a friend's, or leave --audit away.",
-        )
 
 
 def audit_labels(
@@ -126,7 +117,6 @@ def audit_labels(
 
     from labeler.audit_errors import errors_of
     from labeler.encoder import DENSE_ELEMENTS
-    from labeler.verify import teacher_of
 
     if count < 1 or not len(labels):
         raise InputError("there is nothing to audit", got=f"{count} of {len(labels)} rows", expected="one or more")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from labeler.audit import Audit, audit_labels, refuse_foreign
+from labeler.audit import Audit, audit_labels
 from labeler.commit import replace_file
 from labeler.errors import InputError
 from labeler.images import image_path, image_root
@@ -19,6 +19,7 @@ from labeler.report_charts import COLOURS, OTHER, bars, heat_grid, histogram, la
 from labeler.report_figures import Sample, TruthCheck, check_truth, draw_sample
 from labeler.report_truth import Costs, audit_part, cards, costs_of, missing_note, palette_curve
 from labeler.store import LabelStore
+from labeler.verify import refuse_foreign_teacher
 
 PICTURES = 24
 PICTURE_SIDE = 170
@@ -63,7 +64,7 @@ def write_report(
     if not len(labels):
         raise InputError(f"{str(store)!r} has no rows", remedy="See its quarantine.jsonl.")
     if audit:
-        refuse_foreign(labels)
+        refuse_foreign_teacher(labels.trusted, labels.plan, labels.path, "--audit")
     drawn = draw_sample(labels, sample, seed)
     missing = sum(not image_path(root, key).is_file() for key in drawn.keys)
     if missing == len(drawn.keys):

@@ -17,7 +17,7 @@ from labeler.config import LabelerConfig, TeacherConfig
 from labeler.errors import InputError, IntegrityError, TokenLabelError
 from labeler.foreign_store import refuse_hostile, view_rows
 from labeler.images import BadImage, image_digest, image_path, read_image
-from labeler.plan import load_plan
+from labeler.plan import Plan, load_plan
 from labeler.row_checks import shard_problems, value_problems
 from labeler.shard_file import VIEW_FILE, ShardReader, file_rows
 from labeler.store import LabelStore
@@ -91,12 +91,8 @@ def verify_store(
         raise InputError(f"{str(path)!r} is not a label store", got="no plan.json", remedy="Give a store's folder.")
     if relabel and images is None:
         raise InputError("--relabel needs --images", remedy="Give the image root that was labeled.")
-    if relabel and not own:
-        raise InputError(
-            f"{str(path)!r} was not written in one run of yours, and its teacher may be any code that it names",
-            got=repr(plan.meta.teacher.get("name"))[:80],
-            remedy="Give --trusted if the store is your own or a friend's, or leave --relabel away.",
-        )
+    if relabel:
+        refuse_foreign_teacher(own, plan, path, "--relabel")
     rows = quarantined = 0
     stored_kl = 0.0
     for shard in _progress(range(plan.meta.shards), "verify", progress):
@@ -137,6 +133,16 @@ def verify_store(
         stored_kl / max(1, rows) if relabel else None,
         tuple(problems),
     )
+
+
+def refuse_foreign_teacher(trusted: bool, plan: Plan, store: Path, option: str) -> None:
+    """Raise InputError where the teacher that a store names, which may be any code, is not to be run here."""
+    if not trusted:
+        raise InputError(
+            f"{str(store)!r} was not written in one run of yours, and its teacher may be any code that it names",
+            got=repr(plan.meta.teacher.get("name"))[:80],
+            remedy=f"Give --trusted if the store is your own or a friend's, or leave {option} away.",
+        )
 
 
 def _view_problems(store: Path, rows: int, quarantined: int, count: Callable[[Path, str], int]) -> list[str]:
