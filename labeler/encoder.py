@@ -22,7 +22,9 @@ from labeler.score_code import BACKGROUND_STEP, FLOOR, MAX_OFFSET, Encoding
 CODE_BYTES, CLASS_BYTES, TAIL_BYTES = 0.8, 4.0, 1.4
 # A code between codes costs less than one that interrupts a run of zeros: per neighbour along the row.
 NEIGHBOUR = 0.6
-FIRST = 0.3  # the first class of a cell need save only this share: users look at it first, and few bytes keep it
+# The first class of a cell is what users look at, and few bytes keep it: its code need save only this share of its
+# price, and counts as if it saved so many bytes more for its class.
+FIRST, FIRST_BYTES = 0.3, 4.0
 # Tokens average scores, which are logarithms; the mean log of what is left lies below the log of its mean, so that a
 # background somewhat lower is truer of tokens. Of the gap, which may be long where a teacher is sure:
 TOWARDS_MEAN_LOG, LONGEST_GAP = 0.2, 1.0  # a share; nats
@@ -113,7 +115,7 @@ def _encode_sparse(logits: Tensor, places: tuple[int, int], encoding: Encoding) 
     of_rest = p.scatter(1, cells, 0.0).sum(1)  # summed, since 1 − the candidates' sum would lose what is small
     p, log_found = p.gather(1, cells), log_p.gather(1, cells)
 
-    codes, saved = _codes_of(p, of_rest, num_classes - found.shape[1], encoding.levels, rate)
+    codes, saved = _codes_of(p, of_rest, num_classes - found.shape[1], encoding.levels, rate, tail > 0)
     order = saved.sort(dim=1, descending=True, stable=True)
     chosen = torch.zeros_like(saved, dtype=torch.bool).scatter_(1, order.indices[:, :palette], True) & (saved > 0)
     codes = _keep_first(codes * chosen[:, :, None, None], p)
@@ -156,7 +158,7 @@ def _encode_sparse(logits: Tensor, places: tuple[int, int], encoding: Encoding) 
     )
 
 
-def _codes_of(p: Tensor, of_rest: Tensor, others: int, levels: int, rate: float) -> tuple[Tensor, Tensor]:
+def _codes_of(p: Tensor, of_rest: Tensor, others: int, levels: int, rate: float, tail: bool) -> tuple[Tensor, Tensor]:
     """Codes [B, Q, H, W] of candidates, 0 where a code does not earn its bytes, and what each class saves [B, Q].
 
     p        [B, Q, H, W]: the candidates' probabilities
@@ -166,7 +168,8 @@ def _codes_of(p: Tensor, of_rest: Tensor, others: int, levels: int, rate: float)
     worth = (rounded / levels) ** 2
     log_worth = worth.clamp(min=MIN_P).log()
     coded = rounded > 0
-    price = torch.where(p == p.amax(1, keepdim=True), FIRST * rate * CODE_BYTES, rate * CODE_BYTES)
+    first = p == p.amax(1, keepdim=True)
+    price = torch.where(first, FIRST * rate * CODE_BYTES, rate * CODE_BYTES)
     needed = price
     # Which codes pay depends on the background, and the background on which are coded: three rounds settle it.
     for last in (False, False, True):
@@ -179,6 +182,10 @@ def _codes_of(p: Tensor, of_rest: Tensor, others: int, levels: int, rate: float)
             beside = (run[:, :, :-2] + run[:, :, 2:]).view_as(p)
             needed = price * (1 + NEIGHBOUR * (1 - beside))
     saved = ((gain - price) * coded).sum((2, 3)) - rate * CLASS_BYTES
+    saved += rate * FIRST_BYTES * (coded & first).sum((2, 3))
+    if tail:  # where an offset for all cells would save as much, the class is better left to the tail
+        _, in_tail = _offsets(p.sum((2, 3)), b.sum((1, 2, 3))[:, None])
+        saved -= (in_tail - rate * TAIL_BYTES).clamp(min=0)
     return rounded * coded, saved
 
 
@@ -202,9 +209,8 @@ def _tail(mass: Tensor, left: Tensor, uncoded: Tensor, tail: int, rate: float) -
         return classes, offsets, background
     for _ in range(2):  # offsets depend on the background, and it on the offsets
         expected = background.sum((1, 2))[:, None].clamp(min=MIN_P)
-        steps = ((mass / expected).clamp(min=MIN_P).log() / OFFSET_STEP).round()
-        every = (steps * OFFSET_STEP).clamp(-MAX_OFFSET, MAX_OFFSET)
-        saved = (mass * every - (every.exp() - 1) * expected).masked_fill(mass == 0, 0.0)
+        every, saved = _offsets(mass, expected)
+        saved = saved.masked_fill(mass == 0, 0.0)
         best = saved.sort(dim=1, descending=True, stable=True)
         kept = best.values[:, :tail] > rate * TAIL_BYTES
         num_classes = mass.shape[1]
@@ -214,6 +220,13 @@ def _tail(mass: Tensor, left: Tensor, uncoded: Tensor, tail: int, rate: float) -
         weight = uncoded + ((offsets.exp() - 1) * used).sum(1)[:, None, None]
         background = left / weight.clamp(min=MIN_P)
     return classes.masked_fill(~used, -1), offsets, background
+
+
+def _offsets(mass: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """The offset of each class that has `mass` [B, K] where the background has `expected` [B, 1], and what it saves."""
+    steps = ((mass / expected).clamp(min=MIN_P).log() / OFFSET_STEP).round()
+    offsets = (steps * OFFSET_STEP).clamp(-MAX_OFFSET, MAX_OFFSET)
+    return offsets, mass * offsets - (offsets.exp() - 1) * expected
 
 
 def _first_kept(

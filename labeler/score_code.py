@@ -37,7 +37,7 @@ class Encoding:
     palette: int = 64
     tail: int = 192
     levels: int = 20
-    threshold: float = 2.4e-3
+    threshold: float = 2.1e-3
     precision: str = "uint8"
 
     def __post_init__(self) -> None:

@@ -355,6 +355,7 @@ def _memory_file(payload: int) -> h5py.File:
     # A shard of few rows should not be mostly empty space: no blocks set aside, attributes and links in the header,
     # and four bytes for a place in the file where that is enough.
     access.set_meta_block_size(0)
+    _set_property("H5Pset_small_data_block_size", access, 0)
     creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
     creation.set_sizes(*((4, 4) if payload < MOST_IN_4_BYTES else (8, 8)))
     creation.set_obj_track_times(False)
@@ -390,7 +391,7 @@ def _set_property(function: str, properties: Any, *values: int) -> None:
     setter = getattr(_LIBRARY, function, None)
     if setter is not None:
         with h5py._objects.phil:
-            setter(ctypes.c_int64(properties.id), *(ctypes.c_uint(value) for value in values))
+            setter(ctypes.c_int64(properties.id), *(ctypes.c_uint64(value) for value in values))
 
 
 def _write_attributes(file: h5py.File, attributes: Mapping[str, Any]) -> None:

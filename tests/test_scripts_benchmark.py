@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -125,9 +126,10 @@ def options(scratch: Path, device: str = "cpu") -> Options:
 def test_without_ray_labeling_in_this_process_is_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(labeler_suite, "find_spec", lambda name: None)
     monkeypatch.setattr(labeler_suite.photographs, "about", lambda *arguments: tmp_path)
-    monkeypatch.setattr(labeler_suite, "in_own_process", lambda *arguments: 1.0)
+    times = {labeler_suite.CODING: [1.0], labeler_suite.PASS: [2.0]}
+    monkeypatch.setattr(labeler_suite, "in_own_process", lambda name, *_: times if "coding" in name else 1.0)
     found = labeler_suite.run(options(tmp_path))
-    assert [case.ours for case in found.cases] == ["labeler, in this process"]
+    assert [case.ours for case in found.cases] == ["labeler, in this process", labeler_suite.CODING]
     assert found.left_out == {"labeling with resnet18 at 224 px, 2 Ray workers": "Ray is not installed"}
 
 
@@ -190,7 +192,16 @@ def test_a_quick_suite_from_the_command_line_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("wrong", [["stores"], ["loader", "--images", "no-such-folder"], ["scan", "--device", "cuda"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["stores"],
+        ["loader", "--images", "no-such-folder"],
+        ["scan", "--device", "cuda"],
+        ["store", "--checkpoint", "no-such-file"],
+        ["store", "--rows", "1"],
+    ],
+)
 def test_bad_usage_is_refused_before_any_work(wrong):
     if "cuda" in wrong and torch.cuda.is_available():
         pytest.skip("a GPU is here")
@@ -204,6 +215,23 @@ def suite_result(seconds: int) -> dict:
     case |= {"more_is_better": False, "note": ""}
     about = {"date": "2026-01-01", "seconds": seconds, "versions": {}, "device": "cpu", "quick": False}
     return {**about, "photographs": "drawn", "cases": [case], "growths": []}
+
+
+def test_curves_are_drawn_beside_the_growths(tmp_path):
+    curves = {"name": "a", "x": "bytes", "y": "KL", "lines": {"in cells": [[2, 1], [1, 2]]}}
+    suite = suite_result(1) | {"curves": [curves | {"marks": {"in cells, prototype": [[1, 1]]}}]}
+    found = {"machine": {"name": "this", "what": "this", "device": "cpu"}, "suites": {"store": suite}}
+    (tmp_path / "this.json").write_text(json.dumps(found))
+    render(tmp_path, tmp_path)
+    assert (tmp_path / "benchmarks-this-store-curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "(benchmarks-this-store-curves.png)" in (tmp_path / "benchmarks.md").read_text()
+
+
+def test_options_of_the_store_are_named_without_paths():
+    given = argparse.Namespace(teacher="tf_efficientnet_lite2", checkpoint=Path("/home/me/my.safetensors"), rows=1000)
+    assert command_line.asked(given) == "--teacher tf_efficientnet_lite2 --checkpoint FILE --rows 1000"
+    usual = argparse.Namespace(teacher=Options.teacher, checkpoint=None, rows=Options.rows)
+    assert command_line.asked(usual) == ""
 
 
 def main_with(monkeypatch, tmp_path: Path, measured, *arguments: str) -> int:
