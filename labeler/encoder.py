@@ -168,7 +168,7 @@ def _codes_of(p: Tensor, of_rest: Tensor, others: int, levels: int, rate: float,
     worth = (rounded / levels) ** 2
     log_worth = worth.clamp(min=MIN_P).log()
     coded = rounded > 0
-    first = p == p.amax(1, keepdim=True)
+    first = torch.zeros_like(coded).scatter_(1, p.argmax(1, keepdim=True), True)
     price = torch.where(first, FIRST * rate * CODE_BYTES, rate * CODE_BYTES)
     needed = price
     # Which codes pay depends on the background, and the background on which are coded: three rounds settle it.

@@ -44,12 +44,14 @@ def test_the_threshold_that_fits_takes_about_the_bytes_that_it_may():
 
 
 def test_a_rows_bytes_are_what_shards_of_such_rows_grow_by(tmp_path):
-    images = make_images(tmp_path / "images", count=30)
-    config = LabelerConfig(TEACHER, shard_size=60, decoder="pil", threads=1, progress=False)
-    label_images(images, tmp_path / "labels", dataclasses.replace(config, bytes_per_image=150))
-    labels = LabelStore(tmp_path / "labels")
-    size = sum(path.stat().st_size for path in (tmp_path / "labels").glob("shard-*.h5"))
-    assert (size - 5_000) / len(labels) == pytest.approx(150, rel=0.35)
+    config = LabelerConfig(TEACHER, shard_size=100, decoder="pil", threads=1, progress=False)
+    few, many = make_images(tmp_path / "few", count=20), make_images(tmp_path / "many", count=80)
+    label_images(few, tmp_path / "labels", dataclasses.replace(config, bytes_per_image=150))
+    settings = LabelStore(tmp_path / "labels").plan.settings
+    picked = {name: settings[name] for name in ("levels", "threshold")}
+    label_images(many, tmp_path / "more", dataclasses.replace(config, **picked))
+    shards = [next((tmp_path / name).glob("shard-*.h5")) for name in ("labels", "more")]
+    assert (shards[1].stat().st_size - shards[0].stat().st_size) / 60 == pytest.approx(150, rel=0.2)
 
 
 def test_a_run_that_goes_on_keeps_what_was_picked_and_refuses_other_bytes(images, tmp_path, config, monkeypatch):

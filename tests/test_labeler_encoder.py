@@ -110,11 +110,13 @@ def test_labels_are_truer_than_five_float16_logits_per_cell():
 
 
 def test_a_class_that_would_save_nothing_takes_no_place():
-    logits = torch.zeros(1, 5, 2, 2)
-    logits[:, 0], logits[:, 1] = 30.0, 29.0
+    logits = torch.zeros(1, 9, 2, 2)
+    assert (encode_maps(logits, Encoding()).classes == -1).all()
+    assert (encode_maps(logits, Encoding()).tail_classes == -1).all()
+    logits[:, 3, 0, 1] = 4.0
     found = encode_maps(logits, Encoding())
-    named = np.concatenate([found.classes, found.tail_classes], 1)
-    assert sorted(named[named >= 0].tolist()) == [0, 1]
+    assert found.classes[0].tolist() == [3, *[-1] * 8]
+    assert (found.scores[0, 0] > 0).tolist() == [[False, True], [False, False]]
     assert found.kl[0] < 1e-2
 
 
