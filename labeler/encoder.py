@@ -167,7 +167,7 @@ def _codes_of(p: Tensor, of_rest: Tensor, others: int, levels: int, rate: float,
     rounded = (p.sqrt() * levels).round().clamp(max=levels)
     worth = (rounded / levels) ** 2
     log_worth = worth.clamp(min=MIN_P).log()
-    coded = rounded > 0
+    coded = torch.zeros_like(rounded, dtype=torch.bool)
     first = torch.zeros_like(coded).scatter_(1, p.argmax(1, keepdim=True), True)
     price = torch.where(first, FIRST * rate * CODE_BYTES, rate * CODE_BYTES)
     needed = price

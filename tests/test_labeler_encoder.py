@@ -115,8 +115,8 @@ def test_a_class_that_would_save_nothing_takes_no_place():
     assert (encode_maps(logits, Encoding()).tail_classes == -1).all()
     logits[:, 3, 0, 1] = 4.0
     found = encode_maps(logits, Encoding())
-    assert found.classes[0].tolist() == [3, *[-1] * 8]
-    assert (found.scores[0, 0] > 0).tolist() == [[False, True], [False, False]]
+    place = found.classes[0].tolist().index(3)
+    assert (found.scores[0, place] > 0).tolist() == [[False, True], [False, False]]
     assert found.kl[0] < 1e-2
 
 
