@@ -13,6 +13,8 @@ import torch
 from labeler.score_maps import ScoreMaps
 from labeler.store import LabelStore
 
+IMAGES_AT_A_TIME = 8
+
 
 @dataclass(frozen=True)
 class HostRows:
@@ -53,15 +55,26 @@ class LabelRows:
         classes, coded, region, tail_classes, offsets = (
             getattr(rows, name).to(self.device, non_blocking=True) for name in names
         )
-        scores = self._decode(coded)
         if rows.background is None:
-            background = torch.zeros_like(scores[:, 0])
+            background = torch.zeros_like(coded[:, 0], dtype=torch.float32)
         else:
             background = self._decode(rows.background.to(self.device, non_blocking=True))
-        if self.store.code.as_background:
-            scores = torch.where(coded == 0, background[:, None], scores)
+        scores = self._decode_planes(coded, background)
         count = self.store.meta.num_classes
         return ScoreMaps(classes, scores, background, region, count, tail_classes, offsets.float() / 4)
+
+    def _decode_planes(self, coded: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+        """Palette planes [B, P, H, W]; where code 0 means so, as the background [B, H, W]."""
+        if not self.store.code.as_background or self._table is None:
+            return self._decode(coded)
+        scores = torch.empty(coded.shape, device=coded.device)
+        # A few images at a time on a CPU, which keeps them in its cache from one operation to the next.
+        step = len(coded) if coded.is_cuda else IMAGES_AT_A_TIME
+        for start in range(0, len(coded), max(1, step)):
+            part = slice(start, start + step)
+            torch.index_select(self._table, 0, coded[part].reshape(-1).int(), out=scores[part].view(-1))
+            torch.where(coded[part] == 0, background[part, None], scores[part], out=scores[part])
+        return scores
 
     def _decode(self, coded: torch.Tensor) -> torch.Tensor:
         # A look-up by int32 moves half the bytes that one by int64 would.

@@ -123,7 +123,7 @@ def print_summary(results: dict[str, Any], students: list[Student], page: Path, 
         f"{results['bytes_per_image']:,.0f} bytes each, {results['problems']} problems found\n"
         f"teacher: {results['teacher_accuracy']:.1%} of test scenes right\n"
         f"labels:  {results['map_accuracy']:.1%} of object cells name the right class in the right place\n"
-        f"         (KL from the teacher {results['kl']:.4f} nats, first class kept in {results['first_kept']:.1%} of cells)\n"
+        f"         (KL from the teacher {results['kl']:.4f} nats; {results['first_kept']:.1%} of cells keep their first class)\n"
         f"batches: {results['loader_images_per_s']:.0f} images/s, augmented, with their token targets\n"
         f"students, {rate:.0f} images/s, right on unseen scenes when taught by\n{indented(table([students]))}\n"
         f"report:  {page}\n"

@@ -3,6 +3,7 @@
     python -m scripts.benchmark                              # every suite: about an hour on two cores
     python -m scripts.benchmark store loss --quick           # a look: a few minutes, nothing is written
     python -m scripts.benchmark --images PHOTOS              # a folder of photographs of yours in place of drawn ones
+    python -m scripts.benchmark store --images PHOTOS --teacher NAME --checkpoint FILE       # of a real teacher's maps
     python -m scripts.benchmark --device cuda                # every suite but store
     python -m scripts.benchmark --render                     # docs/benchmarks.md again, without measuring
 
@@ -46,6 +47,9 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller sizes; nothing is written")
     parser.add_argument("--images", type=Path, help="a folder of photographs (default: drawn ones)")
+    parser.add_argument("--teacher", default=Options.teacher, help="a real one: `store` measures its maps of --images")
+    parser.add_argument("--checkpoint", type=Path, help="the teacher's weights (default: those that come with it)")
+    parser.add_argument("--rows", type=int, default=Options.rows, help="of the largest store in `store` (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of results (default: benchmarks)")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the table and plots (default: docs)")
     parser.add_argument("--scratch", type=Path, help="folder for temporary files, 15 GB in a full run of `store`")
@@ -83,6 +87,10 @@ def refuse_impossible(parser: argparse.ArgumentParser, options: argparse.Namespa
     for name, folder in {"images": options.images, "scratch": options.scratch}.items():
         if folder is not None and not folder.is_dir():
             parser.error(f"--{name}: got {str(folder)!r}, expected a folder that is there")
+    if options.checkpoint is not None and not options.checkpoint.is_file():
+        parser.error(f"--checkpoint: got {str(options.checkpoint)!r}, expected a file that is there")
+    if options.rows < 1000:
+        parser.error(f"--rows: got {options.rows}, expected 1000 or more")
     if options.images is not None:
         try:
             find_images(options.images)
@@ -110,13 +118,27 @@ def measured(suite: str, options: argparse.Namespace) -> dict[str, Any]:
         "scripts.benchmark.__main__:run_suite", suite, options.device, options.quick,
         None if options.images is None else str(options.images.resolve()),
         None if options.scratch is None else str(options.scratch.resolve()),
+        teacher=options.teacher, rows=options.rows,
+        checkpoint=None if options.checkpoint is None else str(options.checkpoint.resolve()),
     )  # fmt: skip
     chosen = {"device": options.device, "quick": options.quick, "photographs": "given" if options.images else "drawn"}
+    if suite == "store":  # paths are the user's own
+        chosen["asked"] = asked(options)
     about = {"date": time.strftime("%Y-%m-%d"), "seconds": round(time.monotonic() - started), "versions": versions()}
     return {**about, **chosen, **found}
 
 
-def run_suite(suite: str, device: str, quick: bool, images: str | None, scratch: str | None) -> dict[str, Any]:
+def asked(options: argparse.Namespace) -> str:
+    """Options of `store` that are not the default, as the documents name them."""
+    given = {"--teacher": options.teacher, "--checkpoint": options.checkpoint and "FILE", "--rows": options.rows}
+    usual = {"--teacher": Options.teacher, "--checkpoint": None, "--rows": Options.rows}
+    return " ".join(f"{name} {value}" for name, value in given.items() if value != usual[name])
+
+
+def run_suite(
+    suite: str, device: str, quick: bool, images: str | None, scratch: str | None, **chosen: Any
+) -> dict[str, Any]:
+    """chosen: teacher, checkpoint and rows, see `Options`."""
     import importlib
 
     from scripts.benchmark.photographs import prepare
@@ -127,7 +149,8 @@ def run_suite(suite: str, device: str, quick: bool, images: str | None, scratch:
         os.environ["XDG_STATE_HOME"] = f"{folder}/state"  # where it is remembered which stores were checked
         photographs = prepare(None if images is None else Path(images), Path(folder) / "drawn")
         module = importlib.import_module(f"scripts.benchmark.{suite}_suite")
-        return asdict(module.run(Options(device, quick, photographs, Path(folder), cores)))
+        settings = Options(device, quick, photographs, Path(folder), cores, drawn=images is None, **chosen)
+        return asdict(module.run(settings))
 
 
 def keep(found: dict[str, Any], folder: Path) -> None:

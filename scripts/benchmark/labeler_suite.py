@@ -6,6 +6,9 @@ labeler does, and in a second run gives it back, as a script does that knows not
 as a user writes it: it decodes with PIL in `DataLoader` workers, applies the network's head to each place of its last
 feature map, and saves the five largest scores of each place with `torch.save`, one file per image.
 
+All sides take one pass over each image; by default the labeler takes a second one over the mirrored image. What coding
+the maps costs is shown beside a pass, too.
+
 Each run is a process of its own: no side's threads and workers are left when the next one begins. Labeling is timed
 from the first worker's readiness on, the loop from its first request for a batch on.
 
@@ -26,14 +29,27 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from labeler import LabelerConfig, TeacherConfig, label_images
 from labeler.decoders import automatic_decoder
+from labeler.encoder import encode_maps
 from labeler.freed_memory import keep_freed_memory
 from labeler.images import find_images
+from labeler.score_code import Encoding
+from labeler.teacher import create_teacher
 from scripts.benchmark import photographs
-from scripts.benchmark.measure import Case, Options, Result, in_own_process, note_of, synchronize, take_turns
+from scripts.benchmark.measure import (
+    Case,
+    Options,
+    Result,
+    in_own_process,
+    milliseconds,
+    note_of,
+    synchronize,
+    take_turns,
+)
 
 SIDE, TOP = 224, 5
 BATCH, CUDA_BATCH = 32, 256
@@ -42,6 +58,7 @@ CUDA_WORKERS = 4  # at most, sharing the GPU
 NETWORK = "resnet18"
 CEILING, LOOP = "bare teacher forward, resident tensors", "DataLoader + torch.save per image"
 GIVES_BACK = f"{CEILING}, freed memory given back"
+CODING, PASS = "encode_maps, default settings", f"forward pass of {NETWORK}"
 
 
 def bare_forward(device: str, seconds: float, batch: int, cores: int, keep: bool) -> float:
@@ -65,7 +82,7 @@ def bare_forward(device: str, seconds: float, batch: int, cores: int, keep: bool
 
 def labeling(images: str, workers: int, device: str, batch: int) -> float:
     """Images per second of labeling into a new store, from the first worker's readiness to the last shard."""
-    teacher = TeacherConfig(NETWORK, random_weights=True)
+    teacher = TeacherConfig(NETWORK, random_weights=True, flip=False)
     with tempfile.TemporaryDirectory(dir=Path(images).parent) as folder:
         config = LabelerConfig(
             teacher, workers=workers, device=device, progress=False, batch_size=batch,
@@ -114,6 +131,25 @@ def _precision(device: str) -> torch.autocast:
     return torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
 
 
+def coding_times(device: str, batch: int, cores: int, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of coding a batch's maps, and of the pass that makes them."""
+    keep_freed_memory()
+    torch.set_num_threads(cores)
+    teacher = create_teacher(TeacherConfig(NETWORK, random_weights=True, flip=False), device)
+    coarse = torch.rand(batch, 3, 14, 14, generator=torch.Generator().manual_seed(0))
+    images = F.interpolate(coarse, (SIDE, SIDE), mode="bicubic").to(device) * 2 - 1
+    maps, encoding = teacher.score_maps(images), Encoding()
+    sides = {CODING: lambda: encode_maps(maps, encoding), PASS: lambda: teacher.score_maps(images)}
+    return take_turns({name: milliseconds(call, device) for name, call in sides.items()}, rounds, warmups=2)
+
+
+def coding_case(options: Options, batch: int) -> Case:
+    print("labeler: coding …", file=sys.stderr)
+    found = in_own_process(f"{__name__}:coding_times", options.device, batch, options.cores, options.rounds(15))
+    note = note_of(f"{options.cores} cores", "the labeler's default takes two passes over an image")
+    return Case(f"coding the maps of {batch} images, 7×7 cells", "ms", found, note=note)
+
+
 def run(options: Options) -> Result:
     cuda = options.device == "cuda"
     workers = min(CUDA_WORKERS, options.cores) if cuda else options.cores
@@ -125,7 +161,7 @@ def run(options: Options) -> Result:
     if find_spec("ray") is None:
         left_out = {_name(way): "Ray is not installed" for way in ways if ways[way]}
     cases = [_case(options, images, way, batch, ways[way]) for way in ways if _name(way) not in left_out]
-    return Result(cases, left_out=left_out)
+    return Result([*cases, coding_case(options, batch)], left_out=left_out)
 
 
 def _name(way: str) -> str:

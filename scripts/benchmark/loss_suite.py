@@ -1,14 +1,15 @@
 """The closed-form token-labeling loss against dense targets: time and memory of a forward and backward pass.
 
-A batch of 128 images with 196 tokens, 1,000 classes and 32 of them in each palette. Both sides begin with score maps
-and crops (`crop_score_maps`), so that the targets' construction counts, and end with the gradients of both heads'
-logits, with a mix box on a quarter of the tokens and without one. On a CPU much of both sides' time is page faults of
+A batch of 128 images with 196 tokens and 1,000 classes, of which each image has 32 in its palette and none in its tail,
+or as many as a store has by default. Both sides begin with score maps and crops (`crop_score_maps`), so that the
+targets' construction counts, and end with the gradients of both heads' logits, with a mix box on a quarter of the
+tokens and without one. On a CPU much of both sides' time is page faults of
 fresh tensors; training has malloc keep what is freed, which helps the dense side more, so both settings are shown.
 Building targets waits for a GPU, which hides part of the losses: there all is shown with targets that are ready, too.
 
 Memory is what one such pass needs at its peak, less the gradients, which both sides need; the logits exist before.
 
-Legend: B images; C classes; P palette size; T tokens.
+Legend: B images; C classes; P palette size; R tail size; T tokens.
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ from labeler.freed_memory import freed_memory_kept
 from pipeline.batch import Batch
 from pipeline.mix import MixBox
 from scripts.benchmark.measure import Case, Options, Result, alone_on_cpu, extra_memory, milliseconds, take_turns
-from scripts.benchmark.synthetic_batch import CLASSES, SyntheticLabels
+from scripts.benchmark.synthetic_batch import CLASSES, PLACES, SyntheticLabels
 from train.device import set_threads
 from train.loss import TokenLabelLoss
 from train.loss_reference import dense_token_label_loss
 
-BATCH, PALETTE, GRID = 128, 32, (14, 14)
+BATCH, GRID = 128, (14, 14)
+SIZES = ((32, 0), PLACES)  # P and R
 MIXES = {"not mixed": None, "mixed": MixBox(0, 7, 7, 14, 0.75)}
 OURS, DENSE = "closed form", "dense targets, softmax, soft cross-entropy"
 MEMORY = "scripts.benchmark.loss_suite:memory_of"
 
 
 class Inputs:
-    def __init__(self, batch: int, device: str) -> None:
+    def __init__(self, batch: int, device: str, palette: int = 32, tail: int = 0) -> None:
         random = torch.Generator().manual_seed(0)
-        self.labels = SyntheticLabels(batch, PALETTE, device)
+        self.labels = SyntheticLabels(batch, palette, tail, device)
         self.images = torch.empty(batch, 3, *GRID, device=device)
         shapes = (batch, CLASSES), (batch, GRID[0] * GRID[1], CLASSES)
         self.logits = [torch.randn(shape, generator=random).to(device) for shape in shapes]
@@ -50,28 +52,37 @@ class Inputs:
 
 
 def run(options: Options) -> Result:
-    inputs = Inputs(BATCH, options.device)
-    cases = [time_case(options, inputs, mix) for mix in MIXES]
-    if options.device == "cpu":
-        with freed_memory_kept():
-            cases += [time_case(options, inputs, mix, ", freed memory kept as `fit` does") for mix in MIXES]
-    else:
-        cases += [time_case(options, inputs, mix, ", targets ready", inputs.batch(MIXES[mix])) for mix in MIXES]
-    for name in MIXES:
-        about = name, options.device
-        found = {side: [alone_on_cpu(options.device, MEMORY, side, *about) for _ in range(2)] for side in (OURS, DENSE)}
-        cases.append(Case(f"memory beyond logits and gradients, {name}", "MB", found, sought={DENSE: 8}))
+    cases = []
+    for palette, tail in SIZES:
+        what = f"P {palette}, R {tail}" if tail else f"P {palette}"
+        inputs = Inputs(BATCH, options.device, palette, tail)
+        cases += [time_case(options, inputs, what, mix) for mix in MIXES]
+        if options.device == "cpu":
+            with freed_memory_kept():
+                cases += [time_case(options, inputs, what, mix, ", freed memory kept as `fit` does") for mix in MIXES]
+        else:
+            ready = {mix: inputs.batch(box) for mix, box in MIXES.items()}
+            cases += [time_case(options, inputs, what, mix, ", targets ready", ready[mix]) for mix in MIXES]
+        del inputs
+        for name in MIXES:
+            about = name, options.device, palette, tail
+            found = {
+                side: [alone_on_cpu(options.device, MEMORY, side, *about) for _ in range(2)] for side in (OURS, DENSE)
+            }
+            cases.append(Case(f"memory beyond logits and gradients, {what}, {name}", "MB", found, sought={DENSE: 8}))
     return Result(cases)
 
 
-def time_case(options: Options, inputs: Inputs, name: str, how: str = "", ready: Batch | None = None) -> Case:
+def time_case(
+    options: Options, inputs: Inputs, places: str, name: str, how: str = "", ready: Batch | None = None
+) -> Case:
     mix = MIXES[name]
     refuse_difference(inputs, mix)
     sides = {
         side: milliseconds(lambda side=side: inputs.run(side, mix, ready), options.device, options.calls)
         for side in (OURS, DENSE)
     }
-    what = f"forward and backward, B {BATCH}, T 196, C {CLASSES:,}, P {PALETTE}, {name}{how}"
+    what = f"forward and backward, B {BATCH}, T 196, C {CLASSES:,}, {places}, {name}{how}"
     return Case(what, "ms", take_turns(sides, options.rounds(9)), sought={DENSE: 5})
 
 
@@ -83,9 +94,9 @@ def refuse_difference(inputs: Inputs, mix: MixBox | None) -> None:
         raise SystemExit(f"the sides differ: losses {closed.item()} and {dense.item()}, gradients by {off:.1e}")
 
 
-def memory_of(side: str, mix: str, device: str) -> float:
+def memory_of(side: str, mix: str, device: str, palette: int, tail: int) -> float:
     set_threads(None)
-    Inputs(2, device).run(side, MIXES[mix])
-    inputs = Inputs(BATCH, device)
+    Inputs(2, device, palette, tail).run(side, MIXES[mix])
+    inputs = Inputs(BATCH, device, palette, tail)
     gradients = sum(logits.nbytes for logits in inputs.logits)
     return extra_memory(lambda: inputs.run(side, MIXES[mix]), device) - gradients / 1e6

@@ -37,6 +37,9 @@ class Options:
     images   a folder of photographs, drawn ones where none was given
     scratch  a folder for what a suite writes, removed afterwards
     cores    that this process may use
+    drawn    whether the images are drawn ones, of which a real teacher can say nothing
+    teacher  name of a real teacher, for the maps of `store`; checkpoint: its weights, where the name does not give them
+    rows     of the largest store whose growth `store` measures
     """
 
     device: str
@@ -44,6 +47,10 @@ class Options:
     images: Path
     scratch: Path
     cores: int
+    drawn: bool = True
+    teacher: str = "scripts.efficientnet_lite:lite2"
+    checkpoint: str | None = None
+    rows: int = 1_000_000
 
     def rounds(self, full: int) -> int:
         return max(2, full // 3) if self.quick else full
@@ -96,12 +103,28 @@ class Growth:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """A picture of y against x; the cases beside it hold the figures.
+
+    lines   side -> [(x, y)], joined
+    marks   the same, as single points
+    """
+
+    name: str
+    x: str
+    y: str
+    lines: Mapping[str, list[tuple[float, float]]]
+    marks: Mapping[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Result:
     """What a suite found; left_out: name of a case -> why it could not be measured here."""
 
     cases: list[Case] = field(default_factory=list)
     growths: list[Growth] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    curves: list[Curves] = field(default_factory=list)
 
 
 def note_of(*parts: str) -> str:

@@ -8,6 +8,7 @@ Everything is in the page cache: a figure tells what the software costs, not the
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import shutil
@@ -17,13 +18,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from labeler.foreign_store import remember_written
 from labeler.plan import Plan
-from labeler.score_maps import EncodedMaps
 from labeler.store import LabelStore
 from labeler.writer import begin_store, finish_store
 from scripts.benchmark.measure import Case, Growth, Options, Result, in_own_process, resident, take_turns
@@ -44,6 +45,7 @@ from scripts.benchmark.synthetic_maps import (
 DISTINCT = 1000  # maps, and files in a folder of the rival's
 BLOCK = 4096  # what the disk gives out
 ROWS = 256  # read at once
+MOST_HELD = 0.5  # of this machine's memory: what cache="ram" may take
 STORE, ONE_EACH, LIST = "store", "one .pt per image", "one .pt per image, files listed"
 BUILD, OPEN, FIRST = "building, rows already encoded", "opening", f"first {ROWS} random rows after opening"
 DISK, WARM, VERIFY = "bytes on disk per row", f"random rows, batches of {ROWS}, warm", "verify"
@@ -57,12 +59,13 @@ NOTES = {
     WARM: "rows of the store are checked and decoded to float32, files are tensors as they lie",
     VERIFY: "every bit of every row, one process",
 }
-MEMORY = "of the whole process, Python included"
+MEMORY = "of the whole process, Python included; no figure where the rows would fill half of the machine's memory"
 Figures = dict[str, dict[str, list[float]]]  # figure -> side -> a value per round
 
 
 def run(options: Options) -> Result:
-    sizes = [10**3, 10**4] if options.quick else [10**3, 10**4, 10**5, 10**6]
+    most = 10**4 if options.quick else options.rows
+    sizes = [rows for rows in (10**3, 10**4, 10**5, 10**6) if rows <= most]
     material, found = options.scratch / "material", {}
     material.mkdir()
     job("prepare", material)
@@ -105,7 +108,9 @@ def memory(store: Path) -> dict[str, float]:
     found = job("memory_of_rows", store, [ROWS, 10 * ROWS, 100 * ROWS])
     found[f"after {ROWS} rows of one shard"] = job("memory_of_one_shard", store)
     for kept in ("ram-compressed", "ram"):
-        found[f'all rows held, cache="{kept}"'] = job("memory_of_cache", store, kept)
+        held = job("memory_of_cache", store, kept)
+        if held is not None:
+            found[f'all rows held, cache="{kept}"'] = held
     return found
 
 
@@ -123,7 +128,7 @@ def cases(rows: int, found: tuple[Figures, dict[str, float]]) -> list[Case]:
 
 
 def growths(found: dict[int, tuple[Figures, dict[str, float]]]) -> list[Growth]:
-    last, steps = found[max(found)]
+    last, _ = found[max(found)]
     measured = [
         Growth(
             name, "rows", UNITS[name],
@@ -132,7 +137,8 @@ def growths(found: dict[int, tuple[Figures, dict[str, float]]]) -> list[Growth]:
         )
         for name, sides in last.items()
     ]  # fmt: skip
-    points = {step: [(float(rows), kept[step]) for rows, (_, kept) in found.items()] for step in steps}
+    every = dict.fromkeys(step for _, kept in found.values() for step in kept)
+    points = {step: [(float(rows), kept[step]) for rows, (_, kept) in found.items() if step in kept] for step in every}
     return [*measured, Growth("resident memory", "rows", "MB", points, note=MEMORY)]
 
 
@@ -170,8 +176,9 @@ def build_shard(store: str, plan: Plan, material: str, shard: int) -> None:
 
 
 @cache
-def distinct_maps(material: str) -> EncodedMaps:
-    return EncodedMaps(**np.load(f"{material}/maps.npz"))
+def distinct_maps(material: str) -> Any:
+    """The fields of `EncodedMaps`, without torch, which its module loads: a worker would wait for that."""
+    return SimpleNamespace(**np.load(f"{material}/maps.npz"))
 
 
 def write_files(files: str, material: str, rows: int, processes: int) -> float:
@@ -269,7 +276,12 @@ def memory_of_one_shard(store: str) -> float:
     return resident() / 1e6
 
 
-def memory_of_cache(store: str, kept: str) -> float:
+def memory_of_cache(store: str, kept: str) -> float | None:
+    """MB; None where the rows would take too much of the machine's memory."""
     labels = LabelStore(store, cache=kept)
+    row = sum(dtype.itemsize * math.prod(shape) for dtype, shape in labels.plan.layout.values())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if kept == "ram" and len(labels) * row > MOST_HELD * memory:
+        return None
     labels.read(np.arange(0, len(labels), labels.plan.shard_size))  # of every shard
     return resident() / 1e6

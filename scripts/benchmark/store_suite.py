@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from scripts.benchmark import store_growth, store_truth
+from scripts.benchmark import store_growth, store_real, store_truth
 from scripts.benchmark.measure import Options, Result
 
 
 def run(options: Options) -> Result:
-    parts = [store_truth.run(options), store_growth.run(options)]
+    parts = [store_real.run(options), store_truth.run(options), store_growth.run(options)]
     return Result(
-        [case for part in parts for case in part.cases], [growth for part in parts for growth in part.growths]
+        [case for part in parts for case in part.cases],
+        [growth for part in parts for growth in part.growths],
+        {name: reason for part in parts for name, reason in part.left_out.items()},
+        [curves for part in parts for curves in part.curves],
     )

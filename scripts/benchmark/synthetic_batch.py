@@ -1,6 +1,6 @@
 """Batches for the suites that begin where the loader ends.
 
-Legend: B images; C classes; P palette size; H×W map grid; h×w token grid, T = h·w.
+Legend: B images; C classes; P palette size; R tail size; H×W map grid; h×w token grid, T = h·w.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from labeler.score_code import Encoding
 from labeler.score_maps import ScoreMaps
 from pipeline.batch import Batch
 from pipeline.geometry import Views, identity
@@ -15,16 +16,21 @@ from pipeline.mix import MixBox
 from pipeline.targets import crop_score_maps
 from scripts.benchmark.synthetic_maps import CLASSES, MAP
 
+PLACES = Encoding().places(CLASSES)  # P and R of a store
+
 
 class SyntheticLabels:
     """Random score maps of B images with a random crop of each."""
 
-    def __init__(self, batch: int, palette: int, device: str = "cpu") -> None:
+    def __init__(self, batch: int, palette: int, tail: int = 0, device: str = "cpu") -> None:
         random = torch.Generator().manual_seed(0)
-        classes = torch.stack([torch.randperm(CLASSES, generator=random)[:palette] for _ in range(batch)])
+        classes = torch.stack([torch.randperm(CLASSES, generator=random)[: palette + tail] for _ in range(batch)])
         scores = -6 + 2 * torch.randn(batch, palette, MAP, MAP, generator=random)
-        region = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(batch, 1)
-        maps = ScoreMaps(classes, scores, torch.full((batch, MAP, MAP), -9.0), region, CLASSES)
+        offsets = torch.randint(-8, 9, (batch, tail), generator=random) / 4
+        maps = ScoreMaps(
+            classes[:, :palette], scores, torch.full((batch, MAP, MAP), -9.0), num_classes=CLASSES,
+            tail_classes=classes[:, palette:], tail_offsets=offsets,
+        )  # fmt: skip
         self.maps = maps.to_torch(device)
         corner, size = torch.rand(2, batch, 2, generator=random, dtype=torch.float64)
         self.boxes = torch.cat([corner / 2, corner / 2 + 0.3 + size / 5], 1)
@@ -37,9 +43,9 @@ class SyntheticLabels:
         return Batch(images, targets, labels, mix, ("",) * n, np.full(n, -1), views)
 
 
-def synthetic_batch(batch: int, side: int, palette: int = 8, patch: int = 16, device: str = "cpu") -> Batch:
-    """Random images and labels, as a loader with `palette` classes per image and token mixing gives them."""
+def synthetic_batch(batch: int, side: int, patch: int = 16, device: str = "cpu") -> Batch:
+    """Random images and labels, as a loader with a store of the default encoding and token mixing gives them."""
     images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1)).to(device)
     tokens = side // patch
     mix = MixBox(0, 0, tokens // 2, tokens // 2, 1 - (tokens // 2) ** 2 / tokens**2)
-    return SyntheticLabels(batch, palette, device).batch(images, (tokens, tokens), mix)
+    return SyntheticLabels(batch, *PLACES, device).batch(images, (tokens, tokens), mix)

@@ -1,7 +1,7 @@
-"""Synthetic score maps, as sure of their classes as one likes, and stores and rival files made of them.
+"""Synthetic score maps, as sure of their classes as one likes, and stores and rival files made of maps.
 
-Maps have 1,000 classes on an 18×18 grid: smooth fields per class (standard deviation 0.5 at their knots), eight strong
-classes an image, noise of 0.15 per cell. How much a few planes can say depends on how sure the teacher is.
+Synthetic maps have 1,000 classes on an 18×18 grid: smooth fields per class (standard deviation 0.5 at their knots),
+eight strong classes an image, noise of 0.15 per cell. How much a few planes can say depends on how sure the teacher is.
 
 The rival is the reference's way: the five largest logits of each cell and their ids as float16 [2, 5, H, W], in one
 `.pt` file per image; its training takes every other class for logit 0.
@@ -20,33 +20,44 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from labeler.plan import Plan, StoreMeta
-from labeler.score_maps import EncodedMaps, code_table, encode_palette
+from labeler.plan import FORMAT_VERSION, Plan, StoreMeta
+from labeler.score_code import FLOOR, NUM_CODES, QUALITIES, Encoding, code_table
 from labeler.shard_file import ShardRows
-from labeler.writer import store_classes, write_shard
+from labeler.writer import begin_store, finish_store, store_classes, write_shard
 
 if TYPE_CHECKING:
     import torch
 
-CLASSES, MAP = 1000, 18  # C, and H = W, of all benchmarks
-FLOOR = -20.0
+    from labeler.encoder import EncodedMaps
+
+CLASSES, MAP = 1000, 18  # C, and H = W, of all benchmarks but those of a real teacher
 BATCH = 50  # images whose dense logits are held at once: 65 MB
+SHARD_SIZE = 500
+# Format 1.0's dense planes: steps of 0.06 nat down to −3, of 0.25 below.
+FINE, KNEE, COARSE = 0.06, -3.0, 0.25
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How maps are stored: the palette, and the fine step, knee and coarse step of its codes; None: float16."""
+    """How maps are stored. format_1: as format 1.0 did, `encoding.palette` dense planes of codes without a tail."""
 
-    palette: int = 8
-    steps: tuple[float, float, float] | None = (0.06, -3.0, 0.25)
+    name: str = "store, default"
+    encoding: Encoding = QUALITIES["default"]
+    format_1: bool = False
 
     def __str__(self) -> str:
-        steps = "float16" if self.steps is None else f"steps of {self.steps[0]} and {self.steps[2]} nat"
-        return f"store, palette {self.palette}, {steps}"
+        return self.name
 
     @property
     def table(self) -> np.ndarray | None:
-        return None if self.steps is None else code_table(*self.steps, FLOOR)
+        """The score of each code; None: float16."""
+        if self.format_1:
+            values = np.concatenate([np.arange(0, -KNEE - FINE / 2, FINE), np.arange(-KNEE, -FLOOR + 0.1, COARSE)])
+            return np.pad(0 - values, (0, NUM_CODES - len(values)), mode="edge").astype(np.float32)
+        return code_table(self.encoding.levels) if self.encoding.precision == "uint8" else None
+
+
+FORMAT_1 = Setting("store, format 1.0, 8 dense planes", Encoding(palette=8, tail=0), format_1=True)
 
 
 def synthetic_logits(images: int, generator: torch.Generator, top: float) -> torch.Tensor:
@@ -66,12 +77,16 @@ def synthetic_logits(images: int, generator: torch.Generator, top: float) -> tor
 
 
 def encode(logits: torch.Tensor, setting: Setting) -> EncodedMaps:
-    return encode_palette(logits, setting.palette, setting.table, FLOOR)
+    from labeler.encoder import encode_maps, encode_planes
+
+    if setting.format_1:
+        return encode_planes(logits, setting.encoding.palette, setting.table)
+    return encode_maps(logits, setting.encoding)
 
 
 def join(parts: list[EncodedMaps]) -> EncodedMaps:
-    names = ("classes", "scores", "background", "kl", "coverage", "entropy")
-    return EncodedMaps(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return type(parts[0])(*map(np.concatenate, columns))
 
 
 def rival_tensor(logits: torch.Tensor) -> torch.Tensor:
@@ -101,22 +116,35 @@ def key_of(row: int) -> str:
     return f"{folder}/{folder}_{row:08d}.JPEG"
 
 
-def make_plan(setting: Setting, rows: int, shard_size: int) -> Plan:
+def make_plan(setting: Setting, rows: int, shard_size: int, grid: tuple[int, int] = (MAP, MAP)) -> Plan:
+    encoding = setting.encoding
+    palette, tail = encoding.places(CLASSES)
     meta = StoreMeta(
         num_classes=CLASSES,
         class_names=(),
-        palette=setting.palette,
-        grid=(MAP, MAP),
+        palette=palette,
+        tail=tail,
+        grid=grid,
         score_kind="logprob",
-        precision="float16" if setting.table is None else "uint8",
+        precision=encoding.precision,
         orientation="exif",
         teacher={"name": "synthetic"},
         dataset_fingerprint="0" * 64,
         num_images=rows,
         shards=-(-rows // shard_size),
+        format_version="1.0" if setting.format_1 else FORMAT_VERSION,
     )
     codes = () if setting.table is None else tuple(setting.table.tolist())
-    return Plan(meta, {}, shard_size, key_bytes=len(key_of(rows - 1)), code_values=codes)
+    settings = {"levels": encoding.levels, "threshold": encoding.threshold}
+    return Plan(meta, settings, shard_size, key_bytes=len(key_of(rows - 1)), code_values=codes)
+
+
+def write_store(path: Path, setting: Setting, maps: EncodedMaps) -> None:
+    """A complete store of these maps."""
+    plan = begin_store(path, make_plan(setting, len(maps.classes), SHARD_SIZE, maps.scores.shape[2:]))
+    for shard in range(plan.meta.shards):
+        write_synthetic_shard(path, plan, shard, maps)
+    finish_store(path, plan)
 
 
 def write_synthetic_shard(store: Path, plan: Plan, shard: int, maps: EncodedMaps) -> None:
@@ -134,5 +162,7 @@ def write_synthetic_shard(store: Path, plan: Plan, shard: int, maps: EncodedMaps
         target=generator.integers(0, CLASSES, n).astype(np.int32),
         image_digest=generator.integers(0, 2**64, n, dtype=np.uint64),
         keys=keys,
+        tail_classes=store_classes(maps.tail_classes[repeated], CLASSES) if plan.meta.tail else None,
+        tail_offsets=maps.tail_offsets[repeated] if plan.meta.tail else None,
     )
     write_shard(store, plan, shard, rows, [], {}, keys)

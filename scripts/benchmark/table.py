@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmark.measure import Case, Growth, spread
+from scripts.benchmark.measure import Case, Curves, Growth, spread
 
 TITLES = {
     "store": "Label store",
@@ -21,6 +21,7 @@ TITLES = {
     "model": "Model",
     "train": "Training step",
 }
+WITH_IMAGES = ("store", "labeler", "loader", "train")
 HEAD = """# Benchmarks
 
 Written by `python -m scripts.benchmark`; every figure is a measurement in `benchmarks/`. Values are medians with the
@@ -36,6 +37,11 @@ def cases_of(suite: dict[str, Any]) -> list[Case]:
 
 def growths_of(suite: dict[str, Any]) -> list[Growth]:
     return [Growth(**growth) for growth in suite["growths"]]
+
+
+def curves_of(suite: dict[str, Any]) -> list[Curves]:
+    """There are results that have none."""
+    return [Curves(**curves) for curves in suite.get("curves", [])]
 
 
 def left_out(suite: dict[str, Any]) -> list[str]:
@@ -88,19 +94,21 @@ def text(found: dict[str, Any]) -> str:
 
 
 def render(results: Path, docs: Path) -> None:
-    """docs/benchmarks.md and a plot for each suite that tells of growth, from every file of results."""
-    from scripts.benchmark.plots import draw_growths
+    """docs/benchmarks.md and plots for each suite that has growths or curves, from every file of results."""
+    from scripts.benchmark.plots import draw_curves, draw_growths
 
     machines = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
     parts = [HEAD]
     for found in machines:
         parts.append(machine_section(found))
         for name, suite in found["suites"].items():
-            picture = None
+            picture, curves = f"benchmarks-{found['machine']['name']}-{name}.png", None
             if suite["growths"]:
-                picture = f"benchmarks-{found['machine']['name']}-{name}.png"
                 draw_growths(growths_of(suite), docs / picture)
-            parts.append(suite_section(name, suite, picture))
+            if curves_of(suite):
+                curves = picture.replace(".png", "-curves.png")
+                draw_curves(curves_of(suite), docs / curves)
+            parts.append(suite_section(name, suite, picture if suite["growths"] else None, curves))
     if not any(found["machine"]["device"] == "cuda" for found in machines):
         parts.append(
             "## A GPU\n\nNot measured: no GPU was at hand. `python -m scripts.benchmark --device cuda` measures it.\n"
@@ -117,11 +125,14 @@ def machine_section(found: dict[str, Any]) -> str:
     return f"## {found['machine']['what']}\n\n" + "\n".join(lines) + "\n"
 
 
-def suite_section(name: str, suite: dict[str, Any], picture: str | None) -> str:
+def suite_section(name: str, suite: dict[str, Any], picture: str | None, curves: str | None = None) -> str:
     command = f"python -m scripts.benchmark {name}"
-    command += " --images PHOTOS" if suite["photographs"] == "given" and name in ("labeler", "loader", "train") else ""
+    command += " --images PHOTOS" if suite["photographs"] == "given" and name in WITH_IMAGES else ""
+    command += f" {suite['asked']}" if suite.get("asked") else ""
     command += " --device cuda" if suite["device"] == "cuda" else ""
     lines = [f"### {TITLES[name]}", "", f"`{command}`, {suite['seconds']:,} s", ""]
+    lines += [suite["remark"], ""] if suite.get("remark") else []  # written by hand, of figures that are history
+    lines += [f"![{TITLES[name]}: curves]({curves})", ""] if curves else []
     lines += ["| | | ours is better by | sought |", "|---|---|---|---|"]
     for case in cases_of(suite):
         note = f"; {case.note}" if case.note else ""

@@ -5,21 +5,29 @@ belongs to its loss; the rival's is dense. Extra memory is what one call needs a
 its own, after a call on two images has loaded all code: inputs and libraries do not count, results and everything in
 between do. Where time is measured on a CPU, malloc keeps what is freed, on both sides.
 
-Legend: B images; C classes; P palette size; K = 5 classes per cell; H×W map grid; h×w token grid, T = h·w.
+A store's rows also have to be decoded: that is measured with as many planes as a store has by default, and twice as
+many, with a tail, on maps of two sizes, with every plane used.
+
+Legend: B images; C classes; P palette size; R tail size; K = 5 classes per cell; H×W map grid; h×w token grid, T = h·w.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torchvision.ops import roi_align
 
 from labeler.freed_memory import freed_memory_kept
+from labeler.score_code import Encoding
 from labeler.score_maps import ScoreMaps
+from labeler.store import LabelStore
 from pipeline import TokenTargets, crop_score_maps
 from pipeline.crops import random_resized_crops
+from pipeline.label_rows import HostRows, LabelRows
 from scripts.benchmark.measure import (
     KEPT,
     Case,
@@ -31,13 +39,17 @@ from scripts.benchmark.measure import (
     note_of,
     take_turns,
 )
-from scripts.benchmark.synthetic_maps import CLASSES, MAP
+from scripts.benchmark.synthetic_batch import PLACES
+from scripts.benchmark.synthetic_maps import CLASSES, MAP, Setting, write_store
 
 GRID, TOP, BATCH = (14, 14), 5, 128
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 PALETTES = (8, 32)
+SIDES, STORED, TAIL = (9, MAP), (64, 128), PLACES[1]  # H = W, P and R of a store
+LEVELS, CODED = 20, 0.25  # of a store; share of its codes that are not "as background", as in a real teacher's maps
 TOLERANCE = 1e-4  # between the two sides' probabilities
 OURS, RIVAL = "crop_score_maps", "scatter, roi_align, softmax"
+WHOLE = "rows decoded, crop_score_maps"
 
 
 def mirrored(top5: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,14 +78,13 @@ class TargetInputs:
     An image has P classes in all, so its palette holds every class that its top-5 labels name, and 0 elsewhere.
     """
 
-    def __init__(self, batch: int, palette: int, device: str = "cpu") -> None:
+    def __init__(self, batch: int, palette: int, device: str = "cpu", side: int = MAP) -> None:
         generator = torch.Generator().manual_seed(0)
         classes = torch.stack([torch.randperm(CLASSES, generator=generator)[:palette] for _ in range(batch)])
-        values, places = (4 + 2 * torch.randn(batch, palette, MAP, MAP, generator=generator)).topk(TOP, dim=1)
+        values, places = (4 + 2 * torch.randn(batch, palette, side, side, generator=generator)).topk(TOP, dim=1)
         values = values.half()
-        scores = torch.zeros(batch, palette, MAP, MAP).scatter_(1, places, values.float())
-        region = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(batch, 1)
-        maps = ScoreMaps(classes, scores, torch.zeros(batch, MAP, MAP), region, CLASSES)
+        scores = torch.zeros(batch, palette, side, side).scatter_(1, places, values.float())
+        maps = ScoreMaps(classes, scores, torch.zeros(batch, side, side), num_classes=CLASSES)
         # Sides without a common factor with 18: a bin of whole cells would leave the sample count to float rounding.
         sizes = np.tile([3749, 4999], (batch, 1))
         windows = random_resized_crops(sizes, SCALE, RATIO, np.random.default_rng(0))
@@ -114,7 +125,43 @@ def run(options: Options) -> Result:
         with freed_memory_kept(options.device == "cpu"):
             cases.append(_time(options, palette))
         cases.append(_memory(options, palette))
+    for side in SIDES[:1] if options.quick else SIDES:
+        for palette in STORED[:1] if options.quick else STORED:
+            print(f"targets: rows of {palette} planes, {side}×{side} cells …", file=sys.stderr)
+            with freed_memory_kept(options.device == "cpu"):
+                cases.append(_stored(options, palette, side))
     return Result(cases)
+
+
+def stored_rows(folder: Path, batch: int, palette: int, side: int, device: str) -> tuple[LabelRows, HostRows]:
+    """A store of random codes as the loader holds it, and rows of it as they are read."""
+    random = np.random.default_rng(0)
+    classes = np.sort(np.stack([random.permutation(CLASSES)[: palette + TAIL] for _ in range(batch)])[:, :, None], 1)
+    coded = random.random((batch, palette, side, side)) < CODED
+    maps = SimpleNamespace(
+        classes=classes[:, :palette, 0],
+        scores=(random.integers(1, LEVELS + 1, coded.shape) * coded).astype(np.uint8),
+        background=random.integers(LEVELS + 21, LEVELS + 61, (batch, side, side)).astype(np.uint8),
+        tail_classes=classes[:, palette:, 0],
+        tail_offsets=random.integers(-8, 9, (batch, TAIL)).astype(np.int8),
+    )
+    write_store(folder, Setting(encoding=Encoding(palette, TAIL, LEVELS)), maps)
+    rows = LabelRows(LabelStore(folder, trusted=True), torch.device(device))
+    return rows, rows.read(np.arange(batch))
+
+
+def _stored(options: Options, palette: int, side: int) -> Case:
+    rows, host = stored_rows(options.scratch / f"rows-{palette}-{side}", BATCH, palette, side, options.device)
+    maps, inputs = rows.decode(host), TargetInputs(BATCH, palette, options.device, side)
+    crop = lambda maps: crop_score_maps(maps, inputs.boxes, GRID, inputs.hflip)  # noqa: E731
+    calls = {WHOLE: lambda: crop(rows.decode(host)), OURS: lambda: crop(maps), RIVAL: inputs.rival}
+    sides = {name: milliseconds(call, options.device, options.calls) for name, call in calls.items()}
+    return Case(
+        f"targets of {BATCH} images from a store's rows, {palette} planes of {side}×{side} cells, tail of {TAIL}",
+        "ms",
+        take_turns(sides, options.rounds(9)),
+        note=note_of("sought: at most 8 ms on two cores", "all planes are used", KEPT[options.device]),
+    )
 
 
 def _time(options: Options, palette: int) -> Case:
