@@ -31,6 +31,7 @@ from labeler.errors import IntegrityError
 
 VIEW_FILE = "labels.h5"
 LEVEL = 9
+MOSTLY = 0.6  # share of zeros
 META_ROWS = 1024  # rows in a chunk of the small data sets
 _LIBRARY = ctypes.CDLL(h5py.h5p.__file__)  # its dependencies, and so libhdf5, are searched as well
 MOST_IN_4_BYTES = 1 << 30  # bytes of data before compression, in a file whose places take four bytes
@@ -392,11 +393,13 @@ def _add(file: h5py.File, name: str, array: np.ndarray, chunks: tuple[int, ...])
 
 
 def packed_planes(planes: bytes) -> bytes:
-    """A chunk as HDF5's gzip and fletcher32 filters read it, searched for runs alone.
+    """A chunk as HDF5's gzip and fletcher32 filters read it.
 
-    Coded planes are mostly zeros: runs are found 10 to 40 times faster than any repetition, and take 5 to 8 % less.
+    Where most codes are 0, only runs are looked for: 10 to 40 times faster than any repetition, and 5 to 8 % smaller.
     """
-    packer = zlib.compressobj(LEVEL, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
+    used = planes.rstrip(b"\0")  # unused places stand last
+    sparse = used.count(0) > MOSTLY * len(used)
+    packer = zlib.compressobj(LEVEL, zlib.DEFLATED, 15, 9, zlib.Z_RLE if sparse else zlib.Z_DEFAULT_STRATEGY)
     packed = packer.compress(planes) + packer.flush()
     return packed + fletcher32(packed).to_bytes(4, "little")
 
