@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from labeler.encoder import EncodedMaps
 
 SAMPLE = 64  # images
-LEVELS = (12, 16, 20, 24, 32)
+LEVELS = (12, 16, 20, 24, 32, 48)
 FINEST, COARSEST, STEPS = 1e-6, 0.5, 10  # thresholds between which the one that fits is sought, by halving their ratio
 KEY_BYTES = 40  # of a sampled row's key: about ImageNet's
 
