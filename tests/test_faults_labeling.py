@@ -232,7 +232,8 @@ def test_the_shards_of_a_lost_node_are_labeled_on_another(tmp_path, held):
         "from pathlib import Path; import test_faults_labeling as t\n"
         "from labeler import LabelerConfig, TeacherConfig\n"
         f"config = LabelerConfig(TeacherConfig({held.teacher.name!r}), levels={held.levels},"
-        f" threshold={held.threshold}, shard_size=4, batch_size=2, decoder='pil', threads=1, progress=False, workers=2)\n"
+        f" threshold={held.threshold}, shard_size=4, batch_size=2, decoder='pil', threads=1,"
+        " progress=False, workers=2)\n"
         f"t.lose_a_node(Path({str(tmp_path / 'images')!r}), Path({str(store)!r}), Path({str(gate)!r}), config)"
     )
     done = subprocess.run(
