@@ -18,6 +18,7 @@ from labeler.errors import InputError
 from labeler.images import BadImage, ImageSet, check_header, read_image
 from labeler.score_code import QUALITIES, Encoding, code_table
 from labeler.shard_file import ShardRows, build_shard, row_layout
+from labeler.writer import store_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,21 +116,20 @@ def row_bytes(maps: EncodedMaps, num_classes: int, encoding: Encoding) -> float:
     )
     table = code_table(encoding.levels) if encoding.precision == "uint8" else None
     random = np.random.default_rng(0)
-    unused = np.iinfo(layout["classes"][0]).max
+    classes, tail_classes = (store_classes(ids, num_classes) for ids in (maps.classes, maps.tail_classes))
     tail = maps.tail_classes.shape[1] > 0
 
     def rows(count: int) -> ShardRows:
-        ids = [np.where(c < 0, unused, c).astype(layout["classes"][0]) for c in (maps.classes, maps.tail_classes)]
         return ShardRows(
             scores=maps.scores[:count],
             background=maps.background[:count],
-            classes=ids[0][:count],
+            classes=classes[:count],
             region=np.tile(np.array([0, 0, 1, 1], np.float32), (count, 1)),
             image_size=random.integers(200, 600, (count, 2)).astype(np.uint32),
             target=random.integers(0, num_classes, count).astype(np.int32),
             image_digest=random.integers(0, 2**64, count, dtype=np.uint64),
             keys=tuple(f"n{i // 100:08d}/n{i // 100:08d}_{i:08d}.JPEG" for i in range(count)),
-            tail_classes=ids[1][:count] if tail else None,
+            tail_classes=tail_classes[:count] if tail else None,
             tail_offsets=maps.tail_offsets[:count] if tail else None,
         )
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from labeler.score_code import BACKGROUND_STEP, FLOOR, MAX_OFFSET, Encoding
+from labeler.score_code import BACKGROUND_STEP, FLOOR, MAX_OFFSET, OFFSET_STEP, Encoding
 
 CODE_BYTES, CLASS_BYTES, TAIL_BYTES = 0.8, 4.0, 1.4
 # A code between codes costs less than one that interrupts a run of zeros: per neighbour along the row.
@@ -28,7 +28,6 @@ FIRST, FIRST_BYTES = 0.3, 4.0
 # Tokens average scores, which are logarithms; the mean log of what is left lies below the log of its mean, so that a
 # background somewhat lower is truer of tokens. Of the gap, which may be long where a teacher is sure:
 TOWARDS_MEAN_LOG, LONGEST_GAP = 0.2, 1.0  # a share; nats
-OFFSET_STEP = 0.25  # nats
 REFERENCE_TOP = 5  # classes per cell that the reference's files keep
 REFERENCE_EVERY = 8  # images: the comparison with the reference's files is made on each eighth
 MIN_P = 1e-12

@@ -80,7 +80,7 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     config = _with_autocast(config, device)
     # Built here once, on the CPU, so that a wrong teacher is told of before any worker starts.
     info = create_teacher(config.teacher, "cpu" if config.workers else device).info
-    encoding = _encoding(found, config, device if not elsewhere else "cpu", begun)
+    encoding = _encoding(found, config, "cpu" if elsewhere else device, begun)
     plan = begin_store(path, make_plan(found, info, config, encoding, begun))
     markers = committed_shards(path, plan)
     tasks = [make_task(plan, found, shard) for shard in range(plan.meta.shards) if shard not in markers]

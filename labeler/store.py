@@ -23,7 +23,7 @@ from labeler.commit import Marker, check_file, read_marker
 from labeler.errors import InputError, IntegrityError
 from labeler.foreign_store import refuse_hostile
 from labeler.plan import Plan, StoreMeta, load_plan
-from labeler.score_code import ScoreCode
+from labeler.score_code import OFFSET_STEP, ScoreCode
 from labeler.score_maps import ScoreMaps
 from labeler.shard_file import ShardReader, ShardRows
 
@@ -52,7 +52,7 @@ class StoredRows:
     def maps(self, code: ScoreCode, num_classes: int) -> ScoreMaps:
         """Decoded."""
         scores, background = code.decode(self.scores, self.background)
-        offsets = self.tail_offsets.astype(np.float32) / 4
+        offsets = self.tail_offsets.astype(np.float32) * np.float32(OFFSET_STEP)
         return ScoreMaps(self.classes, scores, background, self.region, num_classes, self.tail_classes, offsets)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from labeler.score_code import OFFSET_STEP
 from labeler.score_maps import ScoreMaps
 from labeler.store import LabelStore
 
@@ -61,7 +62,7 @@ class LabelRows:
             background = self._decode(rows.background.to(self.device, non_blocking=True))
         scores = self._decode_planes(coded, background)
         count = self.store.meta.num_classes
-        return ScoreMaps(classes, scores, background, region, count, tail_classes, offsets.float() / 4)
+        return ScoreMaps(classes, scores, background, region, count, tail_classes, offsets.float() * OFFSET_STEP)
 
     def _decode_planes(self, coded: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
         """Palette planes [B, P, H, W]; where code 0 means so, as the background [B, H, W]."""
