@@ -9,8 +9,10 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ log = logging.getLogger("labeler")
 
 # Tells how many more images are done: after each batch in this process, after each shard on Ray; 0 when work begins.
 Advance = Callable[[int], None]
+
+# Seconds after which an actor that runs, but of which this process has heard nothing, counts as unheard of.
+PATIENCE = 60.0
 
 
 def run_in_process(
@@ -58,21 +63,33 @@ def run_on_ray(
     import ray
 
     ours = not ray.is_initialized()
-    if ours:
-        with _own_signal_handlers():
-            _connect(config.ray_address, (config.threads or 1) * config.workers)
-    gpus = config.gpus_per_worker if device.startswith("cuda") else 0
-    threads = _threads([node["Resources"] for node in ray.nodes() if node["Alive"]], gpus, config)
-    worker = ray.remote(num_cpus=threads, num_gpus=gpus)(_Worker)
-    arguments = (root.absolute(), store.absolute(), plan, config, device, threads)
-    paths = [os.path.abspath(path) for path in sys.path]
-    pool = _Pool(ray, lambda: worker.remote(paths, device == "cpu", *arguments), tasks, config, advance)
-    try:
-        yield from pool.results()
-    finally:
-        pool.close()
+    unfinished = {task.shard: task for task in tasks}
+    while unfinished:
         if ours:
-            ray.shutdown()
+            with _own_signal_handlers():
+                _connect(config.ray_address, (config.threads or 1) * config.workers)
+        gpus = config.gpus_per_worker if device.startswith("cuda") else 0
+        threads = _threads([node["Resources"] for node in ray.nodes() if node["Alive"]], gpus, config)
+        worker = ray.remote(num_cpus=threads, num_gpus=gpus)(_Worker)
+        paths = [os.path.abspath(path) for path in sys.path]
+        arguments = (paths, device == "cpu", root.absolute(), store.absolute(), plan, config, device, threads)
+        pool = _Pool(ray, partial(worker.remote, *arguments), list(unfinished.values()), config, advance)
+        try:
+            for result in pool.results():
+                del unfinished[result.shard]
+                yield result
+        except _UnheardError as error:
+            if not ours:
+                raise
+            log.warning("%s; connecting to Ray anew", error.problem)
+        finally:
+            pool.close()
+            if ours:
+                ray.shutdown()
+
+
+class _UnheardError(LabelingError):
+    """Ray runs an actor, but never told this process. From then on it tells it nothing more of any actor."""
 
 
 class _Worker:
@@ -83,6 +100,9 @@ class _Worker:
         sys.path += [path for path in paths if path not in sys.path and os.path.isdir(path)]
         self.arguments, self.keep_memory = arguments, keep_memory
         self.labeler: ShardLabeler | None = None
+
+    def greet(self) -> None:
+        """Return at once: what comes back shows that this process and its driver hear each other."""
 
     def prepare(self) -> None:
         if self.keep_memory:
@@ -112,6 +132,9 @@ class _Pool:
         self.idle: list[Any] = []
         # A call under way -> its actor and its shard, or None for an actor that loads its teacher.
         self.running: dict[Any, tuple[Any, ShardTask | None]] = {}
+        # A greeting that has not come back -> its actor, and whether that was seen to run at the last look.
+        self.greetings: dict[Any, tuple[Any, bool]] = {}
+        self.looked = time.monotonic()
         for _ in range(min(config.workers, len(tasks))):
             self._start_actor()
 
@@ -128,12 +151,33 @@ class _Pool:
             raise self._failure()
 
     def _next_finished(self) -> Any:
-        try:
-            (call,), _ = self.ray.wait(list(self.running), num_returns=1)
-        except SystemError as error:
-            # What a signal handler raises while Ray waits comes out wrapped in this.
-            raise error.__cause__ or error from None
-        return call
+        while True:
+            try:
+                # Ray may look at signals between its waits only, so none is long.
+                finished, _ = self.ray.wait(list(self.running), num_returns=1, timeout=1)
+            except SystemError as error:
+                # What a signal handler raises while Ray waits comes out wrapped in this.
+                raise error.__cause__ or error from None
+            if finished:
+                return finished[0]
+            if time.monotonic() > self.looked + PATIENCE / 2:
+                self._look_for_unheard_actors()
+
+    def _look_for_unheard_actors(self) -> None:
+        """Raise _UnheardError where Ray has run an actor since the last look, but no greeting came back from it."""
+        for greeting, (actor, was_running) in list(self.greetings.items()):
+            running = _runs(actor)
+            if self.ray.wait([greeting], timeout=0)[0]:
+                del self.greetings[greeting]
+            elif running and was_running:
+                raise _UnheardError(
+                    "Ray does not tell this process of its workers",
+                    got=f"a worker that has run for {PATIENCE / 2:g} seconds and more without a word",
+                    remedy="All finished shards are committed; the same command goes on from there.",
+                )
+            else:
+                self.greetings[greeting] = (actor, running)
+        self.looked = time.monotonic()
 
     def close(self) -> None:
         for actor in [*self.idle, *(actor for actor, _ in self.running.values())]:
@@ -143,6 +187,7 @@ class _Pool:
 
     def _start_actor(self) -> None:
         actor = self.start()
+        self.greetings[actor.greet.remote()] = (actor, False)
         self.running[actor.prepare.remote()] = (actor, None)
 
     def _finish(self, call: Any, actor: Any, task: ShardTask | None) -> ShardResult | None:
@@ -202,6 +247,16 @@ class _Pool:
             got=f"{self.config.max_attempts} failures, the last: {reason}",
             remedy="All other shards are committed. Look for an image that crashes the teacher or exhausts the memory.",
         )
+
+
+def _runs(actor: Any) -> bool:
+    """Whether Ray's head says that the actor runs. It is asked, where all else waits for what it tells by itself."""
+    # Ray's public way to ask needs its dashboard. Without an answer the run waits on.
+    with contextlib.suppress(Exception):
+        from ray._private import state
+
+        return bool(state.actors(actor._actor_id.hex())["State"] == "ALIVE")
+    return False
 
 
 def _threads(nodes: list[dict[str, float]], gpus: float, config: LabelerConfig) -> int:

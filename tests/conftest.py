@@ -57,11 +57,31 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
+def shared_ray() -> Iterator[None]:
     """One private Ray for all tests that need one: starting it takes seconds."""
+    import ray
+
+    _start_ray()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def local_ray(shared_ray: None) -> None:
+    """The shared Ray, started anew where it has stopped telling this process of its actors, as it was seen to once."""
+    import ray
+
+    class Probe:
+        def greet(self) -> None: ...
+
+    probe = ray.remote(num_cpus=0)(Probe).remote()
+    if not ray.wait([probe.greet.remote()], timeout=60)[0]:
+        ray.shutdown()
+        _start_ray()
+
+
+def _start_ray() -> None:
     import ray
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()

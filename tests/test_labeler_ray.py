@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import time
 
 import pytest
 from labeling_runs import command, equal, start, wait_for_markers
 
-from labeler import LabelerConfig, LabelingError, LabelStore, TeacherConfig, TeacherError, label_images
+from labeler import LabelerConfig, LabelingError, LabelStore, TeacherConfig, TeacherError, executor, label_images
 from labeler.verify import verify_store
+from labeler.worker import ShardResult, ShardTask
 
 
 def on_ray(config: LabelerConfig, **changes: object) -> LabelerConfig:
@@ -41,6 +43,60 @@ def test_a_signal_ends_a_run_on_ray_with_143(images, tmp_path):
     # The run may have been over before the signal came.
     assert process.returncode in (143, 0), error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("greets", [False, True])
+def test_a_worker_that_ray_never_tells_of_is_noticed_and_one_that_loads_slowly_is_not(
+    greets, config, local_ray, monkeypatch
+):
+    import ray
+
+    class Mute:  # in here, so that Ray sends its code
+        """Runs, but nothing comes back from it: as where Ray's notice that it runs is lost."""
+
+        def greet(self) -> None:
+            time.sleep(0 if greets else 600)
+
+        def prepare(self) -> None:
+            time.sleep(5)
+
+        def label(self, task: ShardTask) -> ShardResult:
+            return ShardResult(task.shard, 1, 0, True)
+
+    monkeypatch.setattr(executor, "PATIENCE", 2.0)
+    task = ShardTask(0, ("a.jpg",), (1,), (-1,), {})
+    pool = executor._Pool(ray, ray.remote(Mute).remote, [task], on_ray(config), lambda _: None)
+    try:
+        if greets:
+            assert [result.shard for result in pool.results()] == [0]
+        else:
+            with pytest.raises(LabelingError, match="does not tell this process of its workers"):
+                next(pool.results())
+    finally:
+        pool.close()
+
+
+def test_a_run_that_ray_tells_nothing_more_connects_anew_and_goes_on(images, tmp_path, config, local_ray, monkeypatch):
+    import ray
+
+    label_images(images, tmp_path / "alone", config)
+    connections: list[int] = []
+    answers = iter([False])  # to the run; Ray itself asks later
+    monkeypatch.setattr(ray, "is_initialized", lambda: next(answers, True))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(executor, "_connect", lambda *_: connections.append(1))
+    results = executor._Pool.results
+
+    def results_until_one_is_lost(pool):
+        for result in results(pool):
+            yield result
+            if len(connections) == 1:
+                raise executor._UnheardError("Ray does not tell this process of its workers")
+
+    monkeypatch.setattr(executor._Pool, "results", results_until_one_is_lost)
+    summary = label_images(images, tmp_path / "ray", on_ray(config))
+    assert (len(connections), summary.rows) == (2, 12)
+    assert equal(tmp_path / "ray", tmp_path / "alone")
 
 
 def test_labels_do_not_depend_on_the_number_of_workers(images, tmp_path, config, local_ray):
