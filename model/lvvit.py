@@ -20,14 +20,11 @@ from typing import Any
 import torch
 from timm.layers import Attention, DropPath, Mlp, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from model.errors import ModelError
 from model.patch_embed import ConvStem
-from model.patch_model import PatchModel, build_patch_model, untrained_cfg
-from model.token_heads import TokenBox
+from model.patch_model import PatchModel, build_patch_model, check_pool, untrained_cfg
 
 NORM_EPS = 1e-5
 
@@ -58,8 +55,11 @@ class LVViT(PatchModel):
     skip_lam        what each residual branch is divided by
     stem_width      channels of the stem's convolutions
     aux_head        an auxiliary head on every token
+    global_pool     what the class head reads, see `TokenLabelHeads`
     drop_path_rate  rises linearly to this over the blocks
     """
+
+    BLOCKS, NORM = "blocks", "norm"
 
     def __init__(
         self,
@@ -79,11 +79,9 @@ class LVViT(PatchModel):
         global_pool: str = "token",
     ) -> None:
         super().__init__()
-        if global_pool not in ("token", "") or embed_dim % num_heads:
-            raise ModelError(
-                f"unknown setting: got global_pool={global_pool!r}, embed_dim={embed_dim}, num_heads={num_heads}; "
-                'expected global_pool "token" and a width that the heads divide'
-            )
+        if embed_dim % num_heads:
+            raise ModelError(f"the heads do not divide the width: got embed_dim={embed_dim}, num_heads={num_heads}")
+        self.global_pool = check_pool(global_pool)
         self.num_classes, self.embed_dim, self.num_features = num_classes, embed_dim, embed_dim
         self.head_hidden_size, self.in_chans, self.num_prefix_tokens = embed_dim, in_chans, 1
         self.grad_checkpointing = False
@@ -118,54 +116,6 @@ class LVViT(PatchModel):
 
     def cls_position(self, length: int) -> int:
         return 0
-
-    def _run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
-
-    def forward_features(self, images: torch.Tensor, mix: TokenBox | None = None) -> torch.Tensor:
-        """Normalised features of all tokens, the class token first: [B, L, D]."""
-        x = self.embed(images, mix)
-        for block in self.blocks:
-            x = self._run(block, x)
-        return self.norm(x)
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """timm's: features after the blocks of `indices`, as maps [B, D, h, w] ("NCHW") or tokens [B, T, D] ("NLC")."""
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ModelError(f'output_fmt is not known: got {output_fmt!r}, expected "NCHW" or "NLC"')
-        wanted, last = feature_take_indices(len(self.blocks), indices)
-        grid, found = self.grid_of(x), []
-        x = self.embed(x)
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self._run(block, x)
-            if i in wanted:
-                total = self.norm(x) if norm else x
-                tokens = total[:, 1:].mT.unflatten(2, grid) if output_fmt == "NCHW" else total[:, 1:]
-                found.append((tokens, total[:, :1]) if return_prefix_tokens else tokens)
-        return found if intermediates_only else (self.norm(x), found)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """timm's: drop the blocks that `indices` do not need."""
-        wanted, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0)
-        return wanted
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -8,8 +8,8 @@ direction, which runs from the last token to the first.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import cast
 
 import torch
 from torch import nn
@@ -18,6 +18,27 @@ from torch.nn import functional as F
 from model.ops import directional_scan
 
 DT_MIN, DT_MAX = 1e-3, 0.1  # step sizes at the start of training
+
+
+class ReversedConv1d(nn.Conv1d):
+    """A convolution along the sequence whose first tap is the latest step: its weights turned around."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight.flip(-1), self.bias)
+
+
+class StepSize(nn.Linear):
+    """A linear layer in float32 at least, whatever its weights, its input and autocast are.
+
+    Its bias is near −5, where bfloat16 would round the step size by a few percent.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
+        device = x.device.type
+        known = torch.amp.is_autocast_available(device)  # "meta" has none
+        with torch.autocast(device, enabled=False) if known else contextlib.nullcontext():
+            return F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
 
 
 class BidirectionalMamba(nn.Module):
@@ -30,6 +51,8 @@ class BidirectionalMamba(nn.Module):
     layer_scale    initial factor of each output channel; None: none
     backend        of the scan, see `model.ops.selective_scan`
     """
+
+    dt_proj: StepSize
 
     def __init__(
         self,
@@ -53,9 +76,10 @@ class BidirectionalMamba(nn.Module):
         for name in self.directions:
             self.register_parameter(f"A{name}_log", nn.Parameter(_initial_a_log(inner, d_state)))
             self.register_parameter(f"D{name}", nn.Parameter(torch.ones(inner)))
-            self.add_module(f"conv1d{name}", nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1))
+            conv = ReversedConv1d if name == "_b" else nn.Conv1d
+            self.add_module(f"conv1d{name}", conv(inner, inner, d_conv, groups=inner, padding=d_conv - 1))
             self.add_module(f"x_proj{name}", nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False))
-            self.add_module(f"dt_proj{name}", nn.Linear(self.dt_rank, inner))
+            self.add_module(f"dt_proj{name}", StepSize(self.dt_rank, inner))
         self.out_proj = nn.Linear(inner, d_model, bias=False)
         self.gamma = None if layer_scale is None else nn.Parameter(torch.full((d_model,), layer_scale))
         self._init_step_sizes(inner)
@@ -66,20 +90,18 @@ class BidirectionalMamba(nn.Module):
         The published models begin the second direction with bias 0; so do these.
         """
         for name in self.directions:
-            projection = cast(nn.Linear, self.get_submodule(f"dt_proj{name}"))
+            projection = getattr(self, f"dt_proj{name}")
             nn.init.uniform_(projection.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
             nn.init.zeros_(projection.bias)
-        steps = torch.exp(torch.rand(inner) * math.log(DT_MAX / DT_MIN) + math.log(DT_MIN)).clamp(min=1e-4)
+        steps = torch.rand(inner, dtype=torch.float32) * math.log(DT_MAX / DT_MIN) + math.log(DT_MIN)
+        steps = steps.exp().clamp(min=1e-4)
         with torch.no_grad():
-            self.get_parameter("dt_proj.bias").copy_(steps + torch.log(-torch.expm1(-steps)))
+            self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         x, z = self.in_proj(hidden).chunk(2, -1)
         parts = [self._scan_inputs(x, name) for name in self.directions]
-        inputs, delta, b, c = (torch.stack(part) for part in zip(*parts, strict=True))
-        wide = torch.promote_types(self.get_parameter("A_log").dtype, torch.float32)
-        a = torch.stack([-torch.exp(self.get_parameter(f"A{name}_log").to(wide)) for name in self.directions])
-        d = torch.stack([self.get_parameter(f"D{name}").to(wide) for name in self.directions])
+        inputs, delta, a, b, c, d = (torch.stack(part) for part in zip(*parts, strict=True))
         y = directional_scan(
             inputs,
             delta,
@@ -94,21 +116,20 @@ class BidirectionalMamba(nn.Module):
         out = self.out_proj((y.sum(0) * self.scale) * F.silu(z))
         return out if self.gamma is None else out * self.gamma
 
-    def _scan_inputs(self, x: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [B, L, E] of one direction to u [B, L, E], delta [B, L, E], B and C [B, L, N]."""
-        convolution = cast(nn.Conv1d, self.get_submodule(f"conv1d{name}"))
-        taps, length = convolution.kernel_size[0], x.shape[1]
-        weight, bias, room = convolution.weight, cast(torch.Tensor, convolution.bias), (taps - 1, 0)
-        if name == "_b":  # what comes after a token instead of what came before it
-            weight, room = weight.flip(-1), (0, taps - 1)
-        u = F.conv1d(F.pad(x.mT, room), weight.to(x.dtype), bias.to(x.dtype), groups=x.shape[2])
-        u = F.silu(u).mT[:, :length]
-        step, b, c = self.get_submodule(f"x_proj{name}")(u).split([self.dt_rank, self.d_state, self.d_state], -1)
-        # In float32: the bias is near −5, where bfloat16 would round the step size by a few percent.
-        with torch.autocast(u.device.type, enabled=False):
-            projection = self.get_submodule(f"dt_proj{name}")
-            delta = projection(step.to(torch.promote_types(step.dtype, torch.float32)))
-        return u, delta, b, c
+    def _scan_inputs(self, x: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
+        """x [B, L, E] of one direction to u, delta [B, L, E], A [E, N], B and C [B, L, N], D [E].
+
+        Parameters are taken as attributes, as anything may stand in for them: see `torch.func.functional_call`.
+        """
+        a_log, skip = getattr(self, f"A{name}_log"), getattr(self, f"D{name}")
+        conv1d, x_proj, dt_proj = (getattr(self, f"{part}{name}") for part in ("conv1d", "x_proj", "dt_proj"))
+        # Both conv1d pad both ends: the first L steps have seen what came before them, the last L what comes after.
+        steps = conv1d(x.mT)
+        length = x.shape[1]
+        u = F.silu(steps[..., -length:] if name == "_b" else steps[..., :length]).mT
+        step, b, c = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
+        wide = torch.promote_types(a_log.dtype, torch.float32)
+        return u, dt_proj(step), -torch.exp(a_log.to(wide)), b, c, skip.to(wide)
 
 
 def _initial_a_log(inner: int, d_state: int) -> torch.Tensor:

@@ -10,51 +10,84 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.fx
 from timm.layers import to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg
+from timm.models._features import feature_take_indices
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from model.errors import ModelError
-from model.token_heads import TokenBox, TokenLabelHeads, insert_token, mix_tokens, resize_position_embedding
+from model.token_heads import (
+    TokenBox,
+    TokenLabelHeads,
+    insert_token,
+    mix_tokens,
+    resize_position_embedding,
+    without_token,
+)
+
+torch.fx.wrap("mix_tokens")  # tracers call it as it is: it looks at whether there is a box
+
+POOLS = ("token", "avg", "")
+
+
+@torch.fx.wrap
+def check_images(images: torch.Tensor, in_chans: int, img_size: tuple[int, int], patch: int) -> None:
+    """Raise ModelError where images are not [B, in_chans, *img_size]. Apart, as tools that trace models skip it."""
+    if images.ndim != 4 or images.shape[1] != in_chans:
+        raise ModelError(f"images do not fit: got {tuple(images.shape)}, expected [B, {in_chans}, height, width]")
+    size = (images.shape[2], images.shape[3])
+    if size != img_size:
+        check_patches(size, patch)
+        raise ModelError(
+            f"images do not fit: got {size[0]}×{size[1]} pixels, expected {img_size[0]}×{img_size[1]}; "
+            "create the model with img_size=, or call model.set_input_size()"
+        )
+
+
+def check_patches(size: tuple[int, int], patch: int) -> None:
+    if any(side < patch or side % patch for side in size):
+        raise ModelError(
+            f"the image does not divide into patches: got {size[0]}×{size[1]} pixels, expected multiples of {patch}"
+        )
+
+
+def check_pool(global_pool: str) -> str:
+    if global_pool not in POOLS:
+        raise ModelError(
+            f"unknown pooling: got global_pool={global_pool!r}, "
+            'expected "token" (the class token), "avg" (the mean of the others) or "" (none)'
+        )
+    return global_pool
 
 
 class PatchModel(TokenLabelHeads):
-    """A sequence of patch tokens and one class token. Subclasses set the attributes below.
+    """Patch tokens and one class token through a row of blocks, [B, L, D] -> same. Subclasses set the attributes below.
 
     img_size  (height, width) in pixels; grid  (h, w) in tokens; cls_token  [1, 1, D]; pos_embed  [1, L, D], followed by
-    pos_drop; grad_checkpointing
+    pos_drop; grad_checkpointing; BLOCKS, NORM  the published names of the blocks and of the norm after them
     """
 
+    BLOCKS: str
+    NORM: str
     img_size: tuple[int, int]
     grid: tuple[int, int]
     in_chans: int
     embed_dim: int
-    patch_embed: nn.Module
+    patch_embed: Any
     cls_token: nn.Parameter
     pos_embed: nn.Parameter
     pos_drop: nn.Module
     grad_checkpointing: bool
 
     def _grid_for(self, size: tuple[int, int]) -> tuple[int, int]:
-        patch: Any = self.patch_embed.patch_size
-        if any(side < patch or side % patch for side in size):
-            raise ModelError(
-                f"the image does not divide into patches: got {size[0]}×{size[1]} pixels, expected multiples of {patch}"
-            )
+        patch = self.patch_embed.patch_size
+        check_patches(size, patch)
         return size[0] // patch, size[1] // patch
 
     def grid_of(self, images: torch.Tensor) -> tuple[int, int]:
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
-            raise ModelError(
-                f"images do not fit: got {tuple(images.shape)}, expected [B, {self.in_chans}, height, width]"
-            )
-        size = (images.shape[2], images.shape[3])
-        if size != self.img_size:
-            self._grid_for(size)
-            raise ModelError(
-                f"images do not fit: got {size[0]}×{size[1]} pixels, expected {self.img_size[0]}×{self.img_size[1]}; "
-                "create the model with img_size=, or call model.set_input_size()"
-            )
+        check_images(images, self.in_chans, self.img_size, self.patch_embed.patch_size)
         return self.grid
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
@@ -73,11 +106,65 @@ class PatchModel(TokenLabelHeads):
         sequence = insert_token(tokens, self.cls_token.to(tokens.dtype), self.cls_position(tokens.shape[1] + 1))
         return self.pos_drop(sequence + self.pos_embed)
 
+    def _run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+    def forward_features(self, images: torch.Tensor, mix: TokenBox | None = None) -> torch.Tensor:
+        """Normalised features of all tokens, the class token in its place: [B, L, D]."""
+        x = self.embed(images, mix)
+        for block in getattr(self, self.BLOCKS):
+            x = self._run(block, x)
+        return getattr(self, self.NORM)(x)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """timm's: features after the blocks of `indices`, as maps [B, D, h, w] ("NCHW") or tokens [B, T, D] ("NLC")."""
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ModelError(f'output_fmt is not known: got {output_fmt!r}, expected "NCHW" or "NLC"')
+        blocks, last_norm = getattr(self, self.BLOCKS), getattr(self, self.NORM)
+        wanted, last = feature_take_indices(len(blocks), indices)
+        grid, found = self.grid_of(x), []
+        x = self.embed(x)
+        for i, block in enumerate(blocks[: last + 1] if stop_early else blocks):
+            x = self._run(block, x)
+            if i in wanted:
+                total = last_norm(x) if norm else x
+                place = self.cls_position(total.shape[1])
+                tokens = without_token(total, place)
+                tokens = tokens.mT.unflatten(2, grid) if output_fmt == "NCHW" else tokens
+                found.append((tokens, total[:, place : place + 1]) if return_prefix_tokens else tokens)
+        return found if intermediates_only else (last_norm(x), found)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's: drop the blocks that `indices` do not need."""
+        blocks = getattr(self, self.BLOCKS)
+        wanted, last = feature_take_indices(len(blocks), indices)
+        setattr(self, self.BLOCKS, blocks[: last + 1])
+        if prune_norm:
+            setattr(self, self.NORM, nn.Identity())
+        if prune_head:
+            self.reset_classifier(0)
+        return wanted
+
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New class and auxiliary heads; 0: none."""
+        """New class and auxiliary heads; 0: none. `global_pool` as in `TokenLabelHeads`; None: as it is."""
+        if global_pool is not None:
+            self.global_pool = check_pool(global_pool)
         self.num_classes = num_classes
         like = self.pos_embed
         for name in ("head", "aux_head"):

@@ -1,6 +1,6 @@
 """What a model costs: parameters, multiply-adds by part, and the memory of its activations by resolution.
 
-Legend: B images; L sequence length; E inner width; N state size.
+Legend: B images.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.mixer import BidirectionalMamba
+from model.ops.scan_operators import scan_flops
 from model.wrapper import create_backbone
-
-# Per step, channel and state: decay times state, plus input times B; then times C into the output.
-SCAN_MACS_PER_STATE = 3
 
 
 @dataclass(frozen=True)
@@ -74,12 +71,6 @@ def _parameters(net: nn.Module) -> dict[str, int]:
 def _cost(name: str, side: int, num_classes: int) -> Cost:
     net: Any = create_backbone(name, num_classes=num_classes, img_size=side).train()
     image = torch.randn(2, 3, side, side)  # batch norm in training wants more than one
-    scans: dict[str, int] = {}
-    hooks = [
-        module.register_forward_hook(_count_scan(scans, part))
-        for part, module in net.named_modules()
-        if isinstance(module, BidirectionalMamba)
-    ]
     kept: dict[int, int] = {}
     owned = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
 
@@ -92,38 +83,35 @@ def _cost(name: str, side: int, num_classes: int) -> Cost:
     counter = FlopCounterMode(display=False)
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         net(image)
-    for hook in hooks:
-        hook.remove()
     macs = _macs_by_part(counter.get_flop_counts(), type(net).__name__)
-    if scans:
-        macs["scan"] = sum(scans.values())
     tokens = (net.grid[0] * net.grid[1]) if hasattr(net, "grid") else 0
     return Cost(side, tokens, {part: count // 2 for part, count in macs.items()}, sum(kept.values()) // 2)
 
 
 def _macs_by_part(counts: dict[str, dict[Any, int]], root: str) -> dict[str, int]:
-    """Multiply-adds of both images by the model's direct children; flop counters count two for each."""
+    """Multiply-adds of both images by the model's direct children, scans apart; flop counters count two for each."""
     found: dict[str, int] = defaultdict(int)
     for path, by_operator in counts.items():
         parts = path.split(".")
-        if parts[0] == root and len(parts) == 2:
-            found[parts[1]] += sum(by_operator.values()) // 2
-    repeated = counts.get("Global", {})
-    missing = sum(repeated.values()) // 2 - sum(found.values())
-    for path, by_operator in counts.items():
-        parts = path.split(".")
-        if parts[0] == root and len(parts) == 3 and parts[1] in ("layers", "blocks"):
-            found[parts[1]] += sum(by_operator.values()) // 2
-            missing -= sum(by_operator.values()) // 2
+        if parts[0] == root and (len(parts) == 2 or (len(parts) == 3 and parts[1] in ("layers", "blocks"))):
+            found[parts[1]] += sum(flops for operator, flops in by_operator.items() if not _is_scan(operator)) // 2
+    everything = counts.get("Global", {})
+    scans = sum(flops for operator, flops in everything.items() if _is_scan(operator)) // 2
+    missing = sum(everything.values()) // 2 - sum(found.values()) - scans
     if missing > 0:
         found["other"] = missing
-    return dict(found)
+    return {**found, "scan": scans} if scans else dict(found)
 
 
-def _count_scan(found: dict[str, int], part: str) -> Any:
-    def hook(mixer: BidirectionalMamba, inputs: tuple, output: torch.Tensor) -> None:
-        batch, length, _ = inputs[0].shape
-        inner = mixer.out_proj.in_features
-        found[part] = SCAN_MACS_PER_STATE * len(mixer.directions) * batch * length * inner * mixer.d_state
+def _is_scan(operator: Any) -> bool:
+    return str(operator).startswith("token_labeling.scan")
 
-    return hook
+
+def fvcore_handles() -> dict[str, Any]:
+    """For `fvcore.nn.FlopCountAnalysis(net, images).set_op_handle(**fvcore_handles())`: the scan's multiply-adds."""
+
+    def handle(inputs: list[Any], outputs: list[Any]) -> int:
+        shapes = [value.type().sizes() for value in inputs[:3]]
+        return scan_flops(*shapes) // 2
+
+    return {f"token_labeling::{name}": handle for name in ("scan_cpu", "scan_triton")}

@@ -43,7 +43,7 @@ def mix_tokens(tokens: torch.Tensor, mix: TokenBox | None) -> torch.Tensor:
 
 def insert_token(tokens: torch.Tensor, token: torch.Tensor, position: int) -> torch.Tensor:
     """Tokens [B, T, D] and one token [1, 1, D] to [B, T + 1, D], with it at `position`."""
-    return torch.cat([tokens[:, :position], token.expand(len(tokens), -1, -1), tokens[:, position:]], 1)
+    return torch.cat([tokens[:, :position], token.expand(tokens.shape[0], -1, -1), tokens[:, position:]], 1)
 
 
 def without_token(sequence: torch.Tensor, position: int) -> torch.Tensor:
@@ -71,13 +71,15 @@ class TokenLabelHeads(nn.Module):
     Subclasses set `head` and `aux_head` (Linear, or Identity where num_classes is 0; aux_head may be None), and give
     `forward_features(images, mix)` -> [B, L, D] and `cls_position(length)`.
 
-    aux_weight  in evaluation, how much each class's largest auxiliary logit over the tokens adds to its class logit
+    aux_weight   in evaluation, how much each class's largest auxiliary logit over the tokens adds to its class logit
+    global_pool  what the class head reads: "token" the class token, "avg" the mean of the others, "" every token
     """
 
     head: nn.Module
     aux_head: nn.Module | None
     aux_weight = 0.5
     num_classes: int
+    global_pool: str
 
     def cls_position(self, length: int) -> int:
         raise NotImplementedError
@@ -85,21 +87,29 @@ class TokenLabelHeads(nn.Module):
     def forward_features(self, images: torch.Tensor, mix: TokenBox | None = None) -> torch.Tensor:
         raise NotImplementedError
 
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        """What the class head reads of features [B, L, D]: [B, D], or all of it where `global_pool` is ""."""
+        place = self.cls_position(features.shape[1])
+        if self.global_pool == "token":
+            return features[:, place]
+        return without_token(features, place).mean(1) if self.global_pool == "avg" else features
+
     def token_logits(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Class logits [B, C] and auxiliary logits [B, T, C] (None without an auxiliary head) of features [B, L, D]."""
-        place = self.cls_position(features.shape[1])
-        cls = self.head(features[:, place])
-        return cls, None if self.aux_head is None else self.aux_head(without_token(features, place))
+        cls = self.head(self.pool(features))
+        if self.aux_head is None:
+            return cls, None
+        return cls, self.aux_head(without_token(features, self.cls_position(features.shape[1])))
 
     def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> Logits:
         """[B, L, D] -> in training (class logits, auxiliary logits), in evaluation one [B, C].
 
-        pre_logits  the class token's features [B, D] instead
+        pre_logits  the pooled features [B, D] instead
         """
         if pre_logits:
-            return features[:, self.cls_position(features.shape[1])]
+            return self.pool(features)
         cls, aux = self.token_logits(features)
-        if aux is None or not self.num_classes:
+        if aux is None or not self.num_classes or not self.global_pool:
             return cls
         if self.training:
             return cls, aux

@@ -57,8 +57,10 @@ def test_evaluation_is_the_published_one(backend, dtype):
             close(value, found[name].to(dtype), 1e-5)
 
     steps: list[tuple[torch.Tensor, torch.Tensor]] = []
+    sums: list[torch.Tensor] = []
     for layer in net.layers:
-        layer.register_forward_hook(lambda _, __, output: steps.append(output))
+        layer.register_forward_pre_hook(lambda _, inputs: sums.append(inputs[0]))
+        layer.mixer.register_forward_hook(lambda _, __, output: steps.append((output, sums[-1])))
     check(net(x), "eval.out")
     check(net.forward_features(x), "mid.features")
     check(net.patch_embed(x), "mid.patch_embed")
@@ -131,7 +133,7 @@ def test_names_shapes_counts_and_marks_are_the_published_ones(name):
     assert {key: list(value.shape) for key, value in net.state_dict().items()} == expected["state_dict_shapes"]
     assert sum(p.numel() for p in net.parameters()) == expected["total_params"]
     assert net.no_weight_decay() == {*expected["flag_no_weight_decay"], "pos_embed", "cls_token"}
-    rates = [layer.drop_path.drop_prob for layer in net.layers] + [net.drop_path.drop_prob]
+    rates = [0.0] + [layer.drop_path.drop_prob for layer in net.layers]  # what a layer gives enters the next one
     published = expected["drop_path_prob_applied_at_entry_of_layer_i_then_final_norm"]
     assert rates == pytest.approx(published, abs=1e-7)
     assert net.cls_position(expected["token_count"]) == expected["cls_position"]

@@ -156,7 +156,7 @@ spec = importlib.util.spec_from_file_location("kernels", sys.argv[1])
 kernels = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kernels)
 sizes = dict(SOFTPLUS=True, CHUNK=16, PART=4, BLOCK_E=32, BLOCK_N=16)
-integers = ("batch", "L", "E", "N", "P", "reverse_bits")
+integers = ("batch", "L", "E", "N", "P", "reverse_bits", "period")
 for kernel in (kernels.scan_forward, kernels.scan_backward):
     constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
     types = dict.fromkeys(kernel.arg_names, "*fp32")

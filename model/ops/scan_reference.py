@@ -80,6 +80,31 @@ def scan_by_doubling(
     return _running_order(y, reverse).to(u.dtype)
 
 
+def last_state(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+) -> torch.Tensor:
+    """h after the last step in running order, [K, B, E, N]: what each step brought, times what was kept of it since.
+
+    All steps at once, so its memory is that of L states.
+    """
+    dtype = state_dtype(u, delta, A, B, delta_bias)
+    dt = delta.to(dtype)
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dtype)[:, None, None]
+    if delta_softplus:
+        dt = F.softplus(dt)
+    latest_first = [x.to(dtype) if reverse else x.to(dtype).flip(2) for x in (dt, dt * u, B)]
+    since = latest_first[0].cumsum(2) - latest_first[0]
+    kept = torch.exp(since.unsqueeze(-1) * A.to(dtype)[:, None, None])
+    return torch.einsum("kble,kbln,kblen->kben", *latest_first[1:], kept)
+
+
 def state_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """float64 if one of the tensors is, else float32: states of half precision would forget small steps."""
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)

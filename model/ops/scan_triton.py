@@ -69,7 +69,7 @@ def forward(
         with torch.cuda.device_of(u):
             scan_forward[(directions * batch * blocks,)](
                 u, delta, A, B, C, _contiguous(D), _contiguous(delta_bias), y, saved,
-                batch, length, width, states, blocks, _bits(reverse), SOFTPLUS=delta_softplus, **constants,
+                batch, length, width, states, blocks, *_reverse(reverse), SOFTPLUS=delta_softplus, **constants,
             )  # fmt: skip
     return y, saved
 
@@ -108,7 +108,8 @@ def backward(
             scan_backward[(directions * batch * blocks,)](
                 grad_y, u, delta, A, B, C, _contiguous(D), _contiguous(delta_bias), saved,
                 gu, gdelta, gA, gB, gC, gD, gbias,
-                batch, length, width, states, blocks, _bits(reverse), SOFTPLUS=delta_softplus, PART=PART, **constants,
+                batch, length, width, states, blocks, *_reverse(reverse),
+                SOFTPLUS=delta_softplus, PART=PART, **constants,
             )  # fmt: skip
     return (
         gu,
@@ -128,8 +129,11 @@ def _launch(width: int, states: int, program_states: int) -> tuple[int, dict[str
     return math.ceil(width / block_e), {"CHUNK": CHUNK, "BLOCK_E": block_e, "BLOCK_N": block_n, "num_warps": 1}
 
 
-def _bits(reverse: tuple[bool, ...]) -> int:
-    return sum(1 << k for k, backwards in enumerate(reverse) if backwards)
+def _reverse(reverse: tuple[bool, ...]) -> tuple[int, int]:
+    """Which directions run back, as bits that repeat after so many of them: an integer has too few for many groups."""
+    count = len(reverse)
+    period = next(n for n in range(1, count + 1) if count % n == 0 and reverse == reverse[:n] * (count // n))
+    return sum(1 << k for k, backwards in enumerate(reverse[:period]) if backwards), period
 
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -2,8 +2,8 @@
 
 Legend: K directions, B batch, L length, E inner width, N state size; P = ⌈E / BLOCK_E⌉ blocks of channels.
 u, delta, y and their gradients [K, B, L, E]; A [K, E, N]; B, C [K, B, L, N]; D, bias [K, E];
-saved [K, B, ⌈L / CHUNK⌉, E, N]. Steps are counted in running order; a direction whose bit is set in `reverse_bits`
-visits row L − 1 − step, so nothing is ever flipped.
+saved [K, B, ⌈L / CHUNK⌉, E, N]. Steps are counted in running order; direction k, if bit k mod `period` of
+`reverse_bits` is set, visits row L − 1 − step, so nothing is ever flipped.
 
 One program owns a direction, an image and BLOCK_E channels, and walks through time with its states in float32
 registers. Tiles are [BLOCK_N, BLOCK_E], channels last: the lanes of a warp then lie along the channels, so that rows
@@ -54,7 +54,7 @@ def per_channel(pointer, k, E, e):
 @triton.jit
 def scan_forward(
     u, delta, A, B, C, D, bias, y, saved,
-    batch, L, E, N, P, reverse_bits,
+    batch, L, E, N, P, reverse_bits, period,
     SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y, and the state before each chunk of CHUNK steps."""
@@ -66,7 +66,7 @@ def scan_forward(
     in_n = n < N
     in_tile = in_n[:, None] & in_e[None, :]
     tile = e[None, :] * N + n[:, None]
-    runs_back = (reverse_bits >> k) & 1
+    runs_back = (reverse_bits >> (k % period)) & 1
     first = runs_back * (L - 1)
     stride = 1 - 2 * runs_back
     kb = (program // P).to(tl.int64)  # 64 bits up to here: large batches pass 2^31 elements, one image does not
@@ -98,7 +98,7 @@ def scan_forward(
 @triton.jit
 def scan_backward(
     grad_y, u, delta, A, B, C, D, bias, saved, gu, gdelta, gA, gB, gC, gD, gbias,
-    batch, L, E, N, P, reverse_bits,
+    batch, L, E, N, P, reverse_bits, period,
     SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All gradients; gA [K, B, E, N], gD, gbias [K, B, E] and gB, gC [K, B, P, L, N] are the program's own shares.
@@ -117,7 +117,7 @@ def scan_backward(
     in_n = n < N
     in_tile = in_n[:, None] & in_e[None, :]
     tile = e[None, :] * N + n[:, None]
-    runs_back = (reverse_bits >> k) & 1
+    runs_back = (reverse_bits >> (k % period)) & 1
     first = runs_back * (L - 1)
     stride = 1 - 2 * runs_back
     kb = (program // P).to(tl.int64)  # 64 bits up to here: large batches pass 2^31 elements, one image does not

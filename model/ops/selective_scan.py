@@ -1,4 +1,4 @@
-"""The selective scan: which backend computes it, checks of its inputs, and its registration as operators of torch.
+"""The selective scan: which backend computes it, and checks of its inputs.
 
 Legend: K directions, B batch, L length, E inner width, N state size, G groups of channels that share B and C.
 
@@ -20,28 +20,18 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from model.errors import BackendError, ModelError
-from model.ops import scan_cpu
-from model.ops.scan_reference import scan_by_doubling, scan_reference
+from model.ops.scan_operators import scan_cpu, scan_triton
+from model.ops.scan_reference import last_state, scan_by_doubling, scan_reference, state_dtype
 
 BACKENDS = ("reference", "cpu", "triton", "mamba_ssm")
 VARIABLE = "TOKEN_LABELING_SCAN"
-UNGROUPED = {
-    "u": "B E L",
-    "delta": "B E L",
-    "z": "B E L",
-    "A": "E N",
-    "B": "B N L",
-    "C": "B N L",
-    "D": "E",
-    "delta_bias": "E",
-}
-GROUPED = {**UNGROUPED, "B": "B G N L", "C": "B G N L"}
+CHANNELS_SECOND = {"u": "B E L", "delta": "B E L", "z": "B E L", "A": "E N", "D": "E", "delta_bias": "E"}
+RATES = {2: "E N", 3: "B N L", 4: "B G N L"}  # of B and C, by their number of dimensions
 DIRECTIONAL = {"u": "K B L E", "delta": "K B L E", "A": "K E N", "B": "K B L N", "C": "K B L N", "D": "K E"}
 DIRECTIONAL["delta_bias"] = "K E"
 
@@ -61,38 +51,52 @@ def selective_scan(
     delta_softplus: bool = False,
     reverse: bool = False,
     backend: str = "auto",
-) -> torch.Tensor:
-    """One scan in mamba_ssm's layouts: u, delta, z and the result [B, E, L]; A [E, N], negative; B, C [B, N, L]; D,
-    delta_bias [E]. B and C may be grouped, [B, G, N, L]: channel e then uses group e // (E / G). With z the result is
-    times silu(z). Types as in `directional_scan`.
+    return_last_state: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """One scan with mamba_ssm's arguments.
+
+    u, delta, z and the result  [B, E, L]; A  [E, N], negative; D, delta_bias  [E]
+    B, C  [B, N, L]; in groups [B, G, N, L], where channel e uses group e // (E / G); or [E, N], the same at every step
+    z  the result is times silu(z)
+    return_last_state  also the state after the last step, [B, E, N], in the state's type
+
+    Types as in `directional_scan`. Complex tensors, which mamba_ssm knows, are refused.
     """
-    layout = GROUPED if isinstance(B, torch.Tensor) and B.dim() == 4 else UNGROUPED
-    sizes = _check_sizes(layout, u=u, A=A, delta=delta, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
-    groups = sizes.get("G", 1)
-    if groups < 1 or sizes["E"] % groups:
-        raise ModelError("E must be a multiple of the groups of B and C", got=f"E = {sizes['E']}, G = {groups}")
+    rates = {
+        name: RATES.get(x.dim(), RATES[3]) if isinstance(x, torch.Tensor) else RATES[3]
+        for name, x in (("B", B), ("C", C))
+    }
+    sizes = _check_sizes({**CHANNELS_SECOND, **rates}, u=u, A=A, delta=delta, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    # A rate that each channel has for itself makes each channel a group.
+    groups = sizes["E"] if 2 in (B.dim(), C.dim()) else sizes.get("G", 1)
+    if groups < 1 or sizes["E"] % groups or groups % sizes.get("G", 1):
+        raise ModelError("E must be a multiple of the groups of B and C", got=f"E = {sizes['E']}, G = {sizes['G']}")
 
     def directions(x: torch.Tensor) -> torch.Tensor:
         """[B, G·n, L] to [G, B, L, n]: a group is to the scan what a direction is, channels with their own B and C."""
         return x.unflatten(1, (groups, -1)).permute(1, 0, 3, 2)
 
+    def rate(x: torch.Tensor) -> torch.Tensor:
+        """B or C of any form to [G, B, L, N]."""
+        if x.dim() == 2:
+            return x[:, None, None].expand(-1, sizes["B"], sizes["L"], -1)
+        x = x if x.dim() == 4 else x.unsqueeze(1)
+        return x.repeat_interleave(groups // x.shape[1], 1).permute(1, 0, 3, 2)
+
+    wide = state_dtype(u, delta, A, B, C, D, delta_bias)
+    u_run, delta_run, b_run = directions(u if z is None else u.to(wide)), directions(delta), rate(B)
+    a_run, d_run, bias = (None if x is None else x.unflatten(0, (groups, -1)) for x in (A, D, delta_bias))
+    assert a_run is not None
     y = directional_scan(
-        directions(u),
-        directions(delta),
-        A.unflatten(0, (groups, -1)),
-        directions(B.flatten(1, -2)),
-        directions(C.flatten(1, -2)),
-        None if D is None else D.unflatten(0, (groups, -1)),
-        None if delta_bias is None else delta_bias.unflatten(0, (groups, -1)),
-        delta_softplus,
-        (reverse,) * groups,
-        backend,
+        u_run, delta_run, a_run, b_run, rate(C), d_run, bias, delta_softplus, (reverse,) * groups, backend
     )
     y = y.permute(1, 0, 3, 2).flatten(1, 2)
-    if z is None:
+    if z is not None:
+        y = (y * F.silu(z.to(wide))).to(u.dtype)
+    if not return_last_state:
         return y
-    wide = torch.promote_types(u.dtype, torch.float32)
-    return (y.to(wide) * F.silu(z.to(wide))).to(u.dtype)
+    state = last_state(u_run, delta_run, a_run, b_run, bias, delta_softplus, reverse)
+    return y, state.transpose(0, 1).flatten(1, 2)
 
 
 def directional_scan(
@@ -116,12 +120,12 @@ def directional_scan(
         raise ModelError(
             "reverse does not fit u", got=f"{len(reverse)} values", expected=f"one for each of {sizes['K']}"
         )
-    double = any(x is not None and x.dtype == torch.float64 for x in (u, delta, A, B, C, D, delta_bias))
+    double = state_dtype(u, delta, A, B, C, D, delta_bias) == torch.float64
     if torch.compiler.is_exporting() and backend in ("auto", "reference"):
         # Of operators that every runtime knows, and few of them.
         return scan_by_doubling(u, delta, A, B, C, D, delta_bias, bool(delta_softplus), [bool(b) for b in reverse])
     name = choose_backend(backend, u.device.type, double)
-    scan = {"reference": scan_reference, "cpu": _scan_cpu, "triton": _scan_triton, "mamba_ssm": _scan_mamba_ssm}[name]
+    scan = {"reference": scan_reference, "cpu": scan_cpu, "triton": scan_triton, "mamba_ssm": _scan_mamba_ssm}[name]
     return scan(u, delta, A, B, C, D, delta_bias, bool(delta_softplus), [bool(backwards) for backwards in reverse])
 
 
@@ -216,86 +220,6 @@ def _scan_mamba_ssm(
     return torch.stack(outputs)
 
 
-def _register(name: str, module: Callable[[], Any], saved_like: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-    """Two operators of torch, token_labeling::NAME and NAME_backward, around the module's `forward` and `backward`.
-
-    The module is looked up at the call, so that registering imports no vendor library.
-    """
-
-    @torch.library.custom_op(f"token_labeling::{name}", mutates_args=())
-    def scan(
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        D: torch.Tensor | None,
-        delta_bias: torch.Tensor | None,
-        delta_softplus: bool,
-        reverse: Sequence[bool],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return module().forward(u, delta, A, B, C, D, delta_bias, delta_softplus, tuple(reverse))
-
-    @torch.library.custom_op(f"token_labeling::{name}_backward", mutates_args=())
-    def scan_backward(
-        grad_y: torch.Tensor,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        D: torch.Tensor | None,
-        delta_bias: torch.Tensor | None,
-        saved: torch.Tensor,
-        delta_softplus: bool,
-        reverse: Sequence[bool],
-    ) -> list[torch.Tensor]:
-        gradients = module().backward(grad_y, u, delta, A, B, C, D, delta_bias, saved, delta_softplus, tuple(reverse))
-        return [gradient for gradient in gradients if gradient is not None]  # an operator cannot return None
-
-    def fake_scan(
-        u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        B, C, D, delta_bias = rest[:4]
-        y = torch.empty_like(u, memory_format=torch.contiguous_format)
-        return y, saved_like(u, delta, A, B, C, D, delta_bias)
-
-    def fake_backward(grad_y: torch.Tensor, *tensors: Any) -> list[torch.Tensor]:
-        like = torch.contiguous_format
-        return [torch.empty_like(tensor, memory_format=like) for tensor in tensors[:7] if tensor is not None]
-
-    def keep(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        *tensors, ctx.delta_softplus, ctx.reverse = inputs
-        ctx.save_for_backward(*tensors, output[1])
-        ctx.set_materialize_grads(False)  # `saved` has no gradient: no zeros of its size
-
-    def differentiate(ctx: Any, grad_y: torch.Tensor | None, _: torch.Tensor | None) -> tuple:
-        if grad_y is None:
-            return (None,) * 9
-        *tensors, saved = ctx.saved_tensors
-        found = iter(scan_backward(grad_y, *tensors, saved, ctx.delta_softplus, ctx.reverse))
-        return *(None if tensor is None else next(found) for tensor in tensors), None, None
-
-    scan.register_fake(fake_scan)
-    scan_backward.register_fake(fake_backward)
-    scan.register_autograd(differentiate, setup_context=keep)
-    return lambda *arguments: scan(*arguments)[0]
-
-
-def _saved_cpu(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
-    return u.new_empty(scan_cpu.saved_shape(u, A), dtype=scan_cpu.state_dtype(u, delta, A, *rest))
-
-
-def _saved_triton(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
-    directions, batch, length, width = u.shape
-    chunks = (length + _triton().CHUNK - 1) // _triton().CHUNK
-    return u.new_empty(directions, batch, chunks, width, A.shape[2], dtype=torch.float32)
-
-
-_scan_cpu = _register("scan_cpu", lambda: scan_cpu, _saved_cpu)
-_scan_triton = _register("scan_triton", _triton, _saved_triton)
-
-
 def _check_sizes(layout: dict[str, str], **tensors: torch.Tensor | None) -> dict[str, int]:
     """The size behind each letter of the layout; ModelError where two tensors, in this order, do not agree on one."""
     sizes: dict[str, int] = {}
@@ -303,12 +227,12 @@ def _check_sizes(layout: dict[str, str], **tensors: torch.Tensor | None) -> dict
         if tensor is None and name in ("D", "z", "delta_bias"):
             continue
         axes = layout[name].split()
-        expected = f"[{', '.join(f'{axis} = {sizes[axis]}' if axis in sizes else axis for axis in axes)}]"
         if not isinstance(tensor, torch.Tensor):
-            raise ModelError(f"{name} is not a tensor", got=type(tensor).__name__, expected=expected)
+            raise ModelError(f"{name} is not a tensor", got=type(tensor).__name__, expected=_shape_told(axes, sizes))
         fits = tensor.dim() == len(axes)
         if not fits or any(sizes.setdefault(axis, tensor.shape[i]) != tensor.shape[i] for i, axis in enumerate(axes)):
-            raise ModelError(f"the shape of {name} does not fit", got=list(tensor.shape), expected=expected)
+            told = _shape_told(axes, sizes)
+            raise ModelError(f"the shape of {name} does not fit", got=list(tensor.shape), expected=told)
         if not tensor.is_floating_point():
             raise ModelError(f"the type of {name} does not fit", got=tensor.dtype, expected="a floating-point type")
         if tensors["u"] is not None and tensor.device != tensors["u"].device:
@@ -316,3 +240,8 @@ def _check_sizes(layout: dict[str, str], **tensors: torch.Tensor | None) -> dict
     if not sizes["L"] or not sizes["N"]:
         raise ModelError("a scan needs at least one step and one state", got=f"L = {sizes['L']}, N = {sizes['N']}")
     return sizes
+
+
+def _shape_told(axes: list[str], sizes: dict[str, int]) -> str:
+    """Only for messages: a size that is written down is no longer dynamic to the compiler."""
+    return f"[{', '.join(f'{axis} = {sizes[axis]}' if axis in sizes else axis for axis in axes)}]"

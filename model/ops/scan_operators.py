@@ -1,0 +1,187 @@
+"""The hand-written scans as operators of torch: compiled, differentiated, mapped over samples, and counted.
+
+Legend: K directions, B batch, L length, E inner width, N state size, V samples of `torch.vmap`. u, delta, y
+[K, B, L, E]; A [K, E, N]; B, C [K, B, L, N]; D, delta_bias [K, E] or None; reverse  K times 0 or 1.
+
+token_labeling::scan_cpu, scan_triton and their `_backward` are opaque to compilers and tracers. Inside transforms of
+`torch.func` an autograd.Function stands in for them, as torch's operators do not know how to be differentiated there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from model.errors import ModelError
+from model.ops import scan_cpu as cpu_kernels
+from model.ops.scan_reference import state_dtype
+
+# Per step, channel and state: decay times state, plus input times B; then times C into the output. With the product and
+# the sum of each counted apart, as flop counters do.
+FLOPS_PER_STATE = 6
+TENSORS = 7  # u, delta, A, B, C, D, delta_bias
+
+
+def _triton_kernels() -> ModuleType:
+    return importlib.import_module("model.ops.scan_triton")
+
+
+def _saved_cpu(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
+    return u.new_empty(cpu_kernels.saved_shape(u, A), dtype=state_dtype(u, delta, A, *rest))
+
+
+def _saved_triton(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
+    directions, batch, length, width = u.shape
+    chunks = (length + _triton_kernels().CHUNK - 1) // _triton_kernels().CHUNK
+    return u.new_empty(directions, batch, chunks, width, A.shape[2], dtype=torch.float32)
+
+
+def scan_flops(u: Sequence[int], delta: Sequence[int], A: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of a forward pass over tensors of these shapes."""
+    directions, batch, length, width = u
+    return FLOPS_PER_STATE * directions * batch * length * width * A[2]
+
+
+def _register(
+    name: str, kernels: Callable[[], Any], saved_like: Callable[..., torch.Tensor], saved_directions: int
+) -> Callable[..., torch.Tensor]:
+    """scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse) -> y, by a module's `forward` and `backward`.
+
+    The module is looked up at the call, so that registering imports no vendor library. `saved_directions` is the
+    dimension of K in what `forward` saves.
+    """
+
+    @torch.library.custom_op(f"token_labeling::{name}", mutates_args=())
+    def operator(
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        D: torch.Tensor | None,
+        delta_bias: torch.Tensor | None,
+        delta_softplus: bool,
+        reverse: Sequence[int],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        backwards = tuple(bool(one) for one in reverse)
+        return kernels().forward(u, delta, A, B, C, D, delta_bias, delta_softplus, backwards)
+
+    @torch.library.custom_op(f"token_labeling::{name}_backward", mutates_args=())
+    def operator_backward(
+        grad_y: torch.Tensor,
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        D: torch.Tensor | None,
+        delta_bias: torch.Tensor | None,
+        saved: torch.Tensor,
+        delta_softplus: bool,
+        reverse: Sequence[int],
+    ) -> list[torch.Tensor]:
+        backwards = tuple(bool(one) for one in reverse)
+        gradients = kernels().backward(grad_y, u, delta, A, B, C, D, delta_bias, saved, delta_softplus, backwards)
+        return [gradient for gradient in gradients if gradient is not None]  # an operator cannot return None
+
+    @operator.register_fake
+    def fake(u: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        y = torch.empty_like(u, memory_format=torch.contiguous_format)
+        return y, saved_like(u, *rest[: TENSORS - 1])
+
+    @operator_backward.register_fake
+    def fake_backward(grad_y: torch.Tensor, *tensors: Any) -> list[torch.Tensor]:
+        like = torch.contiguous_format
+        return [torch.empty_like(tensor, memory_format=like) for tensor in tensors[:TENSORS] if tensor is not None]
+
+    def keep(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        *tensors, ctx.delta_softplus, ctx.reverse = inputs
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.set_materialize_grads(False)  # `saved` has no gradient: no zeros of its size
+
+    def gradients(ctx: Any, grad_y: torch.Tensor | None, run: Callable[..., Sequence[torch.Tensor]]) -> tuple:
+        if grad_y is None:
+            return (None,) * (TENSORS + 2)
+        *tensors, saved = ctx.saved_tensors
+        found = iter(run(grad_y, *tensors, saved, ctx.delta_softplus, ctx.reverse))
+        return *(None if tensor is None else next(found) for tensor in tensors), None, None
+
+    operator.register_autograd(lambda ctx, grad_y, _: gradients(ctx, grad_y, operator_backward), setup_context=keep)
+    operator_backward.register_autograd(_no_second_derivatives)
+
+    class Scan(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            return operator(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+            keep(ctx, inputs, output)
+            ctx.mark_non_differentiable(output[1])
+
+        @staticmethod
+        def backward(ctx: Any, grad_y: torch.Tensor | None, _: torch.Tensor | None) -> tuple:
+            return gradients(ctx, grad_y, ScanBackward.apply)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
+            """Samples become directions, each with parameters of its own."""
+            *tensors, delta_softplus, reverse = inputs
+            folded = [_fold(x, dim, info.batch_size, 0) for x, dim in zip(tensors, in_dims, strict=False)]
+            y, saved = Scan.apply(*folded, delta_softplus, tuple(reverse) * info.batch_size)
+            shape = (info.batch_size, len(reverse))
+            return (y.unflatten(0, shape), saved.unflatten(saved_directions, shape)), (0, saved_directions)
+
+    class ScanBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+            return tuple(operator_backward(*inputs))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None: ...
+
+        backward = staticmethod(_no_second_derivatives)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
+            *tensors, delta_softplus, reverse = inputs
+            given = zip(tensors, in_dims, [0] * (1 + TENSORS) + [saved_directions], strict=False)
+            folded = [_fold(x, dim, info.batch_size, place) for x, dim, place in given]
+            found = ScanBackward.apply(*folded, delta_softplus, tuple(reverse) * info.batch_size)
+            shape = (info.batch_size, len(reverse))
+            return tuple(gradient.unflatten(0, shape) for gradient in found), (0,) * len(found)
+
+    def flops_backward(grad_shape: Sequence[int], *shapes: Any, **_: Any) -> int:
+        return 2 * scan_flops(*shapes)
+
+    register_flop_formula(getattr(torch.ops.token_labeling, name))(scan_flops)
+    register_flop_formula(getattr(torch.ops.token_labeling, f"{name}_backward"))(flops_backward)
+
+    def scan(*inputs: Any) -> torch.Tensor:
+        *tensors, delta_softplus, reverse = inputs
+        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        run = Scan.apply if transformed else operator
+        return run(*tensors, bool(delta_softplus), tuple(int(one) for one in reverse))[0]
+
+    return scan
+
+
+def _fold(x: torch.Tensor | None, dim: int | None, samples: int, place: int) -> torch.Tensor | None:
+    """[…, K, …] with a dimension of V samples, or without one, as [..., V·K, …], where K is dimension `place`."""
+    if x is None:
+        return None
+    many = x.movedim(dim, place) if dim is not None else torch.stack([x] * samples, place)
+    return many.flatten(place, place + 1)
+
+
+def _no_second_derivatives(ctx: Any, *_: Any) -> Any:
+    raise ModelError("the hand-written scans have no second derivatives", expected='a model with backend="reference"')
+
+
+scan_cpu = _register("scan_cpu", lambda: cpu_kernels, _saved_cpu, 1)
+scan_triton = _register("scan_triton", _triton_kernels, _saved_triton, 0)
