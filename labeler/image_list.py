@@ -47,7 +47,7 @@ def read_image_list(root: Path, list_file: Path, some_key: Callable[[], str | No
             meant, reason = _meant(root, key, number == header)
             example = meant or some_key() or "folder/image.jpg"
             raise InputError(
-                f"{where} is not the key of an image",
+                where,
                 got=f"{key[:MOST_SHOWN]!r}, {reason}",
                 expected=f"nothing but the path of a file below {str(root)!r}, as {example!r}",
                 remedy="An image list is UTF-8 text with one such path a line, with / and without a header.",

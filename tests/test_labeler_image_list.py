@@ -47,7 +47,7 @@ def test_a_list_that_is_almost_one_is_told_what_a_line_looks_like(tmp_path, case
     with pytest.raises(InputError) as refused:
         find_images(images, listed)
     told = str(refused.value)
-    assert f"list.txt, line {number} is not the key of an image" in told
+    assert f"list.txt, line {number}: got " in told
     assert said in told
     shown = re.search(r"as '(.+?)'\. An image list is UTF-8 text with one such path a line", told)
     assert shown is not None
