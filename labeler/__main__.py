@@ -232,7 +232,9 @@ def _add_label(commands: Any) -> None:
         default="flip",
         help="flip: average with the mirrored image; none halves the cost",
     )
-    teacher.add_argument("--autocast", choices=AUTOCASTS, default="auto", help="auto: bf16 on a GPU, none on a CPU")
+    teacher.add_argument(
+        "--autocast", choices=AUTOCASTS, default="auto", help="auto: bf16 on a GPU, fp16 on a V100 or T4, none on a CPU"
+    )
     teacher.add_argument("--compile", action="store_true", help="torch.compile the teacher")
 
     labels = label.add_argument_group("labels")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +49,35 @@ def name_classes(
     if folders and all(folder in by_name for folder in folders):
         return names, {folder: by_name[folder] for folder in folders}
     if num_classes == IMAGENET_CLASSES:
-        synsets, descriptions = imagenet_names()
-        by_synset = {synset: i for i, synset in enumerate(synsets)}
+        by_synset, descriptions = _synset_classes(), imagenet_names()[1]
         if folders and all(folder in by_synset for folder in folders):
             return names or descriptions, {folder: by_synset[folder] for folder in folders}
     if len(folders) == num_classes:
         return names or tuple(folders), {folder: i for i, folder in enumerate(folders)}
     return names, {}
+
+
+def folder_classes(folders: Sequence[str], num_classes: int | None) -> dict[str, int]:
+    """Folder name -> class id where nothing but the names of all folders tells the classes.
+
+    ImageNet's folders have its ids, also where only some of its 1,000 are there; other folders count in sorted order.
+    """
+    if num_classes == IMAGENET_CLASSES and len(folders) != num_classes:
+        synsets = _synset_classes()
+        if any(folder in synsets for folder in folders):
+            return synsets
+    return {folder: i for i, folder in enumerate(sorted(folders))}
+
+
+def with_the_rest_of_imagenet(folders: Mapping[str, int], num_classes: int) -> Mapping[str, int]:
+    """Where `folders` (name -> class id) are some of ImageNet's with their usual ids: all 1,000 of them."""
+    if num_classes == IMAGENET_CLASSES and folders and folders.items() <= _synset_classes().items():
+        return _synset_classes()
+    return folders
+
+
+def _synset_classes() -> dict[str, int]:
+    return {synset: i for i, synset in enumerate(imagenet_names()[0])}
 
 
 def targets_of(keys: tuple[str, ...], class_folders: Mapping[str, int]) -> np.ndarray:

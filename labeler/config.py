@@ -26,7 +26,7 @@ class TeacherConfig:
     mean, std       per-channel normalisation of images in 0..1; None: the teacher's own
     view            "full": the whole picture squeezed to S×S; "center": the teacher's own evaluation crop
     flip            average with the pass over the mirrored image, mirrored back: truer maps at twice the cost
-    autocast        "auto": bf16 on a GPU, none on a CPU
+    autocast        "auto": bf16 on a GPU, fp16 on one that only emulates bf16 (V100, T4), none on a CPU
     compile         run the teacher through torch.compile
     """
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from labeler.config import LabelerConfig
+from labeler.cores import usable_cores
 from labeler.errors import InputError, LabelingError, TokenLabelError
 from labeler.freed_memory import freed_memory_kept, keep_freed_memory
 from labeler.plan import Plan
@@ -36,7 +37,7 @@ def run_in_process(
 ) -> Iterator[ShardResult]:
     """Label the shards one after the other."""
     with freed_memory_kept(device == "cpu"):
-        labeler = ShardLabeler(root, store, plan, config, device, config.threads or os.cpu_count() or 1)
+        labeler = ShardLabeler(root, store, plan, config, device, config.threads or usable_cores())
         advance(0)
         for task in tasks:
             try:
@@ -298,7 +299,7 @@ def _connect(address: str | None, cpus: int) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
     if address is None:
-        ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), **settings)
+        ray.init(address="local", num_cpus=max(cpus, usable_cores()), **settings)
         return
     del settings["include_dashboard"]
     try:

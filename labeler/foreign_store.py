@@ -28,6 +28,7 @@ import numpy as np
 
 from labeler.commit import check_file, read_marker
 from labeler.errors import InputError, IntegrityError, TokenLabelError
+from labeler.open_files import OpenFiles
 from labeler.plan import FORMAT_VERSION, PLAN_FILE, Plan, load_plan
 from labeler.row_checks import shard_problems, value_problems
 from labeler.shard_file import VIEW_FILE, ShardReader, file_rows
@@ -195,7 +196,7 @@ def inspect(store: Path, say: Callable[[str], None]) -> bool:
         return False  # the parent reads the plan and says so itself
     if plan is None:
         return False
-    readers, last = [], ""
+    readers, files, last = [], OpenFiles(), ""
     for shard in range(plan.meta.shards):
         try:
             marker = read_marker(store, shard, plan.meta.shards)
@@ -207,8 +208,8 @@ def inspect(store: Path, say: Callable[[str], None]) -> bool:
             check_file(store, marker)
         except (IntegrityError, FileNotFoundError):
             continue
-        # All stay open, as in a process that uses the store: what it would need in memory counts.
-        readers.append(ShardReader(store / marker.file, plan.layout, marker.rows))
+        # All are kept, as in a process that uses the store: what it would need in memory counts.
+        readers.append(ShardReader(store / marker.file, plan.layout, marker.rows, files=files))
         last = _inspect_shard(plan, shard, readers[-1], marker.quarantine, last)
     return len(readers) == plan.meta.shards
 

@@ -16,12 +16,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from labeler.errors import InputError, LabelingError, MismatchError
+from labeler.image_list import image_path, read_image_list
 
 SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".gif"]
@@ -151,45 +152,13 @@ def _measure(root: Path, entry: os.DirEntry) -> tuple[int, str | None]:
 
 
 def _from_list(root: Path, list_file: Path) -> ImageSet:
-    try:
-        # Not splitlines, which also splits at characters that a file name may hold.
-        lines = [line.removesuffix("\r") for line in list_file.read_bytes().decode("utf-8").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the image list {str(list_file)!r} cannot be read", got=str(error)) from None
-    real_root = os.path.realpath(root)
-    found: list[tuple[str, int, str | None]] = []
-    seen: dict[str, int] = {}
-    for number, key in enumerate(lines, 1):
-        if not key.strip():
-            continue
-        where = f"{list_file}, line {number}"
-        if (
-            "\0" in key
-            or key.startswith("/")
-            or "\\" in key
-            or str(PurePosixPath(key)) != key
-            or ".." in key.split("/")
-        ):
-            raise InputError(where, got=repr(key), expected="a plain path relative to the image root")
-        if key.casefold() in seen:
-            raise InputError(where, got=f"{key!r} again (see line {seen[key.casefold()]})", expected="each image once")
-        seen[key.casefold()] = number
-        path = image_path(root, key)
-        try:
-            if not Path(os.path.realpath(path)).is_relative_to(real_root):
-                raise InputError(where, got=f"{key!r}, a link that leaves the image root", expected="a file below it")
-            if not path.is_file():
-                raise InputError(where, got=f"{key!r}, which is not a file", expected=f"a file below {str(root)!r}")
-            found.append((key, path.stat().st_size, None))
-        except OSError as error:
-            raise InputError(where, got=f"{key!r}: {error.strerror}", expected=f"a file below {str(root)!r}") from None
-    if not found:
-        raise InputError(f"the image list {str(list_file)!r} names no image")
-    return _image_set(root, found, 0)
+    def some_key() -> str | None:
+        found = (relative for _, relative in _walk(root) if os.path.splitext(relative)[1].lower() in SUFFIXES)
+        key = next(found, None)
+        return None if key is None else os.fsencode(key.replace(os.sep, "/")).decode("utf-8", "backslashreplace")
 
-
-def image_path(root: Path, key: str) -> Path:
-    return root / os.fsdecode(key.encode())
+    listed = read_image_list(root, list_file, some_key)
+    return _image_set(root, [(key, size, None) for key, size in listed], 0)
 
 
 def read_image(root: Path, key: str, size: int | None = None) -> bytes:

@@ -57,7 +57,7 @@ def write_report(
 
     audit    run the store's teacher again on so many images, see `labeler.audit`; `device` and `trusted` are for that
 
-    Raises InputError where the store, the images or the truth cannot be read, none of the sampled images is there, or
+    Raises InputError where the store, the images or the truth cannot be read, none of the store's images is there, or
     the page cannot be written.
     """
     root, labels = image_root(images), LabelStore(store, trusted=trusted)
@@ -67,9 +67,9 @@ def write_report(
         refuse_foreign_teacher(labels.trusted, labels.plan, labels.path, "--audit")
     drawn = draw_sample(labels, sample, seed)
     missing = sum(not image_path(root, key).is_file() for key in drawn.keys)
-    if missing == len(drawn.keys):
+    if missing == len(drawn.keys) and not any(image_path(root, key).is_file() for key in labels.keys):
         raise InputError(
-            f"none of the store's images is below {str(images)!r}", got=f"0 of {missing:,} sampled",
+            f"none of the store's images is below {str(images)!r}", got=f"0 of {len(labels):,}",
             expected=f"for example {drawn.keys[0]!r}", remedy="Give --images the folder that was labeled.",
         )  # fmt: skip
     checked = None if truth is None else check_truth(drawn, Path(truth))

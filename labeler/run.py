@@ -6,7 +6,7 @@ import dataclasses
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,11 +77,11 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     # The driver of a cluster may have no GPU itself.
     elsewhere = config.workers and config.ray_address and config.device != "auto"
     device = config.device if elsewhere else resolve_device(config.device)
-    config = _with_autocast(config, device)
+    settled = _with_autocast(config, device, bool(elsewhere))
     # Built here once, on the CPU, so that a wrong teacher is told of before any worker starts.
-    info = create_teacher(config.teacher, "cpu" if config.workers else device).info
-    encoding = _encoding(found, config, "cpu" if elsewhere else device, begun)
-    plan = begin_store(path, make_plan(found, info, config, encoding, begun))
+    info = create_teacher(settled.teacher, "cpu" if config.workers else device).info
+    encoding = _encoding(found, settled, "cpu" if elsewhere else device, begun)
+    plan = begin_store(path, make_plan(found, info, settled, encoding, begun))
     markers = committed_shards(path, plan)
     tasks = [make_task(plan, found, shard) for shard in range(plan.meta.shards) if shard not in markers]
     labeled, seconds = _run(tasks, found, path, plan, config, device, markers)
@@ -91,12 +91,16 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     return _summary(path, finished, labeled, seconds, found.other)
 
 
-def _with_autocast(config: LabelerConfig, device: str) -> LabelerConfig:
-    """`config` with "auto" settled for the workers' device, so that the plan tells what they do."""
-    if config.teacher.autocast != "auto":
-        return config
-    settled = "bf16" if device.startswith("cuda") else "none"
-    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, autocast=settled))
+def _with_autocast(config: LabelerConfig, device: str, elsewhere: bool) -> LabelerConfig:
+    """`config` with "auto" settled, so that the plan tells what the workers do.
+
+    GPUs that are elsewhere are taken to have bf16: a worker whose GPU has not refuses to work.
+    """
+    from labeler.teacher import resolve_autocast
+
+    wanted, unseen = config.teacher.autocast, elsewhere and device.startswith("cuda")
+    autocast = "bf16" if wanted == "auto" and unseen else resolve_autocast(wanted, device)
+    return replace(config, teacher=replace(config.teacher, autocast=autocast))
 
 
 def stored_keys(store: Path) -> tuple[str, ...]:

@@ -10,12 +10,13 @@ h5py's global lock.
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import os
 import secrets
 import zlib
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import numpy as np
 import xxhash
 
 from labeler.errors import IntegrityError
+from labeler.open_files import OpenFiles
 
 VIEW_FILE = "labels.h5"
 LEVEL = 9
@@ -179,12 +181,15 @@ class ShardReader:
     """Reads rows of one shard file; safe to use from several threads.
 
     `layout` and `rows` are what the store's plan and the shard's marker say; a file that differs is refused with
-    IntegrityError before any of its data is read. With `in_memory` the file is held, compressed, in RAM.
+    IntegrityError before any of its data is read. With `in_memory` the file is held, compressed, in RAM; otherwise it
+    is among the open `files`, which readers share.
     """
 
-    def __init__(self, path: Path, layout: Layout, rows: int, *, in_memory: bool = False) -> None:
+    def __init__(
+        self, path: Path, layout: Layout, rows: int, *, in_memory: bool = False, files: OpenFiles | None = None
+    ) -> None:
         self.path, self.rows = path, rows
-        self._layout = layout
+        self._layout, self._files = layout, OpenFiles(1) if files is None else files
         try:
             with h5py.File(path, "r", libver="v110") as file:
                 check_layout(file, layout, rows, path)
@@ -198,15 +203,13 @@ class ShardReader:
                 }
         except IntegrityError:
             raise
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError) as error:
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise
+            raise _damaged(path, (str(error).splitlines() or ["OSError"])[0]) from None
+        except (RuntimeError, KeyError, ValueError, TypeError, OverflowError) as error:
             raise _damaged(path, (str(error).splitlines() or [type(error).__name__])[0]) from None
         self._image = path.read_bytes() if in_memory else None
-        self._handle = -1 if in_memory else os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", -1) >= 0:
-            os.close(self._handle)
-            self._handle = -1
 
     @property
     def keys(self) -> list[str]:
@@ -255,10 +258,11 @@ class ShardReader:
             return planes
         flat = planes.reshape(len(rows), -1).view(np.uint8)
         shuffle, table = self._chunks[name]
+        stored = self._bytes()
         for i, row in enumerate(rows.tolist()):
             offset, size, mask = table[row].tolist()
             # The last four bytes are HDF5's own fletcher32, which the row's checksum makes superfluous here.
-            packed = self._bytes(offset, size)[:-4]
+            packed = stored(offset, size)[:-4]
             try:
                 # One byte more than a row has shows that there is too much; a chunk could hold a thousandfold.
                 limit = flat.shape[1] + 1
@@ -270,10 +274,15 @@ class ShardReader:
                 raise _damaged(self.path, f"row {row} of /{name}: {error}") from None
         return planes
 
-    def _bytes(self, offset: int, size: int) -> bytes:
-        if self._image is not None:
-            return self._image[offset : offset + size]
-        return os.pread(self._handle, size, offset)
+    def _bytes(self) -> Callable[[int, int], bytes]:
+        """What gives so many bytes of the file from an offset on."""
+        image = self._image
+        if image is not None:
+            return lambda offset, size: image[offset : offset + size]
+        try:
+            return self._files.get(self.path).read
+        except FileNotFoundError:
+            raise _damaged(self.path, "no such file any more") from None
 
 
 def file_rows(store: Path, name: str) -> int:

@@ -8,7 +8,6 @@ every shard with its digest when it first opens it and every row with its checks
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from labeler.commit import Marker, check_file, read_marker
 from labeler.errors import InputError, IntegrityError
 from labeler.foreign_store import refuse_hostile
+from labeler.open_files import OpenFiles
 from labeler.plan import Plan, StoreMeta, load_plan
 from labeler.score_code import OFFSET_STEP, ScoreCode
 from labeler.score_maps import ScoreMaps
@@ -64,7 +64,9 @@ class LabelStore:
     trusted  skip the check of a store from elsewhere (see `labeler.foreign_store`): 1.6 s for 10,000 rows, once
 
     Raises InputError where there is no store, MismatchError for a newer format, IntegrityError where shards are missing
-    or damaged. Safe to use from several threads; a copy sent to another process opens its own files.
+    or damaged. Safe to use from several threads; a copy sent to another process opens its own files. Of the shards'
+    files at most 256 are open at a time, fewer where the process may open few; `close()`, or the end of a
+    `with LabelStore(path) as store:`, closes them and forgets what is cached.
     """
 
     def __init__(self, path: str | Path, cache: str | None = None, trusted: bool = False) -> None:
@@ -85,6 +87,8 @@ class LabelStore:
         # First row of each shard, and of the one after the last.
         self._starts = np.cumsum([0, *(marker.rows for marker in self.markers)])
         self._readers: dict[int, ShardReader] = {}
+        self._files = OpenFiles()
+        self.closed = False
 
     def _read_markers(self) -> list[Marker]:
         shards = self.plan.meta.shards
@@ -105,6 +109,20 @@ class LabelStore:
                     got=f"{marker.rows:,} rows", expected=f"at most {part.stop - part.start:,}",
                 )  # fmt: skip
         return whole
+
+    def close(self) -> None:
+        """Close all files and forget what is cached; what is being read in other threads is still read to its end."""
+        self.closed = True
+        self._readers.clear()
+        self._files.close()
+        for held in ("_decoded", "keys"):
+            self.__dict__.pop(held, None)
+
+    def __enter__(self) -> LabelStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -182,6 +200,7 @@ class LabelStore:
         wanted = np.asarray(rows, np.int64).reshape(-1)
         if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} asked of a store with {len(self)} rows")
+        self._refuse_closed()
         if self.cache == "ram":
             return _rows_of(self._decoded, wanted, trim)
         found = self._gather(wanted)
@@ -235,28 +254,29 @@ class LabelStore:
 
     def reader(self, shard: int) -> ShardReader:
         """The open shard; its file is compared with its digest first."""
+        self._refuse_closed()
         reader = self._readers.get(shard)
         if reader is None:
-            marker = self.markers[shard]
-            path = self.path / marker.file
-            try:
-                check_file(self.path, marker)
-                reader = ShardReader(path, self.plan.layout, marker.rows, in_memory=self.cache == "ram-compressed")
-            except OSError as error:
-                if error.errno != errno.EMFILE:
-                    raise
-                raise InputError(
-                    f"no more files can be opened in {str(self.path)!r}",
-                    got=f"{error.strerror}, {len(self._readers)} shards open",
-                    expected=f"room for one file per shard, {len(self.markers)} in all",
-                    remedy='Raise the limit on open files (ulimit -n), or read with cache="ram-compressed".',
-                ) from None
+            path = self.path / self.markers[shard].file
+            reader = self._files.retried(lambda: self._open(self.markers[shard]), path)
             for name in ("classes", "tail_classes") if self.meta.tail else ("classes",):
                 if _signed(reader.small(name)).max(initial=-1) >= self.meta.num_classes:
                     expected = f"ids below {self.meta.num_classes}"
                     raise IntegrityError(f"{str(path)!r} is damaged", got="a class id out of range", expected=expected)
             self._readers[shard] = reader
         return reader
+
+    def _open(self, marker: Marker) -> ShardReader:
+        check_file(self.path, marker)
+        held = self.cache == "ram-compressed"
+        return ShardReader(self.path / marker.file, self.plan.layout, marker.rows, in_memory=held, files=self._files)
+
+    def _refuse_closed(self) -> None:
+        if self.closed:
+            raise InputError(
+                f"the label store {str(self.path)!r} is closed", got="a read after close()", expected="an open store",
+                remedy="Read inside the `with`, or open it again with LabelStore(path).",
+            )  # fmt: skip
 
 
 def _rows_of(rows: StoredRows, wanted: np.ndarray | slice, trim: bool) -> StoredRows:

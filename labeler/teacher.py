@@ -133,7 +133,7 @@ def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
         std=tuple(float(value) for value in config.std or built.std),
         interpolation=built.interpolation,
         crop_pct=float(built.crop_pct),
-        autocast=_autocast(config.autocast, place),
+        autocast=resolve_autocast(config.autocast, str(place)),
         flip=config.flip,
         grid=report.grid,
         method=report.method,
@@ -162,13 +162,17 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def _autocast(choice: str, device: torch.device) -> str:
-    """What "auto" means on this device."""
+def resolve_autocast(choice: str, device: str) -> str:
+    """What "auto" means on a device: bf16 on a GPU that computes in it, fp16 on older ones, none on a CPU.
+
+    Before compute capability 8 (V100, T4) a GPU only emulates bf16, at less than float32's speed.
+    """
     if choice != "auto":
         return choice
-    if device.type != "cuda":
+    if not device.startswith("cuda"):
         return "none"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    own = bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if own else "fp16"
 
 
 def _compile(dense: Any) -> tuple[str, ...]:

@@ -106,7 +106,7 @@ def verify_store(
             found = reader.read(np.arange(marker.rows))
             bad = shard_problems(plan, shard, reader, marker.quarantine) + value_problems(plan, found)
             problems += [f"{marker.file}: {problem}" for problem in bad]
-        except TokenLabelError as error:
+        except IntegrityError as error:
             problems.append(str(error))
             continue
         rows, quarantined = rows + marker.rows, quarantined + len(marker.quarantine)

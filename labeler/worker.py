@@ -83,6 +83,14 @@ class ShardLabeler:
                 expected=plan.meta.teacher["weights_sha256"][:12],
                 remedy="Give every node the same checkpoint and the same library versions.",
             )
+        precision = self.teacher.info.autocast
+        if precision != plan.meta.teacher["autocast"]:
+            raise MismatchError(
+                "this worker's GPU computes in another precision than the run's labels",
+                got=precision,
+                expected=plan.meta.teacher["autocast"],
+                remedy="Begin a new store with --autocast fp16, which all GPUs have, or use GPUs of one kind.",
+            )
 
     def __call__(self, task: ShardTask, advance: Callable[[int], None] = lambda _: None) -> ShardResult:
         """Label, commit and report one shard; `advance` is told of every few images done."""

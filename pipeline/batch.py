@@ -1,41 +1,59 @@
-"""What a loader yields.
+"""What a loader yields, and what any other loop hands to the loss.
 
 Legend: B images; S input side; P palette size; T tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from pipeline.geometry import Views
+from labeler.errors import InputError
+from pipeline.geometry import Views, identity
 from pipeline.mix import MixBox
 from pipeline.targets import TokenTargets
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with the targets of their tokens.
+    """Images with the targets of their tokens: `Batch(images, targets, labels)`, the rest has its defaults.
 
     images   float32 [B, 3, S, S], normalised
     targets  of every image's own tokens, mixed or not: token b takes its partner's (image B−1−b) inside `mix`
     labels   int64 [B]: true classes, −1 where not known
     mix      the box of tokens that are mixed, None where nothing is
+    keys     B image keys; None: all empty; rows int64 [B]: their rows in the label store; None: −1, without one
+    views    what each input shows of its image; None: all of it
     mixed_pixels  images show their partners inside the box already; otherwise the model mixes its tokens
-    keys     B image keys; rows int64 [B]: their rows in the label store, −1 without one
-    views    what each input shows of its image
     """
 
     images: torch.Tensor
     targets: TokenTargets
     labels: torch.Tensor
-    mix: MixBox | None
-    keys: tuple[str, ...]
-    rows: np.ndarray
-    views: Views
+    mix: MixBox | None = None
+    keys: tuple[str, ...] = None  # type: ignore[assignment]
+    rows: np.ndarray = None  # type: ignore[assignment]
+    views: Views = None  # type: ignore[assignment]
     mixed_pixels: bool = False
+
+    def __post_init__(self) -> None:
+        n = len(self)
+        if len(self.targets) != n or len(self.labels) != n:
+            raise InputError(
+                "a batch has one target and one label for each image",
+                got=f"{n} images, {len(self.targets)} targets, {len(self.labels)} labels",
+                remedy="labels are −1 where they are not known.",
+            )
+        if self.keys is None:
+            object.__setattr__(self, "keys", ("",) * n)
+        if self.rows is None:
+            object.__setattr__(self, "rows", np.full(n, -1))
+        if self.views is None:
+            whole = torch.tensor([[0, 0, 1, 1]], dtype=torch.float64)
+            object.__setattr__(self, "views", Views(whole.repeat(n, 1), identity(n)))
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -44,3 +62,14 @@ class Batch:
     def token_mix(self) -> MixBox | None:
         """The box that the model has still to apply to its tokens: `model(batch.images, mix=batch.token_mix)`."""
         return None if self.mixed_pixels else self.mix
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Batch:
+        """With images, targets and labels on `device`; keys, rows and views are for the host and stay there."""
+        return self._moved(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """With images, targets and labels in pinned memory, as `DataLoader(pin_memory=True)` asks for."""
+        return self._moved(lambda part: part.pin_memory())
+
+    def _moved(self, move: Callable) -> Batch:
+        return replace(self, images=move(self.images), targets=move(self.targets), labels=move(self.labels))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from labeler import __version__
+from labeler.cores import usable_cores
 from labeler.decoders import has_dali
 from labeler.errors import InputError, MismatchError
 from labeler.plan import plain
@@ -283,8 +284,7 @@ def _device(name: str) -> torch.device:
 
 def _cores(config: LoaderConfig) -> int:
     """This rank's share of the machine's cores; launchers tell how many ranks a machine has."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", config.world_size)))
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", config.world_size)))
 
 
 def _short(value: Any) -> str:

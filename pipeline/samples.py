@@ -9,13 +9,13 @@ import hashlib
 import io
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from tqdm import tqdm
 
-from labeler.class_names import targets_of
+from labeler.class_names import folder_classes, targets_of
 from labeler.decode_reference import decoded_size
 from labeler.errors import InputError, IntegrityError, MismatchError
 from labeler.images import FORMATS, BadImage, difference, image_digest
@@ -86,7 +86,7 @@ def open_samples(config: LoaderConfig) -> Samples:
     else:
         cache = None if config.cache == "none" or not config.token_labels else config.cache
         samples = _with_store(config, source, LabelStore(config.store, cache))
-    _check_classes(config, samples)
+        _check_classes(config, samples)
     return samples
 
 
@@ -171,7 +171,7 @@ def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
     if labels is None:
         if folders is None:
             # All folders of the root, also those of which a list names nothing: their order is the class ids.
-            folders = {name: i for i, name in enumerate(source.folders)}
+            folders = folder_classes(source.folders, count)
             if count is not None and count != len(folders):
                 raise MismatchError(
                     f"the folders below {str(images.root)!r} do not name the classes",
@@ -183,8 +183,10 @@ def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
         count = count or max(folders.values(), default=-1) + 1
     count = count or int(labels.max()) + 1
     n = len(images)
-    sizes = scan_sizes(source, config.orientation, config.threads, config.progress)
-    return Samples(source, np.arange(n), None, np.full(n, -1), sizes, labels, None, config.orientation, count)
+    unmeasured = np.zeros((n, 2), np.int64)
+    samples = Samples(source, np.arange(n), None, np.full(n, -1), unmeasured, labels, None, config.orientation, count)
+    _check_classes(config, samples)  # before every file is opened
+    return replace(samples, sizes=scan_sizes(source, config.orientation, config.threads, config.progress))
 
 
 def scan_sizes(source: ImageSource, orientation: str, threads: int | None, progress: bool) -> np.ndarray:
@@ -233,12 +235,29 @@ def _check_classes(config: LoaderConfig, samples: Samples) -> None:
         )
     unknown = np.nonzero(samples.labels < 0)[0]
     if len(unknown) and (samples.store is None or not config.token_labels):
-        raise InputError(
-            f"the true class of {len(unknown):,} images is not known",
-            got=_some([samples.key(i) for i in unknown[:3]]),
-            expected="a folder per class, or class_folders",
-            remedy="Without token labels every image needs its class.",
+        raise _unknown_classes(config, samples, [samples.key(i) for i in unknown.tolist()])
+
+
+def _unknown_classes(config: LoaderConfig, samples: Samples, keys: list[str]) -> InputError:
+    """What to say of images whose class is needed and not known."""
+    problem = f"the true class of {len(keys):,} images is not known"
+    folders = sorted({key.split("/", 1)[0] for key in keys if "/" in key})
+    known = config.class_folders
+    if known is None and samples.store is None and samples.source.labels is None:
+        known = folder_classes(samples.source.folders, samples.num_classes)
+    if folders and known:
+        return InputError(
+            problem,
+            got=f"{_some(keys)} in {len(folders)} folder(s) that are not among the classes: {_some(folders)}",
+            expected=f"folders named as the classes are: {_some(sorted(known))}",
+            remedy="Name them so, or leave them out.",
         )
+    return InputError(
+        problem,
+        got=_some(keys),
+        expected="a folder per class, or class_folders",
+        remedy="Without token labels every image needs its class.",
+    )
 
 
 def _some(keys: list[str]) -> str:

@@ -91,8 +91,12 @@ class TokenTargets:
         names = ("token_scores", "token_background", "cls_scores", "cls_background", "tail_offsets")
         return dataclasses.replace(self, **{name: getattr(self, name) / temperature for name in names})
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenTargets:
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> TokenTargets:
         return TokenTargets(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+
+    def pin_memory(self) -> TokenTargets:
+        """In pinned memory, as `DataLoader(pin_memory=True)` asks for."""
+        return TokenTargets(*(getattr(self, f.name).pin_memory() for f in fields(self)))
 
 
 def crop_score_maps(

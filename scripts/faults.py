@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from labeler.commit import replace_file
+from labeler.cores import usable_cores
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
@@ -146,7 +147,7 @@ def page(outcomes: dict[int, str], by_row: dict[int, Counter[str]], told: str, t
         f"**{told}.**",
         "",
         f"{tests} tests in {seconds / 60:.0f} minutes; {platform.platform(terse=True)}, "
-        f"{len(os.sched_getaffinity(0))} CPU cores, Python {platform.python_version()}.",
+        f"{usable_cores()} CPU cores, Python {platform.python_version()}.",
         "",
         "| # | fault | must happen | outcome | counted |",
         "|---|---|---|---|---|",

@@ -13,7 +13,6 @@ objects of different classes, one of them `LARGEST` times the size of the others
 import argparse
 import json
 import multiprocessing
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from labeler.cores import usable_cores
 from labeler.errors import InputError
 
 SIDES = (72, 110)  # pixels, both ends included
@@ -348,7 +348,7 @@ def generate_scenes(
 
 def _written(out: Path, seed: int, jobs: list[tuple[str, int]], workers: int | None) -> Iterator[None]:
     if workers is None:
-        workers = (os.cpu_count() or 1) if len(jobs) >= 200 else 1
+        workers = usable_cores() if len(jobs) >= 200 else 1
     write = partial(_write_scene, out, seed)
     if workers == 1:
         yield from map(write, jobs)

@@ -210,8 +210,7 @@ def test_a_store_that_cannot_be_a_folder_is_told_before_any_work(images, tmp_pat
 
 
 @pytest.mark.fault(40)
-def test_a_low_limit_on_open_files_is_enough_to_label_and_is_named_when_it_is_not_to_read(tmp_path, config):
-    """Reading keeps one file open for each shard, unless they are held in memory."""
+def test_a_low_limit_on_open_files_is_enough_to_label_to_verify_and_to_read(tmp_path, config):
     images = make_images(tmp_path / "images", 24)
     config = dataclasses.replace(config, shard_size=1)
     label_images(images, tmp_path / "undisturbed", config)
@@ -221,7 +220,8 @@ def test_a_low_limit_on_open_files_is_enough_to_label_and_is_named_when_it_is_no
         limit = [number for number in range(4096) if number not in used][12]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         label_images(images, tmp_path / "labels", config)
-        assert len(LabelStore(tmp_path / "labels", cache="ram-compressed").read(range(24))) == 24
+        for cache in (None, "ram-compressed"):
+            assert len(LabelStore(tmp_path / "labels", cache).read(range(24))) == 24
         print(main(["verify", str(tmp_path / "labels"), "--images", str(images), "--quiet"]))
         return 0
 
@@ -229,8 +229,7 @@ def test_a_low_limit_on_open_files_is_enough_to_label_and_is_named_when_it_is_no
     assert status == 0, text
     assert "Traceback" not in text
     assert "damaged" not in text
-    assert "ulimit -n" in text
-    assert text.strip().endswith("2")
+    assert text.strip().endswith("0")
     assert_undisturbed(40, tmp_path / "labels", tmp_path / "undisturbed", injected=1)
 
 

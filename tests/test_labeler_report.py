@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import ColourTeacher
+from tiny import ColourTeacher, make_images
 
 from labeler import InputError, LabelStore, TeacherConfig, import_token_label_files, label_images
 from labeler.__main__ import main
@@ -243,6 +243,26 @@ def test_other_images_are_an_error_and_some_missing_ones_a_note(store, images, t
     told = json.loads(capsys.readouterr().out)
     assert (told["sampled"], told["missing"], told["audit"]) == (12, 5, None)
     assert "5 of the 12 sampled images were not found" in (tmp_path / "r.html").read_text()
+
+
+def test_a_folder_of_other_images_is_refused_and_a_sample_that_is_missing_is_not_the_whole_store(
+    store, images, tmp_path, capsys
+):
+    command = ["report", str(store), "--out", str(tmp_path / "r.html"), "--sample", "3", "--images"]
+    others = make_images(tmp_path / "others", 12)
+    for i, path in enumerate(sorted(others.rglob("*.jpg"))):
+        path.rename(path.with_name(f"other{i}.jpg"))
+    assert main([*command, str(others)]) == 2
+    told = capsys.readouterr().err
+    assert "none of the store's images is below" in told
+    assert "got 0 of 12, expected for example 'class" in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "r.html").exists()
+    for key in draw_sample(LabelStore(store), 3, 0).keys:
+        (images / key).unlink()
+    assert main([*command, str(images)]) == 0
+    assert "3 of 3 sampled images were not found" in capsys.readouterr().err
+    assert "3 of the 3 sampled images were not found" in (tmp_path / "r.html").read_text()
 
 
 def test_an_audit_stands_on_the_page_with_what_more_bytes_would_buy(sparse, images, tmp_path, capsys):

@@ -20,9 +20,13 @@ from torch import Tensor, nn
 
 from labeler import checkpoints
 from labeler.checkpoints import weights_sha256
-from labeler.config import TeacherConfig
-from labeler.errors import TeacherError
-from labeler.teacher import LoadedTeacher, create_teacher, resolve_device
+from labeler.config import LabelerConfig, TeacherConfig
+from labeler.errors import MismatchError, TeacherError
+from labeler.images import find_images
+from labeler.run import _with_autocast, make_plan
+from labeler.score_code import Encoding
+from labeler.teacher import LoadedTeacher, create_teacher, resolve_autocast, resolve_device
+from labeler.worker import ShardLabeler
 
 
 def random_teacher(name: str = "test_resnet", **settings: Any) -> LoadedTeacher:
@@ -87,6 +91,39 @@ def test_autocast_returns_float32_near_the_exact_scores() -> None:
     maps, reference = rounded.label(pixels()), exact.label(pixels())
     assert maps.dtype == torch.float32
     assert 0 < (maps - reference).abs().max() < 0.1 * reference.abs().max()
+
+
+V100, T4, A100, H100 = (7, 0), (7, 5), (8, 0), (9, 0)
+
+
+@pytest.mark.parametrize(("capability", "precision"), [(V100, "fp16"), (T4, "fp16"), (A100, "bf16"), (H100, "bf16")])
+def test_a_gpu_without_bf16_of_its_own_computes_in_fp16_and_the_plan_says_so(
+    monkeypatch, images, capability, precision
+):
+    """torch calls bf16 supported on all of them: it emulates it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    config = LabelerConfig(TeacherConfig("tiny:colour_teacher"))
+    assert resolve_autocast("auto", "cuda:0") == precision
+    settled = _with_autocast(config, "cuda:0", elsewhere=False)
+    info = create_teacher(settled.teacher, "cpu").info
+    plan = make_plan(find_images(images), info, settled, Encoding(), None)
+    assert plan.meta.teacher["autocast"] == precision
+    for asked in ("none", "bf16", "fp16"):  # as it was asked for
+        assert resolve_autocast(asked, "cuda:0") == asked
+    assert resolve_autocast("auto", "cpu") == "none"
+    assert _with_autocast(config, "cuda", elsewhere=True).teacher.autocast == "bf16"  # nobody asked those GPUs
+
+
+def test_a_worker_whose_gpu_computes_otherwise_than_the_plan_refuses(monkeypatch, images, tmp_path):
+    config = LabelerConfig(TeacherConfig("tiny:colour_teacher"))
+    settled = _with_autocast(config, "cuda", elsewhere=True)
+    plan = make_plan(find_images(images), create_teacher(settled.teacher).info, settled, Encoding(), None)
+    monkeypatch.setattr(
+        "labeler.teacher.resolve_autocast", lambda choice, device: "fp16" if choice == "auto" else choice
+    )
+    with pytest.raises(MismatchError, match="another precision than the run's labels: got fp16, expected bf16"):
+        ShardLabeler(images, tmp_path, plan, config, "cpu", 1)
 
 
 def test_compile_wraps_the_features_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

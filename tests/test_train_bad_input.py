@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,16 @@ def test_what_does_not_fit_is_refused_in_one_line_with_status_2(run, tmp_path, w
     assert status == 2
     assert expected in error
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_an_evaluation_with_folders_that_training_had_not_names_them(run, data, tmp_path):
+    shutil.copytree(data[0], tmp_path / "validation")
+    (tmp_path / "validation/class2").rename(tmp_path / "validation/elephant")
+    status, error = run(f"data.validation={tmp_path / 'validation'}")
+    assert status == 2
+    assert "the true class of 2 images is not known" in error
+    assert "1 folder(s) that are not among the classes: 'elephant'" in error
+    assert "folders named as the classes are: 'class0'" in error
 
 
 def test_a_folder_that_cannot_be_written_is_refused(run, tmp_path):

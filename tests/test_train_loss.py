@@ -10,7 +10,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import SHARED
@@ -18,7 +17,6 @@ from safetensors.torch import load_file
 
 from labeler.errors import InputError
 from pipeline.batch import Batch
-from pipeline.geometry import Views, identity
 from pipeline.mix import MixBox
 from pipeline.targets import TokenTargets, label_targets
 from train.loss import TokenLabelLoss, token_cross_entropy
@@ -36,8 +34,7 @@ def make_batch(targets: TokenTargets, mix: MixBox | None = None, labels: torch.T
     n = len(targets)
     labels = torch.full((n,), -1) if labels is None else labels
     h, w = (14, 14) if targets.token_background.shape[1] == 196 else GRID
-    views = Views(torch.zeros(n, 4), identity(n))
-    return Batch(torch.zeros(n, 3, 8 * h, 8 * w), targets, labels, mix, ("",) * n, np.full(n, -1), views)
+    return Batch(torch.zeros(n, 3, 8 * h, 8 * w), targets, labels, mix)
 
 
 def make_targets(

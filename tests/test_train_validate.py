@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from tiny import CLASSES, encoded, make_images, picture
 from tiny_runs import tiny_config, tiny_data
 
 import train
+from labeler import TeacherConfig, label_images
 from labeler.class_names import imagenet_names
 from labeler.errors import InputError
 from model.demansia import DeMansia
 from train.__main__ import main
+from train.metrics import read_rows
 from train.predict import normalized, see
 from train.validate import Trained, load_trained, validate
 
@@ -150,6 +153,34 @@ def test_a_published_file_of_imagenet_knows_its_folders_and_names(tmp_path):
     assert trained.class_name(500) == names[500]
 
 
+def test_imagenets_folders_are_known_also_where_training_had_only_a_part_of_them(tmp_path, config):
+    """A run on three of the 1,000 classes, evaluated on two of which one is new."""
+    synsets, _ = imagenet_names()
+    images, validation = tmp_path / "images", tmp_path / "validation"
+    for root, classes in ((images, (3, 500, 999)), (validation, (500, 7))):
+        for c in classes:
+            (root / synsets[c]).mkdir(parents=True)
+            for i in range(2):
+                (root / synsets[c] / f"{c}_{i}.png").write_bytes(encoded(picture(10 * c + i), "PNG"))
+    label_images(images, tmp_path / "labels", replace(config, teacher=TeacherConfig("tiny:thousand_classes_teacher")))
+    settings = {"data.validation": str(validation), "schedule.steps": 1, "schedule.warmup_epochs": 0}
+    train.fit(tiny_config(images, tmp_path / "labels", tmp_path / "run", **settings))
+    ids = {name: i for i, name in enumerate(synsets)}
+    top1, _, _ = checked(tmp_path / "run", validation, folders(validation, ids))
+    assert [row["top1"] for row in read_rows(tmp_path / "run") if "top1" in row] == [top1]
+
+
+def test_a_stranger_among_imagenets_folders_is_named(tmp_path, capsys):
+    torch.manual_seed(0)
+    path = saved(tmp_path / "net.pth", DeMansia(img_size=32, embed_dim=8, depth=1).state_dict())
+    for name in ("n01440764", "elephant"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "a.jpg").write_bytes(encoded(picture(0)))
+    told = refusal(capsys, 2, path, tmp_path / "images")
+    assert "not among the classes: 'elephant'" in told
+    assert "'n01440764', 'n01443537'" in told
+
+
 def refusal(capsys: pytest.CaptureFixture[str], status: int, checkpoint: Path, images: Path, *more: object) -> str:
     """The one line of an error."""
     arguments = ["validate", checkpoint, "--images", images, "--quiet", "--device", "cpu", *more]
@@ -166,8 +197,7 @@ def test_classes_that_the_model_does_not_know_are_named(run, data, tmp_path, cap
     shutil.copytree(data[0], images)
     (images / "class2").rename(images / "elephant")
     told = refusal(capsys, 2, run, images)
-    assert "does not know 1 of the class folders" in told
-    assert "'elephant'" in told
+    assert "1 folder(s) that are not among the classes: 'elephant'" in told
     assert "'class0'" in told
     plain = saved(tmp_path / "net.pth", DeMansia(img_size=32, embed_dim=8, depth=1, num_classes=4).state_dict())
     assert "got 6 folders, expected 4" in refusal(capsys, 2, plain, images)

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from labeler.cores import usable_cores
 from labeler.errors import InputError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,8 +24,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 def set_threads(threads: int | None) -> int:
     """Of torch on a CPU; None: this machine's cores shared among its ranks. Results depend on their number."""
     if threads is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))))
+        threads = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))))
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # the scan's states decay to numbers that CPUs are slow with
     return threads

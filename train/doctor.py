@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from labeler.cores import usable_cores
+
 Findings = dict[str, str]
 
 # How it is imported -> how it is installed.
@@ -93,8 +95,7 @@ def _python() -> str:
 
 
 def _cores() -> str:
-    everywhere = os.cpu_count() or 1
-    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everywhere
+    everywhere, ours = os.cpu_count() or 1, usable_cores()
     return f"{ours}" if ours == everywhere else f"{ours} of {everywhere} for this process"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from labeler.class_names import with_the_rest_of_imagenet
 from labeler.errors import InputError
 from model.token_heads import TokenLabelHeads
 from pipeline import LoaderConfig, TokenLabelLoader, create_loader
@@ -91,7 +92,12 @@ def evaluation_loader(
     progress: bool = True,
     image_list: str | None = None,
 ) -> TokenLabelLoader:
-    """Every image once, resized and cropped as timm does. transform: as `transform_of` gives it."""
+    """Every image once, resized and cropped as timm does. transform: as `transform_of` gives it.
+
+    class_folders  name -> class id, as in training; of ImageNet's the rest is known as well; None: all folders, sorted
+    """
+    if class_folders is not None:
+        class_folders = with_the_rest_of_imagenet(class_folders, num_classes)
     return create_loader(
         LoaderConfig(
             images=images,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from labeler.class_names import IMAGENET_CLASSES, imagenet_names, name_classes
+from labeler.class_names import IMAGENET_CLASSES, imagenet_names
 from labeler.errors import InputError
 from labeler.images import find_images
 from model import load_reference_checkpoint
@@ -149,16 +147,7 @@ def _loader(trained: Trained, images: Path, settings: dict[str, Any], folders_te
     packed = images.suffix == ".tar" or any(images.glob("*.tar"))
     if not folders_tell and not packed:
         return _unlabeled_loader(images, settings)
-    folders: Mapping[str, int] | None = trained.class_folders or None
-    if folders is None and not packed and images.is_dir():
-        keys = tuple(f"{entry.name}/" for entry in os.scandir(images) if entry.is_dir())
-        folders = name_classes(keys, trained.net.num_classes, None)[1] or None
-    try:
-        return evaluation_loader(str(images), class_folders=folders, **settings)
-    except InputError:
-        if folders is not None and images.is_dir():
-            _refuse_unknown_folders(images, folders)
-        raise
+    return evaluation_loader(str(images), class_folders=trained.class_folders or None, **settings)
 
 
 def _unlabeled_loader(images: Path, settings: dict[str, Any]) -> TokenLabelLoader:
@@ -171,17 +160,3 @@ def _unlabeled_loader(images: Path, settings: dict[str, Any]) -> TokenLabelLoade
         listed.writelines(f"{root.name}/{key}\n" for key in found.keys)
         listed.flush()
         return evaluation_loader(str(root.parent), class_folders={root.name: 0}, image_list=listed.name, **settings)
-
-
-def _refuse_unknown_folders(images: Path, folders: Mapping[str, int]) -> None:
-    unknown = sorted(entry.name for entry in os.scandir(images) if entry.is_dir() and entry.name not in folders)
-    if unknown:
-        raise InputError(
-            f"the model does not know {len(unknown)} of the class folders in {str(images)!r}",
-            got=_some(unknown), expected=_some(sorted(folders)),
-            remedy="Name them as in training, or leave them out.",
-        ) from None  # fmt: skip
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:4])) + (" …" if len(names) > 4 else "")

@@ -8,12 +8,14 @@ import platform
 import re
 from pathlib import Path
 
+from labeler.cores import usable_cores
+
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "ray", "h5py", "triton", "mamba-ssm")
 
 
 def describe(device: str) -> dict[str, str]:
     """name: of its file; what: for people."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     processor = _processor()
     what, short = f"{processor}, {cores} cores, {memory:.0f} GB", f"{processor} {cores} cores"

@@ -5,13 +5,11 @@ Legend: B images; C classes; P palette size; R tail size; H×W map grid; h×w to
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from labeler.score_code import Encoding
 from labeler.score_maps import ScoreMaps
 from pipeline.batch import Batch
-from pipeline.geometry import Views, identity
 from pipeline.mix import MixBox
 from pipeline.targets import crop_score_maps
 from scripts.benchmark.synthetic_maps import CLASSES, MAP
@@ -38,9 +36,7 @@ class SyntheticLabels:
     def batch(self, images: torch.Tensor, grid: tuple[int, int], mix: MixBox | None = None) -> Batch:
         """A batch of `images` [B, 3, S, S] with the targets of its crops; building them is part of the call."""
         targets = crop_score_maps(self.maps, self.boxes, grid)
-        n, views = len(targets), Views(self.boxes, identity(len(targets)))
-        labels = torch.full((n,), -1, device=images.device)
-        return Batch(images, targets, labels, mix, ("",) * n, np.full(n, -1), views)
+        return Batch(images, targets, torch.full((len(targets),), -1, device=images.device), mix)
 
 
 def synthetic_batch(batch: int, side: int, patch: int = 16, device: str = "cpu") -> Batch:
