@@ -1,0 +1,76 @@
+"""What the pixels of an image file are: one definition for labeler and loaders, carried out by PIL.
+
+* the first picture of a file of many: a page of a TIFF, a frame of a WebP, the default image of an animated PNG;
+* turned as the EXIF orientation says, or as stored, by one setting that the label store keeps; XMP is not asked;
+* of 16-bit samples, the upper 8 bits;
+* transparency is dropped: the colours are those that the file holds, also where they are not seen;
+* grey, palettes, CMYK and YCbCr to RGB by PIL's plain formulas; colour profiles and gamma are not asked;
+* 32-bit samples are refused: nobody says which of their values is white.
+
+DALI decodes ordinary JPEGs (`plain_jpeg`) in this way. All else reaches it as a PPM of pixels that PIL has decoded, so
+that nothing depends on what it makes of other formats.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from labeler.plain_jpeg import ORIENTATION_TAG
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def open_rgb(data: bytes, orientation: str) -> Image:
+    """A fully decoded RGB PIL image; `orientation` "exif" turns it as its tag says, "ignore" leaves it as stored."""
+    from PIL import Image
+
+    image: Image.Image = Image.open(io.BytesIO(data))
+    tag = orientation_tag(image)
+    turned = image.format == "TIFF"  # which PIL turns by itself while it loads
+    image.load()
+    image.info.pop("transparency", None)
+    image = _eight_bits(image).convert("RGB")
+    if turned == (orientation == "exif"):
+        return image
+    turn = Image.Transpose
+    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE}
+    turns |= {6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}
+    if turned:
+        tag = {6: 8, 8: 6}.get(tag, tag)  # back; the others undo themselves
+    return image.transpose(turns[tag]) if tag in turns else image
+
+
+def _eight_bits(image: Image) -> Image:
+    """Of 16-bit grey, which PIL would clip at 255, the upper bits, as PIL itself reads 16-bit colours."""
+    from PIL import Image
+
+    # PIL scales the samples of a PGM to 16 bits, in a 32-bit image.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("samples of 32 bits, or signed ones: no one knows which of them is white")
+    return image
+
+
+def orientation_tag(image: Image) -> int:
+    """The EXIF orientation of an opened image, 1 to 8. What XMP says is dropped: DALI does not read it."""
+    for name in ("xmp", "XML:com.adobe.xmp"):
+        image.info.pop(name, None)
+    return image.getexif().get(ORIENTATION_TAG, 1)
+
+
+def decoded_size(image: Image, orientation: str) -> tuple[int, int]:
+    """Height and width that an opened image has once it is decoded and turned, from its header alone."""
+    width, height = image.size
+    # PIL gives the size of a TIFF as it will be turned.
+    swapped = orientation_tag(image) >= 5 and (orientation == "exif") != (image.format == "TIFF")
+    return (width, height) if swapped else (height, width)
+
+
+def as_ppm(image: Image) -> bytes:
+    """An RGB image as a file that every decoder reads in the same way."""
+    return b"P6 %d %d 255\n" % image.size + image.tobytes()
