@@ -14,14 +14,15 @@ that nothing depends on what it makes of other formats.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from labeler.plain_jpeg import ORIENTATION_TAG
-
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Exif, Image
+
+ORIENTATION_TAG = 0x0112
 
 
 def open_rgb(data: bytes, orientation: str) -> Image:
@@ -60,7 +61,30 @@ def orientation_tag(image: Image) -> int:
     """The EXIF orientation of an opened image, 1 to 8. What XMP says is dropped: DALI does not read it."""
     for name in ("xmp", "XML:com.adobe.xmp"):
         image.info.pop(name, None)
-    return image.getexif().get(ORIENTATION_TAG, 1)
+    if image.format == "PNG":
+        image.load()  # its block may stand behind the pixels
+    return _orientation(image.getexif)
+
+
+def read_orientation(block: bytes) -> int:
+    """The orientation that the EXIF block of a JPEG tells, 1 to 8."""
+    from PIL import Image
+
+    def read() -> Exif:
+        exif = Image.Exif()
+        exif.load(block)
+        return exif
+
+    return _orientation(read)
+
+
+def _orientation(read: Callable[[], Exif]) -> int:
+    """1 where the block is broken, which many a file's is, or makes no sense."""
+    try:
+        tag = read().get(ORIENTATION_TAG, 1)
+    except Exception:  # PIL's parser raises many types
+        return 1
+    return tag if isinstance(tag, int) and 1 <= tag <= 8 else 1
 
 
 def decoded_size(image: Image, orientation: str) -> tuple[int, int]:

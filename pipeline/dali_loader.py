@@ -18,7 +18,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from labeler.pixels import as_ppm
-from labeler.plain_jpeg import is_plain_jpeg
+from labeler.plain_jpeg import plain_jpeg
 from labeler.score_maps import ScoreMaps
 from pipeline.augment_ops import apply_kernels, warp
 from pipeline.backend import LoaderBackend, Prepared, decoding_failed
@@ -70,7 +70,7 @@ class DaliBackend(LoaderBackend):
 
     def encoded(self, data: bytes, key: str, size: np.ndarray) -> bytes:
         """The file where DALI decodes it as PIL does, otherwise PIL's pixels."""
-        return data if is_plain_jpeg(data) else as_ppm(self.decode(data, key, size))
+        return plain_jpeg(data) or as_ppm(self.decode(data, key, size))
 
     def images(self, prepared: Iterator[Prepared]) -> Iterator[tuple[Prepared, torch.Tensor]]:
         waiting: deque[Prepared] = deque()  # to be decoded again
