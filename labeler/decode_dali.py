@@ -16,7 +16,7 @@ from nvidia.dali import math as dali_math
 from labeler.decode import Decoded, DecodeSettings
 from labeler.errors import LabelingError
 from labeler.pixels import as_ppm, open_rgb
-from labeler.plain_jpeg import plain_jpeg
+from labeler.plain_files import plain_file
 
 INTERPOLATIONS = {
     "bicubic": types.INTERP_CUBIC,
@@ -75,7 +75,7 @@ class DaliDecoder:
 
     def _file(self, data: bytes) -> bytes | str:
         """What DALI is given of an image, or why it cannot be decoded."""
-        return plain_jpeg(data) or self._by_pil(data)
+        return plain_file(data) or self._by_pil(data)
 
     def _by_pil(self, data: bytes) -> bytes | str:
         try:

@@ -7,8 +7,8 @@
 * grey, palettes, CMYK and YCbCr to RGB by PIL's plain formulas; colour profiles and gamma are not asked;
 * 32-bit samples are refused: nobody says which of their values is white.
 
-DALI decodes ordinary JPEGs (`plain_jpeg`) in this way. All else reaches it as a PPM of pixels that PIL has decoded, so
-that nothing depends on what it makes of other formats.
+DALI decodes ordinary JPEGs and PNGs (`plain_files`) in this way. All else reaches it as a PPM of pixels that PIL has
+decoded, so that nothing depends on what it makes of other formats.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def open_rgb(data: bytes, orientation: str) -> Image:
     turned = image.format == "TIFF"  # which PIL turns by itself while it loads
     image.load()
     image.info.pop("transparency", None)
-    image = _eight_bits(image).convert("RGB")
+    image = _eight_bits(image)
+    if image.mode != "RGB":  # not to copy it
+        image = image.convert("RGB")
     if turned == (orientation == "exif"):
         return image
     turn = Image.Transpose
@@ -97,4 +99,4 @@ def decoded_size(image: Image, orientation: str) -> tuple[int, int]:
 
 def as_ppm(image: Image) -> bytes:
     """An RGB image as a file that every decoder reads in the same way."""
-    return b"P6 %d %d 255\n" % image.size + image.tobytes()
+    return b"".join([b"P6 %d %d 255\n" % image.size, image.tobytes()])

@@ -1,5 +1,7 @@
 """The fast backend: DALI decodes, crops and resizes in its threads or on the GPU; augmentation follows on the device.
 
+What DALI would read differently than PIL (`labeler.plain_files`), PIL decodes first, where files are read.
+
 Legend: B images; S input side.
 
 One definition serves both machines. What is shown of each image is data, drawn beforehand, so nothing here is random.
@@ -18,7 +20,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from labeler.pixels import as_ppm
-from labeler.plain_jpeg import plain_jpeg
+from labeler.plain_files import plain_file
 from labeler.score_maps import ScoreMaps
 from pipeline.augment_ops import apply_kernels, warp
 from pipeline.backend import LoaderBackend, Prepared, decoding_failed
@@ -70,7 +72,7 @@ class DaliBackend(LoaderBackend):
 
     def encoded(self, data: bytes, key: str, size: np.ndarray) -> bytes:
         """The file where DALI decodes it as PIL does, otherwise PIL's pixels."""
-        return plain_jpeg(data) or as_ppm(self.decode(data, key, size))
+        return plain_file(data) or as_ppm(self.decode(data, key, size))
 
     def images(self, prepared: Iterator[Prepared]) -> Iterator[tuple[Prepared, torch.Tensor]]:
         waiting: deque[Prepared] = deque()  # to be decoded again

@@ -49,13 +49,13 @@ def exif(tag: int) -> Image.Exif:
     return tags
 
 
-def png(pixels: np.ndarray, depth: int, colour: int, extra: bytes = b"") -> bytes:
+def png(pixels: np.ndarray, depth: int, colour: int, extra: bytes = b"", missing: int = 0) -> bytes:
     """A PNG of samples [height, width, channels], written without PIL, which writes no 16-bit colours."""
     height, width = pixels.shape[:2]
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     big = pixels.astype(">u2" if depth == 16 else "u1").reshape(height, -1)
     rows = b"".join(b"\0" + row.tobytes() for row in big)
-    parts = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows))
+    parts = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows)[: -missing or None])
     return b"\x89PNG\r\n\x1a\n" + parts + chunk(b"IEND", b"")
 
 
@@ -149,6 +149,9 @@ def good_files() -> dict[str, Case]:
             png(RGB, 8, 2, chunk(b"gAMA", struct.pack(">I", 100000)) + chunk(b"sRGB", b"\0")),
             RGB,
         ),
+        "short of its check sum.png": (png(RGB, 8, 2, missing=4), RGB),
+        "with a wrong check sum.png": (png(RGB, 8, 2)[:-16] + b"none" + png(RGB, 8, 2)[-12:], RGB),
+        "text behind.png": (png(RGB, 8, 2)[:-12] + chunk(b"tEXt", b"a\0b") + chunk(b"IEND", b""), RGB),
         "moving.png": (animated("PNG"), RGB),
         "moving, with a still.png": (animated("PNG", default_image=True), RGB),
         "moving and transparent.png": (animated("PNG", with_alpha("RGBA")), RGB),
@@ -198,6 +201,7 @@ def bad_files() -> dict[str, bytes]:
         "cut.jpg": jpeg[:-300],
         "without its end.jpg": jpeg[:-2],
         "a stray marker.jpg": with_stray_marker(jpeg),
+        "bad profile behind.png": png(RGB, 8, 2)[:-12] + chunk(b"iCCP", b"a\0\7") + chunk(b"IEND", b""),
         "cut.png": encoded(PICTURE, "PNG")[:-2000],
         "16-bit, cut.png": png(DEEP_RGB, 16, 2)[:-3000],
         "cut.bmp": encoded(PICTURE, "BMP")[:-2000],

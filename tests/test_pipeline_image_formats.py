@@ -19,7 +19,7 @@ from labeler import IntegrityError, LabelerConfig, LabelStore, label_images
 from labeler.decode import DecodeSettings
 from labeler.decoders import create_decoder
 from labeler.pixels import open_rgb
-from labeler.plain_jpeg import plain_jpeg
+from labeler.plain_files import plain_file
 from pipeline import LoaderConfig, create_loader
 
 SIDE = 32
@@ -143,23 +143,25 @@ def test_files_from_other_projects_tests_are_seen_alike(tmp_path, config):
     tally(18, injected=len(stores[0]))
 
 
-def test_dali_gets_ordinary_jpegs_as_they_are_and_no_others(good):
+def test_dali_gets_ordinary_jpegs_and_pngs_as_they_are_and_no_others(good):
     untouched = ["plain.jpg", "progressive.jpg", "restarts.jpg", "full colour.jpg", "grey.jpg"]
+    untouched += ["rgb.png", "grey.png", "gamma and profile.png", "short of its check sum.png"]
     for name, (data, _) in good.items():
         if name in untouched:
-            assert plain_jpeg(data) is data, name
+            assert plain_file(data) is data, name
         elif name.startswith(("turned", "faulty", "no exif")) and name.endswith(".jpg"):
-            assert plain_jpeg(data).count(b"Exif") == (name[7] in "2345678"), name
+            assert plain_file(data).count(b"Exif") == (name[7] in "2345678"), name
         else:
-            assert plain_jpeg(data) is None, name
-    assert [name for name, data in bad_files().items() if plain_jpeg(data)] == []
+            assert plain_file(data) is None, name
+    assert [name for name, data in bad_files().items() if plain_file(data)] == []
     # No byte of a header can be flipped or cut so that an exception comes out.
-    data, rng = with_faulty_exif(6), np.random.default_rng(0)
-    for place in rng.integers(0, 700, 2000).tolist():
-        damaged = bytearray(data)
-        damaged[place] = rng.integers(256)
-        plain_jpeg(bytes(damaged))
-        plain_jpeg(data[:place])
+    rng = np.random.default_rng(0)
+    for data in (with_faulty_exif(6), good["gamma and profile.png"][0]):
+        for place in rng.integers(0, 700, 2000).tolist():
+            damaged = bytearray(data)
+            damaged[place] = rng.integers(256)
+            plain_file(bytes(damaged))
+            plain_file(data[:place])
 
 
 @pytest.mark.parametrize("tag", range(9))
@@ -174,8 +176,8 @@ def test_a_faulty_exif_block_turns_an_image_for_dali_as_for_pil(tag):
 
 def refuse_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let all files go to DALI as they are, as if the check of their heads knew nothing."""
-    monkeypatch.setattr("labeler.decode_dali.plain_jpeg", lambda data: data)
-    monkeypatch.setattr("pipeline.dali_loader.plain_jpeg", lambda data: data)
+    monkeypatch.setattr("labeler.decode_dali.plain_file", lambda data: data)
+    monkeypatch.setattr("pipeline.dali_loader.plain_file", lambda data: data)
 
 
 def test_an_image_that_dali_refuses_all_the_same_is_decoded_by_pil(good, tmp_path, config, monkeypatch, caplog):

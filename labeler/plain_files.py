@@ -1,11 +1,13 @@
-"""Which files DALI decodes as PIL does, told from their markers alone: ordinary JPEGs, in 20 µs.
+"""Which files DALI decodes as PIL does, told without decoding: ordinary JPEGs and PNGs, in 20 and 50 µs.
 
-What is in doubt is not ordinary, and costs no more than being decoded by PIL.
+What is in doubt is not ordinary, and costs no more than being decoded by PIL. Tried with thousands of damaged files:
+of those that pass here and whose header PIL opens, DALI refused all that PIL did, and saw the same of the others.
 """
 
 from __future__ import annotations
 
 import re
+import zlib
 
 from labeler.pixels import ORIENTATION_TAG, read_orientation
 
@@ -18,9 +20,40 @@ YCBCR = b"\1"  # of an Adobe marker
 COMPONENTS = frozenset({b"\0\1\2", b"\1\2\3"})  # ids of Y, Cb, Cr; others may stand for R, G, B
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # in coded pixels: neither a byte 255 nor a restart
 
+PNG = b"\x89PNG\r\n\x1a\n"
+EIGHT_BITS = (b"\x08\0\0\0\0", b"\x08\2\0\0\0")  # of grey or RGB, not interlaced
+SILENT = frozenset({b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"pHYs", b"tIME", b"bKGD", b"tEXt"})  # change no pixel
+PROFILE = b"Raw profile"  # EXIF in a tEXt
+
+
+def plain_file(data: bytes) -> bytes | None:
+    """The file as DALI is to see it where that decodes it as PIL does; None where PIL must."""
+    return data if is_plain_png(data) else plain_jpeg(data)
+
+
+def is_plain_png(data: bytes) -> bool:
+    """Whether a file is an undamaged PNG of 8 bits, grey or RGB, without transparency, animation or orientation.
+
+    Chunks behind the pixels are in doubt: what PIL refuses in them it finds only while it decodes.
+    """
+    if not data.startswith(PNG) or data[24:29] not in EIGHT_BITS:
+        return False
+    view, place, before = memoryview(data), len(PNG), b""
+    while place + 12 <= len(data):
+        kind, end = data[place + 4 : place + 8], place + 8 + int.from_bytes(data[place : place + 4], "big")
+        if zlib.crc32(view[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            return False
+        if kind == b"IEND":
+            return before == b"IDAT" and end + 4 == len(data)
+        silent = kind in SILENT and before not in (b"", b"IDAT") and not data.startswith(PROFILE, place + 8)
+        if not (kind == b"IDAT" or silent or (kind == b"IHDR" and not before)):
+            return False
+        place, before = end + 4, kind
+    return False
+
 
 def plain_jpeg(data: bytes) -> bytes | None:
-    """The file as DALI is to see it where that decodes it as PIL does; None where PIL must.
+    """An ordinary JPEG as DALI is to see it, None for anything else.
 
     An ordinary JPEG is a whole one of 8 bits, grey or YCbCr. Whole is one with an end marker at its end and no stray
     marker before it; other damage is for the decoder to find. Of an EXIF block only the orientation is left: DALI and
