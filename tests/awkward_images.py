@@ -151,6 +151,7 @@ def good_files() -> dict[str, Case]:
         ),
         "short of its check sum.png": (png(RGB, 8, 2, missing=4), RGB),
         "with a wrong check sum.png": (png(RGB, 8, 2)[:-16] + b"none" + png(RGB, 8, 2)[-12:], RGB),
+        "more behind its end.png": (png(RGB, 8, 2) + b"more", RGB),
         "text behind.png": (png(RGB, 8, 2)[:-12] + chunk(b"tEXt", b"a\0b") + chunk(b"IEND", b""), RGB),
         "moving.png": (animated("PNG"), RGB),
         "moving, with a still.png": (animated("PNG", default_image=True), RGB),
