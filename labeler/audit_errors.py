@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from labeler.decode_reference import open_rgb
 from labeler.encoder import reference_kl
 from labeler.errors import IntegrityError
+from labeler.pixels import open_rgb
 from labeler.resize import resize
 from labeler.score_maps import ScoreMaps, dense_scores
 from labeler.store import LabelStore

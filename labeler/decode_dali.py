@@ -5,7 +5,7 @@ Legend: B images; S side of the teacher's square input.
 
 from __future__ import annotations
 
-import io
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from nvidia.dali import math as dali_math
 
 from labeler.decode import Decoded, DecodeSettings
 from labeler.errors import LabelingError
+from labeler.pixels import as_ppm, open_rgb
+from labeler.plain_files import plain_file
 
 INTERPOLATIONS = {
     "bicubic": types.INTERP_CUBIC,
@@ -45,10 +47,10 @@ def _teacher_input(settings: DecodeSettings) -> Any:
 
 
 class DaliDecoder:
-    """Encoded images to the teacher's input, a batch at a time.
+    """Encoded images to the teacher's input, a batch at a time; what DALI would read differently is decoded by PIL.
 
     An image that DALI cannot decode fails its whole batch and the pipeline with it; the batch is then decoded image
-    by image, so that only the bad ones are lost and each is named.
+    by image, those that DALI refuses by PIL, so that only the bad ones are lost and each is named.
     """
 
     name = "dali"
@@ -58,21 +60,44 @@ class DaliDecoder:
         self._pipeline: Any = None
 
     def __call__(self, encoded: list[bytes]) -> Decoded:
-        failures: dict[int, str] = {}
-        kept = list(range(len(encoded)))
+        with ThreadPoolExecutor(self.settings.threads, thread_name_prefix="pil") as pool:
+            files = list(pool.map(self._file, encoded))
+        failures = {i: file for i, file in enumerate(files) if isinstance(file, str)}
         try:
-            pixels, sizes = self._run(encoded)
+            pixels, sizes = self._run([file for file in files if isinstance(file, bytes)])
         except RuntimeError:
-            parts, kept = [], []
-            for i, data in enumerate(encoded):
-                try:
-                    parts.append(self._run([data]))
-                    kept.append(i)
-                except RuntimeError as error:
-                    failures[i] = self._reason(data, error)
+            alone = {i: self._run_alone(file) for i, file in enumerate(files) if isinstance(file, bytes)}
+            failures |= {i: found for i, found in alone.items() if isinstance(found, str)}
+            parts = [found for found in alone.values() if not isinstance(found, str)]
             columns = list(zip(*(parts or [self._nothing()]), strict=True))
             pixels, sizes = torch.cat(columns[0]), np.concatenate(columns[1])
-        return Decoded(pixels, sizes, kept, failures)
+        return Decoded(pixels, sizes, [i for i in range(len(files)) if i not in failures], failures)
+
+    def _file(self, data: bytes) -> bytes | str:
+        """What DALI is given of an image, or why it cannot be decoded."""
+        return plain_file(data) or self._by_pil(data)
+
+    def _by_pil(self, data: bytes) -> bytes | str:
+        try:
+            return as_ppm(open_rgb(data, self.settings.orientation))
+        except Exception as error:  # PIL's decoders raise many types
+            return f"cannot be decoded: {error}"
+
+    def _run_alone(self, file: bytes) -> tuple[torch.Tensor, np.ndarray] | str:
+        """One image, decoded by PIL where DALI refuses it, or why it cannot be decoded.
+
+        Raises LabelingError where DALI does not take PIL's pixels either: then the image is not to blame.
+        """
+        try:
+            return self._run([file])
+        except RuntimeError:
+            pixels = self._by_pil(file)
+        if isinstance(pixels, str):
+            return pixels
+        try:
+            return self._run([pixels])
+        except RuntimeError as error:
+            raise _no_dali(error) from None
 
     def _run(self, encoded: list[bytes]) -> tuple[torch.Tensor, np.ndarray]:
         if not encoded:
@@ -108,24 +133,6 @@ class DaliDecoder:
             raise _no_dali(error) from None
         return pipeline
 
-    def _reason(self, data: bytes, error: RuntimeError) -> str:
-        """A line that a person understands: PIL's where it fails too, else DALI's.
-
-        Raises LabelingError where DALI decodes nothing else either: then the image is not to blame.
-        """
-        from PIL import Image
-
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-        except Exception as cause:  # PIL's decoders raise many types
-            return f"cannot be decoded: {cause}"
-        try:
-            self._run([_sound_jpeg()])
-        except RuntimeError as again:
-            raise _no_dali(again) from None
-        return f"cannot be decoded by DALI: {_told(error)}"
-
     def _nothing(self) -> tuple[torch.Tensor, np.ndarray]:
         return torch.zeros(0, self.settings.size, self.settings.size, 3).byte(), np.zeros((0, 2), np.int64)
 
@@ -136,14 +143,6 @@ def _gpu(device: str) -> int | None:
     if place.type != "cuda":
         return None
     return torch.cuda.current_device() if place.index is None else place.index
-
-
-def _sound_jpeg() -> bytes:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(file, "JPEG")
-    return file.getvalue()
 
 
 def _no_dali(error: RuntimeError) -> LabelingError:

@@ -27,7 +27,7 @@ from labeler.image_list import image_path, read_image_list
 SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".gif"]
 )
-# What the GPU loader decodes as well: a label for an image that training cannot open would be a trap.
+# What labeler and loaders decode, see `labeler.pixels`.
 FORMATS = frozenset({"JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"})
 
 # Failures to read that say nothing of the image: too many open files, no memory, a network folder that went away.

@@ -126,7 +126,7 @@ def class_name(store: LabelStore, number: int) -> str:
 
 
 def _maps(store: LabelStore, sample: Sample, images: Path) -> str:
-    from labeler.decode_reference import open_rgb
+    from labeler.pixels import open_rgb
 
     chosen = np.random.default_rng(1).permutation(len(sample.rows))[:PICTURES]
     found = []

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from labeler.decode_reference import open_rgb
 from labeler.errors import IntegrityError
+from labeler.pixels import open_rgb
 from labeler.score_maps import ScoreMaps
 from pipeline.config import LoaderConfig
 from pipeline.draws import Draws
@@ -20,13 +21,16 @@ from pipeline.label_rows import HostRows
 from pipeline.sources import unreadable
 from pipeline.targets import TokenTargets
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 @dataclass(frozen=True)
 class Prepared:
     """A batch before any decoding.
 
-    samples int64 [B]; their keys; sizes int64 [B, 2], height and width that each must decode to; the encoded files;
-    what is drawn for them; their label rows if any
+    samples int64 [B]; their keys; sizes int64 [B, 2], height and width that each must decode to; the encoded files,
+    as the backend's decoder takes them; what is drawn for them; their label rows if any
     """
 
     samples: np.ndarray
@@ -54,6 +58,21 @@ class LoaderBackend:
         # What a warp uncovers gets the mean colour: zero after normalisation.
         self.fill = tuple(min(255, round(255 * channel)) for channel in config.mean)
 
+    def encoded(self, data: bytes, key: str, size: np.ndarray) -> bytes:
+        """What the decoder is given of a file that must decode to `size`, int64 [2]; called in many threads."""
+        return data
+
+    def decode(self, data: bytes, key: str, size: np.ndarray) -> Image:
+        """PIL's RGB image. Raises IntegrityError where there is none, or one of another size."""
+        try:
+            image = open_rgb(data, self.orientation)
+        except Exception as reason:  # PIL's decoders raise many types
+            raise unreadable(key, f"it cannot be decoded: {reason}") from None
+        if (image.height, image.width) != tuple(size.tolist()):
+            got = f"{image.height}×{image.width} pixels instead of {size[0]}×{size[1]}"
+            raise unreadable(key, got, "Label it again, or leave it out.")
+        return image
+
     def images(self, prepared: Iterator[Prepared]) -> Iterator[tuple[Prepared, torch.Tensor]]:
         """Normalised float32 [B, 3, S, S] on the device for each prepared batch, in order."""
         raise NotImplementedError
@@ -67,15 +86,8 @@ class LoaderBackend:
         raise NotImplementedError
 
 
-def decoding_failed(batches: Iterable[Prepared], orientation: str, error: Exception) -> IntegrityError:
-    """The error that names the image that a decoder failed on; where PIL decodes all of them, the batch's images."""
-    batches = list(batches)
-    for batch in batches:
-        for key, data in zip(batch.keys, batch.encoded, strict=True):
-            try:
-                open_rgb(data, orientation)
-            except Exception as reason:  # PIL's decoders raise many types
-                return unreadable(key, f"it cannot be decoded: {reason}")
+def decoding_failed(batches: Iterable[Prepared], error: Exception) -> IntegrityError:
+    """The error where a decoder fails on a batch and on none of its images alone."""
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if any(word in line for word in ("ailed", "ailure", "not valid"))]
     keys = ", ".join(repr(key) for batch in batches for key in batch.keys[:4])

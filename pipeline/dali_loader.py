@@ -1,5 +1,7 @@
 """The fast backend: DALI decodes, crops and resizes in its threads or on the GPU; augmentation follows on the device.
 
+What DALI would read differently than PIL (`labeler.plain_files`), PIL decodes first, where files are read.
+
 Legend: B images; S input side.
 
 One definition serves both machines. What is shown of each image is data, drawn beforehand, so nothing here is random.
@@ -7,20 +9,26 @@ One definition serves both machines. What is shown of each image is data, drawn 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
+from labeler.pixels import as_ppm
+from labeler.plain_files import plain_file
 from labeler.score_maps import ScoreMaps
 from pipeline.augment_ops import apply_kernels, warp
 from pipeline.backend import LoaderBackend, Prepared, decoding_failed
 from pipeline.config import LoaderConfig
 from pipeline.draws import Draws
 from pipeline.targets import TokenTargets, crop_score_maps
+
+log = logging.getLogger("pipeline")
 
 METHODS = np.array([int(types.INTERP_LINEAR), int(types.INTERP_CUBIC)], np.int32)
 
@@ -62,38 +70,31 @@ def _windows(config: LoaderConfig, source: Any, orientation: str, on_gpu: bool, 
 class DaliBackend(LoaderBackend):
     name = "dali"
 
+    def encoded(self, data: bytes, key: str, size: np.ndarray) -> bytes:
+        """The file where DALI decodes it as PIL does, otherwise PIL's pixels."""
+        return plain_file(data) or as_ppm(self.decode(data, key, size))
+
     def images(self, prepared: Iterator[Prepared]) -> Iterator[tuple[Prepared, torch.Tensor]]:
+        waiting: deque[Prepared] = deque()  # to be decoded again
         pending: deque[Prepared] = deque()
         failures: list[BaseException] = []
 
         def source() -> tuple:
             try:
-                item = next(prepared)  # its StopIteration ends DALI's epoch as well
-            except StopIteration:
+                if failures and not waiting:
+                    raise StopIteration
+                item = waiting.popleft() if waiting else next(prepared)
+            except StopIteration:  # ends DALI's epoch as well
                 raise
             except BaseException as error:  # told when the batches before it are out
                 failures.append(error)
                 raise StopIteration from None
             pending.append(item)
-            draws = item.draws
-            windows = draws.windows.astype(np.int32 if self.config.train else np.float32)
-            encoded = [np.frombuffer(data, np.uint8) for data in item.encoded]
-            return encoded, windows, draws.hflip.astype(np.int32), METHODS[draws.bicubic.astype(int)]
+            return self._fed(item)
 
         on_gpu, augmented = self.device.type == "cuda", self.augments
         # Built anew each epoch, 20 ms on a CPU: nothing of an iteration that was left early can stay in it.
-        pipeline = _windows(
-            self.config,
-            source,
-            self.orientation,
-            on_gpu,
-            not self.vouched,
-            augmented,
-            batch_size=self.config.batch_size,
-            num_threads=self.threads,
-            device_id=self.device.index if on_gpu else None,
-            prefetch_queue_depth=self.config.prefetch,
-        )
+        pipeline = self._pipeline(source, self.config.batch_size, self.config.prefetch)
         while True:
             try:
                 pipeline.schedule_run()
@@ -105,10 +106,66 @@ class DaliBackend(LoaderBackend):
                 if failures:
                     raise failures[0] from None
                 return
-            except RuntimeError as error:
-                raise decoding_failed(pending, self.orientation, error) from error
+            except RuntimeError as error:  # the pipeline is lost, and all that it was given
+                waiting.extendleft(reversed(self._mended(list(pending), error)))
+                pending.clear()
+                pipeline = self._pipeline(source, self.config.batch_size, self.config.prefetch)
+                continue
             item = pending.popleft()
             yield item, self.normalize(self.augment(images, item.draws)) if augmented else images
+
+    def _pipeline(self, source: Callable[[], tuple], batch_size: int, prefetch: int) -> Any:
+        on_gpu = self.device.type == "cuda"
+        return _windows(
+            self.config,
+            source,
+            self.orientation,
+            on_gpu,
+            not self.vouched,
+            self.augments,
+            batch_size=batch_size,
+            num_threads=self.threads,
+            device_id=self.device.index if on_gpu else None,
+            prefetch_queue_depth=prefetch,
+        )
+
+    def _fed(self, item: Prepared, images: slice = slice(None)) -> tuple:
+        """What the pipeline is given of a batch, or of some images of it."""
+        draws = item.draws
+        windows = draws.windows.astype(np.int32 if self.config.train else np.float32)
+        encoded = [np.frombuffer(data, np.uint8) for data in item.encoded[images]]
+        return (
+            encoded,
+            windows[images],
+            draws.hflip.astype(np.int32)[images],
+            METHODS[draws.bicubic.astype(int)][images],
+        )
+
+    def _mended(self, batches: list[Prepared], error: Exception) -> list[Prepared]:
+        """The batches with PIL's pixels in place of each image that DALI refuses.
+
+        Each is tried alone and with its window, so that a batch is the same whichever others were waiting with it.
+        Raises IntegrityError naming the image where PIL refuses it too, and where DALI refuses none alone.
+        """
+        mended = []
+        for batch in batches:
+            encoded = list(batch.encoded)
+            for i, (key, size) in enumerate(zip(batch.keys, batch.sizes, strict=True)):
+                if not self._takes(batch, i):
+                    encoded[i] = as_ppm(self.decode(encoded[i], key, size))
+                    log.warning("DALI cannot decode %r: PIL does, and its batch takes longer", key)
+            mended.append(replace(batch, encoded=encoded))
+        if all(new.encoded == old.encoded for new, old in zip(mended, batches, strict=True)):
+            raise decoding_failed(batches, error) from error
+        return mended
+
+    def _takes(self, batch: Prepared, i: int) -> bool:
+        """Whether DALI decodes image i of a batch."""
+        try:
+            self._pipeline(lambda: self._fed(batch, slice(i, i + 1)), 1, 1).run()
+        except RuntimeError:
+            return False
+        return True
 
     def augment(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
         """uint8 [B, 3, S, S], changed in place: every kernel, then one warp of those images that need it."""

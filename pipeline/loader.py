@@ -223,7 +223,8 @@ class TokenLabelLoader:
             tensor.record_stream(current)
 
     def _read(self, samples: list[int]) -> list[bytes]:
-        return [self.samples.read(sample) for sample in samples]
+        of = self.samples
+        return [self.backend.encoded(of.read(sample), of.key(sample), of.sizes[sample]) for sample in samples]
 
     def _finish(self, prepared: Prepared, images: torch.Tensor) -> Batch:
         """Erase and mix; crop the labels."""

@@ -14,13 +14,11 @@ import torch
 from PIL import Image, ImageFilter
 from timm.data import auto_augment as timm_ops
 
-from labeler.decode_reference import open_rgb
 from labeler.score_maps import ScoreMaps
 from pipeline import augment_policy as policy
 from pipeline.backend import LoaderBackend, Prepared
 from pipeline.crop_reference import crop_one_by_one
 from pipeline.draws import Draws
-from pipeline.sources import unreadable
 from pipeline.targets import TokenTargets
 
 OPERATIONS = {
@@ -51,15 +49,7 @@ class ReferenceBackend(LoaderBackend):
 
     def show(self, item: Prepared, i: int) -> np.ndarray:
         """uint8 [S, S, 3]: image i of the batch."""
-        try:
-            image = open_rgb(item.encoded[i], self.orientation)
-        except Exception as reason:  # PIL's decoders raise many types
-            raise unreadable(item.keys[i], f"it cannot be decoded: {reason}") from None
-        expected = tuple(item.sizes[i].tolist())
-        if (image.height, image.width) != expected:
-            raise unreadable(
-                item.keys[i], f"{image.height}×{image.width} pixels instead of {expected[0]}×{expected[1]}"
-            )
+        image = self.decode(item.encoded[i], item.keys[i], item.sizes[i])
         draws, side = item.draws, self.config.image_size
         y0, x0, y1, x1 = draws.windows[i].tolist()
         method = Image.Resampling.BICUBIC if draws.bicubic[i] else Image.Resampling.BILINEAR

@@ -16,9 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from labeler.class_names import folder_classes, targets_of
-from labeler.decode_reference import decoded_size
 from labeler.errors import InputError, IntegrityError, MismatchError
 from labeler.images import FORMATS, BadImage, difference, image_digest
+from labeler.pixels import decoded_size
 from labeler.store import LabelStore
 from pipeline.config import LoaderConfig
 from pipeline.sources import ImageSource, open_source, unreadable

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from labeler.decode_reference import open_rgb
 from labeler.errors import InputError
+from labeler.pixels import open_rgb
 from labeler.report import class_name
 from labeler.report_charts import COLOURS, OTHER, lay_over
 from labeler.score_maps import ScoreMaps

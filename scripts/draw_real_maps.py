@@ -22,9 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 from labeler import LabelStore
 from labeler.class_names import IMAGENET_CLASSES, imagenet_names
 from labeler.commit import replace_file
-from labeler.decode_reference import open_rgb
 from labeler.errors import InputError
 from labeler.images import image_path
+from labeler.pixels import open_rgb
 from labeler.report_charts import COLOURS, OTHER, lay_over
 
 # Pixels. A README shows the picture at half its width, so everything is twice as large as it looks.

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from labeler.commit import replace_file
 from labeler.config import LabelerConfig
-from labeler.decode_reference import open_rgb
 from labeler.errors import InputError
 from labeler.images import BadImage, check_header
+from labeler.pixels import open_rgb
 from labeler.report_charts import OTHER
 from pipeline.crops import center_crops
 from pipeline.view import (
