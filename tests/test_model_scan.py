@@ -259,3 +259,85 @@ def test_the_operators_keep_torchs_rules(options):
     y, saved = torch.ops.token_labeling.scan_cpu(*inputs, True, [False, True])
     plain = [None if x is None else x.detach() for x in (torch.ones_like(y), *inputs, saved)]
     torch.library.opcheck(torch.ops.token_labeling.scan_cpu_backward, (*plain, True, [False, True]))
+
+
+def mamba_loop(u, delta, A, B, C):
+    """[B, E, L] by the definition, one step at a time, with rates of every form; and the state after the last step."""
+    batch, width, length = u.shape
+
+    def at(x: torch.Tensor, t: int) -> torch.Tensor:
+        """[B, E, N]"""
+        if x.dim() == 2:
+            return x.expand(batch, -1, -1)
+        x = x if x.dim() == 4 else x.unsqueeze(1)
+        return x[..., t].repeat_interleave(width // x.shape[1], 1)
+
+    h, outputs = torch.zeros(batch, *A.shape, dtype=u.dtype), []
+    for t in range(length):
+        dt = delta[..., t, None]
+        h = torch.exp(dt * A) * h + dt * at(B, t) * u[..., t, None]
+        outputs.append((h * at(C, t)).sum(-1))
+    return torch.stack(outputs, -1), h
+
+
+FORMS = {"variable": (2, 4, 9), "groups": (2, 3, 4, 9), "constant": (6, 4)}
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("form_b", "form_c"), list(itertools.product(FORMS, FORMS)))
+def test_rates_of_every_form_and_the_last_state(form_b, form_c, reverse, backend):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=F64).requires_grad_()
+
+    u, delta = draw(2, 6, 9), torch.rand(2, 6, 9, generator=generator, dtype=F64).requires_grad_()
+    a = (-torch.rand(6, 4, generator=generator, dtype=F64)).requires_grad_()
+    b, c = draw(*FORMS[form_b]), draw(*FORMS[form_c])
+    inputs = [u, delta, a, b, c]
+    y, state = selective_scan(*inputs, reverse=reverse, backend=backend, return_last_state=True)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return x.flip(-1) if reverse and x.shape[-1] == 9 else x
+
+    expected, last = mamba_loop(*(turned(x) for x in inputs))
+    assert_same([y, state], [turned(expected), last])
+    found, wanted = (
+        torch.autograd.grad((out * weight).sum() + end.square().sum(), inputs)
+        for weight in [torch.linspace(-1, 1, y.numel(), dtype=F64).view_as(y)]
+        for out, end in [(y, state), (turned(expected), last)]
+    )
+    assert_same(list(found), list(wanted))
+
+
+OF_EACH_SAMPLE = {  # the dimension of the samples in u, delta, A, B, C, D, delta_bias
+    "all": (0, 0, 0, 0, 0, 0, 0),
+    "no parameters": (0, 0, None, 0, 0, None, None),
+    "anywhere": (1, 2, 0, 3, 0, 1, 0),
+    "one": (None, 0, None, None, None, None, None),
+}
+
+
+@pytest.mark.parametrize("name", OF_EACH_SAMPLE)
+def test_scans_are_mapped_over_samples(name):
+    """vmap, of the outputs and of the gradients, against one sample at a time."""
+    per_sample, generator = OF_EACH_SAMPLE[name], torch.Generator().manual_seed(0)
+    inputs = []
+    for x, dim in zip(make(length=10, e=3, n=2, grad=False), per_sample, strict=True):
+        factors = 1 + torch.rand(3, generator=generator, dtype=F64)
+        inputs.append(x if dim is None else torch.stack([x * factor for factor in factors], dim))
+
+    def scan(*given: torch.Tensor) -> torch.Tensor:
+        return directional_scan(*given, True, BOTH_WAYS, "cpu")
+
+    def squared(*given: torch.Tensor) -> torch.Tensor:
+        return scan(*given).square().sum()
+
+    found = torch.vmap(scan, per_sample)(*inputs)
+    every = torch.vmap(torch.func.grad(squared, tuple(range(7))), per_sample)(*inputs)
+    for i in range(3):
+        one = [x if dim is None else x.select(dim, i).clone() for x, dim in zip(inputs, per_sample, strict=True)]
+        one = [x.detach().requires_grad_() for x in one]
+        assert_same([found[i]], [scan(*one)])
+        assert_same([gradient[i] for gradient in every], list(torch.autograd.grad(squared(*one), one)))

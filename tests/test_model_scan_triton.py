@@ -34,6 +34,7 @@ CASES: dict[str, tuple[int, int, int, int, tuple[bool, ...], dict]] = {
     "plain": (1, 17, 9, 16, (False,), {"without": ("D", "delta_bias", "softplus")}),
     "bfloat16": (1, 18, 40, 16, BOTH, {"dtype": "bfloat16"}),
     "float16": (1, 3, 9, 16, (True,), {"dtype": "float16"}),
+    "more directions than an integer has bits": (1, 3, 5, 5, BOTH * 35, {}),
     "large steps": (1, 17, 9, 16, (False,), {"scale": 20.0, "without": ("D",)}),
     "tiny steps": (1, 17, 9, 16, (True,), {"offset": -16.0, "without": ("D",)}),
     "197 tokens": (1, 197, 9, 16, (True,), {}),
