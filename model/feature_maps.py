@@ -27,7 +27,7 @@ def token_grid(count: int, size: Size) -> Size | None:
 
 
 def layout(x: Any, owner: Any, size: Size) -> str | None:
-    """ "tokens", "NCHW" or "NHWC", as `owner` says or as the shape of the image tells; None: x is no such thing."""
+    """ "tokens", "NCHW" or "NHWC", as `owner`, its width or the image's shape say; None: nothing of these."""
     if not isinstance(x, torch.Tensor) or x.ndim not in (3, 4):
         return None
     if x.ndim == 3:
@@ -35,6 +35,10 @@ def layout(x: Any, owner: Any, size: Size) -> str | None:
     for kind in ("NCHW", "NHWC"):
         if getattr(owner, "output_fmt", None) == kind:
             return kind
+
+    width = getattr(owner, "num_features", None)
+    if (x.shape[1] == width) != (x.shape[3] == width):
+        return "NCHW" if x.shape[1] == width else "NHWC"
 
     def misfit(h: int, w: int) -> float:
         return abs(math.log(h * size[1] / (w * size[0])))

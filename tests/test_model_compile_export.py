@@ -11,7 +11,7 @@ import timm
 import torch
 from fixtures import BACKENDS
 
-import model  # noqa: F401  (registers the names)
+import model
 from model.ops import scan_by_doubling, scan_reference
 
 # What Triton's interpreter does in 6 seconds a step; TINY takes it a minute.
@@ -94,16 +94,29 @@ def test_torch_export_gives_the_same_answers():
     assert torch.allclose(exported.module()(images), net(images), atol=1e-5)
 
 
-def test_demansia_tiny_runs_in_onnxruntime(tmp_path: Path):
+@pytest.mark.parametrize("name", ["demansia_tiny", "lvvit_t", "vim_tiny", "test_convnext"])
+def test_models_run_in_onnxruntime_with_any_batch(name, tmp_path: Path):
+    """A wrapped backbone that knows no positions with any image, too."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed (pip install -e '.[export]')")
     import onnxruntime
 
     torch.manual_seed(0)
-    net = timm.create_model("demansia_tiny").eval()
-    images = torch.randn(1, 3, 224, 224)
+    shapes = {0: torch.export.Dim("batch", min=1, max=64)}
+    others = [(1, 3, 224, 224), (3, 3, 224, 224)]
+    if name == "test_convnext":
+        net = model.token_label(name, 10).eval()
+        shapes |= {side: 32 * torch.export.Dim(f"side{side}", min=2, max=16) for side in (2, 3)}
+        others.append((2, 3, 96, 160))
+    else:
+        net = timm.create_model(name).eval()
     with warnings.catch_warnings(action="ignore"):
-        torch.onnx.export(net, (images,), tmp_path / "net.onnx", dynamo=True, optimize=False, verbose=False)
+        torch.onnx.export(
+            net, (torch.randn(2, 3, 224, 224),), tmp_path / "net.onnx", dynamo=True, dynamic_shapes=(shapes,),
+            optimize=False, verbose=False,
+        )  # fmt: skip
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
-    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    assert (torch.from_numpy(found) - net(images)).abs().max() < 1e-4
+    for shape in others:
+        images = torch.randn(shape)
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        assert (torch.from_numpy(found) - net(images)).abs().max() < 1e-4

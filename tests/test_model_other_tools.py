@@ -193,6 +193,17 @@ def test_a_wrapped_backbone_exports_any_batch(images):
     assert torch.allclose(exported(some), net(some), atol=1e-5)
 
 
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_convnext"])
+def test_a_wrapped_backbone_without_positions_exports_any_size(backbone):
+    net = model.token_label(backbone, 4).eval()
+    shapes = {0: torch.export.Dim("batch", min=1, max=64)}
+    shapes |= {side: 32 * torch.export.Dim(f"side{side}", min=2, max=16) for side in (2, 3)}
+    exported = torch.export.export(net, (torch.randn(2, 3, 160, 160),), dynamic_shapes=(shapes,)).module()
+    for size in ((96, 160), (224, 128)):
+        some = torch.randn(3, 3, *size)
+        assert torch.allclose(exported(some), net(some), atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_traced_model_answers_alike(name, images, tmp_path):
     net = tiny(name).eval()
