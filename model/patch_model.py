@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.errors import ModelError
 from model.token_heads import (
-    TokenBox,
+    Mix,
     TokenLabelHeads,
     insert_token,
     mix_tokens,
@@ -99,7 +99,7 @@ class PatchModel(TokenLabelHeads):
         self.pos_embed = nn.Parameter(embedding, requires_grad=self.pos_embed.requires_grad)
         self.img_size, self.grid = size, grid
 
-    def embed(self, images: torch.Tensor, mix: TokenBox | None = None) -> torch.Tensor:
+    def embed(self, images: torch.Tensor, mix: Mix | None = None) -> torch.Tensor:
         """Images to the sequence [B, L, D] that enters the first layer or block."""
         self.grid_of(images)
         tokens = mix_tokens(self.patch_embed(images), mix).flatten(2).mT
@@ -111,7 +111,7 @@ class PatchModel(TokenLabelHeads):
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
 
-    def forward_features(self, images: torch.Tensor, mix: TokenBox | None = None) -> torch.Tensor:
+    def forward_features(self, images: torch.Tensor, mix: Mix | None = None) -> torch.Tensor:
         """Normalised features of all tokens, the class token in its place: [B, L, D]."""
         x = self.embed(images, mix)
         for block in getattr(self, self.BLOCKS):

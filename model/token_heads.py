@@ -29,16 +29,34 @@ class TokenBox(Protocol):
     def x1(self) -> int: ...
 
 
-def mix_tokens(tokens: torch.Tensor, mix: TokenBox | None) -> torch.Tensor:
-    """Tokens [B, D, h, w] with each image's partner inside the box; the given tensor is left as it is."""
-    if mix is None:
-        return tokens
-    height, width = tokens.shape[-2:]
+# A mask, bool [h, w], says the same as a box. Compilers make one graph for all masks, but many for the sides of a box.
+Mix = TokenBox | torch.Tensor
+
+
+def mix_mask(mix: Mix, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """bool [h, w]: the tokens of the grid that show the partner. Raises ModelError where `mix` does not fit it."""
+    if isinstance(mix, torch.Tensor):
+        if mix.shape != grid or mix.dtype != torch.bool:
+            raise ModelError(
+                "the mask of mixed tokens does not fit",
+                got=f"{mix.dtype} {list(mix.shape)}",
+                expected=f"torch.bool {list(grid)}",
+            )
+        return mix.to(device)
+    height, width = grid
     if not (0 <= mix.y0 <= mix.y1 <= height and 0 <= mix.x0 <= mix.x1 <= width):
         raise ModelError(f"the mix box {mix} leaves the grid of {height}×{width} tokens; draw it for this grid")
-    inside = torch.zeros(height, width, dtype=torch.bool, device=tokens.device)
+    inside = torch.zeros(height, width, dtype=torch.bool, device=device)
     inside[mix.y0 : mix.y1, mix.x0 : mix.x1] = True
-    return torch.where(inside, tokens.flip(0), tokens)
+    return inside
+
+
+def mix_tokens(tokens: torch.Tensor, mix: Mix | None) -> torch.Tensor:
+    """Tokens [B, D, h, w] with each image's partner where it is mixed; the given tensor is left as it is."""
+    if mix is None:
+        return tokens
+    grid = (tokens.shape[-2], tokens.shape[-1])
+    return torch.where(mix_mask(mix, grid, tokens.device), tokens.flip(0), tokens)
 
 
 def insert_token(tokens: torch.Tensor, token: torch.Tensor, position: int) -> torch.Tensor:
@@ -84,7 +102,7 @@ class TokenLabelHeads(nn.Module):
     def cls_position(self, length: int) -> int:
         raise NotImplementedError
 
-    def forward_features(self, images: torch.Tensor, mix: TokenBox | None = None) -> torch.Tensor:
+    def forward_features(self, images: torch.Tensor, mix: Mix | None = None) -> torch.Tensor:
         raise NotImplementedError
 
     def pool(self, features: torch.Tensor) -> torch.Tensor:
@@ -115,8 +133,8 @@ class TokenLabelHeads(nn.Module):
             return cls, aux
         return cls + self.aux_weight * aux.amax(1) if self.aux_weight else cls
 
-    def forward(self, images: torch.Tensor, mix: TokenBox | None = None) -> Logits:
-        """Images [B, in_chans, height, width]; `mix` is the box of tokens that the images of a batch swap."""
+    def forward(self, images: torch.Tensor, mix: Mix | None = None) -> Logits:
+        """Images [B, in_chans, height, width]; `mix`: the box or mask [h, w] of tokens that a batch's images swap."""
         return self.forward_head(self.forward_features(images, mix))
 
     def score_maps(self, images: torch.Tensor) -> torch.Tensor:

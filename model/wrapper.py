@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -19,16 +19,7 @@ from torch import nn
 
 from model.errors import ModelError
 from model.feature_maps import Size, changed_output, evaluation, grid_in, layout, resample, to_map, token_grid
-from model.token_heads import Logits, TokenBox, TokenLabelHeads, mix_tokens
-
-
-class Box(NamedTuple):
-    """A `TokenBox`."""
-
-    y0: int
-    x0: int
-    y1: int
-    x1: int
+from model.token_heads import Logits, Mix, TokenLabelHeads, mix_mask, mix_tokens
 
 
 def token_label(
@@ -184,11 +175,11 @@ class TokenLabeled(TokenLabelHeads):
         cls, aux = self.token_logits(features, size)
         return (cls, aux) if self.training else cls + self.aux_weight * aux.amax(1)
 
-    def forward(self, images: torch.Tensor, mix: TokenBox | None = None) -> Logits:
-        """Images [B, in_chans, height, width]; `mix` is the box of tokens, on `grid`, that the images swap."""
+    def forward(self, images: torch.Tensor, mix: Mix | None = None) -> Logits:
+        """Images [B, in_chans, height, width]; `mix`: the box or mask of tokens on `grid` that the images swap."""
         return self.forward_head(self.forward_features(images, mix), size=(images.shape[-2], images.shape[-1]))
 
-    def forward_features(self, images: torch.Tensor, mix: TokenBox | None = None) -> torch.Tensor:
+    def forward_features(self, images: torch.Tensor, mix: Mix | None = None) -> torch.Tensor:
         """What the backbone's own gives; with `mix`, its tokens were swapped before they got their positions."""
         place, size = self._patch_embed(), (images.shape[-2], images.shape[-1])
         if mix is None:
@@ -199,11 +190,11 @@ class TokenLabeled(TokenLabelHeads):
                 'got a mix box, expected None; mix patch-aligned pixels in the loader instead, with mix="image"'
             )
         down, across = self.mix_scale
-        box = Box(mix.y0 * down, mix.x0 * across, mix.y1 * down, mix.x1 * across)
+        mask = mix_mask(mix, self.grid, images.device).repeat_interleave(down, 0).repeat_interleave(across, 1)
 
         def swapped(x: torch.Tensor) -> torch.Tensor:
             kind = layout(x, place, size)
-            maps = mix_tokens(to_map(x, kind, size), box)
+            maps = mix_tokens(to_map(x, kind, size), mask)
             return maps.flatten(2).mT if kind == "tokens" else maps.permute(0, 2, 3, 1) if kind == "NHWC" else maps
 
         with changed_output(place, swapped):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -223,6 +224,34 @@ def test_other_batch_sizes_do_not_compile_anew(name):
         for count in (2, 3, 4, 5, 6):  # the second size makes it dynamic
             compiled(torch.randn(count, 3, 32, 32))
     assert counter.frame_count == 2
+
+
+def test_mixing_compiles_once_whatever_the_box():
+    """As masks: empty, thin and full boxes are no special case. The mask says the same as the box."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    net = tiny().train()
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    images = torch.randn(4, 3, 32, 32)
+    for y0, x0, y1, x1 in [
+        (0, 0, 0, 0),
+        (0, 0, 4, 4),
+        (1, 1, 2, 2),
+        (0, 3, 4, 4),
+        (2, 0, 3, 4),
+        (1, 2, 3, 4),
+        (2, 2, 2, 2),
+    ]:
+        mask = torch.zeros(4, 4, dtype=torch.bool)
+        mask[y0:y1, x0:x1] = True
+        found = compiled(images, mask)
+        expected = net(images, SimpleNamespace(y0=y0, x0=x0, y1=y1, x1=x1))
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, expected, strict=True))
+    assert counter.frame_count == 1
+    with pytest.raises(ModelError, match=r"got torch.bool \[5, 4\], expected torch.bool \[4, 4\]"):
+        net(images, torch.zeros(5, 4, dtype=torch.bool))
 
 
 def test_scans_are_counted():

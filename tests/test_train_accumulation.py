@@ -23,6 +23,7 @@ from tiny_runs import tiny_config
 from labeler import LabelerConfig, TeacherConfig, label_images
 from model.token_heads import TokenLabelHeads
 from pipeline import Batch, LoaderConfig, create_loader
+from pipeline.mix import MixBox
 from train import TokenLabelLoss, fit
 from train.checkpoint import newest_checkpoint, read_weights
 from train.config import ModelConfig
@@ -113,6 +114,20 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(data, size, mix):
     # What the whole batch's statistics would have given is another gradient: freezing them is what makes these equal.
     alive = gradient(net, batch, frozen=False)
     assert difference(gradient(net, batch, 4, frozen=False), alive) > 1e-2
+
+
+def test_a_compiled_task_makes_one_graph_for_all_boxes(data):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    batch, counter = load_batch(data, 8, "token"), CompileCounter()
+    net = network(batch)
+    eager, compiled = (TokenLabelTask(copy.deepcopy(net), TokenLabelLoss(grid=GRID), ALONE.device) for _ in range(2))
+    compiled.compile(backend=counter)
+    for box in (batch.mix, MixBox(0, 0, 0, 0, 1.0), MixBox(0, 1, 4, 2, 0.75), MixBox(0, 0, 4, 4, 0.0)):
+        mixed = replace(batch, mix=box)
+        assert float(compiled(mixed)["loss"]) == pytest.approx(float(eager(mixed)["loss"]), rel=1e-9)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("mix", ["token", "image"])

@@ -35,10 +35,11 @@ class TokenLabelTask(TrainingTask):
         super().__init__(device=device, verbose=False)
         self.trainable_module: nn.Module = net.to(device)
         self.criterion = loss.to(device)
+        self.compiled = False
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **kwargs: Any) -> nn.Module:
         compiled: Any = torch.compile(self.trainable_module, backend=backend, mode=mode, **kwargs)
-        self.trainable_module = compiled
+        self.trainable_module, self.compiled = compiled, True
         return self.trainable_module
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **kwargs: Any) -> TokenLabelTask:
@@ -53,7 +54,10 @@ class TokenLabelTask(TrainingTask):
         return unwrap_model(self.trainable_module)
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        output = self.trainable_module(batch.images, mix=batch.token_mix)
+        mix: Any = batch.token_mix
+        if mix is not None and self.compiled:  # a mask: the sides of each box would be compiled anew
+            mix = mix.mask(self.network.grid).view(self.network.grid).to(batch.images.device)
+        output = self.trainable_module(batch.images, mix=mix)
         return {"loss": self.criterion(output, batch), "output": output}
 
 
