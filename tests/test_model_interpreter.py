@@ -38,3 +38,7 @@ def test_a_tiny_model_learns_on_the_triton_backend():
 
 def test_a_nan_stays_visible_on_the_triton_backend():
     assert passed("triton and stays_visible", "test_model_scan.py", timeout=120) == 2
+
+
+def test_half_precision_on_the_triton_backend():
+    assert passed("triton and half_precision_is_near", "test_model_other_tools.py", timeout=280) == 6
