@@ -10,7 +10,7 @@ import torch
 from test_labeler_score_maps import decoded
 from tiny import synthetic_logits
 
-from labeler.encoder import encode_maps, encode_planes, reference_kl
+from labeler.encoder import _keep_first, encode_maps, encode_planes, reference_kl
 from labeler.errors import InputError
 from labeler.score_code import FLOOR, MAX_LEVELS, QUALITIES, Encoding, code_table
 
@@ -75,6 +75,14 @@ def test_rounding_never_changes_the_first_class_of_a_cell_that_keeps_a_code():
     assert (coded > 0).mean() > 0.9
     assert ((found.scores == coded[:, None]).sum(1)[coded > 0] == 1).all()
     np.testing.assert_array_equal(first[coded > 0], logits.argmax(1).numpy()[coded > 0])
+
+
+def test_what_rounding_ties_with_the_first_class_goes_down_a_step_and_from_the_last_step_to_none():
+    """Three classes in five cells; the first class of every cell is class 1."""
+    p = torch.tensor([0.3, 0.4, 0.3])[None, :, None, None].expand(1, 3, 1, 5)
+    codes = torch.tensor([[1, 2, 0, 1, 5], [1, 2, 0, 0, 6], [1, 1, 0, 0, 6]])[None, :, None].float()
+    expected = [[0, 1, 0, 1, 5], [1, 2, 0, 0, 6], [0, 1, 0, 0, 5]]
+    assert _keep_first(codes, p)[0, :, 0].tolist() == expected
 
 
 def test_the_background_is_the_exact_left_over_of_each_cell():

@@ -70,6 +70,20 @@ def test_evaluation_is_the_published_one(backend, dtype, source):
     check(net(x), "eval.out_no_token_labeling")
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_intermediates_are_the_published_residuals(source):
+    """What a layer leaves, its own output added, is what the published code has before the next layer's is."""
+    found = tensors("demansia_micro", source)
+    net = micro(found).eval()
+    last, steps = net.forward_intermediates(found["x"], [0, 1, 2], return_prefix_tokens=True, output_fmt="NLC")
+    close(last, found["mid.features"], 1e-5)
+    for i, (tokens, prefix) in enumerate(steps):
+        whole = torch.cat([tokens[:, :8], prefix, tokens[:, 8:]], 1)  # the class token is in the middle
+        close(whole, found[f"mid.layers.{i + 1}.residual"], 1e-5)
+    maps = net.forward_intermediates(found["x"], [1], intermediates_only=True)[0]
+    assert torch.equal(maps.flatten(2).mT, steps[1][0])
+
+
 @pytest.mark.parametrize("name", ["eval_small", "eval_smallvar"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_epsilons_are_the_published_ones(name, source):
