@@ -147,6 +147,11 @@ def test_images_do_not_influence_each_other():
         np.testing.assert_array_equal(getattr(together, name)[3:4], getattr(alone, name))
 
 
+def test_each_eighth_image_is_compared_with_five_float16_logits_per_cell():
+    found = encode_maps(synthetic_logits(18, 10, 3, seed=2), Encoding()).reference_kl
+    assert np.flatnonzero(np.isfinite(found)).tolist() == [0, 8, 16]
+
+
 def test_many_classes_are_encoded_in_parts_and_give_the_same(monkeypatch):
     logits = teacher_like(5, 300, 6, seed=6)
     whole = encode_maps(logits, Encoding())

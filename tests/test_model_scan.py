@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
 import pickle
@@ -207,6 +208,23 @@ def test_a_forced_backend_that_cannot_run_says_why(backend, monkeypatch):
         directional_scan(*make(dtype=torch.float32), True, BOTH_WAYS, backend)
     with pytest.raises(BackendError, match="float64"):
         directional_scan(*make(), True, BOTH_WAYS, backend)
+
+
+def test_mamba_ssm_is_called_in_its_own_layout_and_order(monkeypatch):
+    """The library needs a GPU; in its place stands our scan, which takes the same arguments, for outputs alone."""
+    module = importlib.import_module("model.ops.selective_scan")
+
+    def theirs(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
+        assert u.dtype == delta.dtype == B.dtype == C.dtype
+        assert all(x.is_contiguous() for x in (u, delta, A, B, C, D, delta_bias) if x is not None)
+        options = {"delta_bias": delta_bias, "delta_softplus": delta_softplus, "backend": "reference"}
+        return selective_scan(u, delta, A, B, C, D, z, **options)
+
+    monkeypatch.setattr(module, "_mamba_ssm", lambda: theirs)
+    for options, softplus in (({}, True), ({"d": False}, True), ({"bias": False}, False)):
+        inputs = make(dtype=torch.float32, grad=False, scale=0.01, **options)
+        found = module._scan_mamba_ssm(*inputs, softplus, BOTH_WAYS)
+        assert_same([found], [scan_reference(*inputs, softplus, BOTH_WAYS)], 1e-6)
 
 
 def test_the_environment_variable_overrides_auto(monkeypatch, caplog):

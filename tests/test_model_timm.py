@@ -136,13 +136,20 @@ def test_layers_can_be_told_apart_for_their_learning_rates(name):
 
 
 def test_checkpointing_changes_nothing_but_memory(name):
+    """What a block held is forgotten and reckoned again: its forward pass runs twice."""
     gradients = []
     for enable in (False, True):
-        net = small(name).train()
+        net, runs = small(name).train(), []
+        block = net.blocks[1].attn if name == "lvvit_t" else net.layers[1].mixer
+        block.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         net.set_grad_checkpointing(enable)
         out = net(images())
         sum(part.square().sum() for part in (out if isinstance(out, tuple) else (out,))).backward()
         gradients.append(net.patch_embed.proj.weight.grad)
+        assert len(runs) == 1 + enable
+        with torch.no_grad():
+            net(images())
+        assert len(runs) == 2 + enable
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-7)
 
 
