@@ -117,6 +117,22 @@ def test_labels_are_truer_than_five_float16_logits_per_cell():
     assert found.kl[0] < 0.7 * found.reference_kl[0]
 
 
+@pytest.mark.parametrize(
+    ("logits", "codes", "in_tail", "kl"),
+    [
+        (teacher_like(8, 60, 18, seed=4), 14168, 376, 0.02148),
+        (2 * synthetic_logits(8, 60, 18, seed=5), 11433, 1, 0.00385),
+    ],
+    ids=["unsure", "sure"],
+)
+def test_the_same_maps_are_kept_as_they_have_been(logits, codes, in_tail, kl):
+    """No law, but a change of these figures makes new stores larger or less true: it belongs in the change log."""
+    found = encode_maps(logits, Encoding())
+    assert (found.scores > 0).sum() == pytest.approx(codes, rel=3e-3)
+    assert (found.tail_classes >= 0).sum() == pytest.approx(in_tail, abs=1)
+    assert found.kl.mean() == pytest.approx(kl, rel=3e-3)
+
+
 def test_a_class_that_would_save_nothing_takes_no_place():
     logits = torch.zeros(1, 9, 2, 2)
     assert (encode_maps(logits, Encoding()).classes == -1).all()
