@@ -16,7 +16,10 @@ import torch
 from timm.optim import create_optimizer_v2
 
 from model import NAMES, ModelError
+from model.demansia import DeMansia
+from model.lvvit import LVViT
 from model.summary import summarize
+from model.vim import Vim
 
 SMALL = {"img_size": 64, "num_classes": 7, "embed_dim": 48, "depth": 3}
 FAMILIES = {"demansia_tiny": SMALL, "vim_tiny": SMALL, "lvvit_t": {**SMALL, "num_heads": 3}}
@@ -35,6 +38,14 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def images(n: int = 2, height: int = 64, width: int = 64, channels: int = 3) -> torch.Tensor:
     return torch.randn(n, channels, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", [DeMansia, Vim, LVViT])
+def test_without_settings_a_family_is_for_imagenet(family):
+    with torch.device("meta"):
+        net = family()
+    assert (net.num_classes, net.img_size, net.grid) == (1000, (224, 224), (14, 14))
+    assert net.get_classifier().out_features == 1000
 
 
 def test_all_names_are_registered():
