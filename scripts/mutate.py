@@ -82,6 +82,8 @@ def change(node: ast.AST) -> bool:
     elif isinstance(node, ast.Constant) and isinstance(node.value, float):
         node.value = node.value * 2 or 1.0
     elif isinstance(node, (ast.If, ast.IfExp, ast.While)):
+        if isinstance(node.test, ast.UnaryOp) or (isinstance(node.test, ast.Compare) and not ordering(node.test)):
+            return False  # the test is changed by itself, to the same effect
         node.test = ast.UnaryOp(ast.Not(), node.test)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         node.op = ast.UAdd()
@@ -90,6 +92,10 @@ def change(node: ast.AST) -> bool:
     else:
         return False
     return True
+
+
+def ordering(node: ast.Compare) -> bool:
+    return isinstance(node.ops[0], (ast.Lt, ast.LtE, ast.Gt, ast.GtE))
 
 
 def shown(node: ast.AST) -> str:

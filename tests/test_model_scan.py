@@ -14,6 +14,7 @@ from fixtures import BACKENDS, SOURCES, Sample, about, close, tensors
 
 from model.errors import BackendError, ModelError
 from model.ops import directional_scan, scan_reference, selective_scan
+from model.ops.scan_cpu import flushed_denormals
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 BOTH = ("reference", "cpu")
@@ -160,9 +161,11 @@ def test_an_empty_batch_gives_an_empty_result():
 
 
 @pytest.mark.parametrize("flushed", [True, False])
-def test_denormals_are_as_before_afterwards(flushed):
+def test_denormals_count_as_zero_and_are_as_before_afterwards(flushed):
     torch.set_flush_denormal(flushed)
     try:
+        with flushed_denormals():
+            assert torch.tensor(1e-38) * 0.5 == 0
         directional_scan(*make(), True, BOTH_WAYS, "cpu").sum().backward()
         assert (torch.tensor(1e-38) * 0.5 == 0) == flushed
     finally:
