@@ -133,6 +133,16 @@ def test_the_same_maps_are_kept_as_they_have_been(logits, codes, in_tail, kl):
     assert found.kl.mean() == pytest.approx(kl, rel=3e-3)
 
 
+def test_the_named_qualities_are_those_that_were_measured():
+    """The README's figures hold for these settings alone."""
+    settings = {name: (e.palette, e.tail, e.levels, e.threshold, e.precision) for name, e in QUALITIES.items()}
+    assert settings == {
+        "low": (64, 192, 16, 0.006, "uint8"),
+        "default": (64, 192, 20, 0.0021, "uint8"),
+        "high": (128, 192, 28, 0.001, "uint8"),
+    }
+
+
 def test_a_class_that_would_save_nothing_takes_no_place():
     logits = torch.zeros(1, 9, 2, 2)
     assert (encode_maps(logits, Encoding()).classes == -1).all()

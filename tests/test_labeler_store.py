@@ -30,6 +30,7 @@ from labeler.shard_file import (
     packed_planes,
     row_layout,
 )
+from labeler.store import _most_used
 from labeler.verify import verify_store
 
 
@@ -72,6 +73,23 @@ def test_rows_come_in_the_order_asked_for_and_may_repeat(store, cache):
     for name in ("classes", "scores", "background", "region"):
         np.testing.assert_array_equal(getattr(some, name), getattr(everything, name)[rows])
     assert len(LabelStore(store, cache=cache).read([])) == 0
+
+
+@pytest.mark.parametrize("cache", [None, "ram"])
+def test_trimmed_rows_lose_the_places_that_none_of_them_uses(store, cache):
+    labels = LabelStore(store, cache)
+    for rows in ([0], [3, 5], list(range(12))):
+        whole, trimmed = labels.read_codes(rows), labels.read_codes(rows, trim=True)
+        places = max(1, int((whole.classes >= 0).sum(1).max()))
+        tail = int((whole.tail_classes >= 0).sum(1).max())
+        np.testing.assert_array_equal(trimmed.classes, whole.classes[:, :places])
+        np.testing.assert_array_equal(trimmed.scores, whole.scores[:, :places])
+        np.testing.assert_array_equal(trimmed.tail_offsets, whole.tail_offsets[:, :tail])
+
+
+@pytest.mark.parametrize(("classes", "used"), [([[0], [-1]], 1), ([[5, 0, -1], [1, -1, -1]], 2), ([[-1, -1]], 0)])
+def test_class_0_uses_its_place(classes, used):
+    assert _most_used(np.array(classes)) == used
 
 
 def test_rows_beyond_the_store_are_an_index_error(store):

@@ -7,6 +7,7 @@ import itertools
 import logging
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +212,22 @@ def test_a_forced_backend_that_cannot_run_says_why(backend, monkeypatch):
         directional_scan(*make(dtype=torch.float32), True, BOTH_WAYS, backend)
     with pytest.raises(BackendError, match="float64"):
         directional_scan(*make(), True, BOTH_WAYS, backend)
+
+
+def test_tritons_kernels_run_on_a_gpu_or_interpreted_on_a_cpu(monkeypatch):
+    module = importlib.import_module("model.ops.selective_scan")
+    kernels = SimpleNamespace(is_available=lambda: (True, None))
+    monkeypatch.setattr(module, "_triton", lambda: kernels)
+    for interpreted, device, runs in (
+        ("0", "cuda", True),
+        ("0", "cpu", False),
+        ("1", "cpu", True),
+        ("1", "mps", False),
+    ):
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+        assert (module._obstacle("triton", device, False) is None) == runs
+    kernels.is_available = lambda: (False, "no such thing")
+    assert module._obstacle("triton", "cuda", False) == "no such thing"
 
 
 def test_mamba_ssm_is_called_in_its_own_layout_and_order(monkeypatch):

@@ -96,6 +96,7 @@ def test_intermediates_are_maps_of_the_layers(name):
     tokens = net.forward_intermediates(images(), indices=2, output_fmt="NLC", intermediates_only=True)
     assert [tuple(part.shape) for part in tokens] == [(2, 16, 48)] * 2
     assert torch.equal(last, net.forward_features(images()))
+    assert small(name, depth=5, features_only=True).feature_info.out_indices == (2, 3, 4)  # the last three
     pyramid = small(name, features_only=True, out_indices=(0, 1)).eval()
     assert [tuple(part.shape) for part in pyramid(images())] == [(2, 48, 4, 4)] * 2
     assert pyramid.feature_info.channels() == [48, 48]
