@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from pipeline import LoaderConfig
-from pipeline.draws import draw_batch
+from pipeline.draws import DRAWS_VERSION, draw_batch
+from pipeline.mix import MixBox
 from pipeline.order import EpochOrder
 
 COUNT = 20_000
@@ -77,3 +78,17 @@ def test_only_a_rank_with_samples_has_a_last_batch(samples):
     assert lengths == [3, 2 + (samples > 20)]
     assert [len(EpochOrder(samples, 4, rank, 2)) for rank in (0, 1)] == [samples // 8] * 2
     assert EpochOrder(3, 4, 1, 2, shuffle=False).__len__() == 0
+
+
+def test_a_version_draws_what_it_has_always_drawn():
+    """A run that is resumed by a newer release goes on with the same images: who changes this counts up the version."""
+    found = draws(SIZES[:3], epoch=2, batch=5, train=True, seed=9, mix="token", erase_prob=0.5)
+    assert DRAWS_VERSION == 1
+    assert found.windows.tolist() == [[6, 0, 50, 42], [20, 19, 48, 42], [10, 21, 49, 63]]
+    assert found.bicubic.tolist() == [False, True, True]
+    assert found.erased.tolist() == [[5, 15, 8, 24], [1, 0, 12, 20], [29, 12, 29, 12]]
+    assert found.mix == MixBox(0, 1, 2, 3, 0.75)
+    assert found.noise_seed == 4405067445529660881
+    assert EpochOrder(8, 2, seed=9).epoch(2).tolist() == [6, 3, 0, 4, 5, 1, 7, 2]
+    shards = EpochOrder(8, 2, seed=9, groups=np.array([0, 0, 0, 1, 1, 1, 2, 2]), window=2)
+    assert shards.epoch(2).tolist() == [3, 4, 5, 0, 1, 2, 6, 7]
