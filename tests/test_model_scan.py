@@ -81,6 +81,14 @@ def test_cpu_equals_reference(length, batch):
     assert_same([got, *gradients(got, inputs)], [expected, *gradients(expected, inputs)])
 
 
+def test_steps_are_taken_as_they_are_and_forwards_unless_told_otherwise():
+    inputs = make(k=1, grad=False)
+    assert_same([directional_scan(*inputs)], [scan_reference(*inputs, False, (False,))])
+    u, delta, a, b, c, *_ = inputs
+    mamba = selective_scan(u[0].mT, delta[0].mT, a[0], b[0].mT, c[0].mT)
+    assert_same([mamba.mT], [scan_reference(u, delta, a, b, c, None, None, False, (False,))[0]])
+
+
 @pytest.mark.parametrize("backend", BOTH)
 def test_directions_are_independent_and_reverse_is_a_flip(backend):
     inputs = make(k=2)
