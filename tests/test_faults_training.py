@@ -61,8 +61,13 @@ def test_what_the_failed_pass_held_is_free_before_smaller_ones_are_tried(images,
 
 
 @pytest.mark.fault(36)
-def test_out_of_memory_says_so_when_nothing_fits(images, store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("tried", [[12, 6, 2], [10, 4, 2]])  # halved, and even: mixed pairs stay together
+def test_out_of_memory_says_so_when_nothing_fits(images, store, tmp_path, monkeypatch, tried):
+    sizes = []
     limit_memory(monkeypatch, images=1)
+    limited = TokenLabelTask.forward
+    monkeypatch.setattr(TokenLabelTask, "forward", lambda task, batch: (sizes.append(len(batch)), limited(task, batch)))
     with pytest.raises(TrainError, match="Not even two images fit"):
-        fit(tiny_config(images, store, tmp_path / "run"))
+        fit(tiny_config(images, store, tmp_path / "run", **{"run.batch_size": tried[0]}))
+    assert sizes == tried
     tally(36, injected=1)

@@ -10,7 +10,7 @@ import torch
 from test_labeler_score_maps import decoded
 from tiny import synthetic_logits
 
-from labeler.encoder import encode_maps, encode_planes, reference_kl
+from labeler.encoder import _keep_first, encode_maps, encode_planes, reference_kl
 from labeler.errors import InputError
 from labeler.score_code import FLOOR, MAX_LEVELS, QUALITIES, Encoding, code_table
 
@@ -77,6 +77,14 @@ def test_rounding_never_changes_the_first_class_of_a_cell_that_keeps_a_code():
     np.testing.assert_array_equal(first[coded > 0], logits.argmax(1).numpy()[coded > 0])
 
 
+def test_what_rounding_ties_with_the_first_class_goes_down_a_step_and_from_the_last_step_to_none():
+    """Three classes in five cells; the first class of every cell is class 1."""
+    p = torch.tensor([0.3, 0.4, 0.3])[None, :, None, None].expand(1, 3, 1, 5)
+    codes = torch.tensor([[1, 2, 0, 1, 5], [1, 2, 0, 0, 6], [1, 1, 0, 0, 6]])[None, :, None].float()
+    expected = [[0, 1, 0, 1, 5], [1, 2, 0, 0, 6], [0, 1, 0, 0, 5]]
+    assert _keep_first(codes, p)[0, :, 0].tolist() == expected
+
+
 def test_the_background_is_the_exact_left_over_of_each_cell():
     logits = synthetic_logits(2, 300, 6, seed=2)
     found = encode_maps(logits, Encoding(palette=8, tail=0, threshold=1e-5))
@@ -109,6 +117,32 @@ def test_labels_are_truer_than_five_float16_logits_per_cell():
     assert found.kl[0] < 0.7 * found.reference_kl[0]
 
 
+@pytest.mark.parametrize(
+    ("logits", "codes", "in_tail", "kl"),
+    [
+        (teacher_like(8, 60, 18, seed=4), 14168, 376, 0.02148),
+        (2 * synthetic_logits(8, 60, 18, seed=5), 11433, 1, 0.00385),
+    ],
+    ids=["unsure", "sure"],
+)
+def test_the_same_maps_are_kept_as_they_have_been(logits, codes, in_tail, kl):
+    """No law, but a change of these figures makes new stores larger or less true: it belongs in the change log."""
+    found = encode_maps(logits, Encoding())
+    assert (found.scores > 0).sum() == pytest.approx(codes, rel=3e-3)
+    assert (found.tail_classes >= 0).sum() == pytest.approx(in_tail, abs=1)
+    assert found.kl.mean() == pytest.approx(kl, rel=3e-3)
+
+
+def test_the_named_qualities_are_those_that_were_measured():
+    """The README's figures hold for these settings alone."""
+    settings = {name: (e.palette, e.tail, e.levels, e.threshold, e.precision) for name, e in QUALITIES.items()}
+    assert settings == {
+        "low": (64, 192, 16, 0.006, "uint8"),
+        "default": (64, 192, 20, 0.0021, "uint8"),
+        "high": (128, 192, 28, 0.001, "uint8"),
+    }
+
+
 def test_a_class_that_would_save_nothing_takes_no_place():
     logits = torch.zeros(1, 9, 2, 2)
     assert (encode_maps(logits, Encoding()).classes == -1).all()
@@ -137,6 +171,11 @@ def test_images_do_not_influence_each_other():
     together, alone = encode_maps(logits, Encoding(palette=8)), encode_maps(logits[3:4], Encoding(palette=8))
     for name in ("classes", "scores", "background", "tail_classes", "tail_offsets"):
         np.testing.assert_array_equal(getattr(together, name)[3:4], getattr(alone, name))
+
+
+def test_each_eighth_image_is_compared_with_five_float16_logits_per_cell():
+    found = encode_maps(synthetic_logits(18, 10, 3, seed=2), Encoding()).reference_kl
+    assert np.flatnonzero(np.isfinite(found)).tolist() == [0, 8, 16]
 
 
 def test_many_classes_are_encoded_in_parts_and_give_the_same(monkeypatch):

@@ -17,9 +17,20 @@ import torch
 from tiny import CLASSES, GRID, colour_teacher, make_images
 
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, label_images
+from labeler.commit import publish_shard, read_marker, shard_stem
 from labeler.decode import DecodeSettings
 from labeler.decode_reference import ReferenceDecoder
-from labeler.shard_file import ShardReader, ShardRows, build_shard, fletcher32, packed_planes, row_layout
+from labeler.row_checks import value_problems
+from labeler.shard_file import (
+    ShardReader,
+    ShardRows,
+    build_shard,
+    class_dtype,
+    fletcher32,
+    packed_planes,
+    row_layout,
+)
+from labeler.store import _most_used
 from labeler.verify import verify_store
 
 
@@ -64,6 +75,23 @@ def test_rows_come_in_the_order_asked_for_and_may_repeat(store, cache):
     assert len(LabelStore(store, cache=cache).read([])) == 0
 
 
+@pytest.mark.parametrize("cache", [None, "ram"])
+def test_trimmed_rows_lose_the_places_that_none_of_them_uses(store, cache):
+    labels = LabelStore(store, cache)
+    for rows in ([0], [3, 5], list(range(12))):
+        whole, trimmed = labels.read_codes(rows), labels.read_codes(rows, trim=True)
+        places = max(1, int((whole.classes >= 0).sum(1).max()))
+        tail = int((whole.tail_classes >= 0).sum(1).max())
+        np.testing.assert_array_equal(trimmed.classes, whole.classes[:, :places])
+        np.testing.assert_array_equal(trimmed.scores, whole.scores[:, :places])
+        np.testing.assert_array_equal(trimmed.tail_offsets, whole.tail_offsets[:, :tail])
+
+
+@pytest.mark.parametrize(("classes", "used"), [([[0], [-1]], 1), ([[5, 0, -1], [1, -1, -1]], 2), ([[-1, -1]], 0)])
+def test_class_0_uses_its_place(classes, used):
+    assert _most_used(np.array(classes)) == used
+
+
 def test_rows_beyond_the_store_are_an_index_error(store):
     for rows in ([12], [-1]):
         with pytest.raises(IndexError):
@@ -77,6 +105,21 @@ def test_keys_are_sorted_and_found_again(store):
     for absent in ("class1/nothing.jpg", "a", "zzz"):
         with pytest.raises(KeyError):
             labels.row_of(absent)
+
+
+def test_a_quarantined_image_is_told_from_one_that_is_not_there(images, tmp_path, config):
+    (images / "class0" / "00.jpg").write_bytes(b"no image")
+    (images / "class0" / "01.jpg").write_bytes(b"")
+    label_images(images, tmp_path / "labels", config)
+    labels = LabelStore(tmp_path / "labels")
+    reasons = {entry["key"]: entry["reason"] for entry in labels.quarantine}
+    assert len(set(reasons.values())) == 2
+    for key, reason in reasons.items():
+        with pytest.raises(KeyError, match="has no labels: ") as told:
+            labels.row_of(key)
+        assert reason in str(told.value)
+    with pytest.raises(KeyError, match="is not in the store"):
+        labels.row_of(sorted(reasons)[0] + "x")
 
 
 def test_keys_sort_and_are_found_as_text_however_many_bytes_they_take(tmp_path):
@@ -150,6 +193,10 @@ def test_float16_precision(images, tmp_path, config):
     assert verify_store(tmp_path / "half").problems == ()
 
 
+def test_class_ids_take_two_bytes_while_their_highest_value_is_no_class():
+    assert [class_dtype(count).itemsize for count in (1, 65_535, 65_536)] == [2, 2, 4]
+
+
 def test_class_ids_above_65535_are_stored_whole():
     layout = row_layout(2, (1, 1), 70_000, "logprob", "float16", 1)
     rows = ShardRows(
@@ -171,6 +218,39 @@ def test_a_store_sent_to_another_process_still_reads(store):
     labels = LabelStore(store)
     copy = pickle.loads(pickle.dumps(labels))
     np.testing.assert_array_equal(copy.read([7]).scores, labels.read([7]).scores)
+
+
+def test_a_copy_of_a_checked_store_is_not_checked_again(store, monkeypatch):
+    sent = pickle.dumps(LabelStore(store))
+    monkeypatch.setattr("labeler.store.refuse_hostile", lambda path: pytest.fail("checked again"))
+    assert len(pickle.loads(sent)) == 12
+
+
+def test_of_two_writers_of_a_shard_the_first_wins_and_the_second_sweeps_its_file_away(tmp_path):
+    fields = {"shard": 0, "rows": 1, "first_key": "a", "last_key": "a"}
+    assert publish_shard(tmp_path, shard_stem(0, 1), b"first", fields)
+    first = read_marker(tmp_path, 0, 1)
+    assert not publish_shard(tmp_path, shard_stem(0, 1), b"second", fields)
+    assert not publish_shard(tmp_path, shard_stem(0, 1), b"first", fields)
+    assert read_marker(tmp_path, 0, 1) == first
+    assert {path.name for path in tmp_path.iterdir()} == {first.file, "shard-00000-of-00001.json"}
+
+
+def test_a_tail_is_held_against_the_palette_and_the_classes(store):
+    labels = LabelStore(store)
+    rows = labels.read_shard(0)
+    assert value_problems(labels.plan, rows) == []
+    unused = np.iinfo(rows.tail_classes.dtype).max
+    for value, problem in (
+        (CLASSES, f"a class id beyond {CLASSES - 1}"),
+        (rows.classes[1, 0], "a class twice in one palette or tail"),
+        (unused, None),
+    ):
+        tail = rows.tail_classes.copy()
+        tail[1] = unused
+        tail[1, 0] = value
+        found = value_problems(labels.plan, dataclasses.replace(rows, tail_classes=tail))
+        assert found == ([problem] if problem else [])
 
 
 def test_a_verified_store_has_no_problems(store, images):

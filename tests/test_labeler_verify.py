@@ -85,6 +85,20 @@ def test_markers_of_a_later_minor_version_are_read(store):
         read_marker(store, 0, 3)
 
 
+@pytest.mark.parametrize("entry", ["size", "rows"])
+def test_a_marker_with_counts_that_no_shard_has_is_damaged(store, entry):
+    """The bounds themselves: 0 and 2⁴⁰ − 1 may be, −1 and 2⁴⁰ may not."""
+    path = sorted(store.glob("shard-*.json"))[0]
+    record = read_sealed(path)
+    for count in (0, 2**40 - 1):
+        path.write_bytes(sealed({**record, entry: count}))
+        assert getattr(read_marker(store, 0, 3), entry) == count
+    for count in (-1, 2**40):
+        path.write_bytes(sealed({**record, entry: count}))
+        with pytest.raises(IntegrityError, match="size or rows that no marker has"):
+            read_marker(store, 0, 3)
+
+
 @pytest.mark.parametrize(
     "arguments", [["report", "--sample", "0"], ["report", "--sample", "-1"], ["verify", "--relabel", "-1"]]
 )

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from fixtures import BACKENDS, close, keys, state, tensors
+from fixtures import BACKENDS, SOURCES, close, keys, state, tensors
 
 import model  # noqa: F401  (registers the names)
 from model.demansia import DeMansia
@@ -43,10 +43,11 @@ def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_evaluation_is_the_published_one(backend, dtype):
+@pytest.mark.parametrize("source", SOURCES)
+def test_evaluation_is_the_published_one(backend, dtype, source):
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("the kernels reckon in float32")
-    found = tensors("demansia_micro")
+    found = tensors("demansia_micro", source)
     net = micro(found, backend=backend).eval().to(dtype)
     x = found["x"].to(dtype)
 
@@ -54,7 +55,7 @@ def test_evaluation_is_the_published_one(backend, dtype):
         if dtype == torch.float64 and f"{name}_f64" in found:
             close(value, found[f"{name}_f64"], 1e-12)
         else:
-            close(value, found[name].to(dtype), 1e-5)
+            close(value, found[name], 1e-5)
 
     steps: list[tuple[torch.Tensor, torch.Tensor]] = []
     sums: list[torch.Tensor] = []
@@ -71,9 +72,24 @@ def test_evaluation_is_the_published_one(backend, dtype):
     check(net(x), "eval.out_no_token_labeling")
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_intermediates_are_the_published_residuals(source):
+    """What a layer leaves, its own output added, is what the published code has before the next layer's is."""
+    found = tensors("demansia_micro", source)
+    net = micro(found).eval()
+    last, steps = net.forward_intermediates(found["x"], [0, 1, 2], return_prefix_tokens=True, output_fmt="NLC")
+    close(last, found["mid.features"], 1e-5)
+    for i, (tokens, prefix) in enumerate(steps):
+        whole = torch.cat([tokens[:, :8], prefix, tokens[:, 8:]], 1)  # the class token is in the middle
+        close(whole, found[f"mid.layers.{i + 1}.residual"], 1e-5)
+    maps = net.forward_intermediates(found["x"], [1], intermediates_only=True)[0]
+    assert torch.equal(maps.flatten(2).mT, steps[1][0])
+
+
 @pytest.mark.parametrize("name", ["eval_small", "eval_smallvar"])
-def test_the_epsilons_are_the_published_ones(name):
-    found = tensors("demansia_micro")
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_epsilons_are_the_published_ones(name, source):
+    found = tensors("demansia_micro", source)
     net = micro(found).eval()
     with torch.no_grad():
         if name == "eval_small":
@@ -88,8 +104,9 @@ def test_the_epsilons_are_the_published_ones(name):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["box_a", "box_empty", "box_full"])
-def test_training_outputs_are_the_published_ones(backend, name):
-    found = tensors("demansia_micro")
+@pytest.mark.parametrize("source", SOURCES)
+def test_training_outputs_are_the_published_ones(backend, name, source):
+    found = tensors("demansia_micro", source)
     net = micro(found, backend=backend).train()
     mix, inside = box_of(found, name)
     cls, aux = net(found["x"], mix)
@@ -98,8 +115,9 @@ def test_training_outputs_are_the_published_ones(backend, name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_loss_gradients_and_statistics_are_the_published_ones(backend):
-    found = tensors("demansia_micro")
+@pytest.mark.parametrize("source", SOURCES)
+def test_loss_gradients_and_statistics_are_the_published_ones(backend, source):
+    found = tensors("demansia_micro", source)
     net = micro(found, backend=backend).train()
     mix, inside = box_of(found, "box_a")
     x = found["x"].clone().requires_grad_()
@@ -117,8 +135,9 @@ def test_loss_gradients_and_statistics_are_the_published_ones(backend):
         close(buffer.float(), found[f"bnafter.{name}"].float(), 1e-5)
 
 
-def test_an_odd_batch_is_mixed_as_published():
-    found = tensors("demansia_micro")
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_odd_batch_is_mixed_as_published(source):
+    found = tensors("demansia_micro", source)
     net = micro(found).train()
     mix, inside = box_of(found, "box_a")
     cls, aux = net(found["x3"], mix)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from fixtures import close, keys, state, tensors
+from fixtures import SOURCES, close, keys, state, tensors
 from timm.models import save_for_hf
 from timm.optim import param_groups_layer_decay
 
@@ -52,8 +52,9 @@ def small(**settings: object) -> LVViT:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_evaluation_is_the_published_one(dtype):
-    found = tensors("lvvit_micro")
+@pytest.mark.parametrize("source", SOURCES)
+def test_evaluation_is_the_published_one(dtype, source):
+    found = tensors("lvvit_micro", source)
     net = micro(found).eval().to(dtype)
     x = found["x"].to(dtype)
     if dtype == torch.float64:
@@ -69,8 +70,9 @@ def test_evaluation_is_the_published_one(dtype):
 
 @pytest.mark.parametrize("name", ["eval_small", "eval_smallvar"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_epsilons_are_the_published_ones(name, dtype):
-    found = tensors("lvvit_micro")
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_epsilons_are_the_published_ones(name, dtype, source):
+    found = tensors("lvvit_micro", source)
     net = micro(found).eval().to(dtype)
     with torch.no_grad():
         if name == "eval_small":
@@ -86,8 +88,9 @@ def test_the_epsilons_are_the_published_ones(name, dtype):
 
 @pytest.mark.parametrize("name", ["box_a", "box_empty"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_loss_and_gradients_are_the_published_ones(name, checkpointing):
-    found = tensors("lvvit_micro")
+@pytest.mark.parametrize("source", SOURCES)
+def test_training_loss_and_gradients_are_the_published_ones(name, checkpointing, source):
+    found = tensors("lvvit_micro", source)
     net = micro(found).train()
     net.set_grad_checkpointing(checkpointing)
     x = found["x"].clone().requires_grad_()
@@ -108,8 +111,9 @@ def test_training_loss_and_gradients_are_the_published_ones(name, checkpointing)
         close(parameter.grad, found[f"grad.{key}"], 5e-5, 1e-8)
 
 
-def test_training_in_float64_is_the_published_one():
-    found = tensors("lvvit_micro")
+@pytest.mark.parametrize("source", SOURCES)
+def test_training_in_float64_is_the_published_one(source):
+    found = tensors("lvvit_micro", source)
     net = micro(found).double().train()
     box, inside = box_of(found, "box_a")
     cls, aux = net(found["x"].double(), box)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fixtures import BACKENDS, close, state, tensors
+from fixtures import BACKENDS, SOURCES, close, state, tensors
 
 from model.mixer import BidirectionalMamba
 
@@ -18,8 +18,9 @@ def mixer_of(found: dict[str, torch.Tensor], **settings: object) -> Bidirectiona
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("length", [1, 2, 3, 17, 197])
-def test_outputs_are_the_published_ones(backend, length):
-    found = tensors("bimamba_mixer")
+@pytest.mark.parametrize("source", SOURCES)
+def test_outputs_are_the_published_ones(backend, length, source):
+    found = tensors("bimamba_mixer", source)
     for halve in (False, True):
         mixer = mixer_of(found, halve=halve, backend=backend)
         close(mixer(found[f"x.L{length}"]), found[f"v2.div{int(halve)}.L{length}.out"], 1e-5)
@@ -27,8 +28,9 @@ def test_outputs_are_the_published_ones(backend, length):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("length", [3, 17])
-def test_gradients_are_the_published_ones(backend, length):
-    found = tensors("bimamba_mixer")
+@pytest.mark.parametrize("source", SOURCES)
+def test_gradients_are_the_published_ones(backend, length, source):
+    found = tensors("bimamba_mixer", source)
     mixer = mixer_of(found, backend=backend)
     x = found[f"x.L{length}"].clone().requires_grad_()
     (mixer(x) * found[f"g.L{length}"]).sum().backward()
@@ -37,8 +39,9 @@ def test_gradients_are_the_published_ones(backend, length):
         close(parameter.grad, found[f"v2.div1.L{length}.grad.{name}"], 5e-5)
 
 
-def test_one_direction_and_layer_scale_are_the_published_ones():
-    found = tensors("bimamba_mixer")
+@pytest.mark.parametrize("source", SOURCES)
+def test_one_direction_and_layer_scale_are_the_published_ones(source):
+    found = tensors("bimamba_mixer", source)
     one_way = mixer_of(found, bidirectional=False)
     for length in (3, 17):
         close(one_way(found[f"x.L{length}"]), found[f"none.L{length}.out"], 1e-5)

@@ -16,7 +16,10 @@ import torch
 from timm.optim import create_optimizer_v2
 
 from model import NAMES, ModelError
+from model.demansia import DeMansia
+from model.lvvit import LVViT
 from model.summary import summarize
+from model.vim import Vim
 
 SMALL = {"img_size": 64, "num_classes": 7, "embed_dim": 48, "depth": 3}
 FAMILIES = {"demansia_tiny": SMALL, "vim_tiny": SMALL, "lvvit_t": {**SMALL, "num_heads": 3}}
@@ -35,6 +38,14 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def images(n: int = 2, height: int = 64, width: int = 64, channels: int = 3) -> torch.Tensor:
     return torch.randn(n, channels, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", [DeMansia, Vim, LVViT])
+def test_without_settings_a_family_is_for_imagenet(family):
+    with torch.device("meta"):
+        net = family()
+    assert (net.num_classes, net.img_size, net.grid) == (1000, (224, 224), (14, 14))
+    assert net.get_classifier().out_features == 1000
 
 
 def test_all_names_are_registered():
@@ -85,6 +96,7 @@ def test_intermediates_are_maps_of_the_layers(name):
     tokens = net.forward_intermediates(images(), indices=2, output_fmt="NLC", intermediates_only=True)
     assert [tuple(part.shape) for part in tokens] == [(2, 16, 48)] * 2
     assert torch.equal(last, net.forward_features(images()))
+    assert small(name, depth=5, features_only=True).feature_info.out_indices == (2, 3, 4)  # the last three
     pyramid = small(name, features_only=True, out_indices=(0, 1)).eval()
     assert [tuple(part.shape) for part in pyramid(images())] == [(2, 48, 4, 4)] * 2
     assert pyramid.feature_info.channels() == [48, 48]
@@ -136,13 +148,20 @@ def test_layers_can_be_told_apart_for_their_learning_rates(name):
 
 
 def test_checkpointing_changes_nothing_but_memory(name):
+    """What a block held is forgotten and reckoned again: its forward pass runs twice."""
     gradients = []
     for enable in (False, True):
-        net = small(name).train()
+        net, runs = small(name).train(), []
+        block = net.blocks[1].attn if name == "lvvit_t" else net.layers[1].mixer
+        block.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         net.set_grad_checkpointing(enable)
         out = net(images())
         sum(part.square().sum() for part in (out if isinstance(out, tuple) else (out,))).backward()
         gradients.append(net.patch_embed.proj.weight.grad)
+        assert len(runs) == 1 + enable
+        with torch.no_grad():
+            net(images())
+        assert len(runs) == 2 + enable
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-7)
 
 

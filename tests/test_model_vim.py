@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from fixtures import BACKENDS, close, keys, state, tensors
+from fixtures import BACKENDS, SOURCES, close, keys, state, tensors
 
 import model  # noqa: F401  (registers the names)
 from model.vim import Vim
@@ -20,8 +20,9 @@ def micro(found: dict[str, torch.Tensor], **settings: object) -> Vim:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_evaluation_is_the_published_one(backend):
-    found = tensors("vim_micro")
+@pytest.mark.parametrize("source", SOURCES)
+def test_evaluation_is_the_published_one(backend, source):
+    found = tensors("vim_micro", source)
     net = micro(found, backend=backend).eval()
     x = found["x"]
     close(net(x), found["eval.out"], 1e-5)
@@ -30,8 +31,9 @@ def test_evaluation_is_the_published_one(backend):
         close(net.double()(x.double()), found["eval.out_f64"], 1e-12)
 
 
-def test_the_epsilon_is_the_published_one():
-    found = tensors("vim_micro")
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_epsilon_is_the_published_one(source):
+    found = tensors("vim_micro", source)
     net = micro(found).eval()
     with torch.no_grad():
         for tensor in (net.patch_embed.proj.weight, net.patch_embed.proj.bias, net.pos_embed, net.cls_token):
@@ -47,8 +49,9 @@ def test_the_epsilon_is_the_published_one():
         ("bimamba_none", {"bidirectional": False}),
     ],
 )
-def test_variants_are_the_published_ones(variant, settings):
-    found = tensors("vim_micro")
+@pytest.mark.parametrize("source", SOURCES)
+def test_variants_are_the_published_ones(variant, settings, source):
+    found = tensors("vim_micro", source)
     net = Vim(**{**SETTINGS, **settings}).eval()
     wanted = net.state_dict().keys()
     net.load_state_dict({k: v for k, v in state(found).items() if k in wanted})
@@ -56,8 +59,9 @@ def test_variants_are_the_published_ones(variant, settings):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_loss_and_gradients_are_the_published_ones(backend):
-    found = tensors("vim_micro")
+@pytest.mark.parametrize("source", SOURCES)
+def test_loss_and_gradients_are_the_published_ones(backend, source):
+    found = tensors("vim_micro", source)
     net = micro(found, backend=backend).train()
     x = found["x"].clone().requires_grad_()
     logits = net(x)

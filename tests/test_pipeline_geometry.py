@@ -15,7 +15,16 @@ from labeler.errors import InputError
 from labeler.score_maps import ScoreMaps
 from pipeline import augment_policy as policy
 from pipeline.crop_reference import crop_one_by_one
-from pipeline.geometry import Views, apply_affine, axis_weights, box_in_region, compose, flips, identity
+from pipeline.geometry import (
+    Views,
+    apply_affine,
+    axis_weights,
+    box_in_region,
+    compose,
+    flips,
+    identity,
+    is_axis_aligned,
+)
 from pipeline.targets import TokenTargets, crop_score_maps, label_targets
 
 CLASSES = 9
@@ -75,6 +84,15 @@ def test_affine_maps_compose_and_apply_as_matrices_do():
     torch.testing.assert_close(
         apply_affine(compose(outer, inner), places), apply_affine(outer, apply_affine(inner, places))
     )
+
+
+@pytest.mark.parametrize("slant", [-1.0, 0.3, 1.0])
+def test_flips_and_scales_are_along_the_axes_and_slants_are_not(slant: float):
+    maps = identity(4)
+    maps[0, 1, 1], maps[0, 0, 2] = -1.0, slant
+    maps[1, 0, 1] = maps[2, 1, 0] = slant
+    maps[3, 0, 1], maps[3, 1, 0] = slant, -slant
+    assert is_axis_aligned(maps).tolist() == [True, False, False, False]
 
 
 def test_a_flip_mirrors_columns_and_leaves_rows():

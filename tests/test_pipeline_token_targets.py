@@ -5,36 +5,22 @@ Legend: B images; C classes; P palette size; H×W map grid; h×w token grid, T =
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
-from safetensors.torch import load_file
+from fixtures import SOURCES, about, close, tensors
 from torchvision.ops import roi_align
 
 from labeler.score_maps import ScoreMaps
 from pipeline.targets import crop_score_maps
 
-FIXTURE = SHARED / "fixtures" / "token_targets.safetensors"
 CELLS = 18
 TOLERANCE = 5e-6
 
 
 def cases() -> list[str]:
     """Names of the fixture's tensors; "rounding" holds only for the published code's own order of operations."""
-    path = FIXTURE.with_suffix(".json")
-    if not path.exists():
-        return ["not at hand"]
-    return [name for name, case in json.loads(path.read_text())["cases"].items() if case["group"] != "rounding"]
-
-
-@pytest.fixture(scope="module")
-def published() -> dict[str, torch.Tensor]:
-    if not FIXTURE.exists():
-        pytest.skip(f"the published code's numbers are not at hand ({FIXTURE.name} in {FIXTURE.parent})")
-    return load_file(FIXTURE)
+    return [name for name, case in about("token_targets")["cases"].items() if case["group"] != "rounding"]
 
 
 def to_palette(raw: torch.Tensor, num_classes: int) -> ScoreMaps:
@@ -69,8 +55,9 @@ def smoothed(p: torch.Tensor, smoothing: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", cases())
-def test_targets_are_the_published_codes_targets(name: str, published: dict[str, torch.Tensor]):
-    case = json.loads(FIXTURE.with_suffix(".json").read_text())["cases"][name]
+@pytest.mark.parametrize("source", SOURCES)
+def test_targets_are_the_published_codes_targets(name: str, source: str):
+    case, published = about("token_targets", source)["cases"][name], tensors("token_targets", source)
     group, num_classes, grid = case["group"], case["num_classes"], (case["label_size"],) * 2
     smoothing, lam = case["smoothing"], case["lam"]
     maps = to_palette(published[f"in.{group}.maps"], num_classes)
@@ -87,10 +74,11 @@ def test_targets_are_the_published_codes_targets(name: str, published: dict[str,
 
     expected = published[name]
     assert target.shape == expected.shape == torch.Size(case["shape"])
-    assert (target - expected).abs().max() <= TOLERANCE
+    close(target, expected, 0.0, TOLERANCE)
 
 
-def test_a_hot_spot_ends_in_the_token_that_shows_it_and_not_where_the_published_code_puts_it(published):
+def test_a_hot_spot_ends_in_the_token_that_shows_it_and_not_where_the_published_code_puts_it():
+    published = tensors("token_targets")
     maps = to_palette(published["in.delta.maps"], 10)
     top, left, height, width = published["in.delta.coords"].double().unbind(1)
     box = torch.stack([top, left, top + height, left + width], 1)

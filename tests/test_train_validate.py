@@ -132,6 +132,7 @@ def test_a_published_file_is_validated(tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["images"] == 23
     assert told["top5"] == top5
+    assert load_trained(path).class_name(3) == "class 3"  # ImageNet's names belong to 1,000 classes, and to no ten
 
 
 def test_a_published_file_of_imagenet_knows_its_folders_and_names(tmp_path):
