@@ -102,8 +102,8 @@ def test_a_package_that_is_missing_or_broken_is_told_apart(monkeypatch):
 
 def test_a_scan_that_computes_wrongly_does_not_run(monkeypatch):
     """What only looks as if it ran: one backend's results are off by a hundredth."""
-    real = selective_scan._scan_cpu
-    monkeypatch.setattr(selective_scan, "_scan_cpu", lambda *given: 1.01 * real(*given))
+    real = selective_scan.scan_cpu
+    monkeypatch.setattr(selective_scan, "scan_cpu", lambda *given: 1.01 * real(*given))
     assert doctor._scan("cpu").startswith("gives wrong results: off by 1.0e-02")
     assert doctor._scan("reference") == "runs"
 

@@ -41,7 +41,10 @@ class StockMixer(nn.Module):
     def one_way(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """x [B, E, L] through convolution and scan."""
         m = self.mixer
-        x = F.silu(m.get_submodule(f"conv1d{name}")(x)[..., : x.shape[-1]])
+        convolution = m.get_submodule(f"conv1d{name}")
+        padding = convolution.weight.shape[-1] - 1
+        steps = F.conv1d(x, convolution.weight, convolution.bias, padding=padding, groups=x.shape[1])
+        x = F.silu(steps[..., : x.shape[-1]])
         parts = m.get_submodule(f"x_proj{name}")(x.mT).split([m.dt_rank, m.d_state, m.d_state], -1)
         projection = m.get_submodule(f"dt_proj{name}")
         delta = (parts[0] @ projection.weight.mT).mT
