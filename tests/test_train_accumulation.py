@@ -234,3 +234,20 @@ def test_two_ranks_give_the_gradient_of_one_with_twice_the_batch(data, tmp_path,
         assert difference(its, expected) < TOLERANCE
     # One rank's part alone would have been another gradient.
     assert difference(gradient(network(batch), micro_batches(batch, 8)[0]), expected) > 1e-2
+
+
+class Twins(Ranks):
+    """Two ranks with the same batch, of which this process plays both."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return 2 * values
+
+
+def test_the_loss_of_a_step_is_the_mean_over_ranks(data):
+    batch = load_batch(data, 8, "none")
+    losses = []
+    for ranks in (ALONE, Twins(0, 2, torch.device("cpu"))):
+        net = network(batch)
+        task = TokenLabelTask(net, TokenLabelLoss(grid=GRID), ranks.device)
+        losses.append(TrainingStep(task, torch.optim.SGD(net.parameters(), 0.1), ranks).run(batch, 0).loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
