@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import colour_teacher
 
 from labeler import LabelStore, MismatchError, label_images
@@ -17,6 +18,7 @@ from labeler.decode_reference import ReferenceDecoder
 from labeler.report import write_report
 from labeler.verify import verify_store
 from pipeline import LoaderConfig, create_loader
+from pipeline.label_rows import LabelRows
 
 HOME = Path(__file__).parent / "fixtures" / "store_1_0"  # six images of 24×32 pixels, the tiny teacher, shards of three
 
@@ -37,6 +39,16 @@ def test_its_rows_are_the_teachers_maps(old):
         pixels = ReferenceDecoder(DecodeSettings(32))([(old / "images" / key).read_bytes()]).pixels
         truth = colour_teacher().score_maps((pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5).softmax(1)
         np.testing.assert_allclose(dense[row], truth[0].numpy(), atol=0.02)
+
+
+def test_the_loader_decodes_its_rows_as_the_reader_does(old):
+    """There code 0 is the highest score; in format 2 it stands for the background."""
+    labels = LabelStore(old / "labels")
+    rows = LabelRows(labels, torch.device("cpu"))
+    found, expected = rows.decode(rows.read(np.arange(6))), labels.read(range(6))
+    assert (labels.read_codes(range(6)).scores == 0).any()
+    np.testing.assert_array_equal(found.scores.numpy(), expected.scores[:, : found.scores.shape[1]])
+    np.testing.assert_array_equal(found.background.numpy(), expected.background)
 
 
 def test_it_verifies_also_with_its_teacher(old):

@@ -158,6 +158,16 @@ def test_names_shapes_counts_and_marks_are_the_published_ones(name):
     assert net.cls_position(expected["token_count"]) == expected["cls_position"]
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "depth", "side"),
+    [("nano", 128, 12, 224), ("tiny", 192, 24, 224), ("small", 384, 24, 384), ("base", 768, 24, 224)],
+)
+def test_names_stand_for_their_sizes(name, width, depth, side):
+    with torch.device("meta"):
+        net = timm.create_model(f"demansia_{name}")
+    assert (net.embed_dim, len(net.layers), net.img_size) == (width, depth, (side, side))
+
+
 def test_it_begins_where_the_published_one_begins():
     """Standard deviation, and range of what is drawn within bounds, of every parameter."""
     torch.manual_seed(0)

@@ -96,6 +96,8 @@ def test_intermediates_are_maps_of_the_layers(name):
     tokens = net.forward_intermediates(images(), indices=2, output_fmt="NLC", intermediates_only=True)
     assert [tuple(part.shape) for part in tokens] == [(2, 16, 48)] * 2
     assert torch.equal(last, net.forward_features(images()))
+    net = small(name).eval()
+    assert torch.equal(net.forward_intermediates(images(), [0])[0], net.forward_features(images()))  # all layers run
     assert small(name, depth=5, features_only=True).feature_info.out_indices == (2, 3, 4)  # the last three
     pyramid = small(name, features_only=True, out_indices=(0, 1)).eval()
     assert [tuple(part.shape) for part in pyramid(images())] == [(2, 48, 4, 4)] * 2

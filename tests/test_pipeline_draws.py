@@ -77,7 +77,9 @@ def test_only_a_rank_with_samples_has_a_last_batch(samples):
     lengths = [len(EpochOrder(samples, 4, rank, 2, shuffle=False)) for rank in (0, 1)]
     assert lengths == [3, 2 + (samples > 20)]
     assert [len(EpochOrder(samples, 4, rank, 2)) for rank in (0, 1)] == [samples // 8] * 2
-    assert EpochOrder(3, 4, 1, 2, shuffle=False).__len__() == 0
+    assert len(EpochOrder(3, 4, 1, 2, shuffle=False)) == 0
+    alone = EpochOrder(samples, 4)
+    assert alone.batch(np.arange(samples), 1).tolist() == [4, 5, 6, 7]
 
 
 def test_a_version_draws_what_it_has_always_drawn():

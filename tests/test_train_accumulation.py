@@ -6,6 +6,7 @@ Legend: B images of a batch.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import pickle
 import socket
@@ -249,3 +250,52 @@ def test_two_ranks_give_the_gradient_of_one_with_twice_the_batch(data, tmp_path,
         assert difference(its, expected) < TOLERANCE
     # One rank's part alone would have been another gradient.
     assert difference(gradient(network(batch), micro_batches(batch, 8)[0]), expected) > 1e-2
+
+
+class Twins(Ranks):
+    """Two ranks with the same batch, of which this process plays both."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return 2 * values
+
+
+def test_the_loss_of_a_step_is_the_mean_over_ranks(data):
+    batch = load_batch(data, 8, "none")
+    losses = []
+    for ranks in (ALONE, Twins(0, 2, torch.device("cpu"))):
+        net = network(batch)
+        task = TokenLabelTask(net, TokenLabelLoss(grid=GRID), ranks.device)
+        result = TrainingStep(task, torch.optim.SGD(net.parameters(), 0.1), ranks).run(batch, 0)
+        assert not result.stop  # nobody asked
+        losses.append(result.loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_dropped_paths_are_drawn_from_seed_step_and_rank_as_they_have_been(data):
+    """A run that is resumed by a newer release drops the same paths."""
+    net = network(load_batch(data, 2, "none"))
+    task = TokenLabelTask(net, TokenLabelLoss(grid=GRID), ALONE.device)
+    seeds = []
+    for seed, step, rank in ((0, 0, 0), (5, 7, 0), (5, 8, 0), (5, 7, 1)):
+        ranks = Ranks(rank, 2, ALONE.device)
+        TrainingStep(task, torch.optim.SGD(net.parameters(), 0.1), ranks, seed=seed)._seed(step)
+        seeds.append(torch.initial_seed())
+    assert seeds == [
+        3386346889158018743,
+        301772622511519502,
+        8577174352396164056,
+        5633980960073112543,
+    ]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_whose_loss_is_not_finite_is_left_out_and_says_so(data, bad):
+    batch = load_batch(data, 4, "none")
+    net = network(batch)
+    before = copy.deepcopy(net.state_dict())
+    task = TokenLabelTask(net, TokenLabelLoss(grid=GRID), ALONE.device)
+    step = TrainingStep(task, torch.optim.SGD(net.parameters(), 0.1), ALONE)
+    result = step.run(replace(batch, images=torch.full_like(batch.images, bad)), 0)
+    assert (result.done, math.isfinite(result.loss)) == (False, False)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert step.run(batch, 1).done

@@ -23,10 +23,10 @@ from tiny_runs import FULL, outcome, save_small_checkpoint, tiny_config, tiny_da
 
 import train.checkpoint
 from labeler import InputError, IntegrityError
-from labeler.commit import read_sealed, sealed
+from labeler.commit import TEMPORARY, read_sealed, sealed
 from labeler.errors import TokenLabelError
 from train import TrainConfig, fit
-from train.checkpoint import check_checkpoint, checkpoints, newest_checkpoint, read_state, read_weights, sweep
+from train.checkpoint import FOLDER, check_checkpoint, checkpoints, newest_checkpoint, read_state, read_weights, sweep
 from train.errors import TrainError
 from train.validate import load_trained
 
@@ -114,6 +114,16 @@ def test_a_process_killed_between_any_two_system_calls_of_a_checkpoint_leaves_a_
     assert kills >= 26
     assert whole == {1, 2}
     tally(25, kills=kills)
+
+
+def test_what_cannot_be_swept_away_stops_no_run(tmp_path):
+    """Here a file, where a folder was left to be removed."""
+    left = tmp_path / FOLDER / f"{TEMPORARY}step"
+    left.parent.mkdir()
+    left.write_text("no folder")
+    (left.parent / f"{TEMPORARY}other").mkdir()
+    sweep(tmp_path)
+    assert list(left.parent.iterdir()) == [left]
 
 
 # Damaged

@@ -213,8 +213,12 @@ def test_images_in_no_folder_need_their_classes(run, tmp_path, capsys):
 
 @pytest.mark.parametrize(("precision", "on_a_gpu"), [("float32", torch.float32), ("auto", torch.bfloat16)])
 def test_answers_are_computed_as_in_training(data, tmp_path, precision, on_a_gpu):
-    train.fit(tiny_config(*data, tmp_path / "run", **{"schedule.steps": 1, "run.precision": precision}))
+    """And without the auxiliary head where it was not part of the loss."""
+    weight = 0.0 if precision == "auto" else 0.5
+    settings = {"schedule.steps": 1, "run.precision": precision, "loss.dense_weight": weight}
+    train.fit(tiny_config(*data, tmp_path / "run", **settings))
     trained = load_trained(tmp_path / "run")
+    assert trained.dense_trained == (weight > 0)
     assert trained.dtype(torch.device("cuda")) == on_a_gpu
     assert trained.dtype(torch.device("cpu")) == torch.float32
 
