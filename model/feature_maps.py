@@ -13,17 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 Size = tuple[int, int]
+Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 def token_grid(count: int, size: Size) -> Size | None:
     """h, w with h·w = count whose shape is nearest to that of an image of `size`; None: none has its shape."""
     height, width = size
-    shorter = [side for side in range(1, math.isqrt(max(count, 0)) + 1) if count % side == 0]
-    sides = [pair for side in shorter for pair in ((side, count // side), (count // side, side))]
-    best = min(sides, key=lambda side: abs(side[0] * width - side[1] * height), default=(0, 0))
-    return best if count > 0 and abs(best[0] * width - best[1] * height) < max(size) else None
+    best, least = None, max(height, width)
+    for side in range(1, math.isqrt(max(count, 0)) + 1):
+        for h, w in ((side, count // side), (count // side, side)):
+            # A plain comparison, as compilers with sizes that may vary cannot trace min(key=).
+            if count % side == 0 and abs(h * width - w * height) < least:
+                best, least = (h, w), abs(h * width - w * height)
+    return best
 
 
 def layout(x: Any, owner: Any, size: Size) -> str | None:
@@ -69,21 +74,36 @@ def resample(maps: torch.Tensor, grid: Size | None) -> torch.Tensor:
     return F.interpolate(maps, grid, mode="bilinear", antialias=True, align_corners=False)
 
 
-@contextmanager
-def changed_output(module: nn.Module | None, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """While it is open, the tensor that a module gives (or the first of several) goes through `change`."""
-    if module is None:
-        yield
-        return
+class ChangedOutput:
+    """Changes the tensor that a module gives (or the first of several), while a `by` is open.
 
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+    Its hook stays on the module, as one that came and went would make torch.compile begin anew with every call.
+    """
 
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    def __init__(self) -> None:
+        self.module: nn.Module | None = None
+        self.handle: RemovableHandle | None = None
+        self.change: Change | None = None
+
+    def __call__(self, _: nn.Module, __: Any, output: Any) -> Any:
+        if self.change is None:
+            return output
+        return (self.change(output[0]), *output[1:]) if isinstance(output, tuple) else self.change(output)
+
+    @contextmanager
+    def by(self, module: nn.Module | None, change: Change) -> Iterator[None]:
+        if module is not self.module:
+            self._move(module)
+        self.change = change
+        try:
+            yield
+        finally:
+            self.change = None
+
+    def _move(self, module: nn.Module | None) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+        self.module, self.handle = module, None if module is None else module.register_forward_hook(self)
 
 
 @contextmanager

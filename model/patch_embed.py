@@ -24,17 +24,19 @@ class ConvStem(nn.Module):
         self.patch_size = patch_size
         self.conv1 = nn.Conv2d(in_chans, hidden, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
+        self.act1 = nn.ReLU()  # one each: quantisers and DeepLift tell activations apart by their modules
         self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(hidden)
+        self.act2 = nn.ReLU()
         self.conv3 = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(hidden)
-        self.act = nn.ReLU()
+        self.act3 = nn.ReLU()
         self.proj = nn.Conv2d(hidden, embed_dim, patch_size // 2, stride=patch_size // 2)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.act(self.bn1(self.conv1(images)))
-        x = self.act(self.bn2(self.conv2(x)))
-        x = self.act(self.bn3(self.conv3(x)))
+        x = self.act1(self.bn1(self.conv1(images)))
+        x = self.act2(self.bn2(self.conv2(x)))
+        x = self.act3(self.bn3(self.conv3(x)))
         return self.proj(x)
 
 

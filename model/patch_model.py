@@ -171,7 +171,7 @@ class PatchModel(TokenLabelHeads):
             if getattr(self, name) is not None:
                 head: nn.Module = nn.Identity()
                 if num_classes:
-                    head = nn.Linear(self.embed_dim, num_classes).to(like.device, like.dtype)
+                    head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
                     trunc_normal_(head.weight, std=0.02)
                     nn.init.zeros_(head.bias)
                 setattr(self, name, head)

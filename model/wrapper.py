@@ -18,7 +18,7 @@ from timm.layers import PatchEmbed, to_2tuple, trunc_normal_
 from torch import nn
 
 from model.errors import ModelError
-from model.feature_maps import Size, changed_output, evaluation, grid_in, layout, resample, to_map, token_grid
+from model.feature_maps import ChangedOutput, Size, evaluation, grid_in, layout, resample, to_map, token_grid
 from model.token_heads import Logits, Mix, TokenLabelHeads, mix_mask, mix_tokens
 
 
@@ -83,6 +83,7 @@ class TokenLabeled(TokenLabelHeads):
     ) -> None:
         super().__init__()
         self.backbone: Any = backbone
+        self._embedded = ChangedOutput()  # what `patch_embed` gives
         self.name, self.num_classes = type(backbone).__name__, getattr(backbone, "num_classes", 0)
         if missing := [f for f in ("forward_features", "forward_head", "get_classifier") if not hasattr(backbone, f)]:
             raise ModelError(f"{self.name} is no timm backbone: got no {', '.join(missing)}, expected timm's interface")
@@ -104,7 +105,7 @@ class TokenLabeled(TokenLabelHeads):
         if not self.num_classes:
             return nn.Identity()
         like = next(self.backbone.parameters())
-        head = nn.Linear(self.num_features, self.num_classes).to(like.device, like.dtype)
+        head = nn.Linear(self.num_features, self.num_classes, device=like.device, dtype=like.dtype)
         trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
         return head
@@ -124,7 +125,7 @@ class TokenLabeled(TokenLabelHeads):
             return x
 
         try:
-            with evaluation(self.backbone), torch.no_grad(), changed_output(place, keep):
+            with evaluation(self.backbone), torch.no_grad(), self._embedded.by(place, keep):
                 features = self.backbone.forward_features(images)
         except Exception as error:
             told = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -197,7 +198,7 @@ class TokenLabeled(TokenLabelHeads):
             maps = mix_tokens(to_map(x, kind, size), mask)
             return maps.flatten(2).mT if kind == "tokens" else maps.permute(0, 2, 3, 1) if kind == "NHWC" else maps
 
-        with changed_output(place, swapped):
+        with self._embedded.by(place, swapped):
             return self.backbone.forward_features(images)
 
     def score_maps(self, images: torch.Tensor) -> torch.Tensor:

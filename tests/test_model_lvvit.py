@@ -222,3 +222,13 @@ def test_settings_that_do_not_fit_are_refused():
         small(num_heads=5)
     with pytest.raises(ModelError, match="leaves the grid"):
         small()(torch.randn(2, 3, 32, 48), SimpleNamespace(y0=0, x0=0, y1=3, x1=1))
+
+
+def test_each_activation_of_the_stem_is_a_module_of_its_own():
+    """A module that is called twice stops torchao's static quantisation and captum's DeepLift."""
+    net, called = timm.create_model("lvvit_t", depth=1), []
+    for module in net.patch_embed.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.register_forward_hook(lambda module, *_: called.append(id(module)))
+    net.patch_embed(torch.randn(1, 3, 32, 32))
+    assert len(called) == len(set(called)) == 3

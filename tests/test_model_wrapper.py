@@ -15,6 +15,8 @@ import torch
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from model.errors import ModelError
@@ -120,12 +122,12 @@ def test_mixing_tokens_is_mixing_pixels_where_patches_do_not_overlap(name):
     pixels = x.clone()
     where = (slice(None), slice(None), slice(y0 * cell, y1 * cell), slice(x0 * cell, x1 * cell))
     pixels[where] = x.flip(0)[where]
-    given = x.clone()
+    given, plain = x.clone(), net(x)
     mixed = net(given, box(y0, x0, y1, x1))
     assert torch.allclose(mixed, net(pixels), atol=1e-5)
     assert torch.equal(given, x)
-    assert not torch.allclose(mixed, net(x), atol=1e-4)
-    assert not net._patch_embed()._forward_hooks
+    assert not torch.allclose(mixed, plain, atol=1e-4)
+    assert torch.equal(net(given), plain)  # nothing of it stays
 
 
 @pytest.mark.parametrize(
@@ -244,3 +246,55 @@ def test_bad_use_is_refused():
         token_label("test_resnet", img_size=32)
     with pytest.raises(ModelError, match=r"does not run on 3 channels of 50×50 pixels.*img_size"):
         token_label(timm.create_model("vit_tiny_patch16_224", depth=1), img_size=50)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_a_compiled_model_mixes_any_box_without_beginning_anew(name):
+    net = built(name, drop_path_rate=0.0)
+    images, (rows, columns) = torch.randn(2, 3, *net.img_size), net.grid
+    boxes = [box(y, x, y + h, columns - 1) for y in (0, 1) for x in (0, 1, 2) for h in range(1, rows - 1)]
+    torch.compiler.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(net.train(), backend=graphs, fullgraph=True)
+    for one in boxes:
+        for found, wanted in zip(compiled(images, mix=one), net(images, mix=one), strict=True):
+            assert torch.allclose(found, wanted, atol=1e-5)
+    assert graphs.frame_count <= 4 < len(boxes)  # 0 and 1 have graphs of their own
+
+
+def test_a_compiled_model_may_have_sizes_that_vary():
+    net = built("vit_tiny_patch16_224").eval()
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="eager", fullgraph=True, dynamic=True)
+    for count in (2, 3):
+        images = torch.randn(count, 3, *net.img_size)
+        assert torch.allclose(compiled(images), net(images), atol=1e-5)
+
+
+def test_mixing_follows_what_takes_the_place_of_patch_embed():
+    """As peft's `modules_to_save` does: a copy in a module around both."""
+
+    class Around(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.first, self.second = inner, copy.deepcopy(inner)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.second(images)
+
+    net = built("vit_tiny_patch16_224").eval()
+    images, mix = torch.randn(2, 3, *net.img_size), box(0, 0, 2, 3)
+    wanted = net(images, mix=mix)
+    assert not torch.allclose(wanted, net(images), atol=1e-3)
+    net.backbone.patch_embed = Around(net.backbone.patch_embed)
+    assert torch.allclose(net(images, mix=mix), wanted, atol=1e-6)
+    assert torch.allclose(copy.deepcopy(net)(images, mix=mix), wanted, atol=1e-6)
+
+
+def test_shapes_are_reckoned_without_memory():
+    """Under torch's fake tensors, as planners of memory and shards build models."""
+    with FakeTensorMode():
+        for net in (token_label("test_resnet", CLASSES, img_size=64), timm.create_model("lvvit_t", depth=1)):
+            cls, aux = net.train()(torch.empty(2, 3, *net.img_size))
+            assert cls.shape == (2, net.num_classes)
+            assert aux.shape == (2, net.grid[0] * net.grid[1], net.num_classes)
