@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from labeler.errors import InputError
 from train.config import TrainConfig
+
+log = logging.getLogger("train")
 
 RECIPES = Path(__file__).with_name("recipes")
 MAX_BYTES = 1 << 20
@@ -21,6 +24,7 @@ FREE = frozenset(
     {"data.images", "data.store", "data.validation", "data.image_list", "data.cache", "data.threads", "data.prefetch",
      "run.out", "run.save_every", "run.keep", "run.skip_non_finite", "run.tensorboard", "run.tracker", "run.progress"}
 )  # fmt: skip
+UNSET = ("", "none")  # what an override says for a setting that shall have no value
 # pydantic's words for types, in plain ones
 PLAIN = {
     "a valid number": "a number",
@@ -37,14 +41,27 @@ ROUNDING = frozenset({"run.micro_batch", "run.grad_checkpointing", "run.compile"
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """A recipe by its file or name, with `section.key=value` overrides in TOML's notation (quotes may be left away).
 
+    `key=none`, or nothing behind the sign, unsets a setting that may be None, or one of `model.args`.
     Raises InputError with the file or flag, and the nearest valid name, where something is wrong.
     """
     path = recipe_path(recipe)
     values = _read(path)
     given = {_override(values, override): override for override in overrides}
+    if path.parent == RECIPES and "data.images" in given:
+        _leave_absent_paths(values["data"], given)
     config = parse_config(values, str(path), given)
     run = config.run.model_copy(update={"out": config.run.out.replace("{recipe}", path.stem)})
     return config.model_copy(update={"run": run})
+
+
+def _leave_absent_paths(data: dict[str, Any], given: Mapping[str, str]) -> None:
+    """The other paths of a packaged recipe belong to its own images: with others, what does not exist is unset."""
+    for key in ("store", "validation"):
+        if f"data.{key}" in given or not isinstance(data.get(key), str) or Path(data[key]).exists():
+            continue
+        absent = data.pop(key)
+        if key == "validation":
+            log.warning("the recipe's data.validation %s does not exist: nothing is evaluated while training", absent)
 
 
 def recipe_path(recipe: str | Path) -> Path:
@@ -129,16 +146,30 @@ def _override(values: dict[str, Any], override: str) -> str:
         raise InputError("an override is not UTF-8", got=ascii(override)[:80]) from None
     if len(parts) == 1:
         parts = _with_section(parts[0])
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        value = text.strip()
     for part in parts[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             raise InputError("an override is not readable", got=repr(override)[:80], expected=f"{part} to be a section")
-    values[parts[-1]] = value
+    unset = text.strip().lower() in UNSET
+    if unset and parts[:-1] == ["model", "args"]:
+        values.pop(parts[-1], None)
+    else:
+        values[parts[-1]] = None if unset and type(None) in get_args(_type_of(parts)) else _value(text)
     return ".".join(parts)
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text.strip()
+
+
+def _type_of(parts: Sequence[str]) -> Any:
+    """What `section.key` is declared to be; None where there is no such key."""
+    section = TrainConfig.model_fields.get(parts[0])
+    fields = {} if section is None or len(parts) != 2 else section.annotation.model_fields  # type: ignore[union-attr]
+    return fields[parts[1]].annotation if parts[-1] in fields else None
 
 
 def _with_section(key: str) -> list[str]:
