@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from labeler.errors import InputError, TokenLabelError
+from labeler.errors import InputError, TokenLabelError, told
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -54,5 +54,5 @@ def run_command(options: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 1

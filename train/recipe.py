@@ -13,16 +13,18 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from labeler.errors import InputError
-from train.config import TrainConfig
+from train.config import BEGINNING, TrainConfig
 
 log = logging.getLogger("train")
 
 RECIPES = Path(__file__).with_name("recipes")
 MAX_BYTES = 1 << 20
-# What may differ between a run and its resumption: it changes no batch, and no weight that is finite.
+# What may differ between a run and its resumption: it changes no batch, and no weight that is finite. Whose weights a
+# run began with is in its checkpoints.
 FREE = frozenset(
-    {"data.images", "data.store", "data.validation", "data.image_list", "data.cache", "data.threads", "data.prefetch",
-     "run.out", "run.save_every", "run.keep", "run.skip_non_finite", "run.tensorboard", "run.tracker", "run.progress"}
+    {"model.weights", "model.weights_ema", "model.new_heads", "data.images", "data.store", "data.validation",
+     "data.image_list", "data.cache", "data.threads", "data.prefetch", "run.out", "run.save_every", "run.keep",
+     "run.skip_non_finite", "run.tensorboard", "run.tracker", "run.progress"}
 )  # fmt: skip
 UNSET = ("", "none")  # what an override says for a setting that shall have no value
 # pydantic's words for types, in plain ones
@@ -113,6 +115,8 @@ def to_toml(config: TrainConfig) -> str:
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """`section.key` -> (old, new) of all settings that differ and are not `FREE`."""
     before, after = flat(old), flat(new)
+    for one in (before, after):
+        one["model.args"] = {key: value for key, value in one["model.args"].items() if key not in BEGINNING}
     return {key: (before.get(key), after[key]) for key in after if key not in FREE and before.get(key) != after[key]}
 
 
