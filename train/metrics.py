@@ -39,6 +39,10 @@ class Metrics:
             from tensorboardX import SummaryWriter
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+            # TensorBoard forgets the points at `purge_step`, too.
+            told = [*self.rows, *({"kind": "speed", **row} for row in speed)]
+            for row in (row for row in told if row["step"] == step):
+                self._draw(row)
         self._tracker: Any = _tracker(tracker)
         if self._tracker is not None:
             self._tracker.init(project="token-labeling", name=folder.name, config=dict(settings))
@@ -62,12 +66,15 @@ class Metrics:
             self._behind = True
 
     def _report(self, row: Row) -> None:
-        values = {f"{row['kind']}/{key}": value for key, value in row.items() if key not in ("kind", "step", "epoch")}
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, row["step"])
+            self._draw(row)
         if self._tracker is not None:
-            self._tracker.log({**values, "step": row["step"]})
+            self._tracker.log({**_scalars(row), "step": row["step"]})
+
+    def _draw(self, row: Row) -> None:
+        """As TensorBoard's points."""
+        for name, value in _scalars(row).items():
+            self._writer.add_scalar(name, value, row["step"])
 
     def best(self, key: str) -> float:
         """The highest value of `key` in an evaluation so far; −1 without one."""
@@ -105,6 +112,10 @@ def _read(path: Path) -> list[Row]:
         except ValueError:
             log.warning("a line of %s is not readable and left out", path)
     return rows
+
+
+def _scalars(row: Row) -> dict[str, float]:
+    return {f"{row['kind']}/{key}": value for key, value in row.items() if key not in ("kind", "step", "epoch")}
 
 
 def _line(row: Row) -> bytes:

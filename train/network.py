@@ -176,7 +176,7 @@ def _of_timm(state: dict[str, torch.Tensor], config: ModelConfig) -> tuple[dict[
     usual = getattr(net, "pretrained_cfg", None) or {}
     head = usual.get("classifier") or "head"
     weight = state.get(f"backbone.{head if isinstance(head, str) else head[0]}.weight")
-    classes = int(net.num_classes) if weight is None else len(weight)  # type: ignore[arg-type]
+    classes = int(net.num_classes) if weight is None else len(weight)
     for side in (config.img_size, usual.get("input_size", (0, config.img_size))[-1]):
         if _fits(state, net if side == config.img_size else _create(config, None, side)):
             return state, classes, side, described
