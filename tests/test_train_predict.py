@@ -19,7 +19,7 @@ from tiny_runs import tiny_config, tiny_data
 
 import train
 from labeler import LabelerConfig, TeacherConfig, label_images
-from labeler.decode_reference import ORIENTATION_TAG
+from labeler.pixels import ORIENTATION_TAG
 from labeler.report_charts import COLOURS
 from model.vim import Vim
 from pipeline.view import FAINTEST, GAP, LINE, MARGIN, assign_colours
