@@ -18,7 +18,7 @@ from model import load_reference_checkpoint, token_label
 from model.checkpoints import read_state_dict
 from model.errors import ModelError
 from model.token_heads import TokenLabelHeads
-from train.checkpoint import CheckpointInfo, find_checkpoint, read_weights
+from train.checkpoint import CheckpointInfo, checkpoint_of, find_checkpoint, read_weights
 from train.config import BEGINNING, ModelConfig
 
 log = logging.getLogger("train")
@@ -144,8 +144,10 @@ def _refuse_other_shapes(net: nn.Module, built: nn.Module, side: int) -> None:
 def _begin_with(path: Path, config: ModelConfig) -> tuple[dict[str, torch.Tensor], int, int, str]:
     """Weights, their class count, their resolution, and of which model they are, in words."""
     ema = config.weights_ema
-    if path.is_dir():
-        folder, info = find_checkpoint(path)
+    recorded = checkpoint_of(path)
+    if path.is_dir() or recorded:
+        folder, info, averaged = recorded or (*find_checkpoint(path), False)
+        ema = ema or averaged
         settings = ", ".join(f"{key} {value}" for key, value in info.model["args"].items())
         described = f"{info.model['name']} with {settings or 'its usual settings'}"
         return read_weights(folder, info, ema), info.num_classes, int(info.model["img_size"]), described
