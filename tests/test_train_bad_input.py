@@ -21,7 +21,7 @@ from labeler import InputError
 from pipeline import Batch, TokenLabelLoader
 from train import fit
 from train.__main__ import main
-from train.checkpoint import check_checkpoint, newest_checkpoint, read_state, read_weights
+from train.checkpoint import check_checkpoint, checkpoints, newest_checkpoint, read_state, read_weights
 from train.metrics import read_rows
 from train.recipe import to_toml
 
@@ -229,3 +229,40 @@ def test_bad_steps_count_in_a_row_and_too_many_stop_the_run(run, tmp_path, poiso
     assert status == 1
     assert "not finite at step 9" in error
     tally(29, injected=1)
+
+
+def test_all_bad_images_of_the_validation_are_named_at_once_with_their_setting(run, data, tmp_path):
+    """By their full paths, before anything is trained; what only decoding finds is named in the evaluation."""
+    folder = Path(shutil.copytree(data[0], tmp_path / "validation"))
+    images = sorted(folder.rglob("*.*g"))
+    assert len(images) == 12
+    images[3].write_bytes(b"no image")
+    images[7].write_bytes(b"")
+    images[9].unlink()
+    images[9].symlink_to("nowhere.jpg")
+    status, error = run(f"data.validation={folder}")
+    assert status == 4
+    assert error.startswith("error: data.validation: 3 of 12 images cannot be used: got ")
+    assert f"{str(images[3])!r} (not an image, or of an unknown format)" in error
+    assert f"{str(images[7])!r} (empty file)" in error
+    assert f"{str(images[9])!r} (a broken link)" in error
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+    for i in (3, 7, 9):
+        images[i].unlink()
+    images[0].write_bytes(images[0].read_bytes()[:-20])
+    status, error = run(f"data.validation={folder}")
+    assert status == 4
+    assert error.startswith(f"error: data.validation: the image {str(images[0])!r} cannot be used: got it cannot be")
+    assert checkpoints(tmp_path / "run"), "what was trained before is saved"
+    status, error = run(f"data.validation={tmp_path / 'nowhere'}", f"run.out={tmp_path / 'other'}")
+    assert "error: data.validation: " in error
+
+
+def test_of_very_many_bad_images_the_first_are_named(run, tmp_path):
+    for i in range(30):
+        (tmp_path / f"bad/class{i % 6}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"bad/class{i % 6}/{i}.jpg").write_bytes(b"x")
+    _, error = run(f"data.validation={tmp_path / 'bad'}")
+    assert "30 of 30 images cannot be used" in error
+    assert "and 10 more. Restore the files, or leave them out." in error

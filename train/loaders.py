@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from labeler.class_names import with_the_rest_of_imagenet
-from labeler.errors import InputError
+from labeler.errors import InputError, IntegrityError
 from model.token_heads import TokenLabelHeads
 from pipeline import LoaderConfig, TokenLabelLoader, create_loader
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
@@ -62,19 +63,30 @@ def validation_loader(
     """The images of `data.validation`; folders: name -> class id, as in training."""
     if config.data.validation is None:
         return None
-    return evaluation_loader(
-        config.data.validation,
-        image_size=config.model.img_size,
-        grid=_grid(net),
-        num_classes=training.num_classes,
-        class_folders=folders or None,
-        transform=transform_of(config, net, training.samples.orientation),
-        ranks=ranks,
-        batch_size=config.run.micro_batch or training.config.batch_size,
-        backend=config.data.backend,
-        threads=config.data.threads,
-        progress=training.config.progress,
-    )
+    with blamed_on("data.validation"):
+        return evaluation_loader(
+            config.data.validation,
+            image_size=config.model.img_size,
+            grid=_grid(net),
+            num_classes=training.num_classes,
+            class_folders=folders or None,
+            transform=transform_of(config, net, training.samples.orientation),
+            ranks=ranks,
+            batch_size=config.run.micro_batch or training.config.batch_size,
+            backend=config.data.backend,
+            threads=config.data.threads,
+            progress=training.config.progress,
+        )
+
+
+@contextmanager
+def blamed_on(setting: str) -> Iterator[None]:
+    """Errors of images and stores say which setting names them."""
+    try:
+        yield
+    except (InputError, IntegrityError) as error:
+        problem = f"{setting}: {error.problem}"
+        raise type(error)(problem, got=error.got, expected=error.expected, remedy=error.remedy) from None
 
 
 def evaluation_loader(

@@ -28,7 +28,7 @@ from train.device import pick_precision, set_threads
 from train.distributed import Ranks, joined_ranks, world_size
 from train.errors import NonFiniteError, Stopped
 from train.evaluate import evaluate
-from train.loaders import class_folders, images_per_rank, training_loader, transform_of, validation_loader
+from train.loaders import blamed_on, class_folders, images_per_rank, training_loader, transform_of, validation_loader
 from train.loss import TokenLabelLoss
 from train.network import as_checkpointed, build_network, set_classes, train_mode
 from train.optimization import LearningRate, build_optimizer, total_steps
@@ -237,15 +237,16 @@ class Trainer:
         networks: dict[str, torch.nn.Module] = {"": self.task.network}
         if self.ema is not None:
             networks["ema_"] = self.ema
-        found = evaluate(
-            networks,
-            self.validation,
-            self.ranks,
-            precision=self.precision,
-            channels_last=self.config.run.channels_last,
-            progress=self.ranks.first and self.config.run.progress,
-            wanted=lambda: signals.requested is None,
-        )
+        with blamed_on("data.validation"):
+            found = evaluate(
+                networks,
+                self.validation,
+                self.ranks,
+                precision=self.precision,
+                channels_last=self.config.run.channels_last,
+                progress=self.ranks.first and self.config.run.progress,
+                wanted=lambda: signals.requested is None,
+            )
         train_mode(self.task.network, self.config.model)
         if self.record is None:
             return
