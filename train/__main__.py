@@ -1,10 +1,15 @@
 """The command line: `python -m train fit | validate | predict | doctor | recipes`.
 
 Exit status: 0 all done; 1 the run stopped half-way (`--resume auto` goes on); 2 bad input or usage; 4 stored data or a
-checkpoint is damaged; 143 stopped by a signal, with everything saved.
+checkpoint is damaged; 130 interrupted while it started; 143 stopped by a signal, with everything saved.
 """
 
 from __future__ import annotations
+
+from labeler.interrupt import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # before the imports, which take seconds
 
 import argparse
 import json
