@@ -22,7 +22,7 @@ from labeler.commit import replace_file
 from labeler.errors import IntegrityError
 from labeler.freed_memory import freed_memory_kept
 from pipeline.batch import Batch
-from train.checkpoint import CheckpointInfo, read_state, read_weights
+from train.checkpoint import CheckpointInfo, checkpoints, read_state, read_weights
 from train.config import TrainConfig
 from train.device import pick_precision, set_threads
 from train.distributed import Ranks, joined_ranks, world_size
@@ -198,7 +198,13 @@ class Trainer:
             self._loss_sum, self._loss_steps = self._loss_sum + result.loss, self._loss_steps + 1
         else:
             self._bad_in_a_row, self.skipped = self._bad_in_a_row + 1, self.skipped + 1
-            _refuse_non_finite(self.step, result, self._bad_in_a_row, self.config.run.skip_non_finite)
+            bad = f"loss {result.loss}, gradient norm {result.norm}"
+            if self._bad_in_a_row > self.config.run.skip_non_finite:
+                raise NonFiniteError(
+                    f"loss or gradient is not finite at step {self.step}", got=bad,
+                    remedy=_what_to_try(self.config, self.precision),
+                )  # fmt: skip
+            log.warning("step %d left out: %s (%d in a row)", self.step, bad, self._bad_in_a_row)
         if self.step % self.config.run.log_every and self.step != self.steps:
             return
         if self.record is not None and self._loss_steps:
@@ -332,12 +338,20 @@ def _unfit(folder: Path, error: Exception) -> IntegrityError:
     return IntegrityError(f"{folder} holds no state of this run", got=got, remedy="Resume from another checkpoint.")
 
 
-def _refuse_non_finite(step: int, result: StepResult, in_a_row: int, allowed: int) -> None:
-    if in_a_row > allowed:
-        raise NonFiniteError(
-            f"loss or gradient is not finite at step {step}", got=f"loss {result.loss}, gradient norm {result.norm}",
-            remedy="The last checkpoint is kept: --resume auto run.skip_non_finite=3 goes on and leaves out up to "
-            "three such steps in a row. In a new run.out, perhaps from model.weights= of this one, try a lower "
-            "optimizer.lr, a longer schedule.warmup_epochs, optimizer.clip_grad=1 or run.precision=float32.",
-        )  # fmt: skip
-    log.warning("step %d left out: loss %s, gradient norm %s (%d in a row)", step, result.loss, result.norm, in_a_row)
+def _what_to_try(config: TrainConfig, precision: torch.dtype) -> str:
+    """After a loss that is not finite: only what this run has not done yet."""
+    tries = ["a lower optimizer.lr", "a longer schedule.warmup_epochs"]
+    clip = config.optimizer.clip_grad
+    if clip is None or clip > 1:
+        tries.append("optimizer.clip_grad=1")
+    if precision != torch.float32:
+        tries.append("run.precision=float32")
+    told = f"try {', '.join(tries[:-1])} or {tries[-1]}."
+    older = checkpoints(Path(config.run.out))
+    if not older:
+        return f"No checkpoint was saved before. Begin again and {told}"
+    allowed = max(3, 2 * config.run.skip_non_finite)
+    return (
+        f"{older[0]} is kept: --resume auto run.skip_non_finite={allowed} goes on from there and leaves out up to "
+        f"{allowed} such steps in a row. Or begin in a new run.out, perhaps with model.weights= of it, and {told}"
+    )
