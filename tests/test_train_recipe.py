@@ -320,3 +320,34 @@ def test_a_packaged_recipe_trains_plainly_and_its_absent_paths_do_not_block_othe
     (tmp_path / "runs/cifar10/images/test").mkdir(parents=True)
     assert load_recipe("cifar10_nano", ["data.images=mine", "token_labels=false"]).data.validation is not None
     assert load_recipe("cifar10_nano", ["data.images=mine", "store=s", "validation=v"]).data.validation == "v"
+
+
+@pytest.mark.parametrize(
+    "text", ["2024", "2024-05-01", "12:30:00", "true", "1e-3", r"runs\2024\new", "[a]", "a # b", "{b}"]
+)
+def test_text_without_quotes_is_taken_as_given(recipe, text):
+    found = load_recipe(
+        recipe, [f"run.out={text}", f"data.images={text}", f"validation={text}", f"optimizer.name={text}"]
+    )
+    assert (found.run.out, found.data.images, found.data.validation, found.optimizer.name) == (text,) * 4
+    for quoted in (f"'{text}'", to_toml(found).split("out = ")[1].splitlines()[0]):
+        assert load_recipe(recipe, [f"run.out={quoted}"]).run.out == text
+
+
+@pytest.mark.parametrize("text", [r'"runs\2024\new"', '"runs', "'runs", "'a'b'", '""runs"', "'a' 'b'"])
+def test_malformed_quotes_are_refused(recipe, text):
+    for key in ("run.out", "model.args.act_layer", "schedule.kind"):
+        found = refusal(recipe, [f"{key}={text}"])
+        assert "quotes of override" in found
+        assert "Leave them away, or use single quotes" in found
+
+
+def test_a_backslash_that_quotes_would_make_a_line_break_is_refused(recipe):
+    assert "holds a control character: got 'runs\\new'" in refusal(recipe, ['run.out="runs\\new"'])
+    assert load_recipe(recipe, ["run.out='runs\\new'"]).run.out == "runs\\new"
+
+
+def test_a_date_is_refused_with_its_override(recipe):
+    found = refusal(recipe, ["optimizer.lr=2024-05-01"])
+    assert found.startswith("override 'optimizer.lr=2024-05-01': optimizer.lr: got '2024-05-01', expected a number")
+    assert "override 'augment.scale=[2024-05-01, 1]'" in refusal(recipe, ["augment.scale=[2024-05-01, 1]"])

@@ -155,18 +155,37 @@ def _override(values: dict[str, Any], override: str) -> str:
         if not isinstance(values, dict):
             raise InputError("an override is not readable", got=repr(override)[:80], expected=f"{part} to be a section")
     unset = text.strip().lower() in UNSET
+    kind = _type_of(parts)
     if unset and parts[:-1] == ["model", "args"]:
         values.pop(parts[-1], None)
+    elif unset and type(None) in get_args(kind):
+        values[parts[-1]] = None
     else:
-        values[parts[-1]] = None if unset and type(None) in get_args(_type_of(parts)) else _value(text)
+        values[parts[-1]] = _value(text.strip(), str in (kind, *get_args(kind)), override)
     return ".".join(parts)
 
 
-def _value(text: str) -> Any:
+def _value(text: str, is_text: bool, override: str) -> Any:
+    """What an override says; `is_text`: the setting is text, which is taken as given unless it begins with a quote."""
+    quoted = text[:1] in ("'", '"')
+    if is_text and not quoted:
+        return text
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        return text.strip()
+        value = tomllib.loads(f"value = {text}")["value"]
+        json.dumps(value)  # dates and times are no values of settings
+    except (ValueError, RecursionError, TypeError) as error:
+        if quoted:
+            raise InputError(
+                f"the quotes of override {override[:80]!r} are malformed", got=error,
+                remedy="Leave them away, or use single quotes, in which a backslash is a backslash.",
+            ) from None  # fmt: skip
+        return text
+    if isinstance(value, str) and any(sign < " " for sign in value):
+        raise InputError(
+            f"override {override[:80]!r} holds a control character", got=repr(value)[:80],
+            remedy="Leave the quotes away, or use single ones, in which a backslash is a backslash.",
+        )  # fmt: skip
+    return value
 
 
 def _type_of(parts: Sequence[str]) -> Any:
