@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
@@ -81,7 +81,7 @@ class Samples:
 
 
 def open_samples(config: LoaderConfig) -> Samples:
-    """Join and check; nothing is decoded yet.
+    """Join and check; no image is opened yet, so that `sizes` are zero without a store: see `scan_sizes`.
 
     Raises MismatchError where images and labels do not belong together, InputError where there is nothing to train on,
     IntegrityError for a damaged store.
@@ -189,8 +189,8 @@ def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
     n = len(images)
     unmeasured = np.zeros((n, 2), np.int64)
     samples = Samples(source, np.arange(n), None, np.full(n, -1), unmeasured, labels, None, config.orientation, count)
-    _check_classes(config, samples)  # before every file is opened
-    return replace(samples, sizes=scan_sizes(source, config.orientation, config.threads, config.progress))
+    _check_classes(config, samples)
+    return samples
 
 
 def scan_sizes(source: ImageSource, orientation: str, threads: int | None, progress: bool) -> np.ndarray:

@@ -6,19 +6,22 @@ import json
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from faults import tally
 from tiny import make_images
-from tiny_runs import tiny_config, tiny_data
+from tiny_runs import outcome, tiny_config, tiny_data
 
 from labeler import InputError
 from pipeline import Batch, TokenLabelLoader
+from pipeline.sources import FolderSource
 from train import fit
 from train.__main__ import main
 from train.checkpoint import check_checkpoint, checkpoints, newest_checkpoint, read_state, read_weights
@@ -58,12 +61,15 @@ REFUSED = {
     # overrides, and what the error says of them
     "images that are not there": (["data.images=nowhere"], "'nowhere' is not a folder of images: got nothing there"),
     "labels that are not there": (["data.store=nowhere"], "'nowhere' is not a label store: got no such folder"),
-    "evaluation that is not there": (["data.validation=nowhere"], "'nowhere' is not a folder of images"),
+    "evaluation that is not there": (
+        ["data.validation=nowhere"],
+        "data.validation: 'nowhere' is not a folder of images",
+    ),
     "list that is not there": (["data.image_list=nowhere"], "the image list 'nowhere' cannot be read"),
     "weights that are not there": (["model.weights=nowhere"], "there is no such checkpoint: got nowhere"),
     "other classes": (["model.num_classes=7"], "another number of classes than the network: got 6 in"),
     "batch larger than the data": (["batch_size=13"], "got 12 images, expected 13 or more. Use a smaller batch."),
-    "model": (["model.name=vim_tinny"], "model.name 'vim_tinny' cannot be built"),
+    "model": (["model.name=vim_tinny"], "got 'vim_tinny'. Did you mean 'vim_tiny'?"),
     "argument of a model": (["model.args.foo=1"], "unexpected keyword argument 'foo'. See model.args"),
     "images that do not divide into patches": (["model.img_size=33"], "got 33×33 pixels, expected multiples of 8"),
     "optimizer": (["optimizer.name=adamww"], "optimizer.name is not known: got 'adamww'. Did you mean 'adamw'?"),
@@ -276,3 +282,67 @@ def test_of_very_many_bad_images_the_first_are_named(run, tmp_path):
     _, error = run(f"data.validation={tmp_path / 'bad'}")
     assert "30 of 30 images cannot be used" in error
     assert "and 10 more. Restore the files, or leave them out." in error
+
+
+NEEDS_NO_DATA = {
+    "optimizer": (["optimizer.name=adamww"], "optimizer.name is not known: got 'adamww'. Did you mean 'adamw'?"),
+    "optimizer's settings": (["optimizer.name=fusedadam"], "does not take these settings"),
+    "tracker": (["run.tracker=trackio"], "run.tracker 'trackio' cannot be imported"),
+    "validation": (["data.validation=nowhere"], "data.validation: 'nowhere' is not a folder of images"),
+    "images": (["data.images=nowhere"], "data.images: 'nowhere' is not a folder of images"),
+    "store": (["data.store=nowhere"], "data.store: 'nowhere' is not a label store"),
+    "model": (["model.name=demansia_tinny"], "got 'demansia_tinny'. Did you mean 'demansia_tiny'?"),
+    "model like no other": (["model.name=qqqqqq"], "`python -m model list` and timm.list_models() name all"),
+    "precision": (["run.precision=float16"], "precision=float16 needs a GPU"),
+    "augmentation": (["auto_augment=foo"], "auto_augment is not understood"),
+}
+NEEDS_THEIR_NUMBER = {
+    "steps": (["schedule.steps=6", "warmup_epochs=3"], "schedule.steps is too few for warm-up and cooldown"),
+    "batch": (["run.batch_size=13"], "there are fewer images than one batch"),
+}
+
+
+@pytest.mark.parametrize("what", [*NEEDS_NO_DATA, *NEEDS_THEIR_NUMBER])
+def test_what_needs_no_data_is_refused_before_any_image_is_looked_at_and_leaves_no_folder(
+    run, tmp_path, monkeypatch, what
+):
+    read: list[str] = []
+    opened = FolderSource.__init__
+    monkeypatch.setattr(FolderSource, "__init__", lambda *given: read.append("listed") or opened(*given))
+    monkeypatch.setattr(FolderSource, "head", lambda *given: read.append("opened"))
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    overrides, expected = (NEEDS_NO_DATA | NEEDS_THEIR_NUMBER)[what]
+    status, error = run("data.token_labels=false", "data.store=none", *overrides)
+    assert (status, expected in error) == (2, True), error
+    assert read == ([] if what in NEEDS_NO_DATA else ["listed"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_does_not_start_is_refused_and_leaves_no_folder(run, tmp_path, monkeypatch):
+    def init(**settings: Any) -> None:
+        raise ConnectionError("no account")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    status, error = run("run.tracker=wandb")
+    assert (status, "run.tracker 'wandb' does not start: got no account" in error) == (2, True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_was_there_before_a_refusal_stays(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert run("optimizer.name=adamww")[0] == 2
+    assert (tmp_path / "run").is_dir()
+
+
+def test_lookahead_goes_before_any_optimizer_and_resumes_bit_for_bit(data, tmp_path):
+    settings = {"optimizer.name": "lookahead_adamw", "run.save_every": 2, "run.keep": 9, "schedule.steps": 14}
+    config = tiny_config(*data, tmp_path / "run", **settings)
+    fit(config)
+    whole = outcome(tmp_path / "run")
+    for folder in checkpoints(tmp_path / "run"):
+        if folder.name != "step-00000004":
+            shutil.rmtree(folder)
+    fit(config, "auto")
+    assert outcome(tmp_path / "run") == whole
+    fit(tiny_config(*data, tmp_path / "plain", **{**settings, "optimizer.name": "adamw"}))
+    assert outcome(tmp_path / "plain")["last"]["weights"] != whole["last"]["weights"]

@@ -342,6 +342,10 @@ def test_malformed_quotes_are_refused(recipe, text):
         assert "Leave them away, or use single quotes" in found
 
 
+def test_a_whole_section_of_arguments_can_be_given(recipe):
+    assert load_recipe(recipe, ["model.args={depth=3, name='a b'}"]).model.args == {"depth": 3, "name": "a b"}
+
+
 def test_a_backslash_that_quotes_would_make_a_line_break_is_refused(recipe):
     assert "holds a control character: got 'runs\\new'" in refusal(recipe, ['run.out="runs\\new"'])
     assert load_recipe(recipe, ["run.out='runs\\new'"]).run.out == "runs\\new"

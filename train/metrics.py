@@ -27,7 +27,8 @@ Row = dict[str, Any]
 class Metrics:
     """Appends rows {"kind": "train" | "eval", "step": …, …}; goes on from `step`, so later rows of the file are cut."""
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool, tracker: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, step: int, tensorboard: bool, tracker: Any = None) -> None:
+        """tracker: as `start_tracker` gives it."""
         self.folder, self._jsonl, self._behind = folder, folder / "metrics.jsonl", False
         # An evaluation at the very step is done again: it may not have been finished.
         self.rows = [row for row in read_rows(folder) if row["step"] < step + (row["kind"] == "train")]
@@ -38,14 +39,14 @@ class Metrics:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+            # Names of files hold seconds; two runs of a moment are told apart by their steps.
+            suffix = f".step-{step:08d}"
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step, filename_suffix=suffix)
             # TensorBoard forgets the points at `purge_step`, too.
             told = [*self.rows, *({"kind": "speed", **row} for row in speed)]
             for row in (row for row in told if row["step"] == step):
                 self._draw(row)
-        self._tracker: Any = _tracker(tracker)
-        if self._tracker is not None:
-            self._tracker.init(project="token-labeling", name=folder.name, config=dict(settings))
+        self._tracker = tracker
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -135,7 +136,20 @@ def _table(rows: list[Row]) -> str:
     return text.getvalue()
 
 
-def _tracker(name: str) -> Any:
+def start_tracker(name: str, folder: Path, settings: Mapping[str, Any]) -> Any:
+    """The tracker's module, told of the run; None for "none". Raises InputError where it does not start."""
+    tracker = import_tracker(name)
+    if tracker is not None:
+        try:
+            tracker.init(project="token-labeling", name=folder.name, config=dict(settings))
+        except Exception as error:  # the tracker's own: no account, no network
+            remedy = "Its own manual tells more; run.tracker=none does without it."
+            raise InputError(f"run.tracker {name!r} does not start", got=error, remedy=remedy) from None
+    return tracker
+
+
+def import_tracker(name: str) -> Any:
+    """Its module; None for "none". Raises InputError where it is not installed."""
     if name == "none":
         return None
     try:

@@ -20,6 +20,7 @@ from model.errors import ModelError
 from model.token_heads import TokenLabelHeads
 from train.checkpoint import CheckpointInfo, checkpoint_of, find_checkpoint, read_weights
 from train.config import BEGINNING, ModelConfig
+from train.recipe import alike
 
 log = logging.getLogger("train")
 
@@ -86,6 +87,10 @@ def train_mode(net: nn.Module, config: ModelConfig) -> None:
 
 
 def _create(config: ModelConfig, num_classes: int | None, img_size: int) -> TokenLabelHeads:
+    if not timm.is_model(config.name) and ":" not in config.name:  # which stands in names of hubs and folders
+        names = timm.list_models()
+        remedy = alike(config.name, names) or "`python -m model list` and timm.list_models() name all."
+        raise InputError("model.name is not known", got=repr(config.name), remedy=remedy)
     kwargs: dict[str, Any] = dict(config.args)
     if config.drop_path_rate:
         kwargs["drop_path_rate"] = config.drop_path_rate

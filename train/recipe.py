@@ -76,7 +76,7 @@ def recipe_path(recipe: str | Path) -> Path:
     names = recipe_names()
     raise InputError(
         "there is no such recipe", got=repr(str(recipe)), expected=f"a .toml file, or one of {', '.join(names)}",
-        remedy=_alike(path.stem, names),
+        remedy=alike(path.stem, names),
     )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def _override(values: dict[str, Any], override: str) -> str:
     elif unset and type(None) in get_args(kind):
         values[parts[-1]] = None
     else:
-        values[parts[-1]] = _value(text.strip(), str in (kind, *get_args(kind)), override)
+        values[parts[-1]] = _value(text.strip(), kind in (str, str | None), override)
     return ".".join(parts)
 
 
@@ -206,8 +206,8 @@ def _with_section(key: str) -> list[str]:
     if key in TrainConfig.model_fields:
         raise InputError("an override names a section only", got=repr(key), expected=f"{key}.key=value")
     keys = sorted({k for field in TrainConfig.model_fields.values() for k in _fields(field.annotation)})
-    alike = _alike(key, keys) or "docs/recipes.md lists the sections and train/config.py all keys."
-    raise InputError(f"no section has a key {key!r}", remedy=alike)
+    remedy = alike(key, keys) or "docs/recipes.md lists the sections and train/config.py all keys."
+    raise InputError(f"no section has a key {key!r}", remedy=remedy)
 
 
 def _explained(error: ValidationError, source: str, given: Mapping[str, str]) -> InputError:
@@ -216,7 +216,7 @@ def _explained(error: ValidationError, source: str, given: Mapping[str, str]) ->
     # A name that is wrong explains one that is missing.
     fault = min(faults, key=lambda fault: fault["type"] != "extra_forbidden")
     place = [str(part) for part in fault["loc"][:2]]
-    alike = [other for other in faults if other["loc"][:2] == fault["loc"][:2]]
+    same = [other for other in faults if other["loc"][:2] == fault["loc"][:2]]
     count = len({other["loc"][:2] for other in faults}) - 1
     name, more = ".".join(place), f" ({count} more)" if count else ""
     source = next((f"override {given[key][:80]!r}" for key in given if f"{key}.".startswith(f"{name}.")), source)
@@ -233,7 +233,7 @@ def _explained(error: ValidationError, source: str, given: Mapping[str, str]) ->
         return InputError(f"{source}: {fault['ctx']['error']}{more}")
     name = ".".join(str(part) for part in fault["loc"][:3] if isinstance(part, str))
     remedy = "Leave the quotes away." if kind in ("float_type", "int_type") and _is_number(got) else None
-    return InputError(f"{source}: {name}{more}", got=repr(got)[:80], expected=_expected(alike), remedy=remedy)
+    return InputError(f"{source}: {name}{more}", got=repr(got)[:80], expected=_expected(same), remedy=remedy)
 
 
 def _expected(faults: Sequence[Any]) -> str:
@@ -260,10 +260,11 @@ def _fields(section: Any) -> list[str]:
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
-    return _alike(name, known) or (f"There is: {', '.join(known)}." if known else None)
+    return alike(name, known) or (f"There is: {', '.join(known)}." if known else None)
 
 
-def _alike(name: str, known: Sequence[str]) -> str | None:
+def alike(name: str, known: Sequence[str]) -> str | None:
+    """A remedy that asks for the nearest of the known names."""
     found = difflib.get_close_matches(name, known, 1, 0.5)
     return f"Did you mean {found[0]!r}?" if found else None
 

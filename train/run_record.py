@@ -7,7 +7,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from train.config import TrainConfig
 from train.curves import draw_run
 from train.distributed import Ranks
 from train.errors import TrainError
-from train.metrics import Metrics
+from train.metrics import Metrics, start_tracker
 from train.recipe import ROUNDING, differences, flat, parse_config, to_toml
 
 log = logging.getLogger("train")
@@ -46,12 +46,13 @@ class RunRecord:
 
     def __init__(self, folder: Path, config: TrainConfig, step: int, went_back: bool = False) -> None:
         self.folder, self._keep = folder, config.run.keep
+        tracker = start_tracker(config.run.tracker, folder, flat(config))  # which may refuse
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         sweep(folder)
         if went_back:
             remove_later(folder, step)
         replace_file(folder / "config.toml", to_toml(config).encode())
-        self.metrics = Metrics(folder, step, config.run.tensorboard, config.run.tracker, flat(config))
+        self.metrics = Metrics(folder, step, config.run.tensorboard, tracker)
 
     def best(self) -> float:
         """The best top-1 of any evaluation, of weights or their average; −1 without one."""
@@ -96,6 +97,7 @@ class RunRecord:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """The run's folder for this process alone. Raises InputError where another trains in it."""
+    existed = folder.is_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -109,8 +111,20 @@ def locked(folder: Path) -> Iterator[None]:
                 f"another process trains in {str(folder)!r}", remedy="Wait for it, or choose another run.out."
             ) from None
         yield
+    except BaseException:
+        if not existed:
+            _remove_unbegun(folder)
+        raise
     finally:
         os.close(handle)
+
+
+def _remove_unbegun(folder: Path) -> None:
+    """A run that was refused leaves no folder behind."""
+    with suppress(OSError):
+        if os.listdir(folder) == ["run.lock"]:
+            (folder / "run.lock").unlink()
+            folder.rmdir()
 
 
 def starting_point(folder: Path, resume: str | Path | None) -> tuple[Path, CheckpointInfo] | None:

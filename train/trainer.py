@@ -28,8 +28,17 @@ from train.device import pick_precision, set_threads
 from train.distributed import Ranks, joined_ranks, world_size
 from train.errors import NonFiniteError, Stopped
 from train.evaluate import evaluate
-from train.loaders import blamed_on, class_folders, images_per_rank, training_loader, transform_of, validation_loader
+from train.loaders import (
+    blamed_on,
+    class_folders,
+    images_per_rank,
+    refuse_absent_paths,
+    training_loader,
+    transform_of,
+    validation_loader,
+)
 from train.loss import TokenLabelLoss
+from train.metrics import import_tracker
 from train.network import as_checkpointed, build_network, set_classes, train_mode
 from train.optimization import LearningRate, build_optimizer, total_steps
 from train.run_record import RunRecord, locked, refuse_other_run, starting_point
@@ -77,7 +86,10 @@ def fit(config: TrainConfig, resume: str | Path | None = None) -> FitSummary:
     Raises InputError and MismatchError before any work where something does not fit, NonFiniteError where the loss is
     not finite, Stopped when a signal asked for it and everything is saved.
     """
-    images_per_rank(config, world_size())  # refused by each rank alone, before it waits for the others
+    # Refused by each rank alone, before it waits for the others.
+    images_per_rank(config, world_size())
+    refuse_absent_paths(config)
+    import_tracker(config.run.tracker)
     with (
         joined_ranks(config.run.device) as ranks,
         locked(Path(config.run.out)) if ranks.first else nullcontext(),
@@ -100,6 +112,7 @@ class Trainer:
         torch.manual_seed(config.run.seed)  # beginning weights are the same on all ranks
         begun = config.model if found is None else as_checkpointed(config.model, found[1])
         net = build_network(begun, config.loss.dense_weight)
+        build_optimizer(net, config.optimizer)  # refused before any image is looked for; heads may change below
         self.loader = training_loader(config, net, ranks)
         set_classes(net, self.loader.num_classes)
         # Every checkpoint tells them; finding the folders takes a pass over all images.
