@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tiny_runs import tiny_config, tiny_data
+from tiny_runs import shown, tiny_config, tiny_data
 
 from train import TrainConfig, fit
 from train.distributed import Ranks
@@ -30,26 +26,6 @@ def stop_after(config: TrainConfig, step: int) -> None:
     trainer.train_step.run = lambda batch, done, stop: run(batch, done, lambda: done == step - 1)
     with pytest.raises(Stopped):
         trainer.run()
-
-
-def events(path: Path) -> Iterator[Any]:
-    """Of a file: each stands between its length with a checksum, and its own checksum."""
-    data, at = path.read_bytes(), 0
-    while at < len(data):
-        (size,) = struct.unpack_from("<Q", data, at)
-        yield Event.FromString(data[at + 12 : at + 12 + size])
-        at += size + 16
-
-
-def shown(run: Path) -> list[tuple[str, int, float]]:
-    """The points that TensorBoard shows: where a file begins with a step, older points from that step on are purged."""
-    points: list[tuple[str, int, float]] = []
-    for path in sorted((run / "tensorboard").iterdir()):
-        for event in events(path):
-            if event.session_log.status == SessionLog.START:
-                points = [point for point in points if point[1] < event.step]
-            points += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
-    return points
 
 
 def test_tensorboard_shows_the_rows_of_metrics_however_often_a_run_is_resumed(data, tmp_path):

@@ -27,11 +27,17 @@ Row = dict[str, Any]
 class Metrics:
     """Appends rows {"kind": "train" | "eval", "step": …, …}; goes on from `step`, so later rows of the file are cut."""
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool, tracker: Any = None) -> None:
-        """tracker: as `start_tracker` gives it."""
+    def __init__(
+        self, folder: Path, step: int, tensorboard: bool, tracker: Any = None, evaluates_again: bool = True
+    ) -> None:
+        """
+        tracker          as `start_tracker` gives it
+        evaluates_again  the run begins with the evaluation at `step`, which may not have been finished
+        """
         self.folder, self._jsonl, self._behind = folder, folder / "metrics.jsonl", False
-        # An evaluation at the very step is done again: it may not have been finished.
-        self.rows = [row for row in read_rows(folder) if row["step"] < step + (row["kind"] == "train")]
+        self.rows = [
+            row for row in read_rows(folder) if row["step"] < step + (row["kind"] == "train" or not evaluates_again)
+        ]
         replace_file(self._jsonl, b"".join(map(_line, self.rows)))
         speed = [row for row in _read(folder / "speed.jsonl") if row["step"] <= step]
         replace_file(folder / "speed.jsonl", b"".join(map(_line, speed)))
@@ -41,10 +47,11 @@ class Metrics:
 
             # Names of files hold seconds; two runs of a moment are told apart by their steps.
             suffix = f".step-{step:08d}"
+            first = 0 if not (folder / "tensorboard").exists() else step
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step, filename_suffix=suffix)
-            # TensorBoard forgets the points at `purge_step`, too.
+            # TensorBoard forgets the points at `purge_step`, too; a history from elsewhere it has never seen.
             told = [*self.rows, *({"kind": "speed", **row} for row in speed)]
-            for row in (row for row in told if row["step"] == step):
+            for row in (row for row in told if row["step"] >= first):
                 self._draw(row)
         self._tracker = tracker
 

@@ -22,8 +22,9 @@ MAX_BYTES = 1 << 20
 # What may differ between a run and its resumption: it changes no batch, and no weight that is finite. Whose weights a
 # run began with is in its checkpoints.
 FREE = frozenset(
-    {"model.weights", "model.weights_ema", "model.new_heads", "data.images", "data.store", "data.validation",
-     "data.image_list", "data.cache", "data.threads", "data.prefetch", "run.out", "run.save_every", "run.keep",
+    {"model.weights", "model.weights_ema", "model.new_heads", "model.aux_weight", "data.images", "data.store",
+     "data.validation", "data.image_list", "data.cache", "data.threads", "data.prefetch", "augment.crop_pct",
+     "augment.crop_mode", "run.out", "run.log_every", "run.eval_every", "run.save_every", "run.keep",
      "run.skip_non_finite", "run.tensorboard", "run.tracker", "run.progress"}
 )  # fmt: skip
 UNSET = ("", "none")  # what an override says for a setting that shall have no value
@@ -37,7 +38,9 @@ PLAIN = {
     "an object": "a section",
 }
 # May differ, too, but changes how results are rounded, and with micro-batches what BatchNorm sees.
-ROUNDING = frozenset({"run.micro_batch", "run.grad_checkpointing", "run.compile", "run.channels_last"})
+ROUNDING = frozenset(
+    {"run.device", "run.threads", "run.micro_batch", "run.grad_checkpointing", "run.compile", "run.channels_last"}
+)
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from labeler.commit import replace_file
+from labeler.commit import TEMPORARY, replace_file
 from labeler.errors import InputError, MismatchError
 from train.checkpoint import (
     FOLDER,
@@ -35,24 +36,37 @@ from train.recipe import ROUNDING, differences, flat, parse_config, to_toml
 
 log = logging.getLogger("train")
 
+HISTORY = ("metrics.jsonl", "speed.jsonl")
 FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file is too large"}
 
 
 class RunRecord:
     """`step`: where the run goes on; what an earlier process told of later steps is dropped and will be told again.
 
-    went_back  the user named the checkpoint to go on from: later ones are removed
+    source     the checkpoint that it goes on from: where that is another run's, the history comes along
+    went_back  the user named that checkpoint: later ones are removed
+    evaluates_again  see `Metrics`
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, step: int, went_back: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        step: int,
+        source: Path | None = None,
+        went_back: bool = False,
+        evaluates_again: bool = True,
+    ) -> None:
         self.folder, self._keep = folder, config.run.keep
         tracker = start_tracker(config.run.tracker, folder, flat(config))  # which may refuse
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         sweep(folder)
         if went_back:
             remove_later(folder, step)
+        if source is not None and source.parent.name == FOLDER:
+            _bring_history(source.parent.parent, folder, step)
         replace_file(folder / "config.toml", to_toml(config).encode())
-        self.metrics = Metrics(folder, step, config.run.tensorboard, tracker)
+        self.metrics = Metrics(folder, step, config.run.tensorboard, tracker, evaluates_again)
 
     def best(self) -> float:
         """The best top-1 of any evaluation, of weights or their average; −1 without one."""
@@ -92,6 +106,21 @@ class RunRecord:
             draw_run(self.folder)
         except OSError as error:
             log.error("the tables and curves of %s cannot be written: %s", self.folder, error.strerror)
+
+
+def _bring_history(old: Path, new: Path, step: int) -> None:
+    """What another run told up to `step`, and the best checkpoint that it had by then."""
+    if old.resolve() == new.resolve():
+        return
+    for name in HISTORY:
+        if (old / name).is_file():
+            replace_file(new / name, (old / name).read_bytes())
+    best = next((path for path in checkpoints(old, "best") if int(path.name.rpartition("-")[2]) <= step), None)
+    if best is None or (new / FOLDER / best.name).exists():
+        return
+    temporary = new / FOLDER / f"{TEMPORARY}{best.name}"
+    shutil.copytree(best, temporary)
+    os.rename(temporary, new / FOLDER / best.name)
 
 
 @contextmanager

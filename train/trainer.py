@@ -53,7 +53,8 @@ log = logging.getLogger("train")
 class FitSummary:
     """
     top1, ema_top1  of the last evaluation, best of all; −1 where there was none
-    images_per_s    of this process's part of the run, over all ranks, evaluations aside
+    images_per_s    of this process's part of the run, over all ranks, evaluations aside; where nothing was left to do,
+                    of the process that finished it, as are data_wait and seconds
     data_wait       share of that time without a batch to work on
     skipped         steps left out for a loss that was not finite
     """
@@ -104,6 +105,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: Ranks, resume: str | Path | None = None) -> None:
         self.config, self.ranks, self.folder = config, ranks, Path(config.run.out)
         found = starting_point(self.folder, resume)
+        self.source = None if found is None else found[0]
         self.went_back = resume is not None and str(resume) != "auto"
         if found is not None:
             refuse_other_run(config, found[1], ranks)
@@ -159,7 +161,10 @@ class Trainer:
 
     def run(self) -> FitSummary:
         """From where it stands to the last step."""
-        self.record = RunRecord(self.folder, self.config, self.step, self.went_back) if self.ranks.first else None
+        again = self.step > 0 and self._evaluation_due()  # the process before may have ended in its middle
+        self.record = None
+        if self.ranks.first:
+            self.record = RunRecord(self.folder, self.config, self.step, self.source, self.went_back, again)
         self.speed = Speed(self.config.run.batch_size)
         shown = self.ranks.first and self.config.run.progress
         with (
@@ -167,7 +172,7 @@ class Trainer:
             tqdm(total=self.steps, initial=self.step, desc="training", unit="step", disable=not shown) as bar,
         ):
             try:
-                self._loop(signals, bar)
+                self._loop(signals, bar, again)
             finally:
                 if self.record is not None:
                     self.record.finish()
@@ -176,9 +181,11 @@ class Trainer:
             replace_file(self.folder / "summary.json", json.dumps(asdict(summary), indent=1).encode() + b"\n")
         return summary
 
-    def _loop(self, signals: StopSignals, bar: Any) -> None:
-        if self.step and self._evaluation_due():
-            self._evaluate(signals)  # the process before may have ended in its middle
+    def _loop(self, signals: StopSignals, bar: Any, evaluate_first: bool) -> None:
+        if evaluate_first:
+            self._evaluate(signals)
+        if self.step == self.steps and not checkpoints(self.folder):
+            self._save(must=True)  # a finished run that goes on into another folder
         train_mode(self.task.network, self.config.model)
         for batch in self.speed.timed(self._batches()):
             rate = self.rate.set(self.step)
@@ -331,6 +338,9 @@ class Trainer:
         rows = [] if self.record is None else [row for row in self.record.metrics.rows if row["kind"] == "eval"]
         last = rows[-1] if rows else {}
         rate, wait = self.speed.overall()
+        seconds = self.speed.seconds()
+        if not self.speed.steps and (finished := _read_summary(self.folder)):  # by an earlier process
+            rate, wait, seconds = finished.images_per_s, finished.data_wait, finished.seconds
         return FitSummary(
             folder=str(self.folder),
             steps=self.step,
@@ -340,9 +350,16 @@ class Trainer:
             best=-1.0 if self.record is None else self.record.best(),
             images_per_s=rate,
             data_wait=wait,
-            seconds=self.speed.seconds(),
+            seconds=seconds,
             skipped=self.skipped,
         )
+
+
+def _read_summary(folder: Path) -> FitSummary | None:
+    try:
+        return FitSummary(**json.loads((folder / "summary.json").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _unfit(folder: Path, error: Exception) -> IntegrityError:
