@@ -6,6 +6,11 @@ images are in the quarantine; 4 an integrity check failed; 143 stopped by a sign
 
 from __future__ import annotations
 
+from labeler.interrupt import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # before the imports, which take seconds
+
 import argparse
 import json
 import os

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from labeler.errors import InputError, TokenLabelError
+from labeler.errors import InputError, TokenLabelError, told
+from labeler.interrupt import INTERRUPTED
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -44,7 +45,7 @@ def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.Argum
 
 
 def run_command(options: argparse.Namespace) -> int:
-    """Call `options.run(options)`; the exit status, 1 for errors of the operating system."""
+    """Call `options.run(options)`; the exit status, 1 for errors of the operating system, 130 at Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -53,6 +54,9 @@ def run_command(options: argparse.Namespace) -> int:
     except TokenLabelError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 1

@@ -5,6 +5,11 @@ stack trace and exit with `exit_status`.
 """
 
 
+def told(error: BaseException) -> str:
+    """What an error says; its type where it says nothing."""
+    return str(error).strip() or type(error).__name__
+
+
 class TokenLabelError(Exception):
     """Base of all errors that the project raises on purpose.
 
@@ -17,7 +22,7 @@ class TokenLabelError(Exception):
         self.problem, self.got, self.expected, self.remedy = problem, got, expected, remedy
         parts = [problem]
         if got is not None:
-            parts.append(f"got {got}")
+            parts.append(f"got {told(got) if isinstance(got, Exception) else got}")
         if expected is not None:
             parts.append(f"expected {expected}")
         text = ", ".join([": ".join(parts[:2]), *parts[2:]])

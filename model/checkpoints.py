@@ -47,7 +47,23 @@ def load_reference_checkpoint(path: str | Path, model: nn.Module | None = None, 
     settings; a bare state dict does not, and is refused where both readings are likely, as for 27×27 positions of
     16-pixel patches: 432 pixels side by side, or 224 with half a patch shared. A given `model` settles it.
     """
-    file = Path(path)
+    file, state, settings = _contents(Path(path), ema)
+    net = _built_for(state, settings, file) if model is None else model
+    if hasattr(net, "cls_position") and "pos_embed" in state and state["pos_embed"].ndim == 3:
+        state = fit_position_embedding(state, net)  # type: ignore[arg-type]
+    _refuse_faults(net, state, file)
+    _refuse_non_finite(net, state, file)
+    net.load_state_dict(state, strict=False)
+    return net.eval()
+
+
+def read_state_dict(path: str | Path, ema: bool = False) -> State:
+    """The weights in a file of any model's, under their own names. Raises ModelError where there are none."""
+    return _contents(Path(path), ema)[1]
+
+
+def _contents(file: Path, ema: bool) -> tuple[Path, State, Any]:
+    """The file that holds the weights, these, and its script's settings, None without them."""
     content = _read(file)
     state = _weights(content, AVERAGED) if ema else None
     if ema and state is None and not file.stem.endswith("EMA"):
@@ -60,14 +76,7 @@ def load_reference_checkpoint(path: str | Path, model: nn.Module | None = None, 
         raise ModelError(f"{file} holds no weights: got a {type(content).__name__}, expected a state dict")
     if (size := sum(value.nbytes for value in state.values())) > MAX_BYTES:
         raise ModelError(f"{file} is too large: got {size:,} bytes of weights, expected at most {MAX_BYTES:,}")
-    settings = content.get("args") if isinstance(content, Mapping) else None
-    net = _built_for(state, settings, file) if model is None else model
-    if hasattr(net, "cls_position") and "pos_embed" in state and state["pos_embed"].ndim == 3:
-        state = fit_position_embedding(state, net)  # type: ignore[arg-type]
-    _refuse_faults(net, state, file)
-    _refuse_non_finite(net, state, file)
-    net.load_state_dict(state, strict=False)
-    return net.eval()
+    return file, state, content.get("args") if isinstance(content, Mapping) else None
 
 
 def _read(file: Path) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,11 +68,14 @@ class LoaderBackend:
         try:
             image = open_rgb(data, self.orientation)
         except Exception as reason:  # PIL's decoders raise many types
-            raise unreadable(key, f"it cannot be decoded: {reason}") from None
+            raise unreadable(self._path(key), f"it cannot be decoded: {reason}") from None
         if (image.height, image.width) != tuple(size.tolist()):
             got = f"{image.height}×{image.width} pixels instead of {size[0]}×{size[1]}"
-            raise unreadable(key, got, "Label it again, or leave it out.")
+            raise unreadable(self._path(key), got, "Label it again, or leave it out.")
         return image
+
+    def _path(self, key: str) -> str:
+        return str(Path(self.config.images) / key)
 
     def images(self, prepared: Iterator[Prepared]) -> Iterator[tuple[Prepared, torch.Tensor]]:
         """Normalised float32 [B, 3, S, S] on the device for each prepared batch, in order."""

@@ -6,10 +6,10 @@ Legend: B images; S input side; h×w token grid, T = h·w.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from pipeline.erasing import erase
 from pipeline.label_rows import LabelRows
 from pipeline.mix import mix_pixels
 from pipeline.order import EpochOrder
-from pipeline.samples import open_samples
+from pipeline.samples import open_samples, scan_sizes
 from pipeline.targets import TokenTargets, label_targets
 
 # Settings that change how fast batches come, or where from, but not what is in them; `fingerprint` has their content.
@@ -41,12 +41,13 @@ NOT_IN_STATE = frozenset(
 )  # fmt: skip
 
 
-def create_loader(config: LoaderConfig) -> TokenLabelLoader:
+def create_loader(config: LoaderConfig, check: Callable[[int], None] | None = None) -> TokenLabelLoader:
     """The loader of a configuration.
 
+    check  called with the batches of an epoch before any image is opened; what it raises ends the loader
     Raises InputError, MismatchError or IntegrityError where images, labels and settings do not fit together.
     """
-    return TokenLabelLoader(config)
+    return TokenLabelLoader(config, check=check)
 
 
 class TokenLabelLoader:
@@ -57,14 +58,20 @@ class TokenLabelLoader:
     remaining batches bit for bit.
     """
 
-    def __init__(self, config: LoaderConfig, policies: tuple[Policy, ...] | None = None) -> None:
-        """`policies` take the place of those that the configuration names."""
+    def __init__(
+        self,
+        config: LoaderConfig,
+        policies: tuple[Policy, ...] | None = None,
+        check: Callable[[int], None] | None = None,
+    ) -> None:
+        """`policies` take the place of those that the configuration names; check: see `create_loader`."""
         self.config = config
         self.device = _device(config.device)
         self.threads = config.threads or _cores(config)
         if policies is None:
             policies = create_policies(config.auto_augment, config.color_jitter) if config.train else ()
         self.policies = policies
+        backend = _backend(config)
         self.samples = open_samples(config)
         self.num_classes = self.samples.num_classes
         groups = self.samples.source.groups
@@ -85,12 +92,17 @@ class TokenLabelLoader:
                 expected=f"{self.order.step} or more",
                 remedy="Use a smaller batch.",
             )
+        if check is not None:
+            check(len(self.order))
+        if self.samples.store is None:
+            sizes = scan_sizes(self.samples.source, config.orientation, config.threads, config.progress)
+            self.samples = replace(self.samples, sizes=sizes)
         self.rows = None
         if self.samples.store is not None and config.token_labels:
             self.rows = LabelRows(self.samples.store, self.device)
         # Its own stream: copies and small waits of the next batch do not queue behind the training step.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.backend = _backend(config)(
+        self.backend = backend(
             config,
             self.samples.orientation,
             self.samples.digests is not None,

@@ -8,15 +8,18 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
 
 from labeler.class_names import folder_classes, targets_of
-from labeler.errors import InputError, IntegrityError, MismatchError
+from labeler.errors import InputError, IntegrityError, MismatchError, told
 from labeler.images import FORMATS, BadImage, difference, image_digest
 from labeler.pixels import decoded_size
 from labeler.store import LabelStore
@@ -26,6 +29,7 @@ from pipeline.sources import ImageSource, open_source, unreadable
 log = logging.getLogger("pipeline")
 
 PROGRESS_FROM = 5_000  # images
+MOST_NAMED = 20  # bad images in an error
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,9 @@ class Samples:
         data = self.source.read(int(self.positions[sample]))
         if self.digests is not None and image_digest(data) != self.digests[sample]:
             remedy = "Restore it or label again; `python -m labeler verify STORE --images DIR` names all such images."
-            raise unreadable(self.key(sample), "other bytes than when it was labeled", remedy)
+            raise unreadable(
+                self.source.path(int(self.positions[sample])), "other bytes than when it was labeled", remedy
+            )
         return data
 
     @cached_property
@@ -75,7 +81,7 @@ class Samples:
 
 
 def open_samples(config: LoaderConfig) -> Samples:
-    """Join and check; nothing is decoded yet.
+    """Join and check; no image is opened yet, so that `sizes` are zero without a store: see `scan_sizes`.
 
     Raises MismatchError where images and labels do not belong together, InputError where there is nothing to train on,
     IntegrityError for a damaged store.
@@ -164,8 +170,6 @@ def _check_same_images(source: ImageSource, store: LabelStore, rows: np.ndarray,
 
 def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
     images = source.images
-    for i, problem in images.problems.items():
-        raise unreadable(images.keys[i], problem)
     count, folders = config.num_classes, config.class_folders
     labels = source.labels if folders is None else None
     if labels is None:
@@ -185,13 +189,16 @@ def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
     n = len(images)
     unmeasured = np.zeros((n, 2), np.int64)
     samples = Samples(source, np.arange(n), None, np.full(n, -1), unmeasured, labels, None, config.orientation, count)
-    _check_classes(config, samples)  # before every file is opened
-    return replace(samples, sizes=scan_sizes(source, config.orientation, config.threads, config.progress))
+    _check_classes(config, samples)
+    return samples
 
 
 def scan_sizes(source: ImageSource, orientation: str, threads: int | None, progress: bool) -> np.ndarray:
-    """int64 [N, 2]: height and width of every image after its orientation, from the headers alone."""
-    from PIL import Image
+    """int64 [N, 2]: height and width of every image after its orientation, from the headers alone.
+
+    Raises IntegrityError naming all that are none.
+    """
+    from PIL import Image, UnidentifiedImageError
 
     def parse(data: bytes) -> tuple[int, int]:
         with Image.open(io.BytesIO(data)) as image:
@@ -199,23 +206,42 @@ def scan_sizes(source: ImageSource, orientation: str, threads: int | None, progr
                 raise BadImage(f"{image.format} is not a format that both loaders decode")
             return decoded_size(image, orientation)
 
+    bad = dict(source.images.problems)
+
     def size(position: int) -> tuple[int, int]:
-        try:
+        if position in bad:
+            return 0, 0
+        with suppress(Exception):  # PIL's parsers raise many types; a long header may need the whole file
             return parse(source.head(position))
-        except IntegrityError:
-            raise
-        except Exception:  # PIL's parsers raise many types; a long header may need the whole file
-            try:
-                return parse(source.read(position))
-            except IntegrityError:
-                raise
-            except Exception as error:
-                raise unreadable(source.images.keys[position], f"not an image to train on: {error}") from None
+        try:
+            return parse(source.read(position))
+        except IntegrityError as error:
+            bad[position] = str(error.got)
+        except UnidentifiedImageError:
+            bad[position] = "not an image, or of an unknown format"
+        except Exception as error:
+            bad[position] = f"not an image that can be read: {told(error)}"
+        return 0, 0
 
     n = len(source.images)
     with ThreadPoolExecutor(threads or 4) as pool:
         found = tqdm(pool.map(size, range(n)), "image headers", n, disable=not progress or n < PROGRESS_FROM)
-        return np.array(list(found), np.int64).reshape(-1, 2)
+        sizes = np.array(list(found), np.int64).reshape(-1, 2)
+    if bad:
+        raise _all_unreadable({source.path(position): bad[position] for position in sorted(bad)}, n)
+    return sizes
+
+
+def _all_unreadable(bad: Mapping[str, str], count: int) -> IntegrityError:
+    """bad: path -> reason."""
+    if len(bad) == 1:
+        return unreadable(*next(iter(bad.items())))
+    named = [f"{path!r} ({reason})" for path, reason in islice(bad.items(), MOST_NAMED)]
+    more = f" and {len(bad) - len(named):,} more" if len(bad) > len(named) else ""
+    return IntegrityError(
+        f"{len(bad):,} of {count:,} images cannot be used", got="; ".join(named) + more,
+        remedy="Restore the files, or leave them out.",
+    )  # fmt: skip
 
 
 def _check_classes(config: LoaderConfig, samples: Samples) -> None:

@@ -42,6 +42,10 @@ class ImageSource(Protocol):
         """The first HEAD_BYTES of it."""
         ...
 
+    def path(self, position: int) -> str:
+        """Of the image's file, or of the tar shard with the file's name behind it."""
+        ...
+
 
 class FolderSource:
     """Images below a folder, or those that a list file names."""
@@ -59,8 +63,12 @@ class FolderSource:
         key, size = self.images.keys[position], int(self.images.sizes[position])
         data = self._read(key, size + 1)
         if len(data) != size or not size:
-            raise unreadable(key, f"changed after the loader began, {size} bytes then" if size else "empty file")
+            reason = f"changed after the loader began, {size} bytes then" if size else "empty file"
+            raise unreadable(self.path(position), reason)
         return data
+
+    def path(self, position: int) -> str:
+        return str(self.images.root / self.images.keys[position])
 
     def head(self, position: int) -> bytes:
         return self._read(self.images.keys[position], HEAD_BYTES)
@@ -69,7 +77,7 @@ class FolderSource:
         try:
             return _read_at(self._prefix + key.encode(), 0, most)
         except OSError as error:
-            raise unreadable(key, f"cannot be read: {error.strerror}") from None
+            raise unreadable(str(self.images.root / key), f"cannot be read: {error.strerror}") from None
 
 
 class TarSource:
@@ -123,14 +131,17 @@ class TarSource:
     def head(self, position: int) -> bytes:
         return self._read(position, min(HEAD_BYTES, int(self.images.sizes[position])))
 
+    def path(self, position: int) -> str:
+        return str(self.shards[self._shard_of[position]] / self.images.keys[position])
+
     def _read(self, position: int, size: int) -> bytes:
-        path, key = self.shards[self._shard_of[position]], self.images.keys[position]
+        path = self.shards[self._shard_of[position]]
         try:
             data = _read_at(path, int(self._offsets[position]), size)
         except OSError as error:
-            raise unreadable(key, f"{path}: {error.strerror}") from None
+            raise unreadable(self.path(position), f"cannot be read: {error.strerror}") from None
         if len(data) != size:
-            raise unreadable(key, f"{path} ends before it: it was changed after the loader began")
+            raise unreadable(self.path(position), "its shard ends before it: it was changed after the loader began")
         return data
 
 
@@ -148,8 +159,8 @@ def open_source(images: str | Path, image_list: str | Path | None = None, progre
     return TarSource(shards, root, progress)
 
 
-def unreadable(key: str, reason: str, remedy: str = "Restore the file, or leave it out.") -> IntegrityError:
-    return IntegrityError(f"the image {key!r} cannot be used", got=reason, remedy=remedy)
+def unreadable(path: str, reason: str, remedy: str = "Restore the file, or leave it out.") -> IntegrityError:
+    return IntegrityError(f"the image {path!r} cannot be used", got=reason, remedy=remedy)
 
 
 def _members(path: Path) -> list[tuple[str, int, int]]:

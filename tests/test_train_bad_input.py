@@ -6,22 +6,25 @@ import json
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from faults import tally
 from tiny import make_images
-from tiny_runs import tiny_config, tiny_data
+from tiny_runs import outcome, tiny_config, tiny_data
 
 from labeler import InputError
 from pipeline import Batch, TokenLabelLoader
+from pipeline.sources import FolderSource
 from train import fit
 from train.__main__ import main
-from train.checkpoint import check_checkpoint, newest_checkpoint, read_state, read_weights
+from train.checkpoint import check_checkpoint, checkpoints, newest_checkpoint, read_state, read_weights
 from train.metrics import read_rows
 from train.recipe import to_toml
 
@@ -58,12 +61,15 @@ REFUSED = {
     # overrides, and what the error says of them
     "images that are not there": (["data.images=nowhere"], "'nowhere' is not a folder of images: got nothing there"),
     "labels that are not there": (["data.store=nowhere"], "'nowhere' is not a label store: got no such folder"),
-    "evaluation that is not there": (["data.validation=nowhere"], "'nowhere' is not a folder of images"),
+    "evaluation that is not there": (
+        ["data.validation=nowhere"],
+        "data.validation: 'nowhere' is not a folder of images",
+    ),
     "list that is not there": (["data.image_list=nowhere"], "the image list 'nowhere' cannot be read"),
     "weights that are not there": (["model.weights=nowhere"], "there is no such checkpoint: got nowhere"),
     "other classes": (["model.num_classes=7"], "another number of classes than the network: got 6 in"),
     "batch larger than the data": (["batch_size=13"], "got 12 images, expected 13 or more. Use a smaller batch."),
-    "model": (["model.name=vim_tinny"], "model.name 'vim_tinny' cannot be built"),
+    "model": (["model.name=vim_tinny"], "got 'vim_tinny'. Did you mean 'vim_tiny'?"),
     "argument of a model": (["model.args.foo=1"], "unexpected keyword argument 'foo'. See model.args"),
     "images that do not divide into patches": (["model.img_size=33"], "got 33×33 pixels, expected multiples of 8"),
     "optimizer": (["optimizer.name=adamww"], "optimizer.name is not known: got 'adamww'. Did you mean 'adamw'?"),
@@ -164,8 +170,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_what_to_try(run, tmp_path,
     status, error = run("run.save_every=2")
     assert status == 1
     assert "loss or gradient is not finite at step 4: got loss nan" in error
-    for remedy in ("lower optimizer.lr", "clip_grad", "precision=float32", "skip_non_finite", "checkpoint is kept"):
-        assert remedy in error
+    assert f"{tmp_path / 'run/checkpoints/step-00000002'} is kept: --resume auto run.skip_non_finite=3" in error
+    assert error.endswith("try a lower optimizer.lr, a longer schedule.warmup_epochs or optimizer.clip_grad=1.")
     folder, info = newest_checkpoint(tmp_path / "run") or pytest.fail("no checkpoint")
     assert info.step == 2
     assert all(value.isfinite().all() for value in read_weights(folder, info).values())
@@ -176,6 +182,16 @@ def test_a_rate_that_is_far_too_high_stops_the_run(run):
     status, error = run("lr=1e30", "optimizer.name=sgd")
     assert status == 1
     assert "loss or gradient is not finite at step 2" in error
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_loss_that_is_not_finite_is_answered_only_with_what_applies(run, poison, precision):
+    """No checkpoint that is not there, nothing that is set already."""
+    poison({0})
+    _, error = run("optimizer.clip_grad=0.5", f"run.precision={precision}")
+    assert "No checkpoint was saved before. Begin again and try a lower optimizer.lr" in error
+    assert not any(word in error for word in ("--resume", "kept", "model.weights", "clip_grad"))
+    assert ("run.precision=float32" in error) == (precision == "bfloat16")
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -229,3 +245,104 @@ def test_bad_steps_count_in_a_row_and_too_many_stop_the_run(run, tmp_path, poiso
     assert status == 1
     assert "not finite at step 9" in error
     tally(29, injected=1)
+
+
+def test_all_bad_images_of_the_validation_are_named_at_once_with_their_setting(run, data, tmp_path):
+    """By their full paths, before anything is trained; what only decoding finds is named in the evaluation."""
+    folder = Path(shutil.copytree(data[0], tmp_path / "validation"))
+    images = sorted(folder.rglob("*.*g"))
+    assert len(images) == 12
+    images[3].write_bytes(b"no image")
+    images[7].write_bytes(b"")
+    images[9].unlink()
+    images[9].symlink_to("nowhere.jpg")
+    status, error = run(f"data.validation={folder}")
+    assert status == 4
+    assert error.startswith("error: data.validation: 3 of 12 images cannot be used: got ")
+    assert f"{str(images[3])!r} (not an image, or of an unknown format)" in error
+    assert f"{str(images[7])!r} (empty file)" in error
+    assert f"{str(images[9])!r} (a broken link)" in error
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+    for i in (3, 7, 9):
+        images[i].unlink()
+    images[0].write_bytes(images[0].read_bytes()[:-20])
+    status, error = run(f"data.validation={folder}")
+    assert status == 4
+    assert error.startswith(f"error: data.validation: the image {str(images[0])!r} cannot be used: got it cannot be")
+    assert checkpoints(tmp_path / "run"), "what was trained before is saved"
+    status, error = run(f"data.validation={tmp_path / 'nowhere'}", f"run.out={tmp_path / 'other'}")
+    assert "error: data.validation: " in error
+
+
+def test_of_very_many_bad_images_the_first_are_named(run, tmp_path):
+    for i in range(30):
+        (tmp_path / f"bad/class{i % 6}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"bad/class{i % 6}/{i}.jpg").write_bytes(b"x")
+    _, error = run(f"data.validation={tmp_path / 'bad'}")
+    assert "30 of 30 images cannot be used" in error
+    assert "and 10 more. Restore the files, or leave them out." in error
+
+
+NEEDS_NO_DATA = {
+    "optimizer": (["optimizer.name=adamww"], "optimizer.name is not known: got 'adamww'. Did you mean 'adamw'?"),
+    "optimizer's settings": (["optimizer.name=fusedadam"], "does not take these settings"),
+    "tracker": (["run.tracker=trackio"], "run.tracker 'trackio' cannot be imported"),
+    "validation": (["data.validation=nowhere"], "data.validation: 'nowhere' is not a folder of images"),
+    "images": (["data.images=nowhere"], "data.images: 'nowhere' is not a folder of images"),
+    "store": (["data.store=nowhere"], "data.store: 'nowhere' is not a label store"),
+    "model": (["model.name=demansia_tinny"], "got 'demansia_tinny'. Did you mean 'demansia_tiny'?"),
+    "model like no other": (["model.name=qqqqqq"], "`python -m model list` and timm.list_models() name all"),
+    "precision": (["run.precision=float16"], "precision=float16 needs a GPU"),
+    "augmentation": (["auto_augment=foo"], "auto_augment is not understood"),
+}
+NEEDS_THEIR_NUMBER = {
+    "steps": (["schedule.steps=6", "warmup_epochs=3"], "schedule.steps is too few for warm-up and cooldown"),
+    "batch": (["run.batch_size=13"], "there are fewer images than one batch"),
+}
+
+
+@pytest.mark.parametrize("what", [*NEEDS_NO_DATA, *NEEDS_THEIR_NUMBER])
+def test_what_needs_no_data_is_refused_before_any_image_is_looked_at_and_leaves_no_folder(
+    run, tmp_path, monkeypatch, what
+):
+    read: list[str] = []
+    opened = FolderSource.__init__
+    monkeypatch.setattr(FolderSource, "__init__", lambda *given: read.append("listed") or opened(*given))
+    monkeypatch.setattr(FolderSource, "head", lambda *given: read.append("opened"))
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    overrides, expected = (NEEDS_NO_DATA | NEEDS_THEIR_NUMBER)[what]
+    status, error = run("data.token_labels=false", "data.store=none", *overrides)
+    assert (status, expected in error) == (2, True), error
+    assert read == ([] if what in NEEDS_NO_DATA else ["listed"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_does_not_start_is_refused_and_leaves_no_folder(run, tmp_path, monkeypatch):
+    def init(**settings: Any) -> None:
+        raise ConnectionError("no account")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    status, error = run("run.tracker=wandb")
+    assert (status, "run.tracker 'wandb' does not start: got no account" in error) == (2, True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_was_there_before_a_refusal_stays(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert run("optimizer.name=adamww")[0] == 2
+    assert (tmp_path / "run").is_dir()
+
+
+def test_lookahead_goes_before_any_optimizer_and_resumes_bit_for_bit(data, tmp_path):
+    settings = {"optimizer.name": "lookahead_adamw", "run.save_every": 2, "run.keep": 9, "schedule.steps": 14}
+    config = tiny_config(*data, tmp_path / "run", **settings)
+    fit(config)
+    whole = outcome(tmp_path / "run")
+    for folder in checkpoints(tmp_path / "run"):
+        if folder.name != "step-00000004":
+            shutil.rmtree(folder)
+    fit(config, "auto")
+    assert outcome(tmp_path / "run") == whole
+    fit(tiny_config(*data, tmp_path / "plain", **{**settings, "optimizer.name": "adamw"}))
+    assert outcome(tmp_path / "plain")["last"]["weights"] != whole["last"]["weights"]

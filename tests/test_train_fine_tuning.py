@@ -6,18 +6,21 @@ Legend: C classes.
 from __future__ import annotations
 
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from fixtures import close, state, tensors
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_model_checkpoints import lightning, saved
 from tiny import CLASSES, make_images
 from tiny_runs import outcome, tiny_config, tiny_data
 
 import train
+from labeler.command_line import run_command
 from labeler.errors import InputError
 from model import load_reference_checkpoint
 from train.__main__ import main
@@ -185,7 +188,11 @@ def test_weights_of_another_model_are_refused_in_one_line(data, run, published, 
         ),
         (run, {"model.args": {**args, "depth": 2, "patch_size": 8}}, "weights missing"),
         (published, {"model.img_size": 64}, "DeMansia with embed_dim 32, depth 4"),
-        (published, {"model.name": "test_resnet", "model.args": {}}, "does not fit model.name 'test_resnet'"),
+        (
+            published,
+            {"model.name": "test_resnet", "model.args": {}, "model.img_size": 64},
+            "does not fit model.name 'test_resnet'",
+        ),
         (tmp_path / "none.pth", {}, "there is no such checkpoint"),
         (tmp_path, {}, "there is no checkpoint in"),
         (published, {"model.weights_ema": True, "model.args": MICRO}, "no averaged weights"),
@@ -247,3 +254,60 @@ def test_a_resumed_run_needs_no_more_the_weights_that_it_began_with(data, run, t
     shutil.rmtree(begin)
     train.fit(config, "auto")
     assert outcome(tmp_path / "next") == whole
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pth.tar", ".safetensors"])
+@pytest.mark.parametrize(("name", "side"), [("test_resnet", None), ("test_vit", 160), ("test_vit", 32)])
+def test_a_state_dict_of_timm_is_where_training_begins(data, tmp_path, name, side, suffix):
+    """Its classes and its resolution may be others; `train.py` of timm wraps it, and has an average beside it."""
+    torch.manual_seed(1)
+    size = {} if side is None else {"img_size": side}
+    backbone = timm.create_model(name, num_classes=7, **size)
+    found, path = backbone.state_dict(), tmp_path / f"timm{suffix}"
+    if suffix == ".safetensors":
+        save_file(found, path)
+    else:
+        average = {key: value + 1 for key, value in found.items()}
+        torch.save(found if suffix == ".pth" else {"state_dict": found, "state_dict_ema": average, "arch": name}, path)
+    pixels = 32 if side else 64
+    settings = {"model.name": name, "model.args": {}, "model.img_size": pixels, "model.weights": str(path)}
+    net = build_network(tiny_config(*data, tmp_path / "run", **settings).model)
+    begun = {key.removeprefix("backbone."): value for key, value in net.state_dict().items()}
+    assert net.num_classes == 7
+    resized = ("pos_embed",) if side == 160 else ()
+    assert same(found, {key: value for key, value in begun.items() if key in found}, resized)
+    if suffix == ".pth.tar":
+        settings["model.weights_ema"] = True
+        net = build_network(tiny_config(*data, tmp_path / "run", **settings).model)
+        averaged = net.state_dict()
+        assert all(torch.equal(averaged[f"backbone.{key}"], average[key]) for key in found if key not in resized)
+    assert train.fit(tiny_config(*data, tmp_path / "run", **settings, **{"schedule.steps": 1})).steps == 1
+
+
+def test_how_a_run_began_is_no_part_of_what_it_is(data, tmp_path):
+    """It began with a file that `timm.create_model` read, which is gone when it validates and goes on."""
+    torch.manual_seed(1)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "begin.pth")
+    settings = {"model.name": "test_resnet", "model.img_size": 64, "run.save_every": 2, "schedule.steps": 4}
+    begun = {**settings, "model.args": {"checkpoint_path": str(tmp_path / "begin.pth")}}
+    train.fit(tiny_config(*data, tmp_path / "run", **begun))
+    whole = outcome(tmp_path / "run")
+    (tmp_path / "begin.pth").unlink()
+    assert validate(tmp_path / "run", data[0], device="cpu", backend="reference", progress=False).images == 12
+    for how in (begun, {**settings, "model.args": {}}):
+        shutil.rmtree(checkpoints(tmp_path / "run")[0])
+        train.fit(tiny_config(*data, tmp_path / "run", **how), "auto")
+        found = outcome(tmp_path / "run")
+        assert found == whole
+    with pytest.raises(InputError, match=r"model\.args\.checkpoint_path is no file: got '.*begin\.pth'"):
+        train.fit(tiny_config(*data, tmp_path / "next", **begun))
+
+
+def test_no_error_is_empty(capsys):
+    for error in (FileNotFoundError(), InputError("it cannot be read", got=ValueError())):
+
+        def fail(options: object, error: Exception = error) -> int:
+            raise error
+
+        run_command(Namespace(run=fail))
+        assert capsys.readouterr().err.strip().endswith(("FileNotFoundError", "got ValueError"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+import tomllib
 
 import numpy as np
 import pytest
@@ -273,3 +274,84 @@ def test_the_list_of_recipes_prints_their_headers(capsys):
         assert f"python -m train fit {name} " in printed
     assert "top-1 79.37, top-5 94.51" in printed
     assert "#" not in printed
+
+
+OPTIONAL = [name for name, value in flat(parse_config(tomllib.loads(VALID), "a test")).items() if value is None]
+
+
+@pytest.mark.parametrize("none", ["none", "None", "", " "])
+def test_every_setting_that_may_be_unset_can_be_by_an_override(recipe, none):
+    given = {
+        "model.num_classes": 3, "model.aux_weight": 0.1, "model.weights": "'w'", "data.validation": "'v'",
+        "data.image_list": "'l'", "data.threads": 2, "augment.mean": [0.5] * 3, "augment.std": [0.5] * 3,
+        "loss.final_temperature": 2.0, "optimizer.betas": [0.9, 0.95], "optimizer.eps": 1e-8,
+        "optimizer.layer_decay": 0.7, "optimizer.clip_grad": 1.0, "schedule.steps": 10, "ema.decay": 0.9,
+        "run.micro_batch": 2, "run.threads": 1, "run.save_every": 5,
+    }  # fmt: skip
+    assert given.keys() == set(OPTIONAL), "a new optional setting belongs in this test"
+    with recipe.open("a") as file:
+        file.write("token_labels = false\n")
+    full = load_recipe(recipe, [f"{key}={value}" for key, value in given.items()])
+    assert None not in [flat(full)[key] for key in OPTIONAL]
+    recipe.write_text(to_toml(full))
+    found = flat(load_recipe(recipe, [f"{key}={none}" for key in [*OPTIONAL, "data.store"]]))
+    assert {key: found[key] for key in [*OPTIONAL, "data.store"]} == dict.fromkeys([*OPTIONAL, "data.store"])
+
+
+def test_arguments_of_a_model_can_be_unset_and_a_choice_called_none_stays_one(recipe):
+    config = load_recipe(
+        "cifar10_nano", ["model.args.depth=none", "model.args.not_there=", "augment.mix=none", "cache=none"]
+    )
+    assert config.model.args == {"patch_size": 4, "embed_dim": 64, "d_state": 4, "expand": 1}
+    assert (config.augment.mix, config.data.cache) == ("none", "none")
+    assert "model.name" in refusal(recipe, ["model.name="])
+    assert "run.seed: got 'none', expected a whole number" in refusal(recipe, ["run.seed=none"])
+
+
+def test_a_packaged_recipe_trains_plainly_and_its_absent_paths_do_not_block_other_data(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    plain = load_recipe("demansia_tiny", ["data.images=x", "data.token_labels=false", "store=none", "ema.decay=none"])
+    assert (plain.data.store, plain.ema.decay) == (None, None)
+    with caplog.at_level("WARNING"):
+        other = load_recipe("cifar10_nano", ["images=mine", "token_labels=false"])
+    assert (other.data.store, other.data.validation) == (None, None)
+    assert "data.validation runs/cifar10/images/test does not exist: nothing is evaluated" in caplog.text
+    assert "data.store is missing; label the images first" in refusal("cifar10_nano", ["data.images=mine"])
+    (tmp_path / "runs/cifar10/images/test").mkdir(parents=True)
+    assert load_recipe("cifar10_nano", ["data.images=mine", "token_labels=false"]).data.validation is not None
+    assert load_recipe("cifar10_nano", ["data.images=mine", "store=s", "validation=v"]).data.validation == "v"
+
+
+@pytest.mark.parametrize(
+    "text", ["2024", "2024-05-01", "12:30:00", "true", "1e-3", r"runs\2024\new", "[a]", "a # b", "{b}"]
+)
+def test_text_without_quotes_is_taken_as_given(recipe, text):
+    found = load_recipe(
+        recipe, [f"run.out={text}", f"data.images={text}", f"validation={text}", f"optimizer.name={text}"]
+    )
+    assert (found.run.out, found.data.images, found.data.validation, found.optimizer.name) == (text,) * 4
+    for quoted in (f"'{text}'", to_toml(found).split("out = ")[1].splitlines()[0]):
+        assert load_recipe(recipe, [f"run.out={quoted}"]).run.out == text
+
+
+@pytest.mark.parametrize("text", [r'"runs\2024\new"', '"runs', "'runs", "'a'b'", '""runs"', "'a' 'b'"])
+def test_malformed_quotes_are_refused(recipe, text):
+    for key in ("run.out", "model.args.act_layer", "schedule.kind"):
+        found = refusal(recipe, [f"{key}={text}"])
+        assert "quotes of override" in found
+        assert "Leave them away, or use single quotes" in found
+
+
+def test_a_whole_section_of_arguments_can_be_given(recipe):
+    assert load_recipe(recipe, ["model.args={depth=3, name='a b'}"]).model.args == {"depth": 3, "name": "a b"}
+
+
+def test_a_backslash_that_quotes_would_make_a_line_break_is_refused(recipe):
+    assert "holds a control character: got 'runs\\new'" in refusal(recipe, ['run.out="runs\\new"'])
+    assert load_recipe(recipe, ["run.out='runs\\new'"]).run.out == "runs\\new"
+
+
+def test_a_date_is_refused_with_its_override(recipe):
+    found = refusal(recipe, ["optimizer.lr=2024-05-01"])
+    assert found.startswith("override 'optimizer.lr=2024-05-01': optimizer.lr: got '2024-05-01', expected a number")
+    assert "override 'augment.scale=[2024-05-01, 1]'" in refusal(recipe, ["augment.scale=[2024-05-01, 1]"])

@@ -26,6 +26,7 @@ from labeler.errors import InputError
 from model.demansia import DeMansia
 from train.__main__ import main
 from train.metrics import read_rows
+from train.network import build_network
 from train.predict import normalized, see
 from train.validate import Trained, load_trained, validate
 
@@ -270,3 +271,47 @@ def test_only_square_inputs_are_validated(tmp_path):
     trained = Trained(DeMansia(img_size=(32, 64), embed_dim=8, depth=1), "net", {}, [], {})
     with pytest.raises(InputError, match="32×64"):
         _ = trained.side
+
+
+@pytest.fixture(scope="module")
+def cropped(data, tmp_path_factory) -> Path:
+    """A run whose evaluation is not the usual one: whole images, and no auxiliary head."""
+    out = tmp_path_factory.mktemp("runs") / "cropped"
+    settings = {"augment.crop_pct": 0.5, "model.aux_weight": 0.0, "ema.decay": 0.5, "schedule.steps": 2}
+    train.fit(tiny_config(*data, out, **settings))
+    return out / "checkpoints/step-00000002"
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "ema.safetensors"])
+def test_a_file_in_a_checkpoint_is_evaluated_as_its_record_says(cropped, data, name, caplog):
+    file, folder = load_trained(cropped / name), load_trained(cropped, ema=name.startswith("ema"))
+    assert (file.transform, file.net.aux_weight, file.class_folders) == (folder.transform, 0.0, folder.class_folders)
+    assert file.transform["crop_pct"] == 0.5
+    for key, value in folder.net.state_dict().items():
+        assert torch.equal(file.net.state_dict()[key], value)
+    with caplog.at_level("INFO"):
+        validate(cropped / name, data[0], backend="reference", device="cpu", progress=False)
+    assert "assumed" not in caplog.text
+    net = build_network(tiny_config(*data, Path("next"), **{"model.weights": str(cropped / name)}).model)
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in folder.net.state_dict().items())
+
+
+def test_a_file_of_weights_alone_says_what_is_assumed_of_it(cropped, data, tmp_path, caplog):
+    alone = Path(shutil.copy(cropped / "weights.safetensors", tmp_path / "alone.safetensors"))
+    with caplog.at_level("INFO"):
+        validate(alone, data[0], backend="reference", device="cpu", progress=False)
+    assert "no record lies beside" in caplog.text
+    assert "32×32 pixels, crop_pct 0.9 (center), mean 0.485, 0.456, 0.406, auxiliary head weighs 0.5" in caplog.text
+
+
+def test_pixels_and_crop_of_an_evaluation_can_be_chosen(cropped, data, tmp_path, capsys):
+    trained = load_trained(cropped, img_size=64, crop_pct=1.0)
+    assert (trained.side, trained.transform["crop_pct"]) == (64, 1.0)
+    assert see(next(data[0].rglob("*.*g")), trained).shape == (64, 64, 3)
+    images = ["--images", str(data[0]), "--device", "cpu", "--backend", "reference", "--quiet"]
+    assert main(["validate", str(cropped), *images, "--img-size", "64", "--crop-pct", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 13
+    assert main(["predict", str(cropped), str(next(data[0].rglob("*.*g"))), "--img-size", "64", "--quiet"]) == 0
+    capsys.readouterr()
+    assert "crop_pct is no share of the image: got 1.5" in refusal(capsys, 2, cropped, data[0], "--crop-pct", 1.5)
+    assert "cannot see 33×33 pixels: got" in refusal(capsys, 2, cropped, data[0], "--img-size", 33)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tiny import CLASSES, make_images
 
 from labeler import LabelerConfig, TeacherConfig, label_images
@@ -130,6 +132,26 @@ def digests(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [digests(item) for item in value]
     return repr(value)
+
+
+def _events(path: Path) -> Iterator[Any]:
+    """Of a file: each stands between its length with a checksum, and its own checksum."""
+    data, at = path.read_bytes(), 0
+    while at < len(data):
+        (size,) = struct.unpack_from("<Q", data, at)
+        yield Event.FromString(data[at + 12 : at + 12 + size])
+        at += size + 16
+
+
+def shown(run: Path) -> list[tuple[str, int, float]]:
+    """The points that TensorBoard shows: where a file begins with a step, older points from that step on are purged."""
+    points: list[tuple[str, int, float]] = []
+    for path in sorted((run / "tensorboard").iterdir()):
+        for event in _events(path):
+            if event.session_log.status == SessionLog.START:
+                points = [point for point in points if point[1] < event.step]
+            points += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+    return points
 
 
 def save_small_checkpoint(run: str, step: int, keep: int) -> None:

@@ -1,10 +1,15 @@
 """The command line: `python -m train fit | validate | predict | doctor | recipes`.
 
 Exit status: 0 all done; 1 the run stopped half-way (`--resume auto` goes on); 2 bad input or usage; 4 stored data or a
-checkpoint is damaged; 143 stopped by a signal, with everything saved.
+checkpoint is damaged; 130 interrupted while it started; 143 stopped by a signal, with everything saved.
 """
 
 from __future__ import annotations
+
+from labeler.interrupt import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # before the imports, which take seconds
 
 import argparse
 import json
@@ -16,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from labeler.command_line import OneLineParser, add_command, run_command
+from labeler.command_line import OneLineParser, add_command, at_least, run_command
 from labeler.errors import InputError
 
 PICTURES = Path("predictions")
@@ -72,6 +77,8 @@ def _validate(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         backend=options.backend,
         device=options.device,
+        img_size=options.img_size,
+        crop_pct=options.crop_pct,
         progress=not options.quiet,
     )
     return _tell(found, options)
@@ -96,6 +103,8 @@ def _predict(options: argparse.Namespace) -> int:
         ema=options.ema,
         maps=(options.out or PICTURES) if options.map else None,
         device=options.device,
+        img_size=options.img_size,
+        crop_pct=options.crop_pct,
         progress=not options.quiet,
     )
     told = {"predictions": [asdict(one) for one in found]}
@@ -145,6 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", type=Path, metavar="DIR", help=f"folder for these pictures ({PICTURES})")
     predict.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
     predict.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    for command in (validate, predict):
+        command.add_argument("--img-size", type=at_least(1), metavar="N", help="side of the input (as in training)")
+        command.add_argument("--crop-pct", type=float, metavar="SHARE", help="of the crop (as in training)")
     text = "what of this machine can be used, and why the rest cannot"
     doctor = commands.add_parser("doctor", help=text, description=text)
     doctor.set_defaults(run=_doctor)

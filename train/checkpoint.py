@@ -174,6 +174,13 @@ def find_checkpoint(path: Path) -> tuple[Path, CheckpointInfo]:
     return found
 
 
+def checkpoint_of(file: Path) -> tuple[Path, CheckpointInfo, bool] | None:
+    """The checkpoint that a file of weights lies in, and whether they are the averaged ones; None: it lies in none."""
+    if file.name not in (WEIGHTS, EMA) or not (file.parent / RECORD).is_file():
+        return None
+    return file.parent, check_checkpoint(file.parent), file.name == EMA
+
+
 def read_weights(folder: Path, info: CheckpointInfo, ema: bool = False) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint, or their moving average."""
     from safetensors import SafetensorError

@@ -16,6 +16,10 @@ Range = tuple[Rate, Rate]
 Colour = tuple[float, float, float]
 
 
+# Of `model.args`: where the weights come from that a run begins with, which is no part of the model.
+BEGINNING = frozenset({"pretrained", "checkpoint_path", "cache_dir"})
+
+
 class Section(BaseModel):
     """A part of a recipe: no unknown keys, no conversion of types, no change once it is made."""
 
@@ -38,8 +42,8 @@ class ModelConfig(Section):
     aux_weight      what the largest auxiliary logit over the tokens adds to a class logit in evaluation; None: 0.5, or
                     0 where loss.dense_weight is 0, as an untrained head says nothing
     args            anything else that `timm.create_model` takes: embed_dim, depth, pretrained, …
-    weights         begin with these: a run's folder, one of its checkpoints, or a published file; resolution and class
-                    count may differ
+    weights         begin with these: a run's folder, one of its checkpoints, a published file, or a state dict of
+                    timm's `name`; resolution and class count may differ
     weights_ema     take the averaged weights there
     new_heads       forget the heads of `weights` even if the class count is the same
     train           "heads": everything else is frozen, its statistics too

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from labeler.class_names import with_the_rest_of_imagenet
-from labeler.errors import InputError
+from labeler.errors import InputError, IntegrityError
 from model.token_heads import TokenLabelHeads
 from pipeline import LoaderConfig, TokenLabelLoader, create_loader
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 from train.config import TrainConfig
 from train.distributed import Ranks
+from train.optimization import refuse_too_few_steps
 
 
 def training_loader(config: TrainConfig, net: TokenLabelHeads, ranks: Ranks) -> TokenLabelLoader:
     """Raises InputError, MismatchError or IntegrityError where images, labels, network and settings do not fit."""
     augment, data = config.augment, config.data
+
+    def check(epoch_steps: int) -> None:
+        refuse_too_few_steps(config.schedule, epoch_steps)
+
     mean, std = _colours(config, net)
     return create_loader(
         LoaderConfig(
@@ -41,8 +48,23 @@ def training_loader(config: TrainConfig, net: TokenLabelHeads, ranks: Ranks) -> 
             prefetch=data.prefetch,
             progress=ranks.first and config.run.progress,
             **augment.model_dump(exclude={"mix", "mean", "std", "crop_pct", "crop_mode"}),
-        )
+        ),
+        check,
     )
+
+
+def refuse_absent_paths(config: TrainConfig) -> None:
+    """Raises InputError, naming the setting, where images or labels are not there."""
+    for name in ("images", "validation"):
+        path = getattr(config.data, name)
+        if path is not None and not (Path(path).is_dir() or (Path(path).suffix == ".tar" and Path(path).is_file())):
+            raise InputError(
+                f"data.{name}: {path!r} is not a folder of images",
+                got="a file" if Path(path).exists() else "nothing there", expected="a folder, or a .tar file",
+            )  # fmt: skip
+    store = config.data.store
+    if store is not None and not Path(store).is_dir():
+        raise InputError(f"data.store: {store!r} is not a label store", got="no such folder")
 
 
 def images_per_rank(config: TrainConfig, ranks: int) -> int:
@@ -62,19 +84,30 @@ def validation_loader(
     """The images of `data.validation`; folders: name -> class id, as in training."""
     if config.data.validation is None:
         return None
-    return evaluation_loader(
-        config.data.validation,
-        image_size=config.model.img_size,
-        grid=_grid(net),
-        num_classes=training.num_classes,
-        class_folders=folders or None,
-        transform=transform_of(config, net, training.samples.orientation),
-        ranks=ranks,
-        batch_size=config.run.micro_batch or training.config.batch_size,
-        backend=config.data.backend,
-        threads=config.data.threads,
-        progress=training.config.progress,
-    )
+    with blamed_on("data.validation"):
+        return evaluation_loader(
+            config.data.validation,
+            image_size=config.model.img_size,
+            grid=_grid(net),
+            num_classes=training.num_classes,
+            class_folders=folders or None,
+            transform=transform_of(config, net, training.samples.orientation),
+            ranks=ranks,
+            batch_size=config.run.micro_batch or training.config.batch_size,
+            backend=config.data.backend,
+            threads=config.data.threads,
+            progress=training.config.progress,
+        )
+
+
+@contextmanager
+def blamed_on(setting: str) -> Iterator[None]:
+    """Errors of images and stores say which setting names them."""
+    try:
+        yield
+    except (InputError, IntegrityError) as error:
+        problem = f"{setting}: {error.problem}"
+        raise type(error)(problem, got=error.got, expected=error.expected, remedy=error.remedy) from None
 
 
 def evaluation_loader(

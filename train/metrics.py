@@ -27,10 +27,17 @@ Row = dict[str, Any]
 class Metrics:
     """Appends rows {"kind": "train" | "eval", "step": …, …}; goes on from `step`, so later rows of the file are cut."""
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool, tracker: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, step: int, tensorboard: bool, tracker: Any = None, evaluates_again: bool = True
+    ) -> None:
+        """
+        tracker          as `start_tracker` gives it
+        evaluates_again  the run begins with the evaluation at `step`, which may not have been finished
+        """
         self.folder, self._jsonl, self._behind = folder, folder / "metrics.jsonl", False
-        # An evaluation at the very step is done again: it may not have been finished.
-        self.rows = [row for row in read_rows(folder) if row["step"] < step + (row["kind"] == "train")]
+        self.rows = [
+            row for row in read_rows(folder) if row["step"] < step + (row["kind"] == "train" or not evaluates_again)
+        ]
         replace_file(self._jsonl, b"".join(map(_line, self.rows)))
         speed = [row for row in _read(folder / "speed.jsonl") if row["step"] <= step]
         replace_file(folder / "speed.jsonl", b"".join(map(_line, speed)))
@@ -38,10 +45,15 @@ class Metrics:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-        self._tracker: Any = _tracker(tracker)
-        if self._tracker is not None:
-            self._tracker.init(project="token-labeling", name=folder.name, config=dict(settings))
+            # Names of files hold seconds; two runs of a moment are told apart by their steps.
+            suffix = f".step-{step:08d}"
+            first = 0 if not (folder / "tensorboard").exists() else step
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step, filename_suffix=suffix)
+            # TensorBoard forgets the points at `purge_step`, too; a history from elsewhere it has never seen.
+            told = [*self.rows, *({"kind": "speed", **row} for row in speed)]
+            for row in (row for row in told if row["step"] >= first):
+                self._draw(row)
+        self._tracker = tracker
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -62,12 +74,15 @@ class Metrics:
             self._behind = True
 
     def _report(self, row: Row) -> None:
-        values = {f"{row['kind']}/{key}": value for key, value in row.items() if key not in ("kind", "step", "epoch")}
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, row["step"])
+            self._draw(row)
         if self._tracker is not None:
-            self._tracker.log({**values, "step": row["step"]})
+            self._tracker.log({**_scalars(row), "step": row["step"]})
+
+    def _draw(self, row: Row) -> None:
+        """As TensorBoard's points."""
+        for name, value in _scalars(row).items():
+            self._writer.add_scalar(name, value, row["step"])
 
     def best(self, key: str) -> float:
         """The highest value of `key` in an evaluation so far; −1 without one."""
@@ -107,6 +122,10 @@ def _read(path: Path) -> list[Row]:
     return rows
 
 
+def _scalars(row: Row) -> dict[str, float]:
+    return {f"{row['kind']}/{key}": value for key, value in row.items() if key not in ("kind", "step", "epoch")}
+
+
 def _line(row: Row) -> bytes:
     return json.dumps(row).encode() + b"\n"
 
@@ -124,7 +143,20 @@ def _table(rows: list[Row]) -> str:
     return text.getvalue()
 
 
-def _tracker(name: str) -> Any:
+def start_tracker(name: str, folder: Path, settings: Mapping[str, Any]) -> Any:
+    """The tracker's module, told of the run; None for "none". Raises InputError where it does not start."""
+    tracker = import_tracker(name)
+    if tracker is not None:
+        try:
+            tracker.init(project="token-labeling", name=folder.name, config=dict(settings))
+        except Exception as error:  # the tracker's own: no account, no network
+            remedy = "Its own manual tells more; run.tracker=none does without it."
+            raise InputError(f"run.tracker {name!r} does not start", got=error, remedy=remedy) from None
+    return tracker
+
+
+def import_tracker(name: str) -> Any:
+    """Its module; None for "none". Raises InputError where it is not installed."""
     if name == "none":
         return None
     try:

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from pydantic import ValidationError
 from timm.layers import BatchNormAct2d
@@ -14,10 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from labeler.errors import InputError, IntegrityError
 from model import load_reference_checkpoint, token_label
+from model.checkpoints import read_state_dict
 from model.errors import ModelError
 from model.token_heads import TokenLabelHeads
-from train.checkpoint import CheckpointInfo, find_checkpoint, read_weights
-from train.config import ModelConfig
+from train.checkpoint import CheckpointInfo, checkpoint_of, find_checkpoint, read_weights
+from train.config import BEGINNING, ModelConfig
+from train.recipe import alike
 
 log = logging.getLogger("train")
 
@@ -36,8 +39,13 @@ def build_network(config: ModelConfig, dense_weight: float = 1.0) -> TokenLabelH
 
 def as_checkpointed(config: ModelConfig, info: CheckpointInfo) -> ModelConfig:
     """The same model without what it began with: a checkpoint's weights take that place."""
-    args = {**config.args, "pretrained": False}
-    return config.model_copy(update={"weights": None, "num_classes": info.num_classes, "args": args})
+    return _blank(config).model_copy(update={"weights": None, "num_classes": info.num_classes})
+
+
+def _blank(config: ModelConfig) -> ModelConfig:
+    """The same model with weights that are drawn."""
+    args = {key: value for key, value in config.args.items() if key not in BEGINNING}
+    return config.model_copy(update={"args": {**args, "pretrained": False}})
 
 
 def set_classes(net: TokenLabelHeads, num_classes: int) -> None:
@@ -79,14 +87,21 @@ def train_mode(net: nn.Module, config: ModelConfig) -> None:
 
 
 def _create(config: ModelConfig, num_classes: int | None, img_size: int) -> TokenLabelHeads:
+    if not timm.is_model(config.name) and ":" not in config.name:  # which stands in names of hubs and folders
+        names = timm.list_models()
+        remedy = alike(config.name, names) or "`python -m model list` and timm.list_models() name all."
+        raise InputError("model.name is not known", got=repr(config.name), remedy=remedy)
     kwargs: dict[str, Any] = dict(config.args)
     if config.drop_path_rate:
         kwargs["drop_path_rate"] = config.drop_path_rate
+    begin = kwargs.get("checkpoint_path")
+    if begin and not Path(str(begin)).is_file():
+        raise InputError("model.args.checkpoint_path is no file", got=repr(begin))
     try:
         return token_label(config.name, num_classes, img_size=img_size, **kwargs)
     except ModelError as error:
         raise InputError(f"model.name {config.name!r} cannot be built", got=error) from None
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
         got = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"model {config.name!r} cannot be built with these settings", got=got,
@@ -97,8 +112,9 @@ def _create(config: ModelConfig, num_classes: int | None, img_size: int) -> Toke
 def _from_weights(config: ModelConfig) -> TokenLabelHeads:
     """Built as the weights are, loaded, and only then brought to the recipe's resolution and classes."""
     path = Path(str(config.weights))
-    state, classes, side, described = _begin_with(path, config.weights_ema)
-    net = _create(config.model_copy(update={"args": {**config.args, "pretrained": False}}), classes, side)
+    config = _blank(config)
+    state, classes, side, described = _begin_with(path, config)
+    net = _create(config, classes, side)
     missing = [key for key in net.state_dict() if key not in state and not key.startswith("aux_head.")]
     shapes = {key: value.shape for key, value in net.state_dict().items()}
     wrong = [key for key, value in state.items() if shapes.get(key) != value.shape]
@@ -130,14 +146,19 @@ def _refuse_other_shapes(net: nn.Module, built: nn.Module, side: int) -> None:
         )  # fmt: skip
 
 
-def _begin_with(path: Path, ema: bool) -> tuple[dict[str, torch.Tensor], int, int, str]:
+def _begin_with(path: Path, config: ModelConfig) -> tuple[dict[str, torch.Tensor], int, int, str]:
     """Weights, their class count, their resolution, and of which model they are, in words."""
-    if path.is_dir():
-        folder, info = find_checkpoint(path)
+    ema = config.weights_ema
+    recorded = checkpoint_of(path)
+    if path.is_dir() or recorded:
+        folder, info, averaged = recorded or (*find_checkpoint(path), False)
+        ema = ema or averaged
         settings = ", ".join(f"{key} {value}" for key, value in info.model["args"].items())
         described = f"{info.model['name']} with {settings or 'its usual settings'}"
         return read_weights(folder, info, ema), info.num_classes, int(info.model["img_size"]), described
     try:
+        if not _is_ours(config.name):
+            return _of_timm(read_state_dict(path, ema), config)
         net = load_reference_checkpoint(path, ema=ema)
     except ModelError as error:
         raise InputError("model.weights cannot be read", got=error) from None
@@ -146,6 +167,33 @@ def _begin_with(path: Path, ema: bool) -> tuple[dict[str, torch.Tensor], int, in
         raise InputError(f"{path} is not for square images", got=size)
     described = f"{type(net).__name__} with embed_dim {net.embed_dim}, depth {len(net.feature_info)}"  # type: ignore[arg-type]
     return net.state_dict(), net.num_classes, size[0], described  # type: ignore[return-value, index]
+
+
+def _is_ours(name: str) -> bool:
+    """Whether the model is this project's; all others are timm's, inside of `model.TokenLabeled`."""
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__.partition(".")[0] == "model"
+
+
+def _of_timm(state: dict[str, torch.Tensor], config: ModelConfig) -> tuple[dict[str, torch.Tensor], int, int, str]:
+    """As `_begin_with`, for a state dict of the backbone alone, or of the whole network, whose size no file tells."""
+    described = f"of a model with {', '.join([*state][:3])}, …"
+    if not any(key.startswith("backbone.") for key in state):  # VOLO has an auxiliary head of its own
+        state = {key if key.startswith("aux_head.") else f"backbone.{key}": value for key, value in state.items()}
+    net = _create(config, None, config.img_size)
+    usual = getattr(net, "pretrained_cfg", None) or {}
+    head = usual.get("classifier") or "head"
+    weight = state.get(f"backbone.{head if isinstance(head, str) else head[0]}.weight")
+    classes = int(net.num_classes) if weight is None else len(weight)
+    for side in (config.img_size, usual.get("input_size", (0, config.img_size))[-1]):
+        if _fits(state, net if side == config.img_size else _create(config, None, side)):
+            return state, classes, side, described
+    return state, classes, config.img_size, described
+
+
+def _fits(state: dict[str, torch.Tensor], net: TokenLabelHeads) -> bool:
+    """Whether all shapes are those of the network, its first dimensions aside: heads may be of other classes."""
+    own = {key: value.shape[1:] for key, value in net.state_dict().items()}
+    return all(own.get(key) == value.shape[1:] for key, value in state.items())
 
 
 def _freeze_all_but_heads(net: TokenLabelHeads) -> None:

@@ -14,12 +14,16 @@ from train.config import OptimizerConfig, ScheduleConfig
 from train.recipe import nearest
 
 MANY_CYCLES = 1000
+LOOKAHEAD = "lookahead_"
 
 
 def build_optimizer(net: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Raises InputError where timm does not know the optimizer, or it does not take the settings."""
+    """Raises InputError where timm does not know the optimizer, or it does not take the settings.
+
+    `lookahead_` before a name lets the slow weights of Lookahead follow it.
+    """
     names = list_optimizers()
-    if config.name not in names:
+    if config.name.removeprefix(LOOKAHEAD) not in names:
         raise InputError("optimizer.name is not known", got=repr(config.name), remedy=nearest(config.name, names))
     extra: dict[str, Any] = {}
     if config.betas is not None:
@@ -37,12 +41,23 @@ def build_optimizer(net: nn.Module, config: OptimizerConfig) -> torch.optim.Opti
             layer_decay=config.layer_decay,
             **extra,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"optimizer {config.name!r} does not take these settings", got=error) from None
     if config.decay_all:
         for group in optimizer.param_groups:
             group["weight_decay"] = config.weight_decay
     return optimizer
+
+
+def refuse_too_few_steps(config: ScheduleConfig, epoch_steps: int) -> None:
+    """Raises InputError where warm-up and cooldown leave none of `schedule.steps`."""
+    others = config.warmup_epochs + config.cooldown_epochs
+    if config.steps is not None and config.steps / epoch_steps <= others:
+        raise InputError(
+            "schedule.steps is too few for warm-up and cooldown",
+            got=f"{config.steps} steps of {epoch_steps} an epoch",
+            expected=f"more than {others * epoch_steps:g}",
+        )
 
 
 class LearningRate:
@@ -52,15 +67,10 @@ class LearningRate:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: ScheduleConfig, epoch_steps: int) -> None:
+        refuse_too_few_steps(config, epoch_steps)
         epochs = config.epochs
         if config.steps is not None:
             epochs = config.steps / epoch_steps - config.cooldown_epochs
-            if epochs <= config.warmup_epochs:
-                raise InputError(
-                    "schedule.steps is too few for warm-up and cooldown",
-                    got=f"{config.steps} steps of {epoch_steps} an epoch",
-                    expected=f"more than {(config.warmup_epochs + config.cooldown_epochs) * epoch_steps:g}",
-                )
         length = config.first_cycle if config.kind == "restarts" else epochs
         self._optimizer = optimizer
         self._scheduler = CosineLRScheduler(

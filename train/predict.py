@@ -79,21 +79,25 @@ def predict(
     ema: bool | None = None,
     maps: str | Path | None = None,
     device: str = "auto",
+    img_size: int | None = None,
+    crop_pct: float | None = None,
     progress: bool = True,
 ) -> list[Prediction]:
     """The classes of image files; all of them are read before the first is classified.
 
     top   how many classes, from the most probable on
+    img_size, crop_pct  as `load_trained`
     maps  folder for a picture of each image's tokens, tinted by the classes of the auxiliary head
     Raises InputError where an image cannot be read, or where maps are wanted of a model without that head.
     """
     if top < 1:
         raise InputError("--top must be 1 or more", got=top)
-    trained = load_trained(checkpoint, ema)
+    trained = load_trained(checkpoint, ema, img_size, crop_pct)
     if maps is not None:
         _refuse_without_head(trained)
     shown = [see(Path(path), trained) for path in images]
     pictures = [None] * len(shown) if maps is None else _picture_names(Path(maps), [Path(path) for path in images])
+    trained.tell_assumptions()
     found = []
     with joined_ranks(device) as ranks:
         net = trained.net.to(ranks.device)

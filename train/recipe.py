@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from labeler.errors import InputError
-from train.config import TrainConfig
+from train.config import BEGINNING, TrainConfig
+
+log = logging.getLogger("train")
 
 RECIPES = Path(__file__).with_name("recipes")
 MAX_BYTES = 1 << 20
-# What may differ between a run and its resumption: it changes no batch, and no weight that is finite.
+# What may differ between a run and its resumption: it changes no batch, and no weight that is finite. Whose weights a
+# run began with is in its checkpoints.
 FREE = frozenset(
-    {"data.images", "data.store", "data.validation", "data.image_list", "data.cache", "data.threads", "data.prefetch",
-     "run.out", "run.save_every", "run.keep", "run.skip_non_finite", "run.tensorboard", "run.tracker", "run.progress"}
+    {"model.weights", "model.weights_ema", "model.new_heads", "model.aux_weight", "data.images", "data.store",
+     "data.validation", "data.image_list", "data.cache", "data.threads", "data.prefetch", "augment.crop_pct",
+     "augment.crop_mode", "run.out", "run.log_every", "run.eval_every", "run.save_every", "run.keep",
+     "run.skip_non_finite", "run.tensorboard", "run.tracker", "run.progress"}
 )  # fmt: skip
+UNSET = ("", "none")  # what an override says for a setting that shall have no value
 # pydantic's words for types, in plain ones
 PLAIN = {
     "a valid number": "a number",
@@ -31,20 +38,35 @@ PLAIN = {
     "an object": "a section",
 }
 # May differ, too, but changes how results are rounded, and with micro-batches what BatchNorm sees.
-ROUNDING = frozenset({"run.micro_batch", "run.grad_checkpointing", "run.compile", "run.channels_last"})
+ROUNDING = frozenset(
+    {"run.device", "run.threads", "run.micro_batch", "run.grad_checkpointing", "run.compile", "run.channels_last"}
+)
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """A recipe by its file or name, with `section.key=value` overrides in TOML's notation (quotes may be left away).
 
+    `key=none`, or nothing behind the sign, unsets a setting that may be None, or one of `model.args`.
     Raises InputError with the file or flag, and the nearest valid name, where something is wrong.
     """
     path = recipe_path(recipe)
     values = _read(path)
     given = {_override(values, override): override for override in overrides}
+    if path.parent == RECIPES and "data.images" in given:
+        _leave_absent_paths(values["data"], given)
     config = parse_config(values, str(path), given)
     run = config.run.model_copy(update={"out": config.run.out.replace("{recipe}", path.stem)})
     return config.model_copy(update={"run": run})
+
+
+def _leave_absent_paths(data: dict[str, Any], given: Mapping[str, str]) -> None:
+    """The other paths of a packaged recipe belong to its own images: with others, what does not exist is unset."""
+    for key in ("store", "validation"):
+        if f"data.{key}" in given or not isinstance(data.get(key), str) or Path(data[key]).exists():
+            continue
+        absent = data.pop(key)
+        if key == "validation":
+            log.warning("the recipe's data.validation %s does not exist: nothing is evaluated while training", absent)
 
 
 def recipe_path(recipe: str | Path) -> Path:
@@ -57,7 +79,7 @@ def recipe_path(recipe: str | Path) -> Path:
     names = recipe_names()
     raise InputError(
         "there is no such recipe", got=repr(str(recipe)), expected=f"a .toml file, or one of {', '.join(names)}",
-        remedy=_alike(path.stem, names),
+        remedy=alike(path.stem, names),
     )  # fmt: skip
 
 
@@ -96,6 +118,8 @@ def to_toml(config: TrainConfig) -> str:
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """`section.key` -> (old, new) of all settings that differ and are not `FREE`."""
     before, after = flat(old), flat(new)
+    for one in (before, after):
+        one["model.args"] = {key: value for key, value in one["model.args"].items() if key not in BEGINNING}
     return {key: (before.get(key), after[key]) for key in after if key not in FREE and before.get(key) != after[key]}
 
 
@@ -129,16 +153,49 @@ def _override(values: dict[str, Any], override: str) -> str:
         raise InputError("an override is not UTF-8", got=ascii(override)[:80]) from None
     if len(parts) == 1:
         parts = _with_section(parts[0])
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        value = text.strip()
     for part in parts[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             raise InputError("an override is not readable", got=repr(override)[:80], expected=f"{part} to be a section")
-    values[parts[-1]] = value
+    unset = text.strip().lower() in UNSET
+    kind = _type_of(parts)
+    if unset and parts[:-1] == ["model", "args"]:
+        values.pop(parts[-1], None)
+    elif unset and type(None) in get_args(kind):
+        values[parts[-1]] = None
+    else:
+        values[parts[-1]] = _value(text.strip(), kind in (str, str | None), override)
     return ".".join(parts)
+
+
+def _value(text: str, is_text: bool, override: str) -> Any:
+    """What an override says; `is_text`: the setting is text, which is taken as given unless it begins with a quote."""
+    quoted = text[:1] in ("'", '"')
+    if is_text and not quoted:
+        return text
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+        json.dumps(value)  # dates and times are no values of settings
+    except (ValueError, RecursionError, TypeError) as error:
+        if quoted:
+            raise InputError(
+                f"the quotes of override {override[:80]!r} are malformed", got=error,
+                remedy="Leave them away, or use single quotes, in which a backslash is a backslash.",
+            ) from None  # fmt: skip
+        return text
+    if isinstance(value, str) and any(sign < " " for sign in value):
+        raise InputError(
+            f"override {override[:80]!r} holds a control character", got=repr(value)[:80],
+            remedy="Leave the quotes away, or use single ones, in which a backslash is a backslash.",
+        )  # fmt: skip
+    return value
+
+
+def _type_of(parts: Sequence[str]) -> Any:
+    """What `section.key` is declared to be; None where there is no such key."""
+    section = TrainConfig.model_fields.get(parts[0])
+    fields = {} if section is None or len(parts) != 2 else section.annotation.model_fields  # type: ignore[union-attr]
+    return fields[parts[1]].annotation if parts[-1] in fields else None
 
 
 def _with_section(key: str) -> list[str]:
@@ -152,8 +209,8 @@ def _with_section(key: str) -> list[str]:
     if key in TrainConfig.model_fields:
         raise InputError("an override names a section only", got=repr(key), expected=f"{key}.key=value")
     keys = sorted({k for field in TrainConfig.model_fields.values() for k in _fields(field.annotation)})
-    alike = _alike(key, keys) or "docs/recipes.md lists the sections and train/config.py all keys."
-    raise InputError(f"no section has a key {key!r}", remedy=alike)
+    remedy = alike(key, keys) or "docs/recipes.md lists the sections and train/config.py all keys."
+    raise InputError(f"no section has a key {key!r}", remedy=remedy)
 
 
 def _explained(error: ValidationError, source: str, given: Mapping[str, str]) -> InputError:
@@ -162,7 +219,7 @@ def _explained(error: ValidationError, source: str, given: Mapping[str, str]) ->
     # A name that is wrong explains one that is missing.
     fault = min(faults, key=lambda fault: fault["type"] != "extra_forbidden")
     place = [str(part) for part in fault["loc"][:2]]
-    alike = [other for other in faults if other["loc"][:2] == fault["loc"][:2]]
+    same = [other for other in faults if other["loc"][:2] == fault["loc"][:2]]
     count = len({other["loc"][:2] for other in faults}) - 1
     name, more = ".".join(place), f" ({count} more)" if count else ""
     source = next((f"override {given[key][:80]!r}" for key in given if f"{key}.".startswith(f"{name}.")), source)
@@ -179,7 +236,7 @@ def _explained(error: ValidationError, source: str, given: Mapping[str, str]) ->
         return InputError(f"{source}: {fault['ctx']['error']}{more}")
     name = ".".join(str(part) for part in fault["loc"][:3] if isinstance(part, str))
     remedy = "Leave the quotes away." if kind in ("float_type", "int_type") and _is_number(got) else None
-    return InputError(f"{source}: {name}{more}", got=repr(got)[:80], expected=_expected(alike), remedy=remedy)
+    return InputError(f"{source}: {name}{more}", got=repr(got)[:80], expected=_expected(same), remedy=remedy)
 
 
 def _expected(faults: Sequence[Any]) -> str:
@@ -206,10 +263,11 @@ def _fields(section: Any) -> list[str]:
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
-    return _alike(name, known) or (f"There is: {', '.join(known)}." if known else None)
+    return alike(name, known) or (f"There is: {', '.join(known)}." if known else None)
 
 
-def _alike(name: str, known: Sequence[str]) -> str | None:
+def alike(name: str, known: Sequence[str]) -> str | None:
+    """A remedy that asks for the nearest of the known names."""
     found = difflib.get_close_matches(name, known, 1, 0.5)
     return f"Did you mean {found[0]!r}?" if found else None
 

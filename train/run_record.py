@@ -6,14 +6,15 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from labeler.commit import replace_file
+from labeler.commit import TEMPORARY, replace_file
 from labeler.errors import InputError, MismatchError
 from train.checkpoint import (
     FOLDER,
@@ -30,28 +31,42 @@ from train.config import TrainConfig
 from train.curves import draw_run
 from train.distributed import Ranks
 from train.errors import TrainError
-from train.metrics import Metrics
+from train.metrics import Metrics, start_tracker
 from train.recipe import ROUNDING, differences, flat, parse_config, to_toml
 
 log = logging.getLogger("train")
 
+HISTORY = ("metrics.jsonl", "speed.jsonl")
 FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file is too large"}
 
 
 class RunRecord:
     """`step`: where the run goes on; what an earlier process told of later steps is dropped and will be told again.
 
-    went_back  the user named the checkpoint to go on from: later ones are removed
+    source     the checkpoint that it goes on from: where that is another run's, the history comes along
+    went_back  the user named that checkpoint: later ones are removed
+    evaluates_again  see `Metrics`
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, step: int, went_back: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        step: int,
+        source: Path | None = None,
+        went_back: bool = False,
+        evaluates_again: bool = True,
+    ) -> None:
         self.folder, self._keep = folder, config.run.keep
+        tracker = start_tracker(config.run.tracker, folder, flat(config))  # which may refuse
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         sweep(folder)
         if went_back:
             remove_later(folder, step)
+        if source is not None and source.parent.name == FOLDER:
+            _bring_history(source.parent.parent, folder, step)
         replace_file(folder / "config.toml", to_toml(config).encode())
-        self.metrics = Metrics(folder, step, config.run.tensorboard, config.run.tracker, flat(config))
+        self.metrics = Metrics(folder, step, config.run.tensorboard, tracker, evaluates_again)
 
     def best(self) -> float:
         """The best top-1 of any evaluation, of weights or their average; −1 without one."""
@@ -93,9 +108,25 @@ class RunRecord:
             log.error("the tables and curves of %s cannot be written: %s", self.folder, error.strerror)
 
 
+def _bring_history(old: Path, new: Path, step: int) -> None:
+    """What another run told up to `step`, and the best checkpoint that it had by then."""
+    if old.resolve() == new.resolve():
+        return
+    for name in HISTORY:
+        if (old / name).is_file():
+            replace_file(new / name, (old / name).read_bytes())
+    best = next((path for path in checkpoints(old, "best") if int(path.name.rpartition("-")[2]) <= step), None)
+    if best is None or (new / FOLDER / best.name).exists():
+        return
+    temporary = new / FOLDER / f"{TEMPORARY}{best.name}"
+    shutil.copytree(best, temporary)
+    os.rename(temporary, new / FOLDER / best.name)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """The run's folder for this process alone. Raises InputError where another trains in it."""
+    existed = folder.is_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -109,8 +140,20 @@ def locked(folder: Path) -> Iterator[None]:
                 f"another process trains in {str(folder)!r}", remedy="Wait for it, or choose another run.out."
             ) from None
         yield
+    except BaseException:
+        if not existed:
+            _remove_unbegun(folder)
+        raise
     finally:
         os.close(handle)
+
+
+def _remove_unbegun(folder: Path) -> None:
+    """A run that was refused leaves no folder behind."""
+    with suppress(OSError):
+        if os.listdir(folder) == ["run.lock"]:
+            (folder / "run.lock").unlink()
+            folder.rmdir()
 
 
 def starting_point(folder: Path, resume: str | Path | None) -> tuple[Path, CheckpointInfo] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class StopSignals:
-    """While it is entered, the first signal sets `requested`; a second SIGINT ends the process at once."""
+    """While it is entered, the first signal sets `requested`; a second SIGINT does what it did before."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -27,6 +27,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        before = self._before.get(number)
         if self.requested and number == signal.SIGINT:
+            if callable(before):
+                before(number, frame)
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name

@@ -31,6 +31,11 @@ class Speed:
             self._waited += came - asked
             self._seconds += time.perf_counter() - asked - self._pause
 
+    @property
+    def steps(self) -> int:
+        """That this process has done."""
+        return self._steps
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What is done within does not count."""

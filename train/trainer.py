@@ -22,14 +22,23 @@ from labeler.commit import replace_file
 from labeler.errors import IntegrityError
 from labeler.freed_memory import freed_memory_kept
 from pipeline.batch import Batch
-from train.checkpoint import CheckpointInfo, read_state, read_weights
+from train.checkpoint import CheckpointInfo, checkpoints, read_state, read_weights
 from train.config import TrainConfig
 from train.device import pick_precision, set_threads
 from train.distributed import Ranks, joined_ranks, world_size
 from train.errors import NonFiniteError, Stopped
 from train.evaluate import evaluate
-from train.loaders import class_folders, images_per_rank, training_loader, transform_of, validation_loader
+from train.loaders import (
+    blamed_on,
+    class_folders,
+    images_per_rank,
+    refuse_absent_paths,
+    training_loader,
+    transform_of,
+    validation_loader,
+)
 from train.loss import TokenLabelLoss
+from train.metrics import import_tracker
 from train.network import as_checkpointed, build_network, set_classes, train_mode
 from train.optimization import LearningRate, build_optimizer, total_steps
 from train.run_record import RunRecord, locked, refuse_other_run, starting_point
@@ -44,7 +53,8 @@ log = logging.getLogger("train")
 class FitSummary:
     """
     top1, ema_top1  of the last evaluation, best of all; −1 where there was none
-    images_per_s    of this process's part of the run, over all ranks, evaluations aside
+    images_per_s    of this process's part of the run, over all ranks, evaluations aside; where nothing was left to do,
+                    of the process that finished it, as are data_wait and seconds
     data_wait       share of that time without a batch to work on
     skipped         steps left out for a loss that was not finite
     """
@@ -77,7 +87,10 @@ def fit(config: TrainConfig, resume: str | Path | None = None) -> FitSummary:
     Raises InputError and MismatchError before any work where something does not fit, NonFiniteError where the loss is
     not finite, Stopped when a signal asked for it and everything is saved.
     """
-    images_per_rank(config, world_size())  # refused by each rank alone, before it waits for the others
+    # Refused by each rank alone, before it waits for the others.
+    images_per_rank(config, world_size())
+    refuse_absent_paths(config)
+    import_tracker(config.run.tracker)
     with (
         joined_ranks(config.run.device) as ranks,
         locked(Path(config.run.out)) if ranks.first else nullcontext(),
@@ -92,6 +105,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: Ranks, resume: str | Path | None = None) -> None:
         self.config, self.ranks, self.folder = config, ranks, Path(config.run.out)
         found = starting_point(self.folder, resume)
+        self.source = None if found is None else found[0]
         self.went_back = resume is not None and str(resume) != "auto"
         if found is not None:
             refuse_other_run(config, found[1], ranks)
@@ -100,6 +114,7 @@ class Trainer:
         torch.manual_seed(config.run.seed)  # beginning weights are the same on all ranks
         begun = config.model if found is None else as_checkpointed(config.model, found[1])
         net = build_network(begun, config.loss.dense_weight)
+        build_optimizer(net, config.optimizer)  # refused before any image is looked for; heads may change below
         self.loader = training_loader(config, net, ranks)
         set_classes(net, self.loader.num_classes)
         # Every checkpoint tells them; finding the folders takes a pass over all images.
@@ -146,7 +161,10 @@ class Trainer:
 
     def run(self) -> FitSummary:
         """From where it stands to the last step."""
-        self.record = RunRecord(self.folder, self.config, self.step, self.went_back) if self.ranks.first else None
+        again = self.step > 0 and self._evaluation_due()  # the process before may have ended in its middle
+        self.record = None
+        if self.ranks.first:
+            self.record = RunRecord(self.folder, self.config, self.step, self.source, self.went_back, again)
         self.speed = Speed(self.config.run.batch_size)
         shown = self.ranks.first and self.config.run.progress
         with (
@@ -154,7 +172,7 @@ class Trainer:
             tqdm(total=self.steps, initial=self.step, desc="training", unit="step", disable=not shown) as bar,
         ):
             try:
-                self._loop(signals, bar)
+                self._loop(signals, bar, again)
             finally:
                 if self.record is not None:
                     self.record.finish()
@@ -163,9 +181,11 @@ class Trainer:
             replace_file(self.folder / "summary.json", json.dumps(asdict(summary), indent=1).encode() + b"\n")
         return summary
 
-    def _loop(self, signals: StopSignals, bar: Any) -> None:
-        if self.step and self._evaluation_due():
-            self._evaluate(signals)  # the process before may have ended in its middle
+    def _loop(self, signals: StopSignals, bar: Any, evaluate_first: bool) -> None:
+        if evaluate_first:
+            self._evaluate(signals)
+        if self.step == self.steps and not checkpoints(self.folder):
+            self._save(must=True)  # a finished run that goes on into another folder
         train_mode(self.task.network, self.config.model)
         for batch in self.speed.timed(self._batches()):
             rate = self.rate.set(self.step)
@@ -198,7 +218,13 @@ class Trainer:
             self._loss_sum, self._loss_steps = self._loss_sum + result.loss, self._loss_steps + 1
         else:
             self._bad_in_a_row, self.skipped = self._bad_in_a_row + 1, self.skipped + 1
-            _refuse_non_finite(self.step, result, self._bad_in_a_row, self.config.run.skip_non_finite)
+            bad = f"loss {result.loss}, gradient norm {result.norm}"
+            if self._bad_in_a_row > self.config.run.skip_non_finite:
+                raise NonFiniteError(
+                    f"loss or gradient is not finite at step {self.step}", got=bad,
+                    remedy=_what_to_try(self.config, self.precision),
+                )  # fmt: skip
+            log.warning("step %d left out: %s (%d in a row)", self.step, bad, self._bad_in_a_row)
         if self.step % self.config.run.log_every and self.step != self.steps:
             return
         if self.record is not None and self._loss_steps:
@@ -237,15 +263,16 @@ class Trainer:
         networks: dict[str, torch.nn.Module] = {"": self.task.network}
         if self.ema is not None:
             networks["ema_"] = self.ema
-        found = evaluate(
-            networks,
-            self.validation,
-            self.ranks,
-            precision=self.precision,
-            channels_last=self.config.run.channels_last,
-            progress=self.ranks.first and self.config.run.progress,
-            wanted=lambda: signals.requested is None,
-        )
+        with blamed_on("data.validation"):
+            found = evaluate(
+                networks,
+                self.validation,
+                self.ranks,
+                precision=self.precision,
+                channels_last=self.config.run.channels_last,
+                progress=self.ranks.first and self.config.run.progress,
+                wanted=lambda: signals.requested is None,
+            )
         train_mode(self.task.network, self.config.model)
         if self.record is None:
             return
@@ -311,6 +338,9 @@ class Trainer:
         rows = [] if self.record is None else [row for row in self.record.metrics.rows if row["kind"] == "eval"]
         last = rows[-1] if rows else {}
         rate, wait = self.speed.overall()
+        seconds = self.speed.seconds()
+        if not self.speed.steps and (finished := _read_summary(self.folder)):  # by an earlier process
+            rate, wait, seconds = finished.images_per_s, finished.data_wait, finished.seconds
         return FitSummary(
             folder=str(self.folder),
             steps=self.step,
@@ -320,9 +350,16 @@ class Trainer:
             best=-1.0 if self.record is None else self.record.best(),
             images_per_s=rate,
             data_wait=wait,
-            seconds=self.speed.seconds(),
+            seconds=seconds,
             skipped=self.skipped,
         )
+
+
+def _read_summary(folder: Path) -> FitSummary | None:
+    try:
+        return FitSummary(**json.loads((folder / "summary.json").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _unfit(folder: Path, error: Exception) -> IntegrityError:
@@ -331,12 +368,20 @@ def _unfit(folder: Path, error: Exception) -> IntegrityError:
     return IntegrityError(f"{folder} holds no state of this run", got=got, remedy="Resume from another checkpoint.")
 
 
-def _refuse_non_finite(step: int, result: StepResult, in_a_row: int, allowed: int) -> None:
-    if in_a_row > allowed:
-        raise NonFiniteError(
-            f"loss or gradient is not finite at step {step}", got=f"loss {result.loss}, gradient norm {result.norm}",
-            remedy="The last checkpoint is kept: --resume auto run.skip_non_finite=3 goes on and leaves out up to "
-            "three such steps in a row. In a new run.out, perhaps from model.weights= of this one, try a lower "
-            "optimizer.lr, a longer schedule.warmup_epochs, optimizer.clip_grad=1 or run.precision=float32.",
-        )  # fmt: skip
-    log.warning("step %d left out: loss %s, gradient norm %s (%d in a row)", step, result.loss, result.norm, in_a_row)
+def _what_to_try(config: TrainConfig, precision: torch.dtype) -> str:
+    """After a loss that is not finite: only what this run has not done yet."""
+    tries = ["a lower optimizer.lr", "a longer schedule.warmup_epochs"]
+    clip = config.optimizer.clip_grad
+    if clip is None or clip > 1:
+        tries.append("optimizer.clip_grad=1")
+    if precision != torch.float32:
+        tries.append("run.precision=float32")
+    told = f"try {', '.join(tries[:-1])} or {tries[-1]}."
+    older = checkpoints(Path(config.run.out))
+    if not older:
+        return f"No checkpoint was saved before. Begin again and {told}"
+    allowed = max(3, 2 * config.run.skip_non_finite)
+    return (
+        f"{older[0]} is kept: --resume auto run.skip_non_finite={allowed} goes on from there and leaves out up to "
+        f"{allowed} such steps in a row. Or begin in a new run.out, perhaps with model.weights= of it, and {told}"
+    )

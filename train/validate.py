@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,12 +18,14 @@ from model.errors import ModelError
 from model.token_heads import TokenLabelHeads
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.loader import TokenLabelLoader
-from train.checkpoint import find_checkpoint, read_weights
+from train.checkpoint import checkpoint_of, find_checkpoint, read_weights
 from train.device import pick_precision
 from train.distributed import joined_ranks
 from train.evaluate import evaluate, read_real_labels
 from train.loaders import evaluation_loader
 from train.network import restore_network
+
+log = logging.getLogger("train")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Trained:
     class_folders  folder name -> class id; empty: told by the images' folders
     dense_trained  whether its auxiliary head was part of the loss
     precision      of its forward passes on a GPU
+    recorded       whether a checkpoint's record says all this; otherwise it is assumed
     """
 
     net: TokenLabelHeads
@@ -42,6 +46,18 @@ class Trained:
     class_folders: dict[str, int]
     dense_trained: bool = True
     precision: str = "float32"
+    recorded: bool = True
+
+    def tell_assumptions(self) -> None:
+        """A file of weights alone does not say how it was evaluated, and another way gives another accuracy."""
+        if not self.recorded:
+            crop = f"crop_pct {self.transform['crop_pct']:g} ({self.transform['crop_mode']})"
+            mean = ", ".join(f"{value:g}" for value in self.transform["mean"])
+            log.info(
+                "no record lies beside %s, so this is assumed: %d×%d pixels, %s, mean %s, auxiliary head weighs %g; "
+                "--img-size and --crop-pct change the first two",
+                self.name, self.side, self.side, crop, mean, self.net.aux_weight,
+            )  # fmt: skip
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """That its forward passes are computed in: as in training on a GPU, float32 on a CPU."""
@@ -73,15 +89,32 @@ class Validation:
         return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%} of {self.images:,} images; {self.checkpoint}"
 
 
-def load_trained(path: str | Path, ema: bool | None = None) -> Trained:
-    """A run's folder, one of its checkpoints, or a published DeMansia, Vim or LV-ViT file.
+def load_trained(
+    path: str | Path, ema: bool | None = None, img_size: int | None = None, crop_pct: float | None = None
+) -> Trained:
+    """A run's folder, one of its checkpoints, a file in one, or a published DeMansia, Vim or LV-ViT file.
 
-    ema  the averaged weights; None: where the checkpoint says that they were better
+    ema       the averaged weights; None: as the file's name says, or where the checkpoint says that they were better
+    img_size  side in pixels; crop_pct  share of it that the evaluation's crop keeps; None: as in training
     Raises InputError or IntegrityError where it is none of these, or damaged.
     """
-    path = Path(path)
-    if path.is_dir():
-        folder, info = find_checkpoint(path)
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise InputError("crop_pct is no share of the image", got=crop_pct, expected="more than 0, up to 1")
+    trained = _load(Path(path), ema)
+    if img_size is not None and img_size != trained.side:
+        try:
+            trained.net.set_input_size(img_size)  # type: ignore[operator]
+        except (ModelError, AssertionError, RuntimeError, ValueError) as error:
+            raise InputError(f"{trained.name} cannot see {img_size}×{img_size} pixels", got=error) from None
+    return trained if crop_pct is None else replace(trained, transform={**trained.transform, "crop_pct": crop_pct})
+
+
+def _load(path: Path, ema: bool | None) -> Trained:
+    recorded = checkpoint_of(path)
+    if path.is_dir() or recorded:
+        folder, info, averaged = recorded or (*find_checkpoint(path), None)
+        if ema is None:
+            ema = averaged
         if ema is None:
             ema = info.accuracy.get("ema_top1", -1.0) > info.accuracy.get("top1", -1.0)
         net = restore_network(info, read_weights(folder, info, ema))
@@ -102,7 +135,7 @@ def load_trained(path: str | Path, ema: bool | None = None) -> Trained:
     }  # fmt: skip
     # What was published with 1,000 classes has ImageNet's, in their usual order.
     names = list(imagenet_names()[1]) if net.num_classes == IMAGENET_CLASSES else []
-    return Trained(net, str(path), transform, names, {})
+    return Trained(net, str(path), transform, names, {}, recorded=False)
 
 
 def validate(
@@ -114,14 +147,17 @@ def validate(
     batch_size: int = 64,
     backend: str = "auto",
     device: str = "auto",
+    img_size: int | None = None,
+    crop_pct: float | None = None,
     progress: bool = True,
 ) -> Validation:
     """Top-1 and top-5 of a checkpoint on a folder of class folders; under torchrun exact over all ranks.
 
     real     ImageNet-ReaL's `real.json`, for the validation images of ImageNet, in class folders or in none
     backend  as `pipeline.LoaderConfig`
+    img_size, crop_pct  as `load_trained`
     """
-    trained = load_trained(checkpoint, ema)
+    trained = load_trained(checkpoint, ema, img_size, crop_pct)
     labels = None if real is None else read_real_labels(Path(real), trained.net.num_classes)
     with joined_ranks(device) as ranks:
         net: Any = trained.net.to(ranks.device)
@@ -137,6 +173,8 @@ def validate(
             "progress": shown,
         }
         loader = _loader(trained, Path(images), settings, labels is None)
+        if ranks.first:
+            trained.tell_assumptions()
         precision = trained.dtype(ranks.device)
         found = evaluate({"": net}, loader, ranks, precision=precision, real=labels, progress=shown)[""]
     return Validation(found.top1, found.top5, found.images, trained.name)

@@ -1,0 +1,49 @@
+"""What a run tells of itself: the same in `metrics.jsonl` and TensorBoard, however often it was interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import shown, tiny_config, tiny_data
+
+from train import TrainConfig, fit
+from train.distributed import Ranks
+from train.errors import Stopped
+from train.metrics import read_rows
+from train.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def stop_after(config: TrainConfig, step: int) -> None:
+    trainer = Trainer(config, Ranks(0, 1, torch.device("cpu")), "auto")
+    run = trainer.train_step.run
+    trainer.train_step.run = lambda batch, done, stop: run(batch, done, lambda: done == step - 1)
+    with pytest.raises(Stopped):
+        trainer.run()
+
+
+def test_tensorboard_shows_the_rows_of_metrics_however_often_a_run_is_resumed(data, tmp_path):
+    config = tiny_config(
+        *data, tmp_path / "run", **{"run.tensorboard": True, "run.save_every": 2, "data.validation": str(data[0])}
+    )
+    for step in (2, 3, 6):
+        stop_after(config, step)
+    fit(config, "auto")
+    fit(config, "auto")
+    rows = read_rows(tmp_path / "run")
+    expected = {
+        (f"{row['kind']}/{key}", row["step"]): row[key]
+        for row in rows
+        for key in row.keys() - {"kind", "step", "epoch"}
+    }
+    points = [point for point in shown(tmp_path / "run") if not point[0].startswith("speed/")]
+    assert len({point[:2] for point in points}) == len(points), "a point is there twice"
+    assert {point[:2]: pytest.approx(point[2]) for point in points} == expected
+    speeds = [step for name, step, _ in shown(tmp_path / "run") if name == "speed/images_per_s"]
+    assert speeds == [1, 2, 3, 4, 5, 6]
