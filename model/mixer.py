@@ -12,12 +12,31 @@ import contextlib
 import math
 
 import torch
+import torch.fx
 from torch import nn
 from torch.nn import functional as F
 
 from model.ops import directional_scan
 
 DT_MIN, DT_MAX = 1e-3, 0.1  # step sizes at the start of training
+
+
+torch.fx.wrap("directional_scan")  # tracers call it as it is: it looks at shapes and types
+
+
+@torch.fx.wrap
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.fx.wrap
+def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    device = x.device.type
+    known = torch.amp.is_autocast_available(device)  # "meta" has none
+    with torch.autocast(device, enabled=False) if known else contextlib.nullcontext():
+        return F.linear(x.to(wide), weight.to(wide), bias.to(wide))
 
 
 class ReversedConv1d(nn.Conv1d):
@@ -34,11 +53,7 @@ class StepSize(nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
-        device = x.device.type
-        known = torch.amp.is_autocast_available(device)  # "meta" has none
-        with torch.autocast(device, enabled=False) if known else contextlib.nullcontext():
-            return F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
+        return wide_linear(x, self.weight, self.bias)
 
 
 class BidirectionalMamba(nn.Module):
@@ -128,8 +143,7 @@ class BidirectionalMamba(nn.Module):
         length = x.shape[1]
         u = F.silu(steps[..., -length:] if name == "_b" else steps[..., :length]).mT
         step, b, c = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
-        wide = torch.promote_types(a_log.dtype, torch.float32)
-        return u, dt_proj(step), -torch.exp(a_log.to(wide)), b, c, skip.to(wide)
+        return u, dt_proj(step), -torch.exp(widen(a_log)), b, c, widen(skip)
 
 
 def _initial_a_log(inner: int, d_state: int) -> torch.Tensor:

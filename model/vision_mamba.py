@@ -15,7 +15,7 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from model.errors import ModelError
-from model.mixer import BidirectionalMamba
+from model.mixer import BidirectionalMamba, widen
 from model.patch_embed import ConvStem, PatchProjection
 from model.patch_model import PatchModel, check_pool
 
@@ -23,12 +23,7 @@ NORM_EPS = 1e-5
 
 
 register_notrace_module(BidirectionalMamba)  # its scan is one operator, with nothing to trace in it
-
-
-@torch.fx.wrap
-def widen(x: torch.Tensor) -> torch.Tensor:
-    """In float32 at least, the type in which blocks add up."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+torch.fx.wrap("widen")
 
 
 class SumNorm(nn.RMSNorm):
@@ -39,7 +34,7 @@ class SumNorm(nn.RMSNorm):
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), in float32 at least. [B, L, D] -> same."""
+    """x + mixer(norm(x)), added up in float32 at least. [B, L, D] -> same."""
 
     def __init__(self, dim: int, drop_path: float, **mixer: Any) -> None:
         super().__init__()

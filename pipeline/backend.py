@@ -54,8 +54,8 @@ class LoaderBackend:
         self.config, self.orientation, self.vouched, self.augments = config, orientation, vouched, augments
         self.device, self.threads = device, threads
         shape = (1, 3, 1, 1)
-        self._scale = (1 / (255 * torch.tensor(config.std))).view(shape).to(device)
-        self._mean = (255 * torch.tensor(config.mean)).view(shape).to(device)
+        self._scale = (1 / (255 * torch.tensor(config.std, dtype=torch.float32, device=device))).view(shape)
+        self._mean = (255 * torch.tensor(config.mean, dtype=torch.float32, device=device)).view(shape)
         # What a warp uncovers gets the mean colour: zero after normalisation.
         self.fill = tuple(min(255, round(255 * channel)) for channel in config.mean)
 

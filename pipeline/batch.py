@@ -52,7 +52,7 @@ class Batch:
         if self.rows is None:
             object.__setattr__(self, "rows", np.full(n, -1))
         if self.views is None:
-            whole = torch.tensor([[0, 0, 1, 1]], dtype=torch.float64)
+            whole = torch.tensor([[0, 0, 1, 1]], dtype=torch.float64, device="cpu")
             object.__setattr__(self, "views", Views(whole.repeat(n, 1), identity(n)))
 
     def __len__(self) -> int:

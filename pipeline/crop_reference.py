@@ -33,7 +33,7 @@ def _crop(
     cells = np.array(planes.shape[1:])
     origin, extent = region[:2], region[2:] - region[:2]
     crop_cells = (box[2:] - box[:2]) / extent * cells
-    counts = [int(sample_counts(torch.tensor([c]), n)[0]) for c, n in zip(crop_cells, grid, strict=True)]
+    counts = [int(sample_counts(torch.tensor([c], device="cpu"), n)[0]) for c, n in zip(crop_cells, grid, strict=True)]
     # Every token is cut into counts[0]×counts[1] equal parts; their centres are its samples.
     ys, xs = ((np.arange(n * c) + 0.5) / (n * c) for n, c in zip(grid, counts, strict=True))
     y, x = np.meshgrid(ys, xs, indexing="ij")

@@ -37,9 +37,9 @@ def erase(images: torch.Tensor, boxes: np.ndarray, mode: str, generator: torch.G
     shapes = boxes[:, 2:] - boxes[:, :2]
     areas = 3 * shapes.prod(1)
     if mode == "const":
-        noise = torch.zeros(int(areas.sum()), device=images.device)
+        noise = torch.zeros(int(areas.sum()), dtype=images.dtype, device=images.device)
     else:
-        noise = torch.randn(int(areas.sum()), device=images.device, generator=generator)
+        noise = torch.randn(int(areas.sum()), dtype=images.dtype, device=images.device, generator=generator)
     parts = noise.split(areas.tolist())
     for i in np.nonzero(areas)[0].tolist():
         y0, x0, y1, x1 = boxes[i].tolist()

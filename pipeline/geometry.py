@@ -40,7 +40,7 @@ class Views:
 
 def identity(n: int) -> torch.Tensor:
     """float64 [n, 2, 3]: the affine map that changes nothing."""
-    return torch.eye(2, 3, dtype=torch.float64).repeat(n, 1, 1)
+    return torch.eye(2, 3, dtype=torch.float64, device="cpu").repeat(n, 1, 1)
 
 
 def flips(hflip: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,7 @@ class LabelRows:
         """Palette planes [B, P, H, W]; where code 0 means so, as the background [B, H, W]."""
         if not self.store.code.as_background or self._table is None:
             return self._decode(coded)
-        scores = torch.empty(coded.shape, device=coded.device)
+        scores = torch.empty(coded.shape, dtype=background.dtype, device=coded.device)
         # A few images at a time on a CPU, which keeps them in its cache from one operation to the next.
         step = len(coded) if coded.is_cuda else IMAGES_AT_A_TIME
         for start in range(0, len(coded), max(1, step)):

@@ -27,7 +27,7 @@ class MixBox:
 
     def mask(self, grid: tuple[int, int]) -> torch.Tensor:
         """bool [T]: the tokens inside the box."""
-        inside = torch.zeros(grid, dtype=torch.bool)
+        inside = torch.zeros(grid, dtype=torch.bool, device="cpu")
         inside[self.y0 : self.y1, self.x0 : self.x1] = True
         return inside.flatten()
 
@@ -42,10 +42,11 @@ def sample_mix_box(grid: tuple[int, int], alpha: float, generator: torch.Generat
         raise InputError("mix_alpha must be positive", got=alpha, remedy='Switch mixing off with mix="none".')
     h, w = grid
     # Beta(a, a) as a ratio of two Gamma(a, 1). torch's public distributions take no generator.
-    first, second = torch._standard_gamma(torch.full((2,), float(alpha), dtype=torch.float64), generator).tolist()
+    shape = torch.full((2,), float(alpha), dtype=torch.float64, device="cpu")
+    first, second = torch._standard_gamma(shape, generator).tolist()
     share = second / (first + second) if first + second > 0 else 0.5
     cut = math.sqrt(share)
-    y, x = (int(torch.randint(n, (), generator=generator)) for n in (h, w))
+    y, x = (int(torch.randint(n, (), generator=generator, device="cpu")) for n in (h, w))
     half_y, half_x = int(h * cut) // 2, int(w * cut) // 2
     y0, y1 = max(y - half_y, 0), min(y + half_y, h)
     x0, x1 = max(x - half_x, 0), min(x + half_x, w)

@@ -15,7 +15,7 @@ import torch
 from tiny import CLASSES, encoded, picture
 
 from labeler import InputError, LabelerConfig, LabelStore, TeacherConfig, label_images
-from pipeline import Batch, LoaderConfig, create_loader
+from pipeline import Batch, LoaderConfig, create_loader, sample_mix_box
 
 PARTS = ("token_scores", "token_background", "cls_scores", "cls_background")
 EVERYTHING = {"auto_augment": "rand-m9-mstd0.5-inc1", "erase_prob": 0.5, "mix": "token"}
@@ -357,3 +357,24 @@ def test_odd_files_look_the_same_to_the_labeler_and_to_both_loaders(tmp_path):
     )
     assert level_difference(c, d, config).max() < 1
     assert level_difference(a, c, config).max() == 0
+
+
+@pytest.mark.parametrize("default", ["type", "device"])
+def test_batches_are_the_same_whatever_torchs_defaults_are(settings, default):
+    settings = replace(settings, backend="reference", **EVERYTHING)
+    expected = next(iter(create_loader(settings)))
+    if default == "type":
+        torch.set_default_dtype(torch.float64)
+    else:
+        torch.set_default_device("meta")  # where nothing can be read
+    try:
+        batch = next(iter(create_loader(settings)))
+        box = sample_mix_box((8, 8), 1.0, torch.Generator("cpu").manual_seed(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert box == sample_mix_box((8, 8), 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(batch.images, expected.images)
+    assert batch.images.dtype == torch.float32
+    for part in PARTS:
+        assert torch.equal(getattr(batch.targets, part), getattr(expected.targets, part))

@@ -444,3 +444,31 @@ def test_bad_input_is_named() -> None:
     for options in wrong:
         with pytest.raises(InputError, match="out of range"):
             TokenLabelLoss(**options)
+
+
+@tail_or_not
+@mixed_or_not
+def test_torch_func_differentiates_it(tail: int, mix: MixBox | None) -> None:
+    outputs, batch = make_outputs(4, 23), make_batch(make_targets(4, 6, 23, tail=tail), mix)
+    loss = TokenLabelLoss(ground_truth=True)
+    expected = torch.autograd.grad(loss(outputs, batch), outputs)
+    found = torch.func.grad(lambda both: loss(both, batch))(tuple(logits.detach() for logits in outputs))
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.func.jacrev(torch.func.grad(lambda logits: loss(logits, batch)))(outputs[0].detach())
+
+
+@tail_or_not
+def test_the_gradient_of_each_sample(tail: int) -> None:
+    """As torch.func, Opacus and studies of influence ask for: each image's own, in one call."""
+    outputs, targets = [logits.detach() for logits in make_outputs(4, 23)], make_targets(4, 6, 23, tail=tail)
+    parts = [getattr(targets, field.name) for field in dataclasses.fields(targets)]
+
+    def loss(outputs: list[torch.Tensor], parts: list[torch.Tensor]) -> torch.Tensor:
+        one = make_batch(TokenTargets(*(part[None] for part in parts)))
+        return TokenLabelLoss()((outputs[0][None], outputs[1][None]), one)
+
+    found = torch.func.vmap(torch.func.grad(loss))(outputs, parts)
+    for i in range(4):
+        expected = torch.func.grad(loss)([logits[i] for logits in outputs], [part[i] for part in parts])
+        torch.testing.assert_close([gradient[i] for gradient in found], expected)

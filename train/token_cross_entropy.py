@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from labeler.errors import InputError
+from train.loss_transforms import TransformedLoss, no_second_derivative, transforms_are_active
 from train.smoothed_targets import SmoothedTarget, Tail, blocks, dense_tail, smoothed_target, sum_dtype
 
 
@@ -49,13 +50,14 @@ def token_cross_entropy(
     weight = spread_weight(logits, 1.0) if weight is None and logits.ndim == 3 else weight
     _check(logits, classes, scores, background, partner, weight)
     tail_classes, tail_offsets = _checked_tail(logits, tail_classes, tail_offsets)
+    targets = classes, scores, background, weight, float(smoothing), partner, tail_classes, tail_offsets
+    if transforms_are_active():
+        return TransformedLoss.apply(logits, *targets)[0]
     over = in_place and not logits.is_leaf and logits.is_contiguous() and not torch.compiler.is_compiling()
     wanted = logits.requires_grad and torch.is_grad_enabled()
     early = wanted and not over and not torch.compiler.is_compiling()
     early = early and logits.device.type == "cpu" and logits.dtype == sum_dtype(logits)
-    return _loss_op(
-        logits, classes, scores, background, weight, float(smoothing), partner, tail_classes, tail_offsets, early, over
-    )[0]
+    return _loss_op(logits, *targets, early, over)[0]
 
 
 def _check(
@@ -303,7 +305,7 @@ def _backward(ctx: Any, factor: torch.Tensor | None, *_: torch.Tensor | None) ->
     if factor is None:
         return (None,) * 11
     if torch.is_grad_enabled():
-        raise RuntimeError("token_cross_entropy has no second derivative (create_graph); train.loss_reference has")
+        no_second_derivative(ctx)
     logits, classes, scores, background, weight, *optional, lse = ctx.saved_tensors
     targets = classes, scores, background
     if ctx.early:
