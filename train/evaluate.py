@@ -97,7 +97,9 @@ def read_real_labels(path: Path, num_classes: int, names: tuple[str, ...] | None
     """ImageNet-ReaL's `real.json`: for each validation image a list of right classes, in the order of their names."""
     try:
         content: Any = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"the ReaL labels {str(path)!r} cannot be read", got=error) from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no file of ReaL labels", got=error) from None
     fits = isinstance(content, list) and all(
         isinstance(entry, list) and all(type(c) is int and 0 <= c < num_classes for c in entry) for entry in content

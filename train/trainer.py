@@ -116,7 +116,7 @@ class Trainer:
         net = build_network(begun, config.loss.dense_weight)
         build_optimizer(net, config.optimizer)  # refused before any image is looked for; heads may change below
         self.loader = training_loader(config, net, ranks)
-        set_classes(net, self.loader.num_classes)
+        set_classes(net, self.loader.num_classes, begun)
         # Every checkpoint tells them; finding the folders takes a pass over all images.
         self.class_folders = class_folders(self.loader)
         self.transform = transform_of(config, net, self.loader.samples.orientation)
