@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from labeler.errors import InputError, TokenLabelError, told
 from labeler.interrupt import INTERRUPTED
+
+BROKEN_PIPE = 141  # what shells give a program that SIGPIPE ended
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -50,13 +54,19 @@ def run_command(options: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        return options.run(options)
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
     except TokenLabelError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # who read the output has enough of it, as `head`
+        with suppress(OSError, ValueError):  # Python flushes what is left when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except OSError as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return 1

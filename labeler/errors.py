@@ -4,9 +4,15 @@ Every error that a user can cause or mend derives from `TokenLabelError`; the co
 stack trace and exit with `exit_status`.
 """
 
+import errno
+import os
+
 
 def told(error: BaseException) -> str:
-    """What an error says; its type where it says nothing."""
+    """What an error says, in plain words; its type where it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        why = "it is a folder" if error.errno == errno.EISDIR else error.strerror
+        return why if error.filename is None else f"{why}: {os.fsdecode(error.filename)!r}"
     return str(error).strip() or type(error).__name__
 
 
@@ -22,7 +28,8 @@ class TokenLabelError(Exception):
         self.problem, self.got, self.expected, self.remedy = problem, got, expected, remedy
         parts = [problem]
         if got is not None:
-            parts.append(f"got {told(got) if isinstance(got, Exception) else got}")
+            text = told(got) if isinstance(got, Exception) else str(got)
+            parts.append(text if ": got " in text else f"got {text}")  # an error inside of another tells it once
         if expected is not None:
             parts.append(f"expected {expected}")
         text = ", ".join([": ".join(parts[:2]), *parts[2:]])

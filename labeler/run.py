@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import sys
 import time
@@ -26,6 +27,9 @@ from labeler.writer import begin_store, committed_shards, finish_store
 if TYPE_CHECKING:
     from labeler.teacher import TeacherInfo
 
+log = logging.getLogger("labeler")
+
+ENOUGH = 20  # images of known classes, to tell agreement from chance
 MIN_SHARD_SIZE, MAX_SHARD_SIZE = 256, 10_000
 # Settings, besides the teacher's own, that decide what a label is.
 VALUE_SETTINGS = (
@@ -43,7 +47,8 @@ class LabelSummary:
     Means over the whole store: kl, KL(teacher ‖ store) per cell in nats; coverage, the probability that the labels
     name; first_kept, the share of cells whose first class is kept. kl_of_reference is kl as a share of what the
     reference's files (five float16 logits per cell) lose of the same maps; None where that was not compared.
-    agreement is the share of images whose mean map names the true class, None where no true class is known.
+    agreement is the share of images whose mean map names the true class, None where no true class is known;
+    known counts the images whose is.
     """
 
     store: str
@@ -59,6 +64,7 @@ class LabelSummary:
     first_kept: float
     kl_of_reference: float | None
     agreement: float | None
+    known: int
     other_files: int
 
 
@@ -82,13 +88,41 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     info = create_teacher(settled.teacher, "cpu" if config.workers else device).info
     encoding = _encoding(found, settled, "cpu" if elsewhere else device, begun)
     plan = begin_store(path, make_plan(found, info, settled, encoding, begun))
+    _tell_other_folders(found, plan)
     markers = committed_shards(path, plan)
     tasks = [make_task(plan, found, shard) for shard in range(plan.meta.shards) if shard not in markers]
     labeled, seconds = _run(tasks, found, path, plan, config, device, markers)
     finished = finish_store(path, plan)
     if not markers:  # the shards that were there may be another's
         remember_written(path)
-    return _summary(path, finished, labeled, seconds, found.other)
+    summary = _summary(path, finished, labeled, seconds, found.other)
+    _tell_chance(summary, plan)
+    return summary
+
+
+def _tell_other_folders(images: ImageSet, plan: Plan) -> None:
+    """Where the images lie in folders that name none of the teacher's classes."""
+    folders = sorted({key.split("/", 1)[0] for key in images.keys if "/" in key})
+    if len(folders) > 1 and not plan.class_folders:
+        log.warning(
+            "the %d folders of %s (%s%s) are not the teacher's %d classes, so no image's true class is known: nothing "
+            "tells whether the labels are right, and training cannot evaluate on such folders. --class-names FILE "
+            "names the classes, one a line in the teacher's order; folders of these names are known then.",
+            len(folders), images.root, ", ".join(folders[:3]), ", …" * (len(folders) > 3), plan.meta.num_classes,
+        )  # fmt: skip
+
+
+def _tell_chance(summary: LabelSummary, plan: Plan) -> None:
+    """Where the labels name the folders' classes no more often than guesses would, to three standard deviations."""
+    known, chance = summary.known, 1 / plan.meta.num_classes
+    if summary.agreement is None or known < ENOUGH:
+        return
+    if summary.agreement <= chance + 3 * math.sqrt(chance * (1 - chance) / known):
+        log.warning(
+            "only %.1f %% of %d images are labeled with their folder's class, as guesses among %d classes would be: is "
+            "the teacher one of these classes, in this order? --class-names FILE gives the teacher's order.",
+            100 * summary.agreement, known, plan.meta.num_classes,
+        )  # fmt: skip
 
 
 def _with_autocast(config: LabelerConfig, device: str, elsewhere: bool) -> LabelerConfig:
@@ -239,5 +273,6 @@ def _summary(store: Path, markers: list[Marker], labeled: int, seconds: float, o
         first_kept=total["first_kept"] / max(1, rows),
         kl_of_reference=total["compared_kl"] / total["reference_kl"] if total["reference_kl"] else None,
         agreement=total["agree"] / total["known"] if total["known"] else None,
+        known=int(total["known"]),
         other_files=other,
     )

@@ -69,7 +69,9 @@ def _contents(file: Path, ema: bool) -> tuple[Path, State, Any]:
     if ema and state is None and not file.stem.endswith("EMA"):
         second = file.with_name(f"{file.stem}-EMA{file.suffix}")
         if not second.is_file():
-            raise ModelError(f"there are no averaged weights: got none in {file}, and no {second.name}; leave ema away")
+            raise ModelError(
+                f"there are no averaged weights: got none in {file}, and no {second.name}; take the plain weights"
+            )
         file, content = second, _read(second)
     state = state or _weights(content, (*PLAIN, ""))
     if state is None:

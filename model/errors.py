@@ -11,7 +11,7 @@ class ModelError(ValueError):
         self.problem, self.got, self.expected, self.remedy = problem, got, expected, remedy
         parts = [problem]
         if got is not None:
-            parts.append(f"got {got}")
+            parts.append(str(got) if ": got " in str(got) else f"got {got}")  # an error inside of another tells it once
         if expected is not None:
             parts.append(f"expected {expected}")
         text = ", ".join([": ".join(parts[:2]), *parts[2:]])

@@ -29,6 +29,11 @@ from pipeline.sources import ImageSource, open_source, unreadable
 log = logging.getLogger("pipeline")
 
 PROGRESS_FROM = 5_000  # images
+OTHER_FOLDERS = (
+    "Give each class a folder, whose sorted names are the classes' order, or label with --class-names, which tells the "
+    "folders' classes. On folders of other classes than the teacher's nothing can be evaluated (data.validation=none). "
+    "In Python, class_folders says which class each folder is."
+)
 MOST_NAMED = 20  # bad images in an error
 
 
@@ -181,7 +186,7 @@ def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
                     f"the folders below {str(images.root)!r} do not name the classes",
                     got=f"{len(folders)} folders",
                     expected=f"{count}, one for each class",
-                    remedy="Restore the missing ones, or say in class_folders which class each folder is.",
+                    remedy=OTHER_FOLDERS,
                 )
         labels = targets_of(images.keys, folders).astype(np.int64)
         count = count or max(folders.values(), default=-1) + 1
@@ -281,8 +286,8 @@ def _unknown_classes(config: LoaderConfig, samples: Samples, keys: list[str]) ->
     return InputError(
         problem,
         got=_some(keys),
-        expected="a folder per class, or class_folders",
-        remedy="Without token labels every image needs its class.",
+        expected="a folder for each class",
+        remedy=f"Without token labels every image needs its class. {OTHER_FOLDERS}",
     )
 
 

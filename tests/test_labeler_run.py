@@ -14,9 +14,9 @@ import sys
 
 import pytest
 from labeling_runs import TESTS, command, start, state, wait_for_markers
-from tiny import CLASSES
+from tiny import CLASSES, make_images
 
-from labeler import LabelerConfig, TeacherConfig, label_images
+from labeler import LabelerConfig, LabelStore, TeacherConfig, label_images
 from labeler.commit import publish_exclusively
 from labeler.verify import verify_store
 
@@ -114,3 +114,37 @@ def test_the_default_shard_size_gives_every_worker_some_and_wastes_no_bytes():
     assert [default_shard_size(n) for n in (1, 150, 20_000, 1_281_167)] == [256, 256, 313, 10_000]
     assert LabelerConfig(TeacherConfig("x")).shard_size is None
     assert CLASSES == 6
+
+
+def test_folders_of_other_classes_than_the_teachers_are_told(images, tmp_path, config, caplog):
+    """Three folders and six classes; with their names in --class-names they are known."""
+    label_images(images, tmp_path / "labels", config)
+    assert "the 3 folders of" in caplog.text
+    assert "(class0, class1, class2) are not the teacher's 6 classes" in caplog.text
+    assert "--class-names FILE" in caplog.text
+    caplog.clear()
+    (tmp_path / "names.txt").write_text("".join(f"class{i}\n" for i in range(CLASSES)))
+    label_images(images, tmp_path / "named", dataclasses.replace(config, class_names=str(tmp_path / "names.txt")))
+    assert not caplog.text
+
+
+def test_agreement_with_the_folders_that_is_no_more_than_chance_is_told(tmp_path, config, caplog):
+    """Each folder holds the images of one answer of the teacher: in its order, and in the next one's."""
+    made = make_images(tmp_path / "images", 60, CLASSES)
+    label_images(made, tmp_path / "first", config)
+    answers = LabelStore(tmp_path / "first")
+    for shift, told in ((0, False), (1, True)):
+        images = tmp_path / f"sorted-{shift}"
+        for c in range(CLASSES):
+            (images / f"class{c}").mkdir(parents=True)
+        for row, key in enumerate(answers.keys):
+            first = int(answers.read([row]).dense()[0].mean((1, 2)).argmax())
+            copy = images / f"class{(first + shift) % CLASSES}" / key.replace("/", "_")
+            copy.write_bytes((made / key).read_bytes())
+        (tmp_path / "names.txt").write_text("".join(f"class{i}\n" for i in range(CLASSES)))
+        caplog.clear()
+        named = dataclasses.replace(config, class_names=str(tmp_path / "names.txt"))
+        summary = label_images(images, tmp_path / f"labels-{shift}", named)
+        assert summary.known == 60
+        assert (summary.agreement < 0.1) == told
+        assert ("as guesses among 6 classes would be" in caplog.text) == told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 from tiny_runs import shown, tiny_config, tiny_data
 
 from train import TrainConfig, fit
+from train.checkpoint import checkpoints
 from train.distributed import Ranks
 from train.errors import Stopped
 from train.metrics import read_rows
+from train.predict import normalized, see
 from train.trainer import Trainer
+from train.validate import load_trained
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +51,30 @@ def test_tensorboard_shows_the_rows_of_metrics_however_often_a_run_is_resumed(da
     assert {point[:2]: pytest.approx(point[2]) for point in points} == expected
     speeds = [step for name, step, _ in shown(tmp_path / "run") if name == "speed/images_per_s"]
     assert speeds == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_loss_of_an_evaluation_is_the_cross_entropy_and_stands_in_the_rows(data, tmp_path):
+    fit(tiny_config(*data, tmp_path / "run", **{"data.validation": str(data[0]), "ema.decay": 0.5}))
+    row = read_rows(tmp_path / "run")[-1]
+    for name, averaged in (("loss", False), ("ema_loss", True)):
+        trained = load_trained(checkpoints(tmp_path / "run")[0], averaged)
+        paths = sorted(data[0].rglob("*.*g"))
+        labels = torch.tensor([trained.class_folders[path.parent.name] for path in paths])
+        with torch.inference_mode():
+            logits = trained.net(normalized([see(path, trained) for path in paths], trained))
+        assert row[name] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-3)
+
+
+def test_bar_and_evaluations_tell_how_it_goes(data, tmp_path, capsys):
+    """The bar has loss and learning rate; every evaluation a line of its own."""
+    settings = {"data.validation": str(data[0]), "run.progress": True, "ema.decay": 0.5}
+    fit(tiny_config(*data, tmp_path / "run", **settings))
+    told = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    lines = [line for line in told if line.startswith("step ")]
+    assert len(lines) == 2
+    number = r"\d+\.\d+"
+    shares = rf"top-1 {number}%, top-5 {number}%, moving average {number}%, best {number}%"
+    losses = rf"train loss {number}, evaluation loss {number}"
+    assert re.fullmatch(rf"step 3 of 6, epoch 1\.0: {losses}, {shares}, \d+ images/s, 0:00:0\d left", lines[0])
+    assert re.fullmatch(rf"step 6 of 6, epoch 2\.0: {losses}, {shares}", lines[1])
+    assert any(re.search(rf"loss {number}, lr \d\.\d\de-\d\d, \d+ images/s", line) for line in told)

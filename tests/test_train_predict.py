@@ -245,7 +245,7 @@ def test_one_bad_image_is_told_before_anything_else_is(run, data, tmp_path, caps
         told = refusal(capsys, run, good, tmp_path / name, "--map", "--out", maps)
         assert name in told
         assert expected in told
-    assert "Is a directory" in refusal(capsys, run, good, tmp_path)
+    assert "is a folder: expected image files" in refusal(capsys, run, good, tmp_path)
     assert not maps.exists()
 
 

@@ -314,4 +314,6 @@ def test_pixels_and_crop_of_an_evaluation_can_be_chosen(cropped, data, tmp_path,
     assert main(["predict", str(cropped), str(next(data[0].rglob("*.*g"))), "--img-size", "64", "--quiet"]) == 0
     capsys.readouterr()
     assert "crop_pct is no share of the image: got 1.5" in refusal(capsys, 2, cropped, data[0], "--crop-pct", 1.5)
-    assert "cannot see 33×33 pixels: got" in refusal(capsys, 2, cropped, data[0], "--img-size", 33)
+    assert "cannot see 33×33 pixels: the image does not divide into patches: got 33×33" in refusal(
+        capsys, 2, cropped, data[0], "--img-size", 33
+    )

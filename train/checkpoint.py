@@ -188,7 +188,9 @@ def read_weights(folder: Path, info: CheckpointInfo, ema: bool = False) -> dict[
 
     name = EMA if ema else WEIGHTS
     if name not in info.files:
-        raise InputError(f"{folder} has no averaged weights", remedy="Leave ema away.")
+        raise InputError(
+            f"{folder} has no averaged weights", remedy="Take its plain weights, without --ema or model.weights_ema."
+        )
     data = _read(folder, name, info.files[name])
     try:
         return load(data)

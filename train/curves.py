@@ -23,8 +23,10 @@ def draw_run(folder: Path) -> bool:
     plots = _figure(3)
     figure, (loss, accuracy, rate) = plots
     train = [row for row in rows if row["kind"] == "train"]
-    _line(loss, "training loss", {"": (train, "loss", 1)})
     evaluations = [row for row in rows if row["kind"] == "eval"]
+    tested = [row for row in evaluations if "loss" in row]
+    losses = {"training": (train, "loss", 1), **({"evaluation": (tested, "loss", 1)} if tested else {})}
+    _line(loss, "loss (each of its own targets)", losses)
     shown = {text: (evaluations, key, 100) for key, text in ACCURACIES.items() if evaluations and key in evaluations[0]}
     _line(accuracy, "top-1, %", shown)
     _line(rate, "learning rate", {"": (train, "lr", 1)})

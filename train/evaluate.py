@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy, exact over ranks.
+"""Top-1 and top-5 accuracy, exact over ranks, and the loss.
 
 Legend: B images; C classes.
 """
@@ -6,6 +6,7 @@ Legend: B images; C classes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,11 +27,15 @@ RealLabels = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of `images` whose class is the first, or among the first five, of the model's answer."""
+    """Shares of `images` whose class is the first, or among the first five, of the model's answer.
+
+    loss  mean cross-entropy with the true class; NaN with ReaL labels, where several are right
+    """
 
     top1: float
     top5: float
     images: int
+    loss: float
 
 
 def evaluate(
@@ -53,6 +58,7 @@ def evaluate(
         ranks.share_buffers(net)
         net.eval()
     counts = torch.zeros(len(networks), 3, dtype=torch.int64, device=ranks.device)
+    losses = torch.zeros(len(networks), dtype=torch.float64, device=ranks.device)
     bar = tqdm(loader, "evaluation", leave=False, disable=not progress)
     with torch.inference_mode():
         for batch in bar:
@@ -66,12 +72,15 @@ def evaluate(
                 with torch.autocast(ranks.device.type, precision, enabled=precision != torch.float32):
                     logits = net(images)
                 counts[i] += count_right(logits, right)
-    totals = ranks.sum(counts).tolist()
+                losses[i] += nn.functional.cross_entropy(
+                    logits.float(), batch.labels.long(), ignore_index=-1, reduction="sum"
+                )
+    totals, sums = ranks.sum(counts).tolist(), ranks.sum(losses).tolist()
     if totals and totals[0][2] == 0:
         raise InputError("there is no image to evaluate", got=f"none with a known class of {len(loader.samples)}")
     return {
-        name: Accuracy(first / images, five / images, images)
-        for name, (first, five, images) in zip(networks, totals, strict=True)
+        name: Accuracy(first / images, five / images, images, loss / images if real is None else math.nan)
+        for name, (first, five, images), loss in zip(networks, totals, sums, strict=True)
     }
 
 
@@ -97,7 +106,9 @@ def read_real_labels(path: Path, num_classes: int, names: tuple[str, ...] | None
     """ImageNet-ReaL's `real.json`: for each validation image a list of right classes, in the order of their names."""
     try:
         content: Any = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"the ReaL labels {str(path)!r} cannot be read", got=error) from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no file of ReaL labels", got=error) from None
     fits = isinstance(content, list) and all(
         isinstance(entry, list) and all(type(c) is int and 0 <= c < num_classes for c in entry) for entry in content

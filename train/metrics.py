@@ -148,7 +148,8 @@ def start_tracker(name: str, folder: Path, settings: Mapping[str, Any]) -> Any:
     tracker = import_tracker(name)
     if tracker is not None:
         try:
-            tracker.init(project="token-labeling", name=folder.name, config=dict(settings))
+            place = {"dir": str(folder)} if name == "wandb" else {}  # where it writes its own files
+            tracker.init(project="token-labeling", name=folder.name, config=dict(settings), **place)
         except Exception as error:  # the tracker's own: no account, no network
             remedy = "Its own manual tells more; run.tracker=none does without it."
             raise InputError(f"run.tracker {name!r} does not start", got=error, remedy=remedy) from None

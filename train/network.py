@@ -48,11 +48,12 @@ def _blank(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update={"args": {**args, "pretrained": False}})
 
 
-def set_classes(net: TokenLabelHeads, num_classes: int) -> None:
-    """New heads where the model has other classes than the data."""
+def set_classes(net: TokenLabelHeads, num_classes: int, config: ModelConfig) -> None:
+    """New heads where the model has other classes than the data; said where trained ones are lost."""
     if net.num_classes != num_classes:
+        if config.weights is not None or any(config.args.get(key) for key in BEGINNING):
+            log.info("new heads for %d classes, in place of trained ones for %d", num_classes, net.num_classes)
         net.reset_classifier(num_classes)  # type: ignore[operator]
-        log.info("new heads for %d classes", num_classes)
 
 
 def restore_network(info: CheckpointInfo, state: dict[str, torch.Tensor]) -> TokenLabelHeads:

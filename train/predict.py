@@ -122,6 +122,10 @@ def see(path: Path, trained: Trained) -> np.ndarray:
     Raises InputError where it is no image that can be decoded.
     """
     named = f"the image {_printable(path)!r}"
+    if path.is_dir():
+        raise InputError(
+            f"{named} is a folder", expected="image files", remedy=f"Name those in it: {_printable(path)}/*"
+        )
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -197,7 +201,7 @@ def _first(probabilities: torch.Tensor, top: int, trained: Trained) -> tuple[Cla
 
 def _refuse_without_head(trained: Trained) -> None:
     if trained.net.aux_head is None:
-        raise InputError(f"{trained.name} has no auxiliary head, so no map of its tokens", remedy="Leave --map away.")
+        raise InputError(f"{trained.name} has no auxiliary head, so no map of its tokens", remedy="Do without --map.")
     if not trained.dense_trained:
         log.warning(
             "%s was trained without its auxiliary head (loss.dense_weight=0): --map shows an untrained head",

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +118,7 @@ class Trainer:
         net = build_network(begun, config.loss.dense_weight)
         build_optimizer(net, config.optimizer)  # refused before any image is looked for; heads may change below
         self.loader = training_loader(config, net, ranks)
-        set_classes(net, self.loader.num_classes)
+        set_classes(net, self.loader.num_classes, begun)
         # Every checkpoint tells them; finding the folders takes a pass over all images.
         self.class_folders = class_folders(self.loader)
         self.transform = transform_of(config, net, self.loader.samples.orientation)
@@ -193,7 +195,7 @@ class Trainer:
             result = self.train_step.run(batch, self.step, lambda: signals.requested is not None)
             self.step += 1
             self._note(result, rate)
-            self._tell_speed(bar)
+            self._tell_speed(bar, result.loss, rate)
             evaluation = self._evaluation_due()
             if result.stop or evaluation or self._save_due():
                 self._save(must=result.stop or self.step == self.steps)
@@ -234,12 +236,12 @@ class Trainer:
             self.record.metrics.add({"kind": "train", "step": self.step, "epoch": self._epoch(), **values})
         self._loss_sum, self._loss_steps = 0.0, 0
 
-    def _tell_speed(self, bar: Any) -> None:
+    def _tell_speed(self, bar: Any, loss: float, lr: float) -> None:
         bar.update(1)
         if self.step % self.config.run.log_every and self.step != self.steps:
             return
         rate, wait = self.speed.since_last()
-        bar.set_postfix_str(f"{rate:,.0f} images/s, {wait:.0%} waiting for data")
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} images/s, {wait:.0%} waiting for data")
         if self.record is not None:
             memory = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else 0
             row = {"step": self.step, "images_per_s": rate, "data_wait": wait, "gpu_memory_gb": memory / 1e9}
@@ -278,10 +280,38 @@ class Trainer:
             return
         values = {f"{name}{key}": getattr(a, key) for name, a in found.items() for key in ("top1", "top5")}
         better = max(values["top1"], values.get("ema_top1", -1.0)) > self.record.best()
-        row = {"kind": "eval", "step": self.step, "epoch": self._epoch(), **values, "images": found[""].images}
+        losses = {f"{name}loss": a.loss for name, a in found.items() if math.isfinite(a.loss)}  # a word that JSON has
+        row = {
+            "kind": "eval",
+            "step": self.step,
+            "epoch": self._epoch(),
+            **values,
+            **losses,
+            "images": found[""].images,
+        }
         self.record.metrics.add(row)
+        self._tell_evaluation(row)
         if better:
             self._save(best=values)
+
+    def _tell_evaluation(self, row: dict[str, Any]) -> None:
+        """One line for people, above the bar or in a log."""
+        assert self.record is not None
+        train = [one["loss"] for one in self.record.metrics.rows if one["kind"] == "train"]
+        rate, _ = self.speed.overall()
+        told = [f"train loss {train[-1]:.4f}"] if train else []
+        told += [f"evaluation loss {row['loss']:.4f}"] if "loss" in row else []
+        told += [f"top-1 {row['top1']:.2%}", f"top-5 {row['top5']:.2%}"]
+        told += [f"moving average {row['ema_top1']:.2%}"] if "ema_top1" in row else []
+        told += [f"best {self.record.best():.2%}"]
+        if rate and self.step < self.steps:
+            left = round((self.steps - self.step) * self.config.run.batch_size / rate)
+            told += [f"{rate:,.0f} images/s", f"{timedelta(seconds=left)} left"]
+        line = f"step {self.step:,} of {self.steps:,}, epoch {self._epoch():.1f}: {', '.join(told)}"
+        if self.config.run.progress:
+            tqdm.write(line, sys.stderr)
+        else:
+            log.info("%s", line)
 
     def _save(self, best: dict[str, float] | None = None, must: bool = False) -> None:
         if self.record is None:
