@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model.errors import ModelError
+from model.feature_maps import layout
 from model.lvvit import LVViT
 from model.wrapper import TokenLabeled, token_label
 
@@ -244,3 +245,12 @@ def test_bad_use_is_refused():
         token_label("test_resnet", img_size=32)
     with pytest.raises(ModelError, match=r"does not run on 3 channels of 50×50 pixels.*img_size"):
         token_label(timm.create_model("vit_tiny_patch16_224", depth=1), img_size=50)
+
+
+def test_the_layout_of_maps_is_told_by_the_shape_of_the_image():
+    """Of 64×96 pixels: 2×3 cells."""
+    assert layout(torch.zeros(1, 2, 3, 3), None, (64, 96)) == "NHWC"
+    assert layout(torch.zeros(1, 3, 2, 3), None, (64, 96)) == "NCHW"
+    assert layout(torch.zeros(1, 2, 3, 3), SimpleNamespace(output_fmt="NCHW"), (64, 96)) == "NCHW"
+    assert layout(torch.zeros(1, 6, 3), None, (64, 96)) == "tokens"
+    assert layout(torch.zeros(1, 6), None, (64, 96)) is None
