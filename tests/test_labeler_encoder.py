@@ -48,6 +48,22 @@ def test_the_reported_first_classes_are_those_that_the_decoded_maps_have():
     assert 0.2 < found.first_kept.mean() < 1
 
 
+def test_first_classes_are_counted_also_where_the_tail_is_empty():
+    found = encode_maps(2 * synthetic_logits(4, 20, 8, seed=5), Encoding(levels=MAX_LEVELS, threshold=1e-4))
+    assert (found.tail_classes < 0).any(1).all()
+    assert found.first_kept.min() > 0.99
+
+
+def test_planes_that_no_class_fills_name_none():
+    logits = synthetic_logits(2, 3, 4, seed=1)
+    logits[0, 2] = -1e4  # a class without any probability
+    found = encode_planes(logits, 5, TINY_TABLE)
+    assert found.classes[:, 3:].tolist() == [[-1, -1]] * 2
+    assert sorted(found.classes[1, :3].tolist()) == [0, 1, 2]
+    assert 2 not in found.classes[0]
+    assert (found.classes[0, :3] == -1).sum() == 1
+
+
 def test_coverage_is_the_probability_that_codes_and_tail_name():
     logits = teacher_like(2, 60, 5, seed=8)
     encoding = Encoding(palette=6, tail=10)

@@ -400,6 +400,36 @@ def test_what_no_shard_of_ours_holds_is_refused_before_it_is_read(store, change)
         forge(store, change)
 
 
+def test_a_shard_that_lacks_one_rows_chunk_is_refused_before_it_is_read(store):
+    def change(file: h5py.File, _: Path) -> None:
+        whole = file["scores"][:]
+        del file["scores"]
+        made = file.create_dataset("scores", whole.shape, "u1", chunks=(1, *whole.shape[1:]), fletcher32=True)
+        made[:3] = whole[:3]
+
+    with pytest.raises(IntegrityError, match="/scores lacks chunks"):
+        forge(store, change)
+
+
+@pytest.mark.parametrize(("more", "size"), [(1, 4), (0, 8)])
+def test_places_in_a_file_take_four_bytes_below_the_limit(monkeypatch, more, size):
+    layout = row_layout(1, (1, 1), 3, "logprob", "uint8", 16)
+    payload = sum(8 * dtype.itemsize * int(np.prod(shape)) for dtype, shape in layout.values())
+    monkeypatch.setattr("labeler.shard_file.MOST_IN_4_BYTES", payload + more)
+    content = build_shard(rows_of(tuple("abcdefgh")), layout, {}, TABLE)
+    assert content[9] == size  # of HDF5's superblock: "size of offsets"
+
+
+def test_a_shard_without_rows_adds_none_to_a_column(images, tmp_path, config):
+    for path in sorted(images.rglob("*.jpg"))[:4]:  # the whole first shard
+        path.write_bytes(b"no image")
+    label_images(images, tmp_path / "labels", config)
+    labels = LabelStore(tmp_path / "labels")
+    assert (len(labels), labels.markers[0].rows) == (8, 0)
+    for name in ("classes", "region", "target", "image_size"):
+        assert len(labels.column(name)) == 8
+
+
 def test_importing_the_package_loads_neither_torch_nor_ray():
     code = "import labeler, sys; sys.exit(bool({'torch', 'ray', 'h5py', 'timm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,6 +5,7 @@ Legend: B images; C classes; D model width; h×w token grid, T = h·w.
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -46,6 +47,11 @@ def test_without_settings_a_family_is_for_imagenet(family):
         net = family()
     assert (net.num_classes, net.img_size, net.grid) == (1000, (224, 224), (14, 14))
     assert net.get_classifier().out_features == 1000
+
+
+@pytest.mark.parametrize("entry", NAMES)
+def test_no_name_asks_for_trained_weights_by_itself(entry):
+    assert inspect.signature(timm.models.model_entrypoint(entry)).parameters["pretrained"].default is False
 
 
 def test_all_names_are_registered():

@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from model.errors import ModelError
+from model.feature_maps import layout
 from model.lvvit import LVViT
 from model.wrapper import TokenLabeled, token_label
 
@@ -298,3 +299,12 @@ def test_shapes_are_reckoned_without_memory():
             cls, aux = net.train()(torch.empty(2, 3, *net.img_size))
             assert cls.shape == (2, net.num_classes)
             assert aux.shape == (2, net.grid[0] * net.grid[1], net.num_classes)
+
+
+def test_the_layout_of_maps_is_told_by_the_shape_of_the_image():
+    """Of 64×96 pixels: 2×3 cells."""
+    assert layout(torch.zeros(1, 2, 3, 3), None, (64, 96)) == "NHWC"
+    assert layout(torch.zeros(1, 3, 2, 3), None, (64, 96)) == "NCHW"
+    assert layout(torch.zeros(1, 2, 3, 3), SimpleNamespace(output_fmt="NCHW"), (64, 96)) == "NCHW"
+    assert layout(torch.zeros(1, 6, 3), None, (64, 96)) == "tokens"
+    assert layout(torch.zeros(1, 6), None, (64, 96)) is None
