@@ -239,3 +239,14 @@ def test_the_code_table_rises_in_equal_steps_of_the_root_and_the_background_fall
 def test_impossible_encodings_are_refused(wrong):
     with pytest.raises(InputError):
         Encoding(**wrong)
+
+
+def test_dense_planes_keep_the_first_class_of_a_cell_where_its_code_is_shared():
+    """Class 2 is first in the left cell by less than a step; class 0 stands before it in the palette."""
+    logits = torch.zeros(1, 3, 1, 2)
+    logits[0, 0, 0] = torch.tensor([3.0, 6.0])
+    logits[0, 2, 0] = torch.tensor([3.001, 0.0])
+    found = encode_planes(logits, 3, TINY_TABLE)
+    assert found.classes[0, 0] == 0
+    named = found.classes[0][TINY_TABLE[found.scores[0]].argmax(0)]
+    assert named[0].tolist() == [2, 0]

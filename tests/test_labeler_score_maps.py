@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -76,3 +78,12 @@ def test_planes_of_format_1_and_of_float16_are_dense():
     assert (found.classes[:, 10:] == -1).all()
     maps = ScoreMaps(found.classes, found.scores.astype(np.float32), found.background.astype(np.float32), None, 10)
     np.testing.assert_allclose(maps.dense(), logits.softmax(1).numpy(), atol=2e-3)
+
+
+def test_one_class_is_enough():
+    maps = ScoreMaps(
+        np.zeros((1, 1), np.int64), np.zeros((1, 1, 2, 2), np.float32), np.zeros((1, 2, 2), np.float32), num_classes=1
+    )
+    assert (maps.dense() == 1).all()
+    with pytest.raises(InputError, match="how many classes"):
+        dataclasses.replace(maps, num_classes=0)

@@ -188,3 +188,14 @@ def test_availability_is_told_with_its_reason(monkeypatch):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     print(json.dumps({name: measure(name) for name in CASES}))
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 33])
+def test_a_compiler_is_told_the_room_for_saved_states(length):
+    """One state before each chunk, as the kernels leave them."""
+    from model.ops import scan_triton
+    from model.ops.scan_operators import _saved_triton
+
+    u, a = torch.empty(2, 3, length, 5, device="meta"), torch.empty(2, 5, 4, device="meta")
+    chunks = len(range(0, length, scan_triton.CHUNK))
+    assert _saved_triton(u, u, a).shape == (2, 3, chunks, 5, 4)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,25 @@ def test_real_labels_count_wherever_the_images_lie(run, tmp_path, real_labels, f
     path.write_text(json.dumps(real_labels))
     _, _, images_counted = checked(run, images, right, real=path, batch_size=3)
     assert images_counted == 7
+
+
+def test_real_labels_count_for_images_in_tar_shards(run, tmp_path, real_labels):
+    images, shards = tmp_path / "val", tmp_path / "shards"
+    shards.mkdir()
+    for i in range(len(real_labels)):
+        folder = images / f"class{i % 6}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"ILSVRC2012_val_{i + 1:08d}.JPEG").write_bytes(encoded(picture(100 + i)))
+    with tarfile.open(shards / "part-000.tar", "w") as archive:
+        for path in sorted(images.rglob("*.JPEG")):
+            archive.add(path, str(path.relative_to(images)))
+    (tmp_path / "real.json").write_text(json.dumps(real_labels))
+    found = [
+        validate(str(run), str(place), real=str(tmp_path / "real.json"), device="cpu", progress=False)
+        for place in (images, shards, shards / "part-000.tar")
+    ]
+    assert found[0] == found[1] == found[2]
+    assert found[0].images == 7
 
 
 def test_real_labels_that_fit_nothing_are_refused(run, data, tmp_path, capsys):
