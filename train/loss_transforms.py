@@ -11,10 +11,6 @@ from typing import Any
 import torch
 
 
-def transforms_are_active() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
 def no_second_derivative(ctx: Any, *_: Any) -> Any:
     raise RuntimeError("token_cross_entropy has no second derivative (create_graph); train.loss_reference has")
 

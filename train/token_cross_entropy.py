@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from labeler.errors import InputError
-from train.loss_transforms import TransformedLoss, no_second_derivative, transforms_are_active
+from model.ops.scan_operators import transforms_are_active
+from train.loss_transforms import TransformedLoss, no_second_derivative
 from train.smoothed_targets import SmoothedTarget, Tail, blocks, dense_tail, smoothed_target, sum_dtype
 
 

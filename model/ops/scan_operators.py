@@ -41,6 +41,11 @@ def _saved_triton(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: 
     return u.new_empty(directions, batch, chunks, width, A.shape[2], dtype=torch.float32)
 
 
+def transforms_are_active() -> bool:
+    """Whether this call is inside `torch.func.grad`, `vmap` or their like."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def scan_flops(u: Sequence[int], delta: Sequence[int], A: Sequence[int], *_: Any, **__: Any) -> int:
     """Of a forward pass over tensors of these shapes."""
     directions, batch, length, width = u
@@ -99,20 +104,29 @@ def _register(
         like = torch.contiguous_format
         return [torch.empty_like(tensor, memory_format=like) for tensor in tensors[:TENSORS] if tensor is not None]
 
-    def keep(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        *tensors, ctx.delta_softplus, ctx.reverse = inputs
-        ctx.save_for_backward(*tensors, output[1])
-        ctx.set_materialize_grads(False)  # `saved` has no gradient: no zeros of its size
-
-    def gradients(ctx: Any, grad_y: torch.Tensor | None, run: Callable[..., Sequence[torch.Tensor]]) -> tuple:
-        if grad_y is None:
-            return (None,) * (TENSORS + 2)
-        *tensors, saved = ctx.saved_tensors
-        found = iter(run(grad_y, *tensors, saved, ctx.delta_softplus, ctx.reverse))
-        return *(None if tensor is None else next(found) for tensor in tensors), None, None
-
-    operator.register_autograd(lambda ctx, grad_y, _: gradients(ctx, grad_y, operator_backward), setup_context=keep)
+    operator.register_autograd(lambda ctx, grad_y, _: _gradients(ctx, grad_y, operator_backward), setup_context=_keep)
     operator_backward.register_autograd(_no_second_derivatives)
+
+    transformed = _for_transforms(operator, operator_backward, saved_directions)
+
+    def flops_backward(grad_shape: Sequence[int], *shapes: Any, **_: Any) -> int:
+        return 2 * scan_flops(*shapes)
+
+    register_flop_formula(getattr(torch.ops.token_labeling, name))(scan_flops)
+    register_flop_formula(getattr(torch.ops.token_labeling, f"{name}_backward"))(flops_backward)
+
+    def scan(*inputs: Any) -> torch.Tensor:
+        *tensors, delta_softplus, reverse = inputs
+        run = transformed if transforms_are_active() else operator
+        return run(*tensors, bool(delta_softplus), tuple(int(one) for one in reverse))[0]
+
+    return scan
+
+
+def _for_transforms(
+    operator: Callable[..., Any], operator_backward: Callable[..., Any], saved_directions: int
+) -> Callable[..., Any]:
+    """The same scan as `operator`, for `grad`, `vmap` and their like."""
 
     class Scan(torch.autograd.Function):
         @staticmethod
@@ -121,12 +135,12 @@ def _register(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-            keep(ctx, inputs, output)
+            _keep(ctx, inputs, output)
             ctx.mark_non_differentiable(output[1])
 
         @staticmethod
         def backward(ctx: Any, grad_y: torch.Tensor | None, _: torch.Tensor | None) -> tuple:
-            return gradients(ctx, grad_y, ScanBackward.apply)
+            return _gradients(ctx, grad_y, ScanBackward.apply)
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
@@ -156,19 +170,22 @@ def _register(
             shape = (info.batch_size, len(reverse))
             return tuple(gradient.unflatten(0, shape) for gradient in found), (0,) * len(found)
 
-    def flops_backward(grad_shape: Sequence[int], *shapes: Any, **_: Any) -> int:
-        return 2 * scan_flops(*shapes)
+    return Scan.apply
 
-    register_flop_formula(getattr(torch.ops.token_labeling, name))(scan_flops)
-    register_flop_formula(getattr(torch.ops.token_labeling, f"{name}_backward"))(flops_backward)
 
-    def scan(*inputs: Any) -> torch.Tensor:
-        *tensors, delta_softplus, reverse = inputs
-        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-        run = Scan.apply if transformed else operator
-        return run(*tensors, bool(delta_softplus), tuple(int(one) for one in reverse))[0]
+def _keep(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, ctx.delta_softplus, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)  # `saved` has no gradient: no zeros of its size
 
-    return scan
+
+def _gradients(ctx: Any, grad_y: torch.Tensor | None, run: Callable[..., Sequence[torch.Tensor]]) -> tuple:
+    """What `run` gives for the tensors that `_keep` kept, with None for what was None."""
+    if grad_y is None:
+        return (None,) * (TENSORS + 2)
+    *tensors, saved = ctx.saved_tensors
+    found = iter(run(grad_y, *tensors, saved, ctx.delta_softplus, ctx.reverse))
+    return *(None if tensor is None else next(found) for tensor in tensors), None, None
 
 
 def _fold(x: torch.Tensor | None, dim: int | None, samples: int, place: int) -> torch.Tensor | None:
