@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
@@ -212,8 +213,8 @@ def untrained_cfg(
         "fixed_input_size": True,
         "interpolation": "bicubic",
         "crop_pct": 0.9,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
         "first_conv": first_conv,
         "classifier": classifier,
         "license": "apache-2.0",

@@ -57,7 +57,7 @@ class LabelRows:
             getattr(rows, name).to(self.device, non_blocking=True) for name in names
         )
         if rows.background is None:
-            background = torch.zeros_like(coded[:, 0], dtype=torch.float32)
+            background = coded.new_zeros((len(coded), *coded.shape[2:]), dtype=torch.float32)
         else:
             background = self._decode(rows.background.to(self.device, non_blocking=True))
         scores = self._decode_planes(coded, background)

@@ -153,6 +153,7 @@ def test_a_published_file_is_validated(tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["images"] == 23
     assert told["top5"] == top5
+    assert load_trained(path).dense_trained
     assert load_trained(path).class_name(3) == "class 3"  # ImageNet's names belong to 1,000 classes, and to no ten
 
 
