@@ -4,8 +4,10 @@ Every error that a user can cause or mend derives from `TokenLabelError`; the co
 stack trace and exit with `exit_status`.
 """
 
+import difflib
 import errno
 import os
+from collections.abc import Sequence
 
 
 def told(error: BaseException) -> str:
@@ -14,6 +16,14 @@ def told(error: BaseException) -> str:
         why = "it is a folder" if error.errno == errno.EISDIR else error.strerror
         return why if error.filename is None else f"{why}: {os.fsdecode(error.filename)!r}"
     return str(error).strip() or type(error).__name__
+
+
+def did_you_mean(name: str, known: Sequence[str], or_all: bool = False) -> str | None:
+    """A remedy that asks for the nearest of the known names; `or_all`: where none is near, one that lists them."""
+    found = difflib.get_close_matches(name, known, 1, 0.5)
+    if found:
+        return f"Did you mean {found[0]!r}?"
+    return f"There is: {', '.join(known)}." if or_all and known else None
 
 
 class TokenLabelError(Exception):

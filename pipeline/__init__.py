@@ -1,13 +1,33 @@
-"""Images and label maps to training batches, cropped together: `create_loader`, `Batch`, `TokenTargets`."""
+"""Images and label maps to training batches, cropped together: `create_loader`, `Batch`, `TokenTargets`.
+
+Each name below is fetched when it is first used, so that a command starts before torch is there.
+"""
 
 from __future__ import annotations
 
-from pipeline.batch import Batch
-from pipeline.config import LoaderConfig
-from pipeline.geometry import Views
-from pipeline.loader import TokenLabelLoader, create_loader
-from pipeline.mix import MixBox, mix_pixels, sample_mix_box
-from pipeline.targets import TokenTargets, crop_score_maps
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.batch import Batch
+    from pipeline.config import LoaderConfig
+    from pipeline.geometry import Views
+    from pipeline.loader import TokenLabelLoader, create_loader
+    from pipeline.mix import MixBox, mix_pixels, sample_mix_box
+    from pipeline.targets import TokenTargets, crop_score_maps
+
+_HOMES = {
+    "Batch": "batch",
+    "LoaderConfig": "config",
+    "MixBox": "mix",
+    "TokenLabelLoader": "loader",
+    "TokenTargets": "targets",
+    "Views": "geometry",
+    "create_loader": "loader",
+    "crop_score_maps": "targets",
+    "mix_pixels": "mix",
+    "sample_mix_box": "mix",
+}
 
 __all__ = [
     "Batch",
@@ -21,3 +41,13 @@ __all__ = [
     "mix_pixels",
     "sample_mix_box",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"pipeline.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

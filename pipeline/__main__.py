@@ -5,6 +5,11 @@ Exit status: 0 all done; 1 the picture could not be made; 2 bad input or usage; 
 
 from __future__ import annotations
 
+from labeler.interrupt import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # before the imports, which take seconds
+
 import argparse
 import io
 import json

@@ -55,7 +55,8 @@ class TokenLabelLoader:
 
     In training an iteration that was left early, or ended by an error, goes on with the batch that was next; an
     evaluation begins again. `state_dict()` tells where the loader stands; one that loads it, in any process, yields the
-    remaining batches bit for bit.
+    remaining batches bit for bit. Among another number of ranks, with as many images a step, it goes on with the same
+    images in each step, but other crops.
     """
 
     def __init__(
@@ -170,6 +171,8 @@ class TokenLabelLoader:
             raise InputError("this is not the state of a loader", got=f"{type(error).__name__}: {error}") from None
         ours = self._settings()
         different = [name for name in {**ours, **settings} if plain(ours.get(name)) != plain(settings.get(name))]
+        if _images_a_step(ours) == _images_a_step(settings):  # of all ranks; the order is cut into these
+            different = [name for name in different if name not in ("batch_size", "world_size")]
         if different:
             raise MismatchError(
                 "the saved state belongs to another loader",
@@ -298,6 +301,11 @@ def _device(name: str) -> torch.device:
 def _cores(config: LoaderConfig) -> int:
     """This rank's share of the machine's cores; launchers tell how many ranks a machine has."""
     return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", config.world_size)))
+
+
+def _images_a_step(settings: Mapping[str, Any]) -> Any:
+    of_rank, ranks = settings.get("batch_size"), settings.get("world_size")
+    return of_rank * ranks if isinstance(of_rank, int) and isinstance(ranks, int) else None
 
 
 def _short(value: Any) -> str:

@@ -41,7 +41,8 @@ from scripts.demo_teacher import (
     stored_report,
     top1,
 )
-from train.recipe import differences, load_recipe
+from train.continuation import differences
+from train.recipe import load_recipe
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32

@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from scripts.cifar10 import CLASSES, main, unpack
-from train.recipe import differences, load_recipe
+from train.continuation import differences
+from train.recipe import load_recipe
 
 SMALL = ["model.args.depth=1", "model.args.embed_dim=16", "data.backend=reference", "run.threads=1", "run.batch_size=8"]
+SMALL += ["schedule.warmup_epochs=0"]
 
 
 @pytest.fixture(scope="module")

@@ -37,8 +37,9 @@ def test_an_interrupt_while_the_program_starts_is_one_line_with_status_130(recip
     assert not list(recipe.parent.glob("run/checkpoints/*"))
 
 
-def test_the_labeler_starts_so_too():
-    command = [sys.executable, "-X", "importtime", "-m", "labeler", "--help"]
+@pytest.mark.parametrize("package", ["labeler", "pipeline"])
+def test_the_other_commands_start_so_too(package):
+    command = [sys.executable, "-X", "importtime", "-m", package, "--help"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     told, sent = [], False
     for line in process.stderr:

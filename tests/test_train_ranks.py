@@ -11,13 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from faults import tally
 from forked_runs import Blow, Ended, forks
 from tiny_runs import FULL, outcome, tiny_config, tiny_data, write_recipe
 
 from labeler import MismatchError
+from pipeline.order import EpochOrder
 from train import TrainConfig, fit
+from train.distributed import Ranks
+from train.recipe import load_recipe
 from train.run_record import locked
+from train.trainer import Trainer
 
 RUN, FORWARD = "train.task:TrainingStep.run", "train.task:TokenLabelTask.forward"
 # Two forward passes of each rank make a step, three steps an epoch; an evaluation asks two networks about six batches.
@@ -101,9 +106,31 @@ def test_a_signal_to_one_rank_stops_both_with_everything_saved(undisturbed, reci
 
 
 @pytest.mark.fault(31)
-def test_a_run_of_two_ranks_is_not_resumed_by_one(undisturbed):
-    with pytest.raises(MismatchError, match=r"belongs to another run: got ranks 1, expected ranks 2\. "):
-        fit(undisturbed, resume="auto")
+def test_a_run_of_two_ranks_goes_on_alone_with_the_same_images_in_each_step(undisturbed, recipe, tmp_path, caplog):
+    for ended in forks().fit(recipe, ranks=2, blow=Blow(RUN, 5, number=signal.SIGTERM)):
+        assert ended.status == 143, ended.errors
+    config = load_recipe(recipe)
+    trainer = Trainer(config, Ranks(0, 1, torch.device("cpu")), "auto")
+    assert "resumed on 1 ranks instead of 2: every step sees the same images" in caplog.text
+    step = trainer.step
+    assert 0 < step < 12
+    order = EpochOrder(24, 8, seed=config.run.seed)
+    for epoch in range(step // 3, 4):
+        shuffled = order.epoch(epoch)
+        for place, batch in enumerate(trainer.loader, step % 3 if epoch == step // 3 else 0):
+            expected = {trainer.loader.samples.key(i) for i in shuffled[8 * place : 8 * place + 8]}
+            assert set(batch.keys) == expected
+    with locked(Path(config.run.out)):
+        summary = Trainer(config, Ranks(0, 1, torch.device("cpu")), "auto").run()
+    assert summary.steps == 12
+    tally(31, injected=1)
+
+
+@pytest.mark.fault(31)
+def test_other_ranks_with_another_batch_are_refused(undisturbed):
+    run = undisturbed.run.model_copy(update={"batch_size": 4})
+    with pytest.raises(MismatchError, match=r"belongs to another run: got run\.batch_size 4, expected .* 8\. "):
+        fit(undisturbed.model_copy(update={"run": run}), resume="auto")
     tally(31, injected=1)
 
 

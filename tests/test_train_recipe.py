@@ -13,7 +13,8 @@ from faults import tally
 from labeler import InputError
 from train.__main__ import main
 from train.config import LossConfig, TrainConfig
-from train.recipe import RECIPES, differences, flat, load_recipe, parse_config, recipe_names, to_toml
+from train.continuation import differences
+from train.recipe import RECIPES, flat, load_recipe, parse_config, recipe_names, to_toml
 
 VALID = '[model]\nname = "demansia_nano"\n[data]\nimages = "images"\nstore = "labels"\n'
 FOUND_IN_FILE = {
@@ -249,6 +250,7 @@ def test_a_wrong_command_says_so_in_one_line_with_status_2(capsys):
 
 def test_overrides_and_flags_come_in_any_order(recipe, monkeypatch, capsys):
     given = []
+    monkeypatch.setattr("train.recipe.refuse_absent_paths", lambda config: None)
     monkeypatch.setattr("train.trainer.fit", lambda config, resume: given.append((config, resume)) or 1 / 0)
     orders = (
         ["a", "--resume", "auto", "--quiet", "b"],
@@ -260,7 +262,7 @@ def test_overrides_and_flags_come_in_any_order(recipe, monkeypatch, capsys):
         with pytest.raises(ZeroDivisionError):
             main(["fit", str(recipe), *(names.get(text, text) for text in order)])
     assert {(config.optimizer.lr, config.run.seed, resume) for config, resume in given} == {(0.5, 3, "auto")}
-    for wrong in (["fit", str(recipe), "--quite", "lr=0.5"], ["recipes", "lr=0.5"]):
+    for wrong in (["fit", str(recipe), "--quite", "lr=0.5"], ["doctor", "lr=0.5"]):
         with pytest.raises(SystemExit) as ended:
             main(wrong)
         assert ended.value.code == 2

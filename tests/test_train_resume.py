@@ -245,6 +245,44 @@ def test_half_a_row_of_metrics_is_left_out_when_a_run_goes_on(config, tmp_path, 
     assert outcome(tmp_path / "run") == outcome(tmp_path / "undisturbed")
 
 
+@pytest.mark.parametrize(
+    ("kind", "short", "long"),
+    [
+        ("constant", {"steps": 4}, {"steps": 9}),
+        ("restarts", {"steps": 4, "first_cycle": 1.0}, {"steps": 9, "first_cycle": 1.0}),
+        ("cosine", {"epochs": 1.0}, {"epochs": 1.0, "cooldown_epochs": 2.0}),
+    ],
+)
+def test_a_finished_run_goes_on_longer_as_if_it_had_been_meant_to(data, tmp_path, no_curves, kind, short, long):
+    """Where the longer schedule would have led to the same checkpoint, weights end equal bit for bit."""
+    unset = {"steps": None, "warmup_epochs": 0.0, "kind": kind}
+    config = tiny_config(*data, tmp_path / "run", **FULL)
+
+    def lasting(schedule: dict[str, Any], folder: Path) -> TrainConfig:
+        changed = config.schedule.model_copy(update={**unset, **schedule})
+        return into(config.model_copy(update={"schedule": changed}), folder)
+
+    fit(lasting(short, tmp_path / "run"))
+    summary = fit(lasting(long, tmp_path / "run"), resume="auto")
+    assert summary.steps == 9
+    fit(lasting(long, tmp_path / "undisturbed"))
+    last, undisturbed = (contents(checkpoints(tmp_path / run)[0]) for run in ("run", "undisturbed"))
+    assert last["weights"] == undisturbed["weights"]
+    assert last["ema"] == undisturbed["ema"]
+
+
+def test_a_cosine_of_another_length_and_a_schedule_that_is_over_are_refused(stopped):
+    def lasting(**schedule: Any) -> TrainConfig:
+        return stopped.model_copy(update={"schedule": stopped.schedule.model_copy(update=schedule)})
+
+    with pytest.raises(
+        MismatchError, match=r"differs before the checkpoint, from step 2 on: .* more schedule\.cooldown_epochs\. "
+    ):
+        fit(lasting(steps=12), resume="auto")
+    with pytest.raises(MismatchError, match=r"beyond the end of this schedule: got step 4, expected up to 2$"):
+        fit(lasting(steps=2), resume="auto")
+
+
 def test_resuming_a_finished_run_changes_nothing(config, tmp_path, no_curves):
     summary = fit(config)
     whole = outcome(tmp_path / "run")

@@ -16,14 +16,17 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from labeler.command_line import OneLineParser, add_command, at_least, run_command
-from labeler.errors import InputError
+from labeler.errors import InputError, TokenLabelError
 
+HEAD_START_S = 2.0
 PICTURES = Path("predictions")
 EMA = "the averaged weights, or not (default: what was better where the checkpoint says so)"
 BACKENDS = ("auto", "dali", "reference")
@@ -34,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
+    options.run = _first_rank_first(options.run)
     try:
         return run_command(options)
     except ValueError as error:
@@ -45,6 +49,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return InputError.exit_status
 
 
+def _first_rank_first(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """Most errors are those of all ranks: the others wait a moment, in which a launcher ends them after the first."""
+
+    def run_then_wait(options: argparse.Namespace) -> int:
+        try:
+            return run(options)
+        except TokenLabelError as error:
+            if os.environ.get("RANK", "0") != "0":
+                time.sleep(HEAD_START_S)
+            _tell_torchrun(str(error))
+            raise
+
+    return run_then_wait
+
+
+def _tell_torchrun(text: str) -> None:
+    """The line that torchrun's own summary shows as the cause; it reads it from this file, in this form."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        detail = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": detail}}))
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """argparse takes no overrides after a flag by itself."""
     parser = _parser()
@@ -52,18 +80,25 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.command == "fit":
         options.overrides += [text for text in rest if not text.startswith("-")]
         rest = [text for text in rest if text.startswith("-")]
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return options
 
 
 def _fit(options: argparse.Namespace) -> int:
-    from train.recipe import load_recipe
-    from train.trainer import fit
+    from train.recipe import load_recipe, refuse_absent_paths
 
     overrides = [*options.overrides, *(["run.progress=false"] if options.quiet else [])]
-    summary = fit(load_recipe(options.recipe, overrides), options.resume)
-    return _tell(summary, options)
+    config = load_recipe(options.recipe, overrides)
+    refuse_absent_paths(config)
+    if options.ranks is not None:
+        from train.launch import launch
+
+        return launch(options.arguments, options.ranks)
+    from train.trainer import fit  # after all that can be refused without it: torch takes seconds
+
+    return _tell(fit(config, options.resume), options)
 
 
 def _validate(options: argparse.Namespace) -> int:
@@ -121,12 +156,27 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _recipes(options: argparse.Namespace) -> int:
-    from train.recipe import RECIPES, recipe_names
+    from train.recipe import RECIPES, load_recipe, recipe_names, recipe_path
+    from train.recipe_listing import listing, setting_rows
 
+    if options.recipe is not None:
+        config, path = load_recipe(options.recipe), recipe_path(options.recipe)
+        told = {"recipe": str(options.recipe), "file": str(path), "settings": setting_rows(config)}
+        print(json.dumps(told) if options.json else f"{path}\n\n{listing(config)}")
+        return 0
+    if options.json:
+        print(json.dumps({"recipes": list(recipe_names()), "settings": setting_rows()}))
+        return 0
     for name in recipe_names():
         comment = (RECIPES / f"{name}.toml").read_text().split("\n\n")[0]
         print(f"{name}\n" + "\n".join("    " + line.removeprefix("#").strip() for line in comment.splitlines()))
     return 0
+
+
+def _all_settings() -> str:
+    from train.recipe_listing import listing
+
+    return f"settings (the section may be left away where only one has the key; key=none unsets)\n\n{listing()}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,8 +184,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     fit = add_command(commands, "fit", _fit, "train as a recipe says; under torchrun with several ranks")
     fit.add_argument("recipe", help="a .toml file, or the name of one of `python -m train recipes`")
-    fit.add_argument("overrides", nargs="*", metavar="section.key=value")
+    fit.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="other values than the recipe's; all keys stand below"
+    )
     fit.add_argument("--resume", metavar="auto|PATH", help="go on from the run's newest checkpoint, or from this one")
+    fit.add_argument(
+        "--ranks", type=at_least(1), metavar="N", help="start so many processes on this machine, one for each GPU"
+    )
+    plain_help = fit.format_help
+    fit.format_help = lambda: f"{plain_help()}\n{_all_settings()}"  # type: ignore[method-assign]
     validate = add_command(commands, "validate", _validate, "top-1 and top-5 accuracy on a folder of images")
     validate.add_argument("checkpoint", type=Path, help="a run's folder, one of its checkpoints, or a published file")
     validate.add_argument("--images", type=Path, required=True, help="folder of class folders; with --real, any")
@@ -161,8 +218,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help=text, description=text)
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    recipes = commands.add_parser("recipes", help="list the recipes that come with the package")
+    text = "list the recipes that come with the package, or every setting of one with its default and meaning"
+    recipes = commands.add_parser("recipes", help=text, description=text)
     recipes.set_defaults(run=_recipes)
+    recipes.add_argument("recipe", nargs="?", metavar="RECIPE", help="the name of one of them, or a .toml file")
+    recipes.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser
 
 

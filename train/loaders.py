@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from labeler.class_names import with_the_rest_of_imagenet
@@ -51,20 +50,6 @@ def training_loader(config: TrainConfig, net: TokenLabelHeads, ranks: Ranks) -> 
         ),
         check,
     )
-
-
-def refuse_absent_paths(config: TrainConfig) -> None:
-    """Raises InputError, naming the setting, where images or labels are not there."""
-    for name in ("images", "validation"):
-        path = getattr(config.data, name)
-        if path is not None and not (Path(path).is_dir() or (Path(path).suffix == ".tar" and Path(path).is_file())):
-            raise InputError(
-                f"data.{name}: {path!r} is not a folder of images",
-                got="a file" if Path(path).exists() else "nothing there", expected="a folder, or a .tar file",
-            )  # fmt: skip
-    store = config.data.store
-    if store is not None and not Path(store).is_dir():
-        raise InputError(f"data.store: {store!r} is not a label store", got="no such folder")
 
 
 def images_per_rank(config: TrainConfig, ranks: int) -> int:

@@ -13,14 +13,13 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from labeler.errors import InputError, IntegrityError
+from labeler.errors import InputError, IntegrityError, did_you_mean
 from model import load_reference_checkpoint, token_label
 from model.checkpoints import read_state_dict
 from model.errors import ModelError
 from model.token_heads import TokenLabelHeads
 from train.checkpoint import CheckpointInfo, checkpoint_of, find_checkpoint, read_weights
 from train.config import BEGINNING, ModelConfig
-from train.recipe import alike
 
 log = logging.getLogger("train")
 
@@ -90,7 +89,7 @@ def train_mode(net: nn.Module, config: ModelConfig) -> None:
 def _create(config: ModelConfig, num_classes: int | None, img_size: int) -> TokenLabelHeads:
     if not timm.is_model(config.name) and ":" not in config.name:  # which stands in names of hubs and folders
         names = timm.list_models()
-        remedy = alike(config.name, names) or "`python -m model list` and timm.list_models() name all."
+        remedy = did_you_mean(config.name, names) or "`python -m model list` and timm.list_models() name all."
         raise InputError("model.name is not known", got=repr(config.name), remedy=remedy)
     kwargs: dict[str, Any] = dict(config.args)
     if config.drop_path_rate:

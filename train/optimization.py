@@ -9,9 +9,8 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from labeler.errors import InputError
+from labeler.errors import InputError, did_you_mean
 from train.config import OptimizerConfig, ScheduleConfig
-from train.recipe import nearest
 
 MANY_CYCLES = 1000
 LOOKAHEAD = "lookahead_"
@@ -24,7 +23,8 @@ def build_optimizer(net: nn.Module, config: OptimizerConfig) -> torch.optim.Opti
     """
     names = list_optimizers()
     if config.name.removeprefix(LOOKAHEAD) not in names:
-        raise InputError("optimizer.name is not known", got=repr(config.name), remedy=nearest(config.name, names))
+        remedy = did_you_mean(config.name, names, or_all=True)
+        raise InputError("optimizer.name is not known", got=repr(config.name), remedy=remedy)
     extra: dict[str, Any] = {}
     if config.betas is not None:
         extra["betas"] = config.betas

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from labeler.errors import InputError
-from train.config import BEGINNING, TrainConfig
+from labeler.errors import InputError, did_you_mean
+from train.config import SECTIONS, TrainConfig
+from train.overrides import apply_override
 
 log = logging.getLogger("train")
 
 RECIPES = Path(__file__).with_name("recipes")
 MAX_BYTES = 1 << 20
-# What may differ between a run and its resumption: it changes no batch, and no weight that is finite. Whose weights a
-# run began with is in its checkpoints.
-FREE = frozenset(
-    {"model.weights", "model.weights_ema", "model.new_heads", "model.aux_weight", "data.images", "data.store",
-     "data.validation", "data.image_list", "data.cache", "data.threads", "data.prefetch", "augment.crop_pct",
-     "augment.crop_mode", "run.out", "run.log_every", "run.eval_every", "run.save_every", "run.keep",
-     "run.skip_non_finite", "run.tensorboard", "run.tracker", "run.progress"}
-)  # fmt: skip
-UNSET = ("", "none")  # what an override says for a setting that shall have no value
 # pydantic's words for types, in plain ones
 PLAIN = {
     "a valid number": "a number",
@@ -37,10 +28,6 @@ PLAIN = {
     "a valid array": "a list",
     "an object": "a section",
 }
-# May differ, too, but changes how results are rounded, and with micro-batches what BatchNorm sees.
-ROUNDING = frozenset(
-    {"run.device", "run.threads", "run.micro_batch", "run.grad_checkpointing", "run.compile", "run.channels_last"}
-)
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -51,7 +38,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
     """
     path = recipe_path(recipe)
     values = _read(path)
-    given = {_override(values, override): override for override in overrides}
+    given = {apply_override(values, override): override for override in overrides}
     if path.parent == RECIPES and "data.images" in given:
         _leave_absent_paths(values["data"], given)
     config = parse_config(values, str(path), given)
@@ -79,7 +66,7 @@ def recipe_path(recipe: str | Path) -> Path:
     names = recipe_names()
     raise InputError(
         "there is no such recipe", got=repr(str(recipe)), expected=f"a .toml file, or one of {', '.join(names)}",
-        remedy=alike(path.stem, names),
+        remedy=did_you_mean(path.stem, names),
     )  # fmt: skip
 
 
@@ -105,22 +92,28 @@ def parse_config(values: Mapping[str, Any], source: str, given: Mapping[str, str
         raise _explained(error, source, given or {}) from None
 
 
+def refuse_absent_paths(config: TrainConfig) -> None:
+    """Raises InputError, naming the setting, where images or labels are not there."""
+    for name in ("images", "validation"):
+        path = getattr(config.data, name)
+        if path is not None and not (Path(path).is_dir() or (Path(path).suffix == ".tar" and Path(path).is_file())):
+            raise InputError(
+                f"data.{name}: {path!r} is not a folder of images",
+                got="a file" if Path(path).exists() else "nothing there", expected="a folder, or a .tar file",
+            )  # fmt: skip
+    store = config.data.store
+    if store is not None and not Path(store).is_dir():
+        raise InputError(f"data.store: {store!r} is not a label store", got="no such folder")
+
+
 def to_toml(config: TrainConfig) -> str:
     """A recipe that gives this configuration."""
     lines: list[str] = []
     for name, section in config.model_dump(exclude_none=True).items():
         lines.append(f"[{name}]")
-        lines += [f"{key} = {_toml(value)}" for key, value in section.items() if value != {}]
+        lines += [f"{key} = {toml_value(value)}" for key, value in section.items() if value != {}]
         lines.append("")
     return "\n".join(lines)
-
-
-def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """`section.key` -> (old, new) of all settings that differ and are not `FREE`."""
-    before, after = flat(old), flat(new)
-    for one in (before, after):
-        one["model.args"] = {key: value for key, value in one["model.args"].items() if key not in BEGINNING}
-    return {key: (before.get(key), after[key]) for key in after if key not in FREE and before.get(key) != after[key]}
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:
@@ -141,78 +134,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read", got=error.strerror) from None
 
 
-def _override(values: dict[str, Any], override: str) -> str:
-    """Put an override among the values; the setting's full name."""
-    name, equals, text = override.partition("=")
-    parts = name.strip().split(".")
-    if not equals or not all(parts):
-        raise InputError("an override is not readable", got=repr(override)[:80], expected="section.key=value")
-    try:
-        override.encode()
-    except UnicodeEncodeError:
-        raise InputError("an override is not UTF-8", got=ascii(override)[:80]) from None
-    if len(parts) == 1:
-        parts = _with_section(parts[0])
-    for part in parts[:-1]:
-        values = values.setdefault(part, {})
-        if not isinstance(values, dict):
-            raise InputError("an override is not readable", got=repr(override)[:80], expected=f"{part} to be a section")
-    unset = text.strip().lower() in UNSET
-    kind = _type_of(parts)
-    if unset and parts[:-1] == ["model", "args"]:
-        values.pop(parts[-1], None)
-    elif unset and type(None) in get_args(kind):
-        values[parts[-1]] = None
-    else:
-        values[parts[-1]] = _value(text.strip(), kind in (str, str | None), override)
-    return ".".join(parts)
-
-
-def _value(text: str, is_text: bool, override: str) -> Any:
-    """What an override says; `is_text`: the setting is text, which is taken as given unless it begins with a quote."""
-    quoted = text[:1] in ("'", '"')
-    if is_text and not quoted:
-        return text
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-        json.dumps(value)  # dates and times are no values of settings
-    except (ValueError, RecursionError, TypeError) as error:
-        if quoted:
-            raise InputError(
-                f"the quotes of override {override[:80]!r} are malformed", got=error,
-                remedy="Leave them away, or use single quotes, in which a backslash is a backslash.",
-            ) from None  # fmt: skip
-        return text
-    if isinstance(value, str) and any(sign < " " for sign in value):
-        raise InputError(
-            f"override {override[:80]!r} holds a control character", got=repr(value)[:80],
-            remedy="Leave the quotes away, or use single ones, in which a backslash is a backslash.",
-        )  # fmt: skip
-    return value
-
-
-def _type_of(parts: Sequence[str]) -> Any:
-    """What `section.key` is declared to be; None where there is no such key."""
-    section = TrainConfig.model_fields.get(parts[0])
-    fields = {} if section is None or len(parts) != 2 else section.annotation.model_fields  # type: ignore[union-attr]
-    return fields[parts[1]].annotation if parts[-1] in fields else None
-
-
-def _with_section(key: str) -> list[str]:
-    """A key alone serves where only one section has it."""
-    homes = [name for name, field in TrainConfig.model_fields.items() if key in _fields(field.annotation)]
-    if len(homes) == 1:
-        return [homes[0], key]
-    if homes:
-        expected = " or ".join(f"{home}.{key}" for home in homes)
-        raise InputError("an override needs its section", got=repr(key), expected=expected)
-    if key in TrainConfig.model_fields:
-        raise InputError("an override names a section only", got=repr(key), expected=f"{key}.key=value")
-    keys = sorted({k for field in TrainConfig.model_fields.values() for k in _fields(field.annotation)})
-    remedy = alike(key, keys) or "docs/recipes.md lists the sections and train/config.py all keys."
-    raise InputError(f"no section has a key {key!r}", remedy=remedy)
-
-
 def _explained(error: ValidationError, source: str, given: Mapping[str, str]) -> InputError:
     """The first fault as one line, with the nearest valid name where a name is wrong."""
     faults = error.errors(include_url=False)
@@ -225,10 +146,10 @@ def _explained(error: ValidationError, source: str, given: Mapping[str, str]) ->
     source = next((f"override {given[key][:80]!r}" for key in given if f"{key}.".startswith(f"{name}.")), source)
     kind, got = fault["type"], fault.get("input")
     if kind == "extra_forbidden":
-        fields: Any = TrainConfig.model_fields
-        known = list(fields) if len(place) == 1 else _fields(fields[place[0]].annotation)
+        known = list(SECTIONS if len(place) == 1 else SECTIONS[place[0]].model_fields)
         what = "section" if len(place) == 1 else "key"
-        return InputError(f"{source}: unknown {what} {name!r}{more}", remedy=nearest(place[-1], known))
+        remedy = did_you_mean(place[-1], known, or_all=True)
+        return InputError(f"{source}: unknown {what} {name!r}{more}", remedy=remedy)
     if kind == "missing" and len(fault["loc"]) <= 2:
         how = f"Give it as [{name}] there." if len(place) == 1 else f"Give it there, or as {name}=… ."
         return InputError(f"{source}: {name} is missing{more}", remedy=how)
@@ -258,23 +179,10 @@ def _is_number(text: Any) -> bool:
         return False
 
 
-def _fields(section: Any) -> list[str]:
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
-
-
-def nearest(name: str, known: Sequence[str]) -> str | None:
-    return alike(name, known) or (f"There is: {', '.join(known)}." if known else None)
-
-
-def alike(name: str, known: Sequence[str]) -> str | None:
-    """A remedy that asks for the nearest of the known names."""
-    found = difflib.get_close_matches(name, known, 1, 0.5)
-    return f"Did you mean {found[0]!r}?" if found else None
-
-
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{toml_value(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, float):
         return repr(value)  # its shortest form that reads back as the same number
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which TOML, unlike JSON, wants escaped

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from labeler.commit import TEMPORARY, replace_file
-from labeler.errors import InputError, MismatchError
+from labeler.errors import InputError
 from train.checkpoint import (
     FOLDER,
     CheckpointInfo,
@@ -29,10 +29,9 @@ from train.checkpoint import (
 )
 from train.config import TrainConfig
 from train.curves import draw_run
-from train.distributed import Ranks
 from train.errors import TrainError
 from train.metrics import Metrics, start_tracker
-from train.recipe import ROUNDING, differences, flat, parse_config, to_toml
+from train.recipe import flat, to_toml
 
 log = logging.getLogger("train")
 
@@ -182,21 +181,3 @@ def starting_point(folder: Path, resume: str | Path | None) -> tuple[Path, Check
             f"there is no checkpoint in {str(path)!r}", expected='"auto", a checkpoint, or a run\'s folder'
         )
     return found_there
-
-
-def refuse_other_run(config: TrainConfig, info: CheckpointInfo, ranks: Ranks) -> None:
-    """Unless the checkpoint was made by the same recipe on as many ranks."""
-    changed = differences(parse_config(info.config, "the checkpoint"), config)
-    for name in ROUNDING & changed.keys():
-        log.warning(
-            "resumed with %s=%s instead of %s: not the same to the last bit", name, *reversed(changed.pop(name))
-        )
-    if info.world_size != ranks.world_size:
-        changed["ranks"] = (info.world_size, ranks.world_size)
-    if changed:
-        raise MismatchError(
-            "the checkpoint belongs to another run",
-            got=", ".join(f"{name} {new}" for name, (_, new) in changed.items()),
-            expected=", ".join(f"{name} {old}" for name, (old, _) in changed.items()),
-            remedy="Resume with the settings that it was saved with, or begin from its weights with model.weights=….",
-        )

@@ -26,6 +26,7 @@ from labeler.freed_memory import freed_memory_kept
 from pipeline.batch import Batch
 from train.checkpoint import CheckpointInfo, checkpoints, read_state, read_weights
 from train.config import TrainConfig
+from train.continuation import refuse_other_past, refuse_other_run
 from train.device import pick_precision, set_threads
 from train.distributed import Ranks, joined_ranks, world_size
 from train.errors import NonFiniteError, Stopped
@@ -34,7 +35,6 @@ from train.loaders import (
     blamed_on,
     class_folders,
     images_per_rank,
-    refuse_absent_paths,
     training_loader,
     transform_of,
     validation_loader,
@@ -43,7 +43,8 @@ from train.loss import TokenLabelLoss
 from train.metrics import import_tracker
 from train.network import as_checkpointed, build_network, set_classes, train_mode
 from train.optimization import LearningRate, build_optimizer, total_steps
-from train.run_record import RunRecord, locked, refuse_other_run, starting_point
+from train.recipe import refuse_absent_paths
+from train.run_record import RunRecord, locked, starting_point
 from train.signals import StopSignals
 from train.speed import Speed
 from train.task import StepResult, TokenLabelTask, TrainingStep
@@ -118,6 +119,8 @@ class Trainer:
         net = build_network(begun, config.loss.dense_weight)
         build_optimizer(net, config.optimizer)  # refused before any image is looked for; heads may change below
         self.loader = training_loader(config, net, ranks)
+        if found is not None:
+            refuse_other_past(config, found[1], len(self.loader))
         set_classes(net, self.loader.num_classes, begun)
         # Every checkpoint tells them; finding the folders takes a pass over all images.
         self.class_folders = class_folders(self.loader)
