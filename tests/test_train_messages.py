@@ -92,7 +92,7 @@ def test_new_heads_are_told_only_where_trained_ones_are_lost(data, tmp_path, cap
     settings = {"model.name": "test_resnet", "model.img_size": 64, "model.args": {}, "schedule.steps": 1}
     with caplog.at_level("INFO", "train"):
         fit(tiny_config(*data, tmp_path / "fresh", **settings))
-        assert "heads" not in caplog.text
+        assert "new heads" not in caplog.text
         fit(tiny_config(*data, tmp_path / "begun", **settings, **{"model.weights": str(tmp_path / "seven.pth")}))
     assert "new heads for 6 classes, in place of trained ones for 7" in caplog.text
 
