@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from labeler.commit import replace_file
-from labeler.errors import IntegrityError
+from labeler.errors import IntegrityError, MismatchError
 from labeler.freed_memory import freed_memory_kept
 from pipeline.batch import Batch
 from train.checkpoint import CheckpointInfo, checkpoints, read_state, read_weights
@@ -363,6 +363,9 @@ class Trainer:
             self.train_step.scaler.load_state_dict(state["scaler"])
             self.step, self.skipped, self._bad_in_a_row = info.step, state["skipped"], state["bad_in_a_row"]
             self._loss_sum, self._loss_steps = state["loss_sum"], state["loss_steps"]
+        except MismatchError as error:
+            remedy = "Resume with the images, labels and settings of then, or begin with model.weights= of that run."
+            raise MismatchError(error.problem, got=error.got, expected=error.expected, remedy=remedy) from None
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise _unfit(folder, error) from None
         if self.ranks.first:
