@@ -13,6 +13,7 @@ from train import TrainConfig, fit
 from train.checkpoint import checkpoints
 from train.distributed import Ranks
 from train.errors import Stopped
+from train.evaluate import Accuracy
 from train.metrics import read_rows
 from train.predict import normalized, see
 from train.trainer import Trainer
@@ -75,3 +76,21 @@ def test_the_table_keeps_losses_of_training_and_of_evaluations_apart(data, tmp_p
             assert float(table[row["step"]][f"{row['kind']}_{key}"]) == row[key]
     assert table[1]["eval_loss"] == ""
     assert sorted(table) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_summary_says_at_which_step_the_best_checkpoint_was_made(data, tmp_path, monkeypatch, averaged):
+    """Twice as good, the first one counts: it is the one that is kept."""
+    top1 = iter([0.1, 0.4, 0.4, 0.2])
+
+    def evaluated(networks, *_, **__):
+        value = next(top1)
+        one = Accuracy(0.05 if averaged else value, 0.5, 12, 1.0)
+        return {"": one, **({"ema_": Accuracy(value, 0.5, 12, 1.0)} if averaged else {})}
+
+    monkeypatch.setattr("train.trainer.evaluate", evaluated)
+    settings = {"data.validation": str(data[0]), "schedule.steps": 12, **({"ema.decay": 0.5} if averaged else {})}
+    summary = fit(tiny_config(*data, tmp_path / "run", **settings))
+    (kept,) = checkpoints(tmp_path / "run", "best")
+    assert kept.name == f"best-{summary.best_step:08d}" == "best-00000006"
+    assert "best 40.00% at step 6;" in summary.text()

@@ -53,7 +53,7 @@ log = logging.getLogger("train")
 @dataclass(frozen=True)
 class FitSummary:
     """
-    top1, ema_top1  of the last evaluation, best of all; −1 where there was none
+    top1, ema_top1  of the last evaluation, best of all, which was at best_step; −1 where there was none
     images_per_s    of this process's part of the run, over all ranks, evaluations aside; where nothing was left to do,
                     of the process that finished it, as are data_wait and seconds
     data_wait       share of that time without a batch to work on
@@ -70,10 +70,12 @@ class FitSummary:
     data_wait: float
     seconds: float
     skipped: int
+    best_step: int = -1
 
     def text(self) -> str:
         ema = f", of the moving average {self.ema_top1:.2%}" if self.ema_top1 >= 0 else ""
-        accuracy = f"top-1 {self.top1:.2%}{ema}, best {self.best:.2%}" if self.top1 >= 0 else "no evaluation"
+        best = f"best {self.best:.2%} at step {self.best_step:,}"
+        accuracy = f"top-1 {self.top1:.2%}{ema}, {best}" if self.top1 >= 0 else "no evaluation"
         return (
             f"{self.steps:,} steps ({self.epochs:.1f} epochs): {accuracy}; {self.images_per_s:,.0f} images/s, "
             f"{self.data_wait:.0%} of the time waiting for data; {self.seconds:,.0f} s; {self.folder}"
@@ -389,6 +391,7 @@ class Trainer:
             data_wait=wait,
             seconds=seconds,
             skipped=self.skipped,
+            best_step=-1 if self.record is None else self.record.best_step(),
         )
 
 
