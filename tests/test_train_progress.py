@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
+import struct
 import sys
+import termios
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import tiny_config, tiny_data
 
 from train import fit
+from train.distributed import Ranks
+from train.progress import Progress
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +79,29 @@ def test_bar_and_evaluations_tell_how_it_goes(data, tmp_path, capsys, monkeypatc
     settings = {"data.validation": str(data[0]), "run.progress": True, "ema.decay": 0.5}
     fit(tiny_config(*data, tmp_path / "run", **settings))
     told = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    lines = [line for line in told if line.startswith("step ")]
+    lines = [line for line in told if re.match(r"step \d+ of", line)]
     assert len(lines) == 2
     number = r"\d+\.\d+"
     shares = rf"top-1 {number}%, top-5 {number}%, moving average {number}%, best {number}%"
     losses = rf"train loss {number}, evaluation loss {number}"
     assert re.fullmatch(rf"step 3 of 6, epoch 1\.0: {losses}, {shares}, \d+ images/s, \d:\d\d:\d\d left", lines[0])
     assert re.fullmatch(rf"step 6 of 6, epoch 2\.0: {losses}, {shares}", lines[1])
-    assert any(
-        re.search(rf"training: 100%.*6/6 .*loss {number}, lr \d\.\d\de-\d\d, [\d,]+ images/s", line) for line in told
-    )
+    assert any(re.search(rf"step 6/6 .*loss {number}, lr \d\.\d\de-\d\d, [\d,]+ images/s", line) for line in told)
+
+
+@pytest.mark.parametrize(("step", "steps"), [(30, 60), (61_000, 517_070)])
+def test_loss_rate_and_speed_fit_on_eighty_columns(monkeypatch, step, steps):
+    ours, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with Progress(True, Ranks(0, 1, torch.device("cpu")), step, steps) as progress:
+            progress.tell_steps("", ["loss 4.3346", "lr 1.55e-05", "1,020 images/s", "4% waiting for data"], [])
+        shown = b""
+        while not shown.endswith(b"\n"):  # a bar that is done
+            shown += os.read(ours, 1 << 16)
+    os.close(ours)
+    last = [bar for bar in shown.decode().replace("\r", "\n").splitlines() if bar.strip()][-1]
+    assert len(last) <= 80
+    assert last.startswith(f"step {step}/{steps} |")
+    assert "loss 4.3346, lr 1.55e-05, 1,020 images" in last

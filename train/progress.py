@@ -18,6 +18,9 @@ from train.distributed import Ranks
 
 log = logging.getLogger("train")
 
+# Short: on 80 columns tqdm cuts off what is too long, also in the middle of a number.
+BAR = "step {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+
 
 class Progress:
     """Of the first rank; the others are silent.
@@ -29,7 +32,7 @@ class Progress:
     def __init__(self, wanted: bool, ranks: Ranks, step: int, steps: int) -> None:
         self._speaks, self._wanted = ranks.first, ranks.first and wanted
         self.on_terminal = self._wanted and sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=step, desc="training", unit="step", disable=not self.on_terminal)
+        self._bar = tqdm(total=steps, initial=step, bar_format=BAR, disable=not self.on_terminal)
 
     def __enter__(self) -> Progress:
         return self
