@@ -6,7 +6,7 @@ Legend: B images; S input side; h×w token grid, T = h·w.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
@@ -161,7 +161,12 @@ class TokenLabelLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands: plain numbers and texts, equal on all ranks."""
-        return {"epoch": self.epoch, "batch": self._batch, "settings": self._settings()}
+        return {
+            "epoch": self.epoch,
+            "batch": self._batch,
+            "images": len(self.samples),
+            "settings": self._settings(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the batch that `state` was taken at. Raises MismatchError where it belongs to another loader."""
@@ -176,8 +181,8 @@ class TokenLabelLoader:
         if different:
             raise MismatchError(
                 "the saved state belongs to another loader",
-                got=", ".join(f"{name} {_short(settings.get(name))}" for name in different),
-                expected=", ".join(f"{name} {_short(ours.get(name))}" for name in different),
+                got=_told(settings, different, state.get("images")),
+                expected=_told(ours, different, len(self.samples)),
                 remedy="Resume with the images, labels and settings that it was saved with.",
             )
         if not (epoch >= 0 and 0 <= batch <= len(self)):
@@ -306,6 +311,14 @@ def _cores(config: LoaderConfig) -> int:
 def _images_a_step(settings: Mapping[str, Any]) -> Any:
     of_rank, ranks = settings.get("batch_size"), settings.get("world_size")
     return of_rank * ranks if isinstance(of_rank, int) and isinstance(ranks, int) else None
+
+
+def _told(settings: Mapping[str, Any], names: Sequence[str], images: int | None) -> str:
+    """The settings of these names. A fingerprint is of images, of which people know how many there are."""
+    told = [f"{name} {_short(settings.get(name))}" for name in names]
+    if "fingerprint" in names and images is not None:
+        told[names.index("fingerprint")] += f" of {images:,} images"
+    return ", ".join(told)
 
 
 def _short(value: Any) -> str:

@@ -70,7 +70,7 @@ REFUSED = {
     "other classes": (["model.num_classes=7"], "another number of classes than the network: got 6 in"),
     "batch larger than the data": (["batch_size=13"], "got 12 images, expected 13 or more. Use a smaller batch."),
     "model": (["model.name=vim_tinny"], "got 'vim_tinny'. Did you mean 'vim_tiny'?"),
-    "argument of a model": (["model.args.foo=1"], "unexpected keyword argument 'foo'. See model.args"),
+    "argument of a model": (["model.args.foo=1"], "got foo, which it does not take. model.args sets patch_size"),
     "images that do not divide into patches": (["model.img_size=33"], "got 33×33 pixels, expected multiples of 8"),
     "optimizer": (["optimizer.name=adamww"], "optimizer.name is not known: got 'adamww'. Did you mean 'adamw'?"),
     "float16 without a GPU": (["precision=float16"], "precision=float16 needs a GPU: expected float32 or bfloat16"),

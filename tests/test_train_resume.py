@@ -381,8 +381,9 @@ def test_history_and_best_checkpoint_go_along_into_another_folder(config, tmp_pa
 def test_other_images_are_refused(stopped, tmp_path):
     images, store = tiny_data(tmp_path, 18)
     other = stopped.data.model_copy(update={"images": str(images), "store": str(store)})
-    with pytest.raises(MismatchError, match="the saved state belongs to another loader: got fingerprint"):
+    with pytest.raises(MismatchError, match="the saved state belongs to another loader: got fingerprint") as caught:
         fit(stopped.model_copy(update={"data": other}), resume="auto")
+    assert re.search(r"of 12 images, expected .* of 18 images.*or begin with model\.weights=", str(caught.value))
     tally(31, injected=1)
 
 
