@@ -14,7 +14,7 @@ from train.checkpoint import checkpoints
 from train.distributed import Ranks
 from train.errors import Stopped
 from train.metrics import read_rows
-from train.predict import normalized, see
+from train.single_images import normalized, see
 from train.trainer import Trainer
 from train.validate import load_trained
 
