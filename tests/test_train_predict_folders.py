@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import train
 from labeler.images import find_images
 from train import single_images
 from train.__main__ import main
+from train.errors import TrainError
 from train.predict import predict
 
 
@@ -96,6 +98,16 @@ def test_a_bad_image_is_left_out_also_where_it_is_named(run, mixed, capsys):
     assert main(command(run, mixed / "class0.png")) == 0
 
 
+def test_a_failure_of_the_machine_is_held_against_no_image(run, mixed, monkeypatch):
+    def no_more_files(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    found = predict(run, [mixed / "class0.png"], device="cpu")
+    monkeypatch.setattr(Path, "read_bytes", no_more_files)
+    with pytest.raises(TrainError, match=r"class0.png' cannot be read on this machine: got Too many open files"):
+        next(found)
+
+
 def test_images_are_named_on_standard_input(run, mixed, capsys, monkeypatch):
     names = [f"{mixed}/class0.png", "", f"{mixed}/gone.jpg", f"{mixed}/class1", "\0"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(names) + "\n"))
@@ -103,7 +115,10 @@ def test_images_are_named_on_standard_input(run, mixed, capsys, monkeypatch):
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [one["image"] for one in found] == [names[i] for i in (0, 2, 3, 4)]
     assert [bool(one["classes"]) for one in found] == [True, False, False, False]
-    assert "No such file" in found[1]["problem"]
+    assert [one["problem"] for one in found[1:3]] == [
+        "cannot be read: No such file or directory",
+        "cannot be read: it is a folder",
+    ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     assert main(command(run, "-")) == 2
     assert "no image is named on standard input" in capsys.readouterr().err

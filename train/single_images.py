@@ -105,10 +105,13 @@ def see(path: str | Path, trained: Trained) -> np.ndarray:
     """
     try:
         data = Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: no path at all
-        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
-            raise TrainError(f"the image {printable(path)!r} cannot be read here", got=error.strerror) from None
-        raise BadImage(f"cannot be read: {getattr(error, 'strerror', None) or told(error)}") from None
+    except ValueError as error:  # a name that no file can have
+        raise BadImage(f"cannot be read: {error}") from None
+    except OSError as error:
+        why = told(OSError(error.errno, error.strerror))
+        if error.errno in OF_THE_MACHINE:
+            raise TrainError(f"the image {printable(path)!r} cannot be read on this machine", got=why) from None
+        raise BadImage(f"cannot be read: {why}") from None
     check_header(data, 1, LabelerConfig.max_pixels)
     try:
         image = open_rgb(data, trained.transform["orientation"])
