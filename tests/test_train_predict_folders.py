@@ -95,7 +95,8 @@ def test_a_bad_image_is_left_out_also_where_it_is_named(run, mixed, capsys):
     assert told.out.splitlines()[0] == f"{mixed}/class0.png"
     assert "cut.jpg" not in told.out
     assert "1 of 2 images were left out" in told.err
-    assert main(command(run, mixed / "class0.png")) == 0
+    (mixed / "pixel.png").write_bytes(encoded(picture(0, 1, 1), "PNG"))
+    assert main(command(run, mixed / "class0.png", mixed / "pixel.png")) == 0  # small is not bad
 
 
 def test_a_failure_of_the_machine_is_held_against_no_image(run, mixed, monkeypatch):

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from forked_runs import forks
@@ -17,6 +18,7 @@ from tiny_runs import tiny_config, tiny_data
 import train
 from train.__main__ import main
 from train.single_images import normalized, see
+from train.tally import class_accuracies
 from train.validate import Validation, load_trained, validate
 
 Answers = list[tuple[int, list[int]]]  # true class and first five of each image
@@ -69,6 +71,11 @@ def test_each_classs_accuracy_is_that_of_a_plain_loop_and_the_worst_stands_first
     # Together they are the whole.
     assert sum(one.top1 * one.images for one in found.per_class) / found.images == pytest.approx(found.top1)
     assert sum(one.top5 * one.images for one in found.per_class) / found.images == pytest.approx(found.top5)
+
+
+def test_of_classes_that_are_equally_bad_that_with_more_images_stands_first():
+    seen = np.array([[2, 0, 1], [1, 0, 1], [1, 0, 1], [3, 0, 0], [0, 0, 1]])
+    assert [one.id for one in class_accuracies(seen, str)] == [3, 1, 2, 0]
 
 
 def test_confusions_are_those_of_a_plain_loop_and_the_most_frequent_stands_first(found, answers):
