@@ -39,11 +39,13 @@ def at_least(lowest: int) -> Callable[[str], int]:
     return parse
 
 
-def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    """A command of a parser's `add_subparsers()`, with the flags that commands share."""
+def add_command(
+    commands: Any, name: str, run: Any, text: str, json: str = "print the result as one JSON object"
+) -> argparse.ArgumentParser:
+    """A command of a parser's `add_subparsers()`, with the flags that commands share; json: help of its flag."""
     parser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--json", action="store_true", help=json)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 

@@ -18,7 +18,7 @@ from labeler.report_charts import COLOURS, lay_over, picture
 from pipeline.view import WHOLE
 from scripts.demo_students import Student
 from train.curves import draw_comparison
-from train.predict import normalized, see
+from train.single_images import normalized, see
 from train.validate import load_trained
 
 PICTURES, SIDE = 16, 170

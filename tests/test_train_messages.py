@@ -64,14 +64,10 @@ def test_refusals_of_models_and_files_have_got_once(data, run, tmp_path, capsys)
 
 
 def test_a_folder_in_place_of_a_file_is_called_one(data, run, tmp_path, capsys):
-    for arguments in (
-        ("predict", run, data[0]),
-        ("validate", run, "--images", data[0], "--device", "cpu", "--real", tmp_path),
-    ):
-        error = refusal(capsys, *arguments)
-        assert "is a folder" in error
-        assert "Is a directory" not in error
-        assert "Errno" not in error
+    error = refusal(capsys, "validate", run, "--images", data[0], "--device", "cpu", "--real", tmp_path)
+    assert "is a folder" in error
+    assert "Is a directory" not in error
+    assert "Errno" not in error
     with pytest.raises(OSError, match="Errno") as caught:
         (tmp_path / "none").read_bytes()
     assert told(caught.value) == f"No such file or directory: {str(tmp_path / 'none')!r}"

@@ -15,7 +15,7 @@ from train.distributed import Ranks
 from train.errors import Stopped
 from train.evaluate import Accuracy
 from train.metrics import read_rows
-from train.predict import normalized, see
+from train.single_images import normalized, see
 from train.trainer import Trainer
 from train.validate import load_trained
 

@@ -28,7 +28,7 @@ from model.demansia import DeMansia
 from train.__main__ import main
 from train.metrics import read_rows
 from train.network import build_network
-from train.predict import normalized, see
+from train.single_images import normalized, see
 from train.validate import Trained, load_trained, validate
 
 
