@@ -6,7 +6,7 @@ images are in the quarantine; 4 an integrity check failed; 143 stopped by a sign
 
 from __future__ import annotations
 
-from labeler.interrupt import end_at_interrupt
+from labeler.base.interrupt import end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # before the imports, which take seconds
@@ -21,9 +21,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from labeler.command_line import OneLineParser, add_command, at_least, run_command
+from labeler.base.command_line import OneLineParser, add_command, at_least, run_command
 from labeler.config import AUTOCASTS, DECODERS, ORIENTATIONS, PRECISIONS, VIEWS, LabelerConfig, TeacherConfig
-from labeler.score_code import QUALITIES, Encoding
+from labeler.store.score_code import QUALITIES, Encoding
 
 if TYPE_CHECKING:
     from labeler.audit import Audit
@@ -79,7 +79,7 @@ def _label(options: argparse.Namespace) -> int:
 def _audit_of_labels(options: argparse.Namespace) -> Audit:
     """The audit of what was just labeled, by the teacher that this command names: no store's word is taken for it."""
     from labeler.audit import audit_labels
-    from labeler.store import LabelStore
+    from labeler.store.label_store import LabelStore
 
     # The workers of a cluster may have had a device that this machine has not.
     device = "auto" if options.workers and options.ray_address else options.device
@@ -110,7 +110,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from labeler.report import write_report
+    from labeler.report.page import write_report
 
     found = write_report(
         options.store,

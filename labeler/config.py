@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from labeler.errors import InputError
-from labeler.score_code import QUALITIES
+from labeler.base.errors import InputError
+from labeler.store.score_code import QUALITIES
 
 VIEWS = ("full", "center")
 PRECISIONS = ("uint8", "float16")
@@ -62,7 +62,7 @@ class LabelerConfig:
 
     quality       "low", "default" or "high": how true, and how large, the labels are
     bytes_per_image  instead: the truest labels of about so many bytes an image, settled on a sample before any shard
-    palette, tail, levels, threshold  see `labeler.score_code.Encoding`; None: the quality's
+    palette, tail, levels, threshold  see `labeler.store.score_code.Encoding`; None: the quality's
     precision     "uint8": codes into one table of 256 scores; "float16": the scores themselves, `palette` dense planes
     orientation   "exif": turn images as their EXIF tag says (the loaders follow the store's setting); "ignore": do not
     min_side      images with a shorter side, in pixels, go to the quarantine

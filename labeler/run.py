@@ -11,21 +11,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from labeler.base.errors import TokenLabelError
+from labeler.base.whole_files import Marker
 from labeler.choose_encoding import asked_encoding, fit_encoding
-from labeler.class_names import name_classes, targets_of
-from labeler.commit import Marker
 from labeler.config import LabelerConfig
-from labeler.errors import TokenLabelError
 from labeler.executor import run_in_process, run_on_ray
-from labeler.foreign_store import remember_written
-from labeler.images import ImageSet, find_images, refuse_other_images
-from labeler.plan import Plan, StoreMeta, load_plan
-from labeler.score_code import Encoding, code_table
-from labeler.store import LabelStore
-from labeler.writer import begin_store, committed_shards, finish_store
+from labeler.sources.class_names import name_classes, targets_of
+from labeler.sources.images import ImageSet, find_images, refuse_other_images
+from labeler.store.foreign_store import remember_written
+from labeler.store.label_store import LabelStore
+from labeler.store.plan import Plan, StoreMeta, load_plan
+from labeler.store.score_code import Encoding, code_table
+from labeler.store.shard_writer import begin_store, committed_shards, finish_store
 
 if TYPE_CHECKING:
-    from labeler.teacher import TeacherInfo
+    from labeler.teacher.create_teacher import TeacherInfo
 
 log = logging.getLogger("labeler")
 
@@ -74,7 +74,7 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     Raises InputError, TeacherError or MismatchError before any work where the input does not fit, LabelingError where
     the run could not finish: what is committed stays, and the same call resumes.
     """
-    from labeler.teacher import create_teacher, resolve_device
+    from labeler.teacher.create_teacher import create_teacher, resolve_device
 
     found, path = find_images(images, config.image_list), Path(store)
     begun = load_plan(path)
@@ -130,7 +130,7 @@ def _with_autocast(config: LabelerConfig, device: str, elsewhere: bool) -> Label
 
     GPUs that are elsewhere are taken to have bf16: a worker whose GPU has not refuses to work.
     """
-    from labeler.teacher import resolve_autocast
+    from labeler.teacher.create_teacher import resolve_autocast
 
     wanted, unseen = config.teacher.autocast, elsewhere and device.startswith("cuda")
     autocast = "bf16" if wanted == "auto" and unseen else resolve_autocast(wanted, device)

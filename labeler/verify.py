@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from labeler.commit import check_file, read_marker
+from labeler.base.errors import InputError, IntegrityError, TokenLabelError
+from labeler.base.whole_files import check_file, read_marker
 from labeler.config import LabelerConfig, TeacherConfig
-from labeler.errors import InputError, IntegrityError, TokenLabelError
-from labeler.foreign_store import refuse_hostile, view_rows
-from labeler.images import BadImage, image_digest, image_path, read_image
-from labeler.plan import Plan, load_plan
-from labeler.row_checks import shard_problems, value_problems
-from labeler.shard_file import VIEW_FILE, ShardReader, file_rows
-from labeler.store import LabelStore
-from labeler.writer import QUARANTINE_FILE
+from labeler.sources.images import BadImage, image_digest, image_path, read_image
+from labeler.store.foreign_store import refuse_hostile, view_rows
+from labeler.store.label_store import LabelStore
+from labeler.store.plan import Plan, load_plan
+from labeler.store.row_checks import shard_problems, value_problems
+from labeler.store.shard_file import VIEW_FILE, ShardReader, file_rows
+from labeler.store.shard_writer import QUARANTINE_FILE
 
 if TYPE_CHECKING:
-    from labeler.decode import Decoder
-    from labeler.images import ImageSet
-    from labeler.teacher import LoadedTeacher
+    from labeler.sources.decoder import Decoder
+    from labeler.sources.images import ImageSet
+    from labeler.teacher.create_teacher import LoadedTeacher
 
 MOST_PROBLEMS = 100
 
@@ -165,7 +165,7 @@ def _view_problems(store: Path, rows: int, quarantined: int, count: Callable[[Pa
 
 def _check_images(store: LabelStore, images: str | Path, problems: list[str], progress: bool) -> int:
     """Compare every image file with the digest that was stored when it was labeled."""
-    from labeler.images import find_images, image_root, refuse_other_images
+    from labeler.sources.images import find_images, image_root, refuse_other_images
 
     root, keys = image_root(images), store.keys
     if not store.plan.settings.get("from_list"):  # a list may name files that a folder's listing leaves out
@@ -193,7 +193,7 @@ def _check_images(store: LabelStore, images: str | Path, problems: list[str], pr
 
 def teacher_of(store: LabelStore, device: str) -> tuple[LoadedTeacher, Decoder]:
     """The store's own teacher and decoder, built again from its record. Raises TeacherError, IntegrityError."""
-    from labeler.teacher import create_teacher, resolve_device
+    from labeler.teacher.create_teacher import create_teacher, resolve_device
     from labeler.worker import decoder_for
 
     record, device = store.meta.teacher, resolve_device(device)
@@ -232,7 +232,7 @@ def teacher_kl(
 
     The second column is what coding these maps anew costs, which is what an honest row has.
     """
-    from labeler.encoder import encode_maps, encode_planes
+    from labeler.store.encoder import encode_maps, encode_planes
 
     plan, found = store.plan, []
     for chunk in np.array_split(rows, max(1, len(rows) // 16)):

@@ -5,7 +5,7 @@ Exit status: 0 all done; 1 the picture could not be made; 2 bad input or usage; 
 
 from __future__ import annotations
 
-from labeler.interrupt import end_at_interrupt
+from labeler.base.interrupt import end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # before the imports, which take seconds
@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from labeler.command_line import OneLineParser, add_command, run_command
-from labeler.commit import replace_file
-from labeler.errors import InputError
+from labeler.base.command_line import OneLineParser, add_command, run_command
+from labeler.base.errors import InputError
+from labeler.base.whole_files import replace_file
 from pipeline.config import BACKENDS, MIXES, LoaderConfig
 
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from labeler.base.errors import InputError
 from labeler.config import ORIENTATIONS
-from labeler.errors import InputError
 
 BACKENDS = ("auto", "dali", "reference")
 INTERPOLATIONS = ("random", "bilinear", "bicubic")

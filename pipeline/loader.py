@@ -16,22 +16,22 @@ import numpy as np
 import torch
 
 from labeler import __version__
-from labeler.cores import usable_cores
-from labeler.decoders import has_dali
-from labeler.errors import InputError, MismatchError
-from labeler.plan import plain
-from pipeline.ahead import Ahead
-from pipeline.augment_policy import Policy, create_policies
+from labeler.base.cores import usable_cores
+from labeler.base.errors import InputError, MismatchError
+from labeler.sources.create_decoder import has_dali
+from labeler.store.plan import plain
+from pipeline.augment.draws import DRAWS_VERSION, draw_batch
+from pipeline.augment.erasing import erase
+from pipeline.augment.mix import mix_pixels
+from pipeline.augment.policy import Policy, create_policies
 from pipeline.backend import LoaderBackend, Prepared
 from pipeline.batch import Batch
 from pipeline.config import LoaderConfig
-from pipeline.draws import DRAWS_VERSION, draw_batch
-from pipeline.erasing import erase
-from pipeline.label_rows import LabelRows
-from pipeline.mix import mix_pixels
+from pipeline.labels.label_rows import LabelRows
+from pipeline.labels.targets import TokenTargets, label_targets
 from pipeline.order import EpochOrder
+from pipeline.prefetcher import Ahead
 from pipeline.samples import open_samples, scan_sizes
-from pipeline.targets import TokenTargets, label_targets
 
 # Settings that change how fast batches come, or where from, but not what is in them; `fingerprint` has their content.
 NOT_IN_STATE = frozenset(

@@ -11,9 +11,9 @@ from tiny import make_images
 
 from labeler import InputError, LabelerConfig, LabelStore, MismatchError, TeacherConfig, label_images
 from labeler.choose_encoding import asked_encoding, fit_threshold, measure
-from labeler.plan import StoreMeta
-from labeler.score_code import QUALITIES, Encoding, code_table
-from labeler.shard_file import ShardRows, build_shard, class_dtype, row_layout
+from labeler.store.plan import StoreMeta
+from labeler.store.score_code import QUALITIES, Encoding, code_table
+from labeler.store.shard_file import ShardRows, build_shard, class_dtype, row_layout
 
 TEACHER = TeacherConfig("tiny:colour_teacher")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from labeler.cores import usable_cores
+from labeler.base.cores import usable_cores
 
 PINNED = """
 import os, sys

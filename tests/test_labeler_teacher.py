@@ -18,14 +18,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from labeler import checkpoints
-from labeler.checkpoints import weights_sha256
+from labeler.base.errors import MismatchError, TeacherError
 from labeler.config import LabelerConfig, TeacherConfig
-from labeler.errors import MismatchError, TeacherError
-from labeler.images import find_images
 from labeler.run import _with_autocast, make_plan
-from labeler.score_code import Encoding
-from labeler.teacher import LoadedTeacher, create_teacher, resolve_autocast, resolve_device
+from labeler.sources.images import find_images
+from labeler.store.score_code import Encoding
+from labeler.teacher import weights as checkpoints
+from labeler.teacher.create_teacher import LoadedTeacher, create_teacher, resolve_autocast, resolve_device
+from labeler.teacher.weights import weights_sha256
 from labeler.worker import ShardLabeler
 
 
@@ -120,7 +120,7 @@ def test_a_worker_whose_gpu_computes_otherwise_than_the_plan_refuses(monkeypatch
     settled = _with_autocast(config, "cuda", elsewhere=True)
     plan = make_plan(find_images(images), create_teacher(settled.teacher).info, settled, Encoding(), None)
     monkeypatch.setattr(
-        "labeler.teacher.resolve_autocast", lambda choice, device: "fp16" if choice == "auto" else choice
+        "labeler.teacher.create_teacher.resolve_autocast", lambda choice, device: "fp16" if choice == "auto" else choice
     )
     with pytest.raises(MismatchError, match="another precision than the run's labels: got fp16, expected bf16"):
         ShardLabeler(images, tmp_path, plan, config, "cpu", 1)
@@ -232,7 +232,7 @@ def test_random_weights_are_the_same_everywhere_and_leave_the_generators_alone()
     # Another process, which starts in half the time without timm.
     code = (
         "import torch; torch.manual_seed(11)\n"
-        "from labeler.teacher import create_teacher; from labeler.config import TeacherConfig\n"
+        "from labeler.teacher.create_teacher import create_teacher; from labeler.config import TeacherConfig\n"
         "print(create_teacher(TeacherConfig('my_teachers:plain')).info.weights_sha256)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(checkpoints.__file__).parents[1])}

@@ -13,7 +13,7 @@ from tiny import ColourTeacher, encoded, picture
 
 from labeler import IntegrityError, LabelStore, TeacherConfig, label_images
 from labeler.__main__ import main
-from labeler.commit import read_marker, read_sealed, sealed
+from labeler.base.whole_files import read_marker, read_sealed, sealed
 from labeler.verify import teacher_kl, teacher_of, verify_store
 
 

@@ -16,10 +16,10 @@ BELOW = {
 }
 OURS = {*BELOW, "scripts", "tests"}
 ONE_FILE = {
-    "h5py": {"labeler/shard_file.py"},
+    "h5py": {"labeler/store/shard_file.py"},
     "ray": {"labeler/executor.py"},
-    "nvidia": {"labeler/decode_dali.py", "pipeline/dali_loader.py"},
-    "triton": {"model/ops/scan_triton_kernels.py", "model/ops/scan_triton.py", "train/loss_triton.py"},
+    "nvidia": {"labeler/sources/decode_dali.py", "pipeline/dali_loader.py"},
+    "triton": {"model/ops/scan_triton_kernels.py", "model/ops/scan_triton.py", "train/loss/loss_triton.py"},
 }
 
 

@@ -24,9 +24,9 @@ from pipeline import Batch, TokenLabelLoader
 from pipeline.sources import FolderSource
 from train import fit
 from train.__main__ import main
-from train.checkpoint import check_checkpoint, checkpoints, newest_checkpoint, read_state, read_weights
-from train.metrics import read_rows
-from train.recipe import to_toml
+from train.recipes.recipe import to_toml
+from train.record.checkpoint import check_checkpoint, checkpoints, newest_checkpoint, read_state, read_weights
+from train.record.metrics import read_rows
 
 Run = Callable[..., tuple[int, str]]
 

@@ -10,13 +10,13 @@ import torch
 from tiny_runs import shown, tiny_config, tiny_data
 
 from train import TrainConfig, fit
-from train.checkpoint import checkpoints
 from train.distributed import Ranks
 from train.errors import Stopped
-from train.metrics import read_rows
-from train.predict import normalized, see
+from train.evaluation.predict import normalized, see
+from train.evaluation.validate import load_trained
+from train.record.checkpoint import checkpoints
+from train.record.metrics import read_rows
 from train.trainer import Trainer
-from train.validate import load_trained
 
 
 @pytest.fixture(scope="module")

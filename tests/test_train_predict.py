@@ -19,16 +19,16 @@ from tiny_runs import tiny_config, tiny_data
 
 import train
 from labeler import LabelerConfig, TeacherConfig, label_images
-from labeler.pixels import ORIENTATION_TAG
-from labeler.report_charts import COLOURS
+from labeler.report.charts import COLOURS
+from labeler.sources.pixels import ORIENTATION_TAG
 from model.vim import Vim
 from pipeline.view import FAINTEST, GAP, LINE, MARGIN, assign_colours
-from train import predict as prediction
 from train.__main__ import main
 from train.distributed import Ranks
+from train.evaluation import predict as prediction
+from train.evaluation.predict import draw_map, normalized, see
+from train.evaluation.validate import Trained, load_trained
 from train.loaders import evaluation_loader
-from train.predict import draw_map, normalized, see
-from train.validate import Trained, load_trained
 
 GRID = 4
 

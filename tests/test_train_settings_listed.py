@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from labeler.settings import settings_of
+from labeler.base.settings import settings_of
 from train.__main__ import main
-from train.config import SECTIONS, keys_that_affect
-from train.recipe import flat, load_recipe, recipe_names
-from train.recipe_listing import listing, setting_rows
+from train.recipes.config import SECTIONS, keys_that_affect
+from train.recipes.listing import listing, setting_rows
+from train.recipes.recipe import flat, load_recipe, recipe_names
 
 
 def test_every_setting_says_what_it_means_and_what_it_affects():

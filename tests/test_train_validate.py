@@ -22,14 +22,14 @@ from tiny_runs import tiny_config, tiny_data
 
 import train
 from labeler import TeacherConfig, label_images
-from labeler.class_names import imagenet_names
-from labeler.errors import InputError
+from labeler.base.errors import InputError
+from labeler.sources.class_names import imagenet_names
 from model.demansia import DeMansia
 from train.__main__ import main
-from train.metrics import read_rows
+from train.evaluation.predict import normalized, see
+from train.evaluation.validate import Trained, load_trained, validate
 from train.network import build_network
-from train.predict import normalized, see
-from train.validate import Trained, load_trained, validate
+from train.record.metrics import read_rows
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ checkpoint is damaged; 130 interrupted while it started; 143 stopped by a signal
 
 from __future__ import annotations
 
-from labeler.interrupt import end_at_interrupt
+from labeler.base.interrupt import end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # before the imports, which take seconds
@@ -23,8 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from labeler.command_line import OneLineParser, add_command, at_least, run_command
-from labeler.errors import InputError, TokenLabelError
+from labeler.base.command_line import OneLineParser, add_command, at_least, run_command
+from labeler.base.errors import InputError, TokenLabelError
 
 HEAD_START_S = 2.0
 PICTURES = Path("predictions")
@@ -87,7 +87,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    from train.recipe import load_recipe, refuse_absent_paths
+    from train.recipes.recipe import load_recipe, refuse_absent_paths
 
     overrides = [*options.overrides, *(["run.progress=false"] if options.quiet else [])]
     config = load_recipe(options.recipe, overrides)
@@ -102,7 +102,7 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from train.validate import validate
+    from train.evaluation.validate import validate
 
     found = validate(
         options.checkpoint,
@@ -127,7 +127,7 @@ def _tell(result: Any, options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from train.predict import predict
+    from train.evaluation.predict import predict
 
     if options.out is not None and not options.map:
         raise InputError("--out is the folder for the pictures of --map", remedy="Give both, or neither.")
@@ -156,8 +156,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _recipes(options: argparse.Namespace) -> int:
-    from train.recipe import RECIPES, load_recipe, recipe_names, recipe_path
-    from train.recipe_listing import listing, setting_rows
+    from train.recipes.listing import listing, setting_rows
+    from train.recipes.recipe import RECIPES, load_recipe, recipe_names, recipe_path
 
     if options.recipe is not None:
         config, path = load_recipe(options.recipe), recipe_path(options.recipe)
@@ -174,7 +174,7 @@ def _recipes(options: argparse.Namespace) -> int:
 
 
 def _all_settings() -> str:
-    from train.recipe_listing import listing
+    from train.recipes.listing import listing
 
     return f"settings (the section may be left away where only one has the key; key=none unsets)\n\n{listing()}"
 

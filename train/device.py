@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from labeler.cores import usable_cores
-from labeler.errors import InputError
+from labeler.base.cores import usable_cores
+from labeler.base.errors import InputError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 from torch import distributed as dist
 
-from labeler.errors import InputError
+from labeler.base.errors import InputError
 from train.errors import TrainError
 
 # A rank that waits longer than this for the others gives up: one of them hangs.

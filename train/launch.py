@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import IO, Any
 
-from labeler.errors import InputError
+from labeler.base.errors import InputError
 
 GRACE_S = 15.0  # after one rank has ended, the others notice it, save or give up
 POLL_S = 0.1

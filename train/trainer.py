@@ -20,17 +20,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from labeler.commit import replace_file
-from labeler.errors import IntegrityError
-from labeler.freed_memory import freed_memory_kept
+from labeler.base.errors import IntegrityError
+from labeler.base.freed_memory import freed_memory_kept
+from labeler.base.whole_files import replace_file
 from pipeline.batch import Batch
-from train.checkpoint import CheckpointInfo, checkpoints, read_state, read_weights
-from train.config import TrainConfig
-from train.continuation import refuse_other_past, refuse_other_run
 from train.device import pick_precision, set_threads
 from train.distributed import Ranks, joined_ranks, world_size
 from train.errors import NonFiniteError, Stopped
-from train.evaluate import evaluate
+from train.evaluation.evaluate import evaluate
 from train.loaders import (
     blamed_on,
     class_folders,
@@ -39,12 +36,15 @@ from train.loaders import (
     transform_of,
     validation_loader,
 )
-from train.loss import TokenLabelLoss
-from train.metrics import import_tracker
+from train.loss.token_label_loss import TokenLabelLoss
 from train.network import as_checkpointed, build_network, set_classes, train_mode
 from train.optimization import LearningRate, build_optimizer, total_steps
-from train.recipe import refuse_absent_paths
-from train.run_record import RunRecord, locked, starting_point
+from train.recipes.config import TrainConfig
+from train.recipes.recipe import refuse_absent_paths
+from train.record.checkpoint import CheckpointInfo, checkpoints, read_state, read_weights
+from train.record.continuation import refuse_other_past, refuse_other_run
+from train.record.metrics import import_tracker
+from train.record.run_folder import RunRecord, locked, starting_point
 from train.signals import StopSignals
 from train.speed import Speed
 from train.task import StepResult, TokenLabelTask, TrainingStep

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from labeler.freed_memory import keep_freed_memory
+from labeler.base.freed_memory import keep_freed_memory
 from scripts.benchmark.synthetic_batch import synthetic_batch
 from scripts.benchmark.train_suite import SIDE, demansia, our_step
 from train.device import set_threads
