@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from labeler.base.version import __version__
 
 if TYPE_CHECKING:
     from labeler.base.errors import (
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "LabelerConfig": "config",
-    "TeacherConfig": "config",
+    "TeacherConfig": "teacher.teacher_config",
     "InputError": "base.errors",
     "IntegrityError": "base.errors",
     "LabelingError": "base.errors",
@@ -59,6 +59,7 @@ __all__ = [
     "TeacherConfig",
     "TeacherError",
     "TokenLabelError",
+    "__version__",
     "create_teacher",
     "import_token_label_files",
     "label_images",

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from labeler.base.command_line import OneLineParser, add_command, at_least, run_command
-from labeler.config import AUTOCASTS, DECODERS, ORIENTATIONS, PRECISIONS, VIEWS, LabelerConfig, TeacherConfig
+from labeler.config import DECODERS, PRECISIONS, LabelerConfig
+from labeler.sources.pixels import ORIENTATIONS
 from labeler.store.score_code import QUALITIES, Encoding
+from labeler.teacher.teacher_config import AUTOCASTS, VIEWS, TeacherConfig
 
 if TYPE_CHECKING:
     from labeler.audit import Audit

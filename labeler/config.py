@@ -4,56 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from labeler.base.checked_values import one_of, positive
 from labeler.base.errors import InputError
+from labeler.sources.pixels import ORIENTATIONS
 from labeler.store.score_code import QUALITIES
+from labeler.teacher.teacher_config import TeacherConfig
 
-VIEWS = ("full", "center")
 PRECISIONS = ("uint8", "float16")
-ORIENTATIONS = ("exif", "ignore")
 DECODERS = ("auto", "dali", "pil")
-AUTOCASTS = ("auto", "none", "bf16", "fp16")
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """Which network labels, and how it sees an image.
-
-    name            timm model, `torchvision:NAME`, or `package.module:function` that returns an nn.Module
-    checkpoint      .safetensors or weights-only .pt/.pth file; without it, the library's pretrained weights
-    random_weights  the architecture with seeded random weights (tests and benchmarks)
-    num_classes     classes of the head, where the name alone does not tell
-    input_size      side S of the square input in pixels; None: the teacher's own
-    mean, std       per-channel normalisation of images in 0..1; None: the teacher's own
-    view            "full": the whole picture squeezed to S×S; "center": the teacher's own evaluation crop
-    flip            average with the pass over the mirrored image, mirrored back: truer maps at twice the cost
-    autocast        "auto": bf16 on a GPU, fp16 on one that only emulates bf16 (V100, T4), none on a CPU
-    compile         run the teacher through torch.compile
-    """
-
-    name: str
-    checkpoint: str | None = None
-    random_weights: bool = False
-    num_classes: int | None = None
-    input_size: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    view: str = "full"
-    flip: bool = True
-    autocast: str = "auto"
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        _one_of("--view", self.view, VIEWS)
-        _one_of("--autocast", self.autocast, AUTOCASTS)
-        _positive("--input-size", self.input_size)
-        _positive("--num-classes", self.num_classes)
-        for option, values in (("--mean", self.mean), ("--std", self.std)):
-            if values is not None and len(values) != 3:
-                raise InputError(f"{option} takes one number per colour", got=values, expected="three numbers")
-        if self.std is not None and not min(self.std) > 0:
-            raise InputError("--std must be positive: pixels are divided by it", got=self.std)
-        if self.checkpoint and self.random_weights:
-            raise InputError("--checkpoint and --random-weights exclude each other", remedy="Give one of them.")
 
 
 @dataclass(frozen=True)
@@ -100,29 +58,19 @@ class LabelerConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("--precision", self.precision, PRECISIONS)
-        _one_of("--quality", self.quality, tuple(QUALITIES))
+        one_of("--precision", self.precision, PRECISIONS)
+        one_of("--quality", self.quality, tuple(QUALITIES))
         if self.bytes_per_image is not None and (self.threshold is not None or self.precision == "float16"):
             raise InputError(
                 "--bytes-per-image picks the threshold of uint8 codes itself",
                 got=f"--threshold {self.threshold}, --precision {self.precision}", remedy="Give one or the other.",
             )  # fmt: skip
-        _one_of("--orientation", self.orientation, ORIENTATIONS)
-        _one_of("--decoder", self.decoder, DECODERS)
+        one_of("--orientation", self.orientation, ORIENTATIONS)
+        one_of("--decoder", self.decoder, DECODERS)
         names = ("bytes_per_image", "palette", "shard_size", "batch_size", "threads", "max_attempts", "min_side")
         for name in (*names, "max_pixels"):
-            _positive("--" + name.replace("_", "-"), getattr(self, name))
+            positive("--" + name.replace("_", "-"), getattr(self, name))
         if self.workers < 0:
             raise InputError("--workers is a count", got=self.workers, expected="0 (this process) or more")
         if not self.gpus_per_worker > 0:
             raise InputError("--gpus-per-worker must be positive", got=self.gpus_per_worker)
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{option} is not known", got=repr(value), expected=" or ".join(allowed))
-
-
-def _positive(option: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise InputError(f"{option} must be a positive whole number", got=repr(value))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from labeler.base.errors import InputError
-from labeler.config import ORIENTATIONS
+from labeler.sources.pixels import ORIENTATIONS
 
 BACKENDS = ("auto", "dali", "reference")
 INTERPOLATIONS = ("random", "bilinear", "bicubic")

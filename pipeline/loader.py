@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from labeler import __version__
 from labeler.base.cores import usable_cores
 from labeler.base.errors import InputError, MismatchError
+from labeler.base.version import __version__
 from labeler.sources.create_decoder import has_dali
 from labeler.store.plan import plain
 from pipeline.augment.draws import DRAWS_VERSION, draw_batch

@@ -19,12 +19,13 @@ import torchvision
 from torch import Tensor, nn
 
 from labeler.base.errors import MismatchError, TeacherError
-from labeler.config import LabelerConfig, TeacherConfig
+from labeler.config import LabelerConfig
 from labeler.run import _with_autocast, make_plan
 from labeler.sources.images import find_images
 from labeler.store.score_code import Encoding
 from labeler.teacher import weights as checkpoints
 from labeler.teacher.create_teacher import LoadedTeacher, create_teacher, resolve_autocast, resolve_device
+from labeler.teacher.teacher_config import TeacherConfig
 from labeler.teacher.weights import weights_sha256
 from labeler.worker import ShardLabeler
 
@@ -232,7 +233,7 @@ def test_random_weights_are_the_same_everywhere_and_leave_the_generators_alone()
     # Another process, which starts in half the time without timm.
     code = (
         "import torch; torch.manual_seed(11)\n"
-        "from labeler.teacher.create_teacher import create_teacher; from labeler.config import TeacherConfig\n"
+        "from labeler import TeacherConfig, create_teacher\n"
         "print(create_teacher(TeacherConfig('my_teachers:plain')).info.weights_sha256)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(checkpoints.__file__).parents[1])}

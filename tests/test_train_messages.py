@@ -13,8 +13,7 @@ import timm
 import torch
 from tiny_runs import tiny_config, tiny_data
 
-from labeler.base.errors import InputError, told
-from model.errors import ModelError
+from labeler.base.errors import InputError, ModelError, told
 from train import fit
 from train.__main__ import main
 from train.evaluation.validate import load_trained

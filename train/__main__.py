@@ -38,15 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
     options.run = _first_rank_first(options.run)
-    try:
-        return run_command(options)
-    except ValueError as error:
-        from model.errors import ModelError  # here, as torch comes with it, and `doctor` shall speak without torch
-
-        if not isinstance(error, ModelError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return InputError.exit_status
+    return run_command(options)
 
 
 def _first_rank_first(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:

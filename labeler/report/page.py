@@ -14,12 +14,12 @@ import numpy as np
 from labeler.audit import Audit, audit_labels
 from labeler.base.errors import InputError
 from labeler.base.whole_files import replace_file
+from labeler.relabel import refuse_foreign_teacher
 from labeler.report.charts import COLOURS, OTHER, bars, heat_grid, histogram, lay_over, picture
 from labeler.report.figures import Sample, TruthCheck, check_truth, draw_sample
 from labeler.report.truth import Costs, audit_part, cards, costs_of, missing_note, palette_curve
 from labeler.sources.images import image_path, image_root
 from labeler.store.label_store import LabelStore
-from labeler.verify import refuse_foreign_teacher
 
 PICTURES = 24
 PICTURE_SIDE = 170

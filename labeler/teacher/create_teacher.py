@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from labeler.base.errors import TeacherError
-from labeler.config import TeacherConfig
 from labeler.teacher.classifiers import build_classifier
 from labeler.teacher.dense_maps import DenseMap, dense_map
+from labeler.teacher.teacher_config import TeacherConfig
 from labeler.teacher.weights import weights_sha256
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -10,11 +10,10 @@ from typing import Any, cast
 
 import torch
 
-from labeler.base.errors import InputError
+from labeler.base.errors import InputError, ModelError
 from labeler.sources.class_names import IMAGENET_CLASSES, imagenet_names
 from labeler.sources.images import find_images
 from model import load_reference_checkpoint
-from model.errors import ModelError
 from model.token_heads import TokenLabelHeads
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.loader import TokenLabelLoader
