@@ -240,7 +240,10 @@ def _add_label(commands: Any) -> None:
         help="flip: average with the mirrored image; none halves the cost",
     )
     teacher.add_argument(
-        "--autocast", choices=AUTOCASTS, default="auto", help="auto: bf16 on a GPU, fp16 on a V100 or T4, none on a CPU"
+        "--autocast",
+        choices=AUTOCASTS,
+        default="auto",
+        help="auto: bfloat16 on a GPU, float16 on a V100 or T4, float32 on a CPU",
     )
     teacher.add_argument("--compile", action="store_true", help="torch.compile the teacher")
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from labeler.sources.decoder import Decoder
     from labeler.teacher.create_teacher import LoadedTeacher
 
+OLD_AUTOCASTS = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}  # words of format 1.0
+
 
 def refuse_foreign_teacher(trusted: bool, plan: Plan, store: Path, option: str) -> None:
     """Raise InputError where the teacher that a store names, which may be any code, is not to be run here."""
@@ -34,10 +36,11 @@ def refuse_foreign_teacher(trusted: bool, plan: Plan, store: Path, option: str) 
 
 def teacher_of(store: LabelStore, device: str) -> tuple[LoadedTeacher, Decoder]:
     """The store's own teacher and decoder, built again from its record. Raises TeacherError, IntegrityError."""
-    from labeler.teacher.create_teacher import create_teacher, resolve_device
+    from labeler.base.runtime import pick_device
+    from labeler.teacher.create_teacher import create_teacher
     from labeler.worker import decoder_for
 
-    record, device = store.meta.teacher, resolve_device(device)
+    record, device = store.meta.teacher, str(pick_device(device))
     if store.meta.score_kind != "logprob":
         raise InputError(f"{str(store.path)!r} was imported", got="no teacher in it", expected="a store labeled here")
     config = LabelerConfig(
@@ -51,7 +54,7 @@ def teacher_of(store: LabelStore, device: str) -> tuple[LoadedTeacher, Decoder]:
             std=tuple(record["std"]),
             view=record["view"],
             flip=record["flip"],
-            autocast=record["autocast"],
+            autocast=OLD_AUTOCASTS.get(record["autocast"], record["autocast"]),
         ),
         orientation=store.meta.orientation,
     )

@@ -74,7 +74,8 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     Raises InputError, TeacherError or MismatchError before any work where the input does not fit, LabelingError where
     the run could not finish: what is committed stays, and the same call resumes.
     """
-    from labeler.teacher.create_teacher import create_teacher, resolve_device
+    from labeler.base.runtime import pick_device
+    from labeler.teacher.create_teacher import create_teacher
 
     found, path = find_images(images, config.image_list), Path(store)
     begun = load_plan(path)
@@ -82,7 +83,7 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
         refuse_other_images(found, begun.meta.dataset_fingerprint, stored_keys(path), path)
     # The driver of a cluster may have no GPU itself.
     elsewhere = config.workers and config.ray_address and config.device != "auto"
-    device = config.device if elsewhere else resolve_device(config.device)
+    device = config.device if elsewhere else str(pick_device(config.device))
     settled = _with_autocast(config, device, bool(elsewhere))
     # Built here once, on the CPU, so that a wrong teacher is told of before any worker starts.
     info = create_teacher(settled.teacher, "cpu" if config.workers else device).info
@@ -128,12 +129,14 @@ def _tell_chance(summary: LabelSummary, plan: Plan) -> None:
 def _with_autocast(config: LabelerConfig, device: str, elsewhere: bool) -> LabelerConfig:
     """`config` with "auto" settled, so that the plan tells what the workers do.
 
-    GPUs that are elsewhere are taken to have bf16: a worker whose GPU has not refuses to work.
+    GPUs that are elsewhere are taken to have bfloat16: a worker whose GPU has not refuses to work.
     """
-    from labeler.teacher.create_teacher import resolve_autocast
+    import torch
+
+    from labeler.base.runtime import pick_precision
 
     wanted, unseen = config.teacher.autocast, elsewhere and device.startswith("cuda")
-    autocast = "bf16" if wanted == "auto" and unseen else resolve_autocast(wanted, device)
+    autocast = "bfloat16" if wanted == "auto" and unseen else pick_precision(wanted, torch.device(device))
     return replace(config, teacher=replace(config.teacher, autocast=autocast))
 
 

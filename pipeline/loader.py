@@ -5,7 +5,6 @@ Legend: B images; S input side; h×w token grid, T = h·w.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -15,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from labeler.base.cores import usable_cores
 from labeler.base.errors import InputError, MismatchError
+from labeler.base.runtime import pick_device, rank_threads
 from labeler.base.version import __version__
 from labeler.sources.create_decoder import has_dali
 from labeler.store.plan import plain
@@ -67,8 +66,8 @@ class TokenLabelLoader:
     ) -> None:
         """`policies` take the place of those that the configuration names; check: see `create_loader`."""
         self.config = config
-        self.device = _device(config.device)
-        self.threads = config.threads or _cores(config)
+        self.device = pick_device(config.device)
+        self.threads = config.threads or rank_threads(config.world_size)
         if policies is None:
             policies = create_policies(config.auto_augment, config.color_jitter) if config.train else ()
         self.policies = policies
@@ -275,32 +274,6 @@ def _backend(config: LoaderConfig) -> type[LoaderBackend]:
             "DALI cannot be imported", got=str(error), remedy='Install it, or use backend="reference".'
         ) from None
     return DaliBackend
-
-
-def _device(name: str) -> torch.device:
-    """The device of a setting, a GPU with its number: the current one where none is named, so one for each rank."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise InputError("device is not known", got=repr(name), expected='"auto", "cpu", "cuda" or "cuda:1"')
-    if device.type == "cpu":
-        return device
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        raise InputError("there is no GPU for torch here", got=f"device {name!r}", remedy='Use device="cpu".')
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= count:
-        raise InputError("there is no such GPU here", got=f"device {name!r}", expected=f"cuda:0 to cuda:{count - 1}")
-    return torch.device("cuda", index)
-
-
-def _cores(config: LoaderConfig) -> int:
-    """This rank's share of the machine's cores; launchers tell how many ranks a machine has."""
-    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", config.world_size)))
 
 
 def _images_a_step(settings: Mapping[str, Any]) -> Any:

@@ -26,7 +26,7 @@ from model.token_heads import TokenLabelHeads
 from pipeline import Batch, LoaderConfig, create_loader
 from pipeline.augment.mix import MixBox
 from train import TokenLabelLoss, fit
-from train.distributed import Ranks, joined_ranks
+from train.ranks.distributed import Ranks, joined_ranks
 from train.micro_batches import micro_batches
 from train.network import build_network, train_mode
 from train.recipes.config import ModelConfig

@@ -74,7 +74,7 @@ REFUSED = {
     "images that do not divide into patches": (["model.img_size=33"], "got 33×33 pixels, expected multiples of 8"),
     "optimizer": (["optimizer.name=adamww"], "optimizer.name is not known: got 'adamww'. Did you mean 'adamw'?"),
     "float16 without a GPU": (["precision=float16"], "precision=float16 needs a GPU: expected float32 or bfloat16"),
-    "device": (["run.device=tpu"], 'device is not known: got \'tpu\', expected "auto", "cpu" or "cuda"'),
+    "device": (["run.device=tpu"], "run.device is not known: got 'tpu', expected auto, cpu or cuda"),
     "crop that shrinks": (["augment.scale=[1, 0.5]"], "scale does not fit: got (1.0, 0.5), expected two shares"),
     "augmentation": (["auto_augment=foo"], "auto_augment is not understood: got 'foo'"),
     "warm-up longer than the run": (["warmup_epochs=3"], "schedule.steps is too few for warm-up and cooldown"),

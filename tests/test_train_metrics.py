@@ -10,7 +10,7 @@ import torch
 from tiny_runs import shown, tiny_config, tiny_data
 
 from train import TrainConfig, fit
-from train.distributed import Ranks
+from train.ranks.distributed import Ranks
 from train.errors import Stopped
 from train.evaluation.predict import normalized, see
 from train.evaluation.validate import load_trained

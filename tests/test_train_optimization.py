@@ -11,7 +11,7 @@ from torch import nn
 
 from labeler import InputError
 from model.token_heads import TokenLabelHeads
-from train.distributed import Ranks
+from train.ranks.distributed import Ranks
 from train.network import build_network
 from train.optimization import LearningRate, build_optimizer, total_steps
 from train.recipes.config import EmaConfig, ModelConfig, OptimizerConfig, ScheduleConfig

@@ -85,7 +85,7 @@ def _fit(options: argparse.Namespace) -> int:
     config = load_recipe(options.recipe, overrides)
     refuse_absent_paths(config)
     if options.ranks is not None:
-        from train.launch import launch
+        from train.ranks.launch import launch
 
         return launch(options.arguments, options.ranks)
     from train.trainer import fit  # after all that can be refused without it: torch takes seconds

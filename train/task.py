@@ -19,7 +19,7 @@ from torch import nn
 
 from model.token_heads import TokenLabelHeads
 from pipeline.batch import Batch
-from train.distributed import Ranks
+from train.ranks.distributed import Ranks
 from train.errors import TrainError
 from train.loss.token_label_loss import TokenLabelLoss
 from train.micro_batches import micro_batches

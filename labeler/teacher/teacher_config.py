@@ -8,7 +8,7 @@ from labeler.base.checked_values import one_of, positive
 from labeler.base.errors import InputError
 
 VIEWS = ("full", "center")
-AUTOCASTS = ("auto", "none", "bf16", "fp16")
+AUTOCASTS = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class TeacherConfig:
     mean, std       per-channel normalisation of images in 0..1; None: the teacher's own
     view            "full": the whole picture squeezed to S×S; "center": the teacher's own evaluation crop
     flip            average with the pass over the mirrored image, mirrored back: truer maps at twice the cost
-    autocast        "auto": bf16 on a GPU, fp16 on one that only emulates bf16 (V100, T4), none on a CPU
+    autocast        "auto": bfloat16 on a GPU, float16 on one that only emulates it (V100, T4), float32 on a CPU
     compile         run the teacher through torch.compile
     """
 

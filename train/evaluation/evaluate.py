@@ -19,7 +19,7 @@ from tqdm import tqdm
 from labeler.base.errors import InputError
 from pipeline.batch import Batch
 from pipeline.loader import TokenLabelLoader
-from train.distributed import Ranks
+from train.ranks.distributed import Ranks
 from train.errors import Stopped
 
 RealLabels = Mapping[str, tuple[int, ...]]

@@ -41,7 +41,7 @@ from pipeline.view import (
     assign_colours,
     tinted,
 )
-from train.distributed import joined_ranks
+from train.ranks.distributed import joined_ranks
 from train.evaluation.validate import Trained, load_trained
 
 log = logging.getLogger("train")

@@ -11,14 +11,14 @@ from typing import Any, cast
 import torch
 
 from labeler.base.errors import InputError, ModelError
+from labeler.base.runtime import DTYPES, pick_precision
 from labeler.sources.class_names import IMAGENET_CLASSES, imagenet_names
 from labeler.sources.images import find_images
 from model import load_reference_checkpoint
 from model.token_heads import TokenLabelHeads
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.loader import TokenLabelLoader
-from train.device import pick_precision
-from train.distributed import joined_ranks
+from train.ranks.distributed import joined_ranks
 from train.evaluation.evaluate import evaluate, read_real_labels
 from train.loaders import evaluation_loader
 from train.network import restore_network
@@ -60,7 +60,7 @@ class Trained:
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """That its forward passes are computed in: as in training on a GPU, float32 on a CPU."""
-        return torch.float32 if device.type == "cpu" else pick_precision(self.precision, device)
+        return torch.float32 if device.type == "cpu" else DTYPES[pick_precision(self.precision, device)]
 
     @property
     def side(self) -> int:

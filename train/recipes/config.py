@@ -253,7 +253,9 @@ class RunConfig(Section):
     )
     device: str = setting("cpu, cuda or auto", "auto", affects="rounding")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU", "auto", affects="values"
+        "of the forward pass; auto: bfloat16 on a GPU (float16 on a V100 or T4), float32 on a CPU",
+        "auto",
+        affects="values",
     )
     compile: bool = setting("run the model through torch.compile", False, affects="rounding")
     channels_last: bool = setting("channels-last memory format", False, affects="rounding")
