@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from labeler.base.command_line import OneLineParser, add_command, at_least, run_command
+from labeler.base.command_line import OneLineParser, add_command, at_least, parser_of_command, program, run_command
 from labeler.config import DECODERS, PRECISIONS, LabelerConfig
 from labeler.sources.pixels import ORIENTATIONS
 from labeler.store.score_code import QUALITIES, Encoding
@@ -48,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped:
         print("stopped; everything committed is kept, and the same command goes on from there", file=sys.stderr)
         return STOPPED
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser of one command, for completion and documentation."""
+    return parser_of_command(_parser(), command)
 
 
 def _stop(number: int, frame: object) -> NoReturn:
@@ -171,7 +176,7 @@ def _config(options: argparse.Namespace) -> LabelerConfig:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="python -m labeler", description="Dense class labels from a teacher, in a checked store."
+        prog=program("labeler"), description="Dense class labels from a teacher, in a checked store."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_label(commands)

@@ -10,10 +10,10 @@ import torch
 from tiny_runs import shown, tiny_config, tiny_data
 
 from train import TrainConfig, fit
-from train.ranks.distributed import Ranks
 from train.errors import Stopped
 from train.evaluation.predict import normalized, see
 from train.evaluation.validate import load_trained
+from train.ranks.distributed import Ranks
 from train.record.checkpoint import checkpoints
 from train.record.metrics import read_rows
 from train.trainer import Trainer

@@ -24,11 +24,11 @@ from labeler.sources.pixels import ORIENTATION_TAG
 from model.vim import Vim
 from pipeline.view import FAINTEST, GAP, LINE, MARGIN, assign_colours
 from train.__main__ import main
-from train.ranks.distributed import Ranks
 from train.evaluation import predict as prediction
 from train.evaluation.predict import draw_map, normalized, see
 from train.evaluation.validate import Trained, load_trained
 from train.loaders import evaluation_loader
+from train.ranks.distributed import Ranks
 
 GRID = 4
 

@@ -25,8 +25,8 @@ from tiny_runs import FULL, contents, outcome, shown, tiny_config, tiny_data, wr
 import train.task
 from labeler import InputError, MismatchError
 from train import TokenLabelLoss, TrainConfig, fit
-from train.ranks.distributed import Ranks
 from train.errors import Stopped
+from train.ranks.distributed import Ranks
 from train.record.checkpoint import check_checkpoint, checkpoints, read_weights
 from train.record.metrics import read_rows
 from train.record.run_folder import locked

@@ -6,7 +6,15 @@ checkpoint is damaged; 130 interrupted while it started; 143 stopped by a signal
 
 from __future__ import annotations
 
-from labeler.base.interrupt import end_at_interrupt
+try:
+    from labeler.base.interrupt import end_at_interrupt
+except ImportError:
+    import sys
+
+    import labeler
+
+    print(f"error: {labeler.__file__} hides a package of ours. Use `token-labeling COMMAND` instead.", file=sys.stderr)
+    raise SystemExit(2) from None
 
 if __name__ == "__main__":
     end_at_interrupt()  # before the imports, which take seconds
@@ -23,7 +31,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from labeler.base.command_line import OneLineParser, add_command, at_least, run_command
+from labeler.base.command_line import OneLineParser, add_command, at_least, parser_of_command, program, run_command
 from labeler.base.errors import InputError, TokenLabelError
 
 HEAD_START_S = 2.0
@@ -39,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("train").setLevel(logging.INFO)
     options.run = _first_rank_first(options.run)
     return run_command(options)
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser of one command, for completion and documentation."""
+    return parser_of_command(_parser(), command)
 
 
 def _first_rank_first(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -172,7 +185,7 @@ def _all_settings() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="python -m train", description="Training with token labels.")
+    parser = OneLineParser(prog=program("train"), description="Training with token labels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     fit = add_command(commands, "fit", _fit, "train as a recipe says; under torchrun with several ranks")
     fit.add_argument("recipe", help="a .toml file, or the name of one of `python -m train recipes`")

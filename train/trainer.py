@@ -25,7 +25,6 @@ from labeler.base.freed_memory import freed_memory_kept
 from labeler.base.runtime import DTYPES, pick_precision, set_threads
 from labeler.base.whole_files import replace_file
 from pipeline.batch import Batch
-from train.ranks.distributed import Ranks, joined_ranks, world_size
 from train.errors import NonFiniteError, Stopped
 from train.evaluation.evaluate import evaluate
 from train.loaders import (
@@ -39,13 +38,14 @@ from train.loaders import (
 from train.loss.token_label_loss import TokenLabelLoss
 from train.network import as_checkpointed, build_network, set_classes, train_mode
 from train.optimization import LearningRate, build_optimizer, total_steps
+from train.ranks.distributed import Ranks, joined_ranks, world_size
+from train.ranks.stop_signals import StopSignals
 from train.recipes.config import TrainConfig
 from train.recipes.recipe import refuse_absent_paths
 from train.record.checkpoint import CheckpointInfo, checkpoints, read_state, read_weights
 from train.record.continuation import refuse_other_past, refuse_other_run
 from train.record.metrics import import_tracker
 from train.record.run_folder import RunRecord, locked, starting_point
-from train.ranks.stop_signals import StopSignals
 from train.speed import Speed
 from train.task import StepResult, TokenLabelTask, TrainingStep
 

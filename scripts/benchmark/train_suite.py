@@ -43,11 +43,11 @@ from scripts.benchmark.measure import (
 from scripts.benchmark.photographs import about
 from scripts.benchmark.stock_model import has_mamba_ssm, our_scan, scan_in_use, stock_model
 from scripts.benchmark.synthetic_batch import synthetic_batch
-from train.ranks.distributed import Ranks
 from train.errors import TrainError
 from train.loss.loss_reference import cross_entropy, dense_token_label_loss
 from train.loss.token_label_loss import TokenLabelLoss
 from train.optimization import build_optimizer
+from train.ranks.distributed import Ranks
 from train.recipes.recipe import load_recipe
 from train.task import TokenLabelTask, TrainingStep
 from train.trainer import fit

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from labeler.base.errors import InputError
 from pipeline.batch import Batch
 from pipeline.loader import TokenLabelLoader
-from train.ranks.distributed import Ranks
 from train.errors import Stopped
+from train.ranks.distributed import Ranks
 
 RealLabels = Mapping[str, tuple[int, ...]]
 

@@ -41,8 +41,8 @@ from pipeline.view import (
     assign_colours,
     tinted,
 )
-from train.ranks.distributed import joined_ranks
 from train.evaluation.validate import Trained, load_trained
+from train.ranks.distributed import joined_ranks
 
 log = logging.getLogger("train")
 

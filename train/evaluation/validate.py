@@ -18,10 +18,10 @@ from model import load_reference_checkpoint
 from model.token_heads import TokenLabelHeads
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.loader import TokenLabelLoader
-from train.ranks.distributed import joined_ranks
 from train.evaluation.evaluate import evaluate, read_real_labels
 from train.loaders import evaluation_loader
 from train.network import restore_network
+from train.ranks.distributed import joined_ranks
 from train.record.checkpoint import checkpoint_of, find_checkpoint, read_weights
 
 log = logging.getLogger("train")
