@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labeler.base.errors import TokenLabelError
+from labeler.base.settings import names_that_affect
 from labeler.base.whole_files import Marker
 from labeler.choose_encoding import asked_encoding, fit_encoding
 from labeler.config import LabelerConfig
@@ -31,13 +32,6 @@ log = logging.getLogger("labeler")
 
 ENOUGH = 20  # images of known classes, to tell agreement from chance
 MIN_SHARD_SIZE, MAX_SHARD_SIZE = 256, 10_000
-# Settings, besides the teacher's own, that decide what a label is.
-VALUE_SETTINGS = (
-    "bytes_per_image",
-    "orientation",
-    "min_side",
-    "max_pixels",
-)
 
 
 @dataclass(frozen=True)
@@ -165,7 +159,7 @@ def make_plan(
     size = config.shard_size or (found.shard_size if found else default_shard_size(len(images)))
     coded = encoding.precision == "uint8"
     palette, tail = encoding.places(info.num_classes)
-    settings = {name: getattr(config, name) for name in VALUE_SETTINGS}
+    settings = {name: getattr(config, name) for name in sorted(names_that_affect(LabelerConfig, "values"))}
     settings |= {"from_list": config.image_list is not None}
     if coded:
         settings |= {"levels": encoding.levels, "threshold": encoding.threshold}

@@ -16,6 +16,7 @@ import torch
 
 from labeler.base.errors import InputError, MismatchError
 from labeler.base.runtime import pick_device, rank_threads
+from labeler.base.settings import names_that_affect
 from labeler.base.version import __version__
 from labeler.sources.create_decoder import has_dali
 from labeler.store.plan import plain
@@ -31,13 +32,6 @@ from pipeline.labels.targets import TokenTargets, label_targets
 from pipeline.order import EpochOrder
 from pipeline.prefetcher import Ahead
 from pipeline.samples import open_samples, scan_sizes
-
-# Settings that change how fast batches come, or where from, but not what is in them; `fingerprint` has their content.
-NOT_IN_STATE = frozenset(
-    {
-        "images", "store", "image_list", "class_folders", "rank", "device", "threads", "cache", "prefetch", "progress",
-    }
-)  # fmt: skip
 
 
 def create_loader(config: LoaderConfig, check: Callable[[int], None] | None = None) -> TokenLabelLoader:
@@ -186,7 +180,8 @@ class TokenLabelLoader:
         self.epoch, self._batch, self._loaded, self._turn = epoch, batch, True, self._turn + 1
 
     def _settings(self) -> dict[str, Any]:
-        kept = {name: value for name, value in asdict(self.config).items() if name not in NOT_IN_STATE}
+        names = names_that_affect(LoaderConfig, "values", "rounding")
+        kept = {name: value for name, value in asdict(self.config).items() if name in names}
         where = {
             "backend": self.backend.name,
             "device": self.device.type,
