@@ -19,12 +19,13 @@ if TYPE_CHECKING:
         TeacherError,
         TokenLabelError,
     )
-    from labeler.config import LabelerConfig, TeacherConfig
+    from labeler.config import LabelerConfig
     from labeler.importers import import_token_label_files
     from labeler.run import LabelSummary, label_images
     from labeler.store.label_store import LabelStore
     from labeler.store.score_maps import ScoreMaps
     from labeler.teacher.create_teacher import LoadedTeacher, Teacher, create_teacher
+    from labeler.teacher.teacher_config import TeacherConfig
 
 _HOMES = {
     "LabelerConfig": "config",
