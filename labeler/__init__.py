@@ -8,11 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from labeler.base.version import __version__
 
 if TYPE_CHECKING:
-    from labeler.config import LabelerConfig, TeacherConfig
-    from labeler.errors import (
+    from labeler.base.errors import (
         InputError,
         IntegrityError,
         LabelingError,
@@ -20,29 +19,31 @@ if TYPE_CHECKING:
         TeacherError,
         TokenLabelError,
     )
+    from labeler.config import LabelerConfig
     from labeler.importers import import_token_label_files
     from labeler.run import LabelSummary, label_images
-    from labeler.score_maps import ScoreMaps
-    from labeler.store import LabelStore
-    from labeler.teacher import LoadedTeacher, Teacher, create_teacher
+    from labeler.store.label_store import LabelStore
+    from labeler.store.score_maps import ScoreMaps
+    from labeler.teacher.create_teacher import LoadedTeacher, Teacher, create_teacher
+    from labeler.teacher.teacher_config import TeacherConfig
 
 _HOMES = {
     "LabelerConfig": "config",
-    "TeacherConfig": "config",
-    "InputError": "errors",
-    "IntegrityError": "errors",
-    "LabelingError": "errors",
-    "MismatchError": "errors",
-    "TeacherError": "errors",
-    "TokenLabelError": "errors",
+    "TeacherConfig": "teacher.teacher_config",
+    "InputError": "base.errors",
+    "IntegrityError": "base.errors",
+    "LabelingError": "base.errors",
+    "MismatchError": "base.errors",
+    "TeacherError": "base.errors",
+    "TokenLabelError": "base.errors",
     "import_token_label_files": "importers",
     "LabelSummary": "run",
     "label_images": "run",
-    "ScoreMaps": "score_maps",
-    "LabelStore": "store",
-    "LoadedTeacher": "teacher",
-    "Teacher": "teacher",
-    "create_teacher": "teacher",
+    "ScoreMaps": "store.score_maps",
+    "LabelStore": "store.label_store",
+    "LoadedTeacher": "teacher.create_teacher",
+    "Teacher": "teacher.create_teacher",
+    "create_teacher": "teacher.create_teacher",
 }
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "TeacherConfig",
     "TeacherError",
     "TokenLabelError",
+    "__version__",
     "create_teacher",
     "import_token_label_files",
     "label_images",

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from labeler.errors import InputError
-from labeler.images import BadImage, image_digest, image_path, image_root, read_image
-from labeler.store import LabelStore
-from labeler.verify import refuse_foreign_teacher, teacher_of
+from labeler.base.errors import InputError
+from labeler.relabel import refuse_foreign_teacher, teacher_of
+from labeler.sources.images import BadImage, image_digest, image_path, image_root, read_image
+from labeler.store.label_store import LabelStore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,7 +116,7 @@ def audit_labels(
     from tqdm import tqdm
 
     from labeler.audit_errors import errors_of
-    from labeler.encoder import DENSE_ELEMENTS
+    from labeler.store.encoder import DENSE_ELEMENTS
 
     if count < 1 or not len(labels):
         raise InputError("there is nothing to audit", got=f"{count} of {len(labels)} rows", expected="one or more")

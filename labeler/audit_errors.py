@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from labeler.encoder import reference_kl
-from labeler.errors import IntegrityError
-from labeler.pixels import open_rgb
-from labeler.resize import resize
-from labeler.score_maps import ScoreMaps, dense_scores
-from labeler.store import LabelStore
-from labeler.teacher import LoadedTeacher
+from labeler.base.errors import IntegrityError
+from labeler.sources.pixels import open_rgb
+from labeler.sources.resize import resize
+from labeler.store.encoder import reference_kl
+from labeler.store.label_store import LabelStore
+from labeler.store.score_maps import ScoreMaps, dense_scores
+from labeler.teacher.create_teacher import LoadedTeacher
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from labeler.decode import Decoder
+    from labeler.sources.decoder import Decoder
 
 Window = tuple[int, int, int, int]
 

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from labeler.base.errors import InputError
 from labeler.config import LabelerConfig
-from labeler.errors import InputError
-from labeler.images import BadImage, ImageSet, check_header, read_image
-from labeler.score_code import QUALITIES, Encoding, code_table
-from labeler.shard_file import ShardRows, build_shard, row_layout
-from labeler.writer import store_classes
+from labeler.sources.images import BadImage, ImageSet, check_header, read_image
+from labeler.store.score_code import QUALITIES, Encoding, code_table
+from labeler.store.shard_file import ShardRows, build_shard, row_layout
+from labeler.store.shard_writer import store_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from labeler.encoder import EncodedMaps
+    from labeler.store.encoder import EncodedMaps
 
 SAMPLE = 64  # images
 LEVELS = (12, 16, 20, 24, 32, 48)
@@ -95,7 +95,7 @@ def fit_threshold(logits: Tensor, encoding: Encoding, wanted: float) -> Cost:
 
 def measure(logits: Tensor, encoding: Encoding) -> Cost:
     """What rows of these maps cost: their share of a shard's bytes, and the truth that they lose."""
-    from labeler.encoder import encode_maps
+    from labeler.store.encoder import encode_maps
 
     maps = encode_maps(logits, encoding)
     compared = np.isfinite(maps.reference_kl)
@@ -143,7 +143,7 @@ def sample_logits(config: LabelerConfig, images: ImageSet, device: str, count: i
     """float32 [n, C, H, W]: the teacher's maps of at most `count` random images that can be labeled, on the CPU."""
     import torch
 
-    from labeler.teacher import create_teacher
+    from labeler.teacher.create_teacher import create_teacher
     from labeler.worker import decoder_for
 
     teacher = create_teacher(config.teacher, device)

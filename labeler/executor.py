@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from labeler.base.cores import usable_cores
+from labeler.base.errors import InputError, LabelingError, TokenLabelError
+from labeler.base.freed_memory import freed_memory_kept, keep_freed_memory
 from labeler.config import LabelerConfig
-from labeler.cores import usable_cores
-from labeler.errors import InputError, LabelingError, TokenLabelError
-from labeler.freed_memory import freed_memory_kept, keep_freed_memory
-from labeler.plan import Plan
+from labeler.store.plan import Plan
 from labeler.worker import ShardLabeler, ShardResult, ShardTask
 
 log = logging.getLogger("labeler")

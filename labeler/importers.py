@@ -18,19 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from labeler.class_names import name_classes
-from labeler.config import LabelerConfig, TeacherConfig
-from labeler.decode import DecodeSettings, teacher_region
-from labeler.decoders import create_decoder
-from labeler.errors import InputError
-from labeler.foreign_store import remember_written
-from labeler.images import BadImage, ImageSet, find_images, refuse_other_images
-from labeler.plain_tensors import load_plain
-from labeler.plan import Plan, StoreMeta, load_plan
+from labeler.base.errors import InputError
+from labeler.base.plain_tensors import load_plain
+from labeler.config import LabelerConfig
 from labeler.run import default_shard_size, make_task, stored_keys
-from labeler.shard_file import ShardRows
+from labeler.sources.class_names import name_classes
+from labeler.sources.create_decoder import create_decoder
+from labeler.sources.decoder import DecodeSettings, teacher_region
+from labeler.sources.images import BadImage, ImageSet, find_images, refuse_other_images
+from labeler.store.foreign_store import remember_written
+from labeler.store.plan import Plan, StoreMeta, load_plan
+from labeler.store.shard_file import ShardRows
+from labeler.store.shard_writer import begin_store, committed_shards, finish_store, store_classes, write_shard
+from labeler.teacher.teacher_config import TeacherConfig
 from labeler.worker import ShardTask, load_batches
-from labeler.writer import begin_store, committed_shards, finish_store, store_classes, write_shard
 
 log = logging.getLogger("labeler")
 

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
-from labeler.commit import read_marker
+from labeler.base.errors import LabelingError, MismatchError, TeacherError
+from labeler.base.whole_files import read_marker
 from labeler.config import LabelerConfig
-from labeler.decode import Decoded, Decoder, DecodeSettings, teacher_region
-from labeler.decoders import create_decoder
-from labeler.encoder import EncodedMaps, encode_maps
-from labeler.errors import LabelingError, MismatchError, TeacherError
-from labeler.images import BadImage, check_header, image_digest, read_image
-from labeler.plan import Plan
-from labeler.shard_file import ShardRows
-from labeler.teacher import LoadedTeacher, create_teacher
-from labeler.writer import store_classes, write_shard
+from labeler.sources.create_decoder import create_decoder
+from labeler.sources.decoder import Decoded, Decoder, DecodeSettings, teacher_region
+from labeler.sources.images import BadImage, check_header, image_digest, read_image
+from labeler.store.encoder import EncodedMaps, encode_maps
+from labeler.store.plan import Plan
+from labeler.store.shard_file import ShardRows
+from labeler.store.shard_writer import store_classes, write_shard
+from labeler.teacher.create_teacher import LoadedTeacher, create_teacher
 
 BATCHES_AHEAD = 2
 SUMS = ("kl", "coverage", "entropy", "first_kept")  # fields of `EncodedMaps` that are added up over the rows
@@ -89,7 +89,7 @@ class ShardLabeler:
                 "this worker's GPU computes in another precision than the run's labels",
                 got=precision,
                 expected=plan.meta.teacher["autocast"],
-                remedy="Begin a new store with --autocast fp16, which all GPUs have, or use GPUs of one kind.",
+                remedy="Begin a new store with autocast float16, which all GPUs have, or use GPUs of one kind.",
             )
 
     def __call__(self, task: ShardTask, advance: Callable[[int], None] = lambda _: None) -> ShardResult:
@@ -202,7 +202,7 @@ def _without(batch: LoadedBatch, finite: list[bool], teacher: LoadedTeacher) -> 
         raise TeacherError(
             f"teacher {teacher.info.name} gives no finite scores for a whole batch of images",
             got=f"NaN or infinity, autocast {teacher.info.autocast}",
-            remedy="Give --autocast none, or look at --std and at the weights.",
+            remedy="Use autocast float32, or look at std and at the weights.",
         )
     decoded = batch.decoded
     lost = [i for i, good in zip(batch.positions, finite, strict=True) if not good]

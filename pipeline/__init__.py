@@ -9,24 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.augment.mix import MixBox, mix_pixels, sample_mix_box
     from pipeline.batch import Batch
     from pipeline.config import LoaderConfig
     from pipeline.geometry import Views
+    from pipeline.labels.targets import TokenTargets, crop_score_maps
     from pipeline.loader import TokenLabelLoader, create_loader
-    from pipeline.mix import MixBox, mix_pixels, sample_mix_box
-    from pipeline.targets import TokenTargets, crop_score_maps
 
 _HOMES = {
     "Batch": "batch",
     "LoaderConfig": "config",
-    "MixBox": "mix",
+    "MixBox": "augment.mix",
     "TokenLabelLoader": "loader",
-    "TokenTargets": "targets",
+    "TokenTargets": "labels.targets",
     "Views": "geometry",
     "create_loader": "loader",
-    "crop_score_maps": "targets",
-    "mix_pixels": "mix",
-    "sample_mix_box": "mix",
+    "crop_score_maps": "labels.targets",
+    "mix_pixels": "augment.mix",
+    "sample_mix_box": "augment.mix",
 }
 
 __all__ = [

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from labeler.errors import IntegrityError
-from labeler.pixels import open_rgb
-from labeler.score_maps import ScoreMaps
+from labeler.base.errors import IntegrityError
+from labeler.sources.pixels import open_rgb
+from labeler.store.score_maps import ScoreMaps
+from pipeline.augment.draws import Draws
 from pipeline.config import LoaderConfig
-from pipeline.draws import Draws
-from pipeline.label_rows import HostRows
+from pipeline.labels.label_rows import HostRows
+from pipeline.labels.targets import TokenTargets
 from pipeline.sources import unreadable
-from pipeline.targets import TokenTargets
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from labeler.errors import InputError
+from labeler.base.errors import InputError
+from pipeline.augment.mix import MixBox
 from pipeline.geometry import Views, identity
-from pipeline.mix import MixBox
-from pipeline.targets import TokenTargets
+from pipeline.labels.targets import TokenTargets
 
 
 @dataclass(frozen=True)

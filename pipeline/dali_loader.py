@@ -1,6 +1,6 @@
 """The fast backend: DALI decodes, crops and resizes in its threads or on the GPU; augmentation follows on the device.
 
-What DALI would read differently than PIL (`labeler.plain_files`), PIL decodes first, where files are read.
+What DALI would read differently than PIL (`labeler.sources.plain_files`), PIL decodes first, where files are read.
 
 Legend: B images; S input side.
 
@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from labeler.pixels import as_ppm
-from labeler.plain_files import plain_file
-from labeler.score_maps import ScoreMaps
-from pipeline.augment_ops import apply_kernels, warp
+from labeler.sources.pixels import as_ppm
+from labeler.sources.plain_files import plain_file
+from labeler.store.score_maps import ScoreMaps
+from pipeline.augment.draws import Draws
+from pipeline.augment.operations import apply_kernels, warp
 from pipeline.backend import LoaderBackend, Prepared, decoding_failed
 from pipeline.config import LoaderConfig
-from pipeline.draws import Draws
-from pipeline.targets import TokenTargets, crop_score_maps
+from pipeline.labels.targets import TokenTargets, crop_score_maps
 
 log = logging.getLogger("pipeline")
 

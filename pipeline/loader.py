@@ -5,7 +5,6 @@ Legend: B images; S input side; h×w token grid, T = h·w.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -15,30 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from labeler import __version__
-from labeler.cores import usable_cores
-from labeler.decoders import has_dali
-from labeler.errors import InputError, MismatchError
-from labeler.plan import plain
-from pipeline.ahead import Ahead
-from pipeline.augment_policy import Policy, create_policies
+from labeler.base.errors import InputError, MismatchError
+from labeler.base.runtime import pick_device, rank_threads
+from labeler.base.settings import names_that_affect
+from labeler.base.version import __version__
+from labeler.sources.create_decoder import has_dali
+from labeler.store.plan import plain
+from pipeline.augment.draws import DRAWS_VERSION, draw_batch
+from pipeline.augment.erasing import erase
+from pipeline.augment.mix import mix_pixels
+from pipeline.augment.policy import Policy, create_policies
 from pipeline.backend import LoaderBackend, Prepared
 from pipeline.batch import Batch
 from pipeline.config import LoaderConfig
-from pipeline.draws import DRAWS_VERSION, draw_batch
-from pipeline.erasing import erase
-from pipeline.label_rows import LabelRows
-from pipeline.mix import mix_pixels
+from pipeline.labels.label_rows import LabelRows
+from pipeline.labels.targets import TokenTargets, label_targets
 from pipeline.order import EpochOrder
+from pipeline.prefetcher import Ahead
 from pipeline.samples import open_samples, scan_sizes
-from pipeline.targets import TokenTargets, label_targets
-
-# Settings that change how fast batches come, or where from, but not what is in them; `fingerprint` has their content.
-NOT_IN_STATE = frozenset(
-    {
-        "images", "store", "image_list", "class_folders", "rank", "device", "threads", "cache", "prefetch", "progress",
-    }
-)  # fmt: skip
 
 
 def create_loader(config: LoaderConfig, check: Callable[[int], None] | None = None) -> TokenLabelLoader:
@@ -67,8 +60,8 @@ class TokenLabelLoader:
     ) -> None:
         """`policies` take the place of those that the configuration names; check: see `create_loader`."""
         self.config = config
-        self.device = _device(config.device)
-        self.threads = config.threads or _cores(config)
+        self.device = pick_device(config.device)
+        self.threads = config.threads or rank_threads(config.world_size)
         if policies is None:
             policies = create_policies(config.auto_augment, config.color_jitter) if config.train else ()
         self.policies = policies
@@ -192,7 +185,8 @@ class TokenLabelLoader:
         self.epoch, self._batch, self._loaded, self._turn = epoch, batch, True, self._turn + 1
 
     def _settings(self) -> dict[str, Any]:
-        kept = {name: value for name, value in asdict(self.config).items() if name not in NOT_IN_STATE}
+        names = names_that_affect(LoaderConfig, "values", "rounding")
+        kept = {name: value for name, value in asdict(self.config).items() if name in names}
         where = {
             "backend": self.backend.name,
             "device": self.device.type,
@@ -280,32 +274,6 @@ def _backend(config: LoaderConfig) -> type[LoaderBackend]:
             "DALI cannot be imported", got=str(error), remedy='Install it, or use backend="reference".'
         ) from None
     return DaliBackend
-
-
-def _device(name: str) -> torch.device:
-    """The device of a setting, a GPU with its number: the current one where none is named, so one for each rank."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise InputError("device is not known", got=repr(name), expected='"auto", "cpu", "cuda" or "cuda:1"')
-    if device.type == "cpu":
-        return device
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        raise InputError("there is no GPU for torch here", got=f"device {name!r}", remedy='Use device="cpu".')
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= count:
-        raise InputError("there is no such GPU here", got=f"device {name!r}", expected=f"cuda:0 to cuda:{count - 1}")
-    return torch.device("cuda", index)
-
-
-def _cores(config: LoaderConfig) -> int:
-    """This rank's share of the machine's cores; launchers tell how many ranks a machine has."""
-    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", config.world_size)))
 
 
 def _images_a_step(settings: Mapping[str, Any]) -> Any:

@@ -14,12 +14,12 @@ import torch
 from PIL import Image, ImageFilter
 from timm.data import auto_augment as timm_ops
 
-from labeler.score_maps import ScoreMaps
-from pipeline import augment_policy as policy
+from labeler.store.score_maps import ScoreMaps
+from pipeline.augment import policy
+from pipeline.augment.draws import Draws
 from pipeline.backend import LoaderBackend, Prepared
-from pipeline.crop_reference import crop_one_by_one
-from pipeline.draws import Draws
-from pipeline.targets import TokenTargets
+from pipeline.labels.crop_reference import crop_one_by_one
+from pipeline.labels.targets import TokenTargets
 
 OPERATIONS = {
     policy.AUTOCONTRAST: lambda image, _: timm_ops.auto_contrast(image),

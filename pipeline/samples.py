@@ -18,11 +18,11 @@ from itertools import islice
 import numpy as np
 from tqdm import tqdm
 
-from labeler.class_names import folder_classes, targets_of
-from labeler.errors import InputError, IntegrityError, MismatchError, told
-from labeler.images import FORMATS, BadImage, difference, image_digest
-from labeler.pixels import decoded_size
-from labeler.store import LabelStore
+from labeler.base.errors import InputError, IntegrityError, MismatchError, told
+from labeler.sources.class_names import folder_classes, targets_of
+from labeler.sources.images import FORMATS, BadImage, difference, image_digest
+from labeler.sources.pixels import decoded_size
+from labeler.store.label_store import LabelStore
 from pipeline.config import LoaderConfig
 from pipeline.sources import ImageSource, open_source, unreadable
 

@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
-from labeler.errors import InputError, IntegrityError
-from labeler.images import SUFFIXES, ImageSet, find_images
+from labeler.base.errors import InputError, IntegrityError
+from labeler.sources.images import SUFFIXES, ImageSet, find_images
 
 LABEL_SUFFIX = ".cls"
 SHOW_PROGRESS_FROM = 20  # tar shards

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from labeler.errors import InputError
-from labeler.pixels import open_rgb
-from labeler.report import class_name
-from labeler.report_charts import COLOURS, OTHER, lay_over
-from labeler.score_maps import ScoreMaps
+from labeler.base.errors import InputError
+from labeler.report.charts import COLOURS, OTHER, lay_over
+from labeler.report.page import class_name
+from labeler.sources.pixels import open_rgb
+from labeler.store.score_maps import ScoreMaps
 from pipeline.batch import Batch
 from pipeline.loader import TokenLabelLoader
 

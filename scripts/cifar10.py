@@ -28,8 +28,8 @@ from torch import nn
 
 import labeler.__main__
 import train.__main__
-from labeler.commit import replace_file
-from labeler.errors import InputError
+from labeler.base.errors import InputError
+from labeler.base.whole_files import replace_file
 from scripts import demo_students
 from scripts.demo_teacher import (
     BATCH,
@@ -41,8 +41,8 @@ from scripts.demo_teacher import (
     stored_report,
     top1,
 )
-from train.continuation import differences
-from train.recipe import load_recipe
+from train.recipes.recipe import load_recipe
+from train.record.continuation import differences
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32

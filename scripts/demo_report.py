@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from labeler.commit import replace_file
-from labeler.report_charts import COLOURS, lay_over, picture
+from labeler.base.whole_files import replace_file
+from labeler.report.charts import COLOURS, lay_over, picture
 from pipeline.view import WHOLE
 from scripts.demo_students import Student
-from train.curves import draw_comparison
-from train.single_images import normalized, see
-from train.validate import load_trained
+from train.evaluation.single_images import normalized, see
+from train.evaluation.validate import load_trained
+from train.record.curves import draw_comparison
 
 PICTURES, SIDE = 16, 170
 

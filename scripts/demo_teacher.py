@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from labeler.errors import InputError
+from labeler.base.errors import InputError
 from scripts.scenes import CLASSES
 
 LABEL_SIDE, TRAIN_SIDE = 80, 64

@@ -20,12 +20,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from labeler import LabelStore
-from labeler.class_names import IMAGENET_CLASSES, imagenet_names
-from labeler.commit import replace_file
-from labeler.errors import InputError
-from labeler.images import image_path
-from labeler.pixels import open_rgb
-from labeler.report_charts import COLOURS, OTHER, lay_over
+from labeler.base.errors import InputError
+from labeler.base.whole_files import replace_file
+from labeler.report.charts import COLOURS, OTHER, lay_over
+from labeler.sources.class_names import IMAGENET_CLASSES, imagenet_names
+from labeler.sources.images import image_path
+from labeler.sources.pixels import open_rgb
 
 # Pixels. A README shows the picture at half its width, so everything is twice as large as it looks.
 WIDTH, MARGIN, GAP = 1720, 20, 16

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from train.curves import draw_schedules
-from train.recipe import load_recipe, recipe_names
+from train.recipes.recipe import load_recipe, recipe_names
+from train.record.curves import draw_schedules
 
 # Of the demo's 2,000 images in batches of 32; the shape of longer schedules does not depend on it.
 EPOCH_STEPS = 62

@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from labeler.commit import replace_file
-from labeler.errors import InputError, TeacherError
+from labeler.base.errors import InputError, TeacherError
+from labeler.base.whole_files import replace_file
 
 # name -> sha256 of the package's only file of weights; its first eight digits are also in the name of that file.
 DIGESTS = {

@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-from labeler.commit import replace_file
-from labeler.cores import usable_cores
+from labeler.base.cores import usable_cores
+from labeler.base.whole_files import replace_file
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"

@@ -32,8 +32,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from labeler.commit import read_sealed, sealed
-from labeler.errors import TokenLabelError
+from labeler.base.errors import TokenLabelError
+from labeler.base.whole_files import read_sealed, sealed
 
 TESTS = Path(__file__).parents[1] / "tests"
 LIMIT = 60.0  # seconds for one try
@@ -78,7 +78,7 @@ class Target(Protocol):
 
 
 class StoreTarget:
-    """A store of a few rows, mutated in place; a child process opens it first (`labeler.foreign_store`)."""
+    """A store of a few rows, mutated in place; a child process opens it first (`labeler.store.foreign_store`)."""
 
     def __init__(self, store: Path, rng: np.random.Generator) -> None:
         self.rng, self.store, self.last = rng, store, ("", b"")
@@ -88,7 +88,7 @@ class StoreTarget:
         self.structures = hdf5_structures(self.clean[self.shard])
 
     def run_one(self) -> str:
-        from labeler.store import LabelStore
+        from labeler.store.label_store import LabelStore
         from labeler.verify import verify_store
 
         name, data = self.last = self._input()
@@ -223,13 +223,13 @@ class RecipeTarget:
              b"[", b"{", b"true", b"0x7fffffffffffffffff", b"-1", b"\n", b".", b"a.b = 1\n", b"\0")  # fmt: skip
 
     def __init__(self, folder: Path, rng: np.random.Generator) -> None:
-        from train.recipe import recipe_names, recipe_path
+        from train.recipes.recipe import recipe_names, recipe_path
 
         self.rng, self.path, self.last = rng, folder / "recipe.toml", ("", b"")
         self.seeds = [recipe_path(name).read_bytes() for name in recipe_names()]
 
     def run_one(self) -> str:
-        from train.recipe import load_recipe, to_toml
+        from train.recipes.recipe import load_recipe, to_toml
 
         data = self.seeds[int(self.rng.integers(len(self.seeds)))]
         if self.rng.random() < 0.5:
@@ -250,7 +250,7 @@ class RecipeTarget:
 
     def _values(self, values: Any) -> str:
         """As `run_one`, past TOML."""
-        from train.recipe import parse_config
+        from train.recipes.recipe import parse_config
 
         self.last = ("values.json", json.dumps(values).encode())
         try:
@@ -276,7 +276,7 @@ class ImageListTarget:
         self.seed = "\n".join(p.relative_to(self.root).as_posix() for p in sorted(self.root.glob("class*/*"))).encode()
 
     def run_one(self) -> str:
-        from labeler.images import find_images, image_path
+        from labeler.sources.images import find_images, image_path
 
         lines = [line for line in self.seed.split(b"\n") if self.rng.random() < 0.8]
         self.rng.shuffle(lines)
@@ -319,9 +319,9 @@ class CheckpointTarget:
         return found
 
     def _published(self) -> str:
-        from labeler.checkpoints import read_checkpoint
+        from labeler.base.errors import ModelError
+        from labeler.teacher.weights import read_checkpoint
         from model.checkpoints import load_reference_checkpoint
-        from model.errors import ModelError
 
         data = self._mutated(self.seeds[int(self.rng.integers(len(self.seeds)))])
         self.last = ("published.pth", data)
@@ -336,9 +336,8 @@ class CheckpointTarget:
         return found
 
     def _training(self) -> str:
-        from model.errors import ModelError
-        from train.checkpoint import find_checkpoint, read_state, read_weights
         from train.network import restore_network
+        from train.record.checkpoint import find_checkpoint, read_state, read_weights
 
         names = sorted(self.clean)
         name = names[int(self.rng.integers(len(names)))]
@@ -359,7 +358,7 @@ class CheckpointTarget:
             read_state(folder, info)
             restore_network(info, read_weights(folder, info, ema=bool(self.rng.random() < 0.5)))
             return f"read: {name}"
-        except (TokenLabelError, ModelError):
+        except TokenLabelError:
             return f"refused: {name}"
         finally:
             for other, content in self.clean.items():

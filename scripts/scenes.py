@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from labeler.cores import usable_cores
-from labeler.errors import InputError
+from labeler.base.cores import usable_cores
+from labeler.base.errors import InputError
 
 SIDES = (72, 110)  # pixels, both ends included
 LARGEST = 1.45  # ratio of the sizes, a size being the square root of the area

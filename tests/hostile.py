@@ -19,7 +19,7 @@ import torch
 from tiny import CLASSES, GRID
 from tiny_runs import TINY_RECIPE
 
-from labeler.commit import read_sealed, sealed
+from labeler.base.whole_files import read_sealed, sealed
 
 PALETTE = 6  # as many places as the tiny teacher has classes
 IN_OPEN, IN_ACCESS, IN_MODIFY = 0x20, 0x1, 0x2
@@ -217,8 +217,8 @@ class Canary:
 def training_checkpoint(folder: Path) -> Path:
     """An honest one of a tiny model, with averaged weights and a training state."""
     from model import token_label
-    from train.checkpoint import CheckpointInfo, save_checkpoint
-    from train.config import ModelConfig
+    from train.recipes.config import ModelConfig
+    from train.record.checkpoint import CheckpointInfo, save_checkpoint
 
     config = ModelConfig(**TINY_RECIPE["model"], num_classes=CLASSES)
     net = token_label(config.name, CLASSES, img_size=config.img_size, **config.args)

@@ -23,21 +23,21 @@ import torch
 from faults import counts, tally
 from tiny import CLASSES
 
-import labeler.foreign_store as foreign
+import labeler.store.foreign_store as foreign
 from labeler import InputError, IntegrityError, LabelStore, TokenLabelError, label_images
 from labeler.__main__ import main
-from labeler.checkpoints import read_checkpoint
-from labeler.commit import sealed
-from labeler.images import BadImage
+from labeler.base.errors import ModelError
+from labeler.base.plain_tensors import load_plain
+from labeler.base.whole_files import sealed
 from labeler.importers import read_map
-from labeler.plain_tensors import load_plain
-from labeler.shard_file import ShardReader
+from labeler.sources.images import BadImage
+from labeler.store.shard_file import ShardReader
+from labeler.teacher.weights import read_checkpoint
 from labeler.verify import verify_store
 from model.checkpoints import load_reference_checkpoint
-from model.errors import ModelError
 from scripts.fuzz import StoreTarget, hdf5_structures, lookup3
-from train.checkpoint import check_checkpoint, read_state, read_weights
 from train.network import restore_network
+from train.record.checkpoint import check_checkpoint, read_state, read_weights
 
 ROOT = Path(__file__).parents[1]
 
@@ -506,10 +506,6 @@ def test_honest_files_of_every_kind_are_read(tmp_path):
         assert found.keys() == content.keys()
         assert torch.equal(found["parameter"], linear.weight)
         assert load_plain((tmp_path / "a.pt").read_bytes())["set"] == {1}
-
-
-def test_the_two_readers_of_plain_tensors_are_one():
-    assert (ROOT / "labeler/plain_tensors.py").read_bytes() == (ROOT / "model/plain_tensors.py").read_bytes()
 
 
 # Row 33

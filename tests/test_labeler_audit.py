@@ -16,8 +16,8 @@ from labeler import InputError, LabelStore, ScoreMaps, TeacherConfig, label_imag
 from labeler.__main__ import main
 from labeler.audit import SHARES, audit_labels, audit_store
 from labeler.audit_errors import answers, crop_scores, errors_of, fractions, kl, random_windows
-from labeler.commit import read_sealed, sealed
-from labeler.verify import teacher_of
+from labeler.base.whole_files import read_sealed, sealed
+from labeler.relabel import teacher_of
 
 
 class OneSided(ColourTeacher):

@@ -17,9 +17,9 @@ from PIL import Image
 from tiny import ColourTeacher, encoded, make_images, picture
 
 from labeler import InputError, LabelStore, TeacherConfig, TeacherError, label_images
-from labeler.decode import DecodeSettings, teacher_region
-from labeler.decoders import create_decoder
-from labeler.images import BadImage, check_header, find_images, image_digest
+from labeler.sources.create_decoder import create_decoder
+from labeler.sources.decoder import DecodeSettings, teacher_region
+from labeler.sources.images import BadImage, check_header, find_images, image_digest
 from labeler.verify import verify_store
 
 PICTURE = picture(7, 48, 64)
@@ -190,7 +190,7 @@ def test_only_bad_images_give_an_empty_store_with_a_full_quarantine(tmp_path, co
 
 @pytest.mark.fault(19)
 def test_a_file_that_changes_during_the_run_is_not_labeled(tmp_path, config):
-    from labeler.images import read_image
+    from labeler.sources.images import read_image
 
     (tmp_path / "a.jpg").write_bytes(JPEG)
     with pytest.raises(BadImage, match="changed after the run began"):

@@ -11,9 +11,9 @@ from tiny import make_images
 
 from labeler import InputError, LabelerConfig, LabelStore, MismatchError, TeacherConfig, label_images
 from labeler.choose_encoding import asked_encoding, fit_threshold, measure
-from labeler.plan import StoreMeta
-from labeler.score_code import QUALITIES, Encoding, code_table
-from labeler.shard_file import ShardRows, build_shard, class_dtype, row_layout
+from labeler.store.plan import StoreMeta
+from labeler.store.score_code import QUALITIES, Encoding, code_table
+from labeler.store.shard_file import ShardRows, build_shard, class_dtype, row_layout
 
 TEACHER = TeacherConfig("tiny:colour_teacher")
 
@@ -80,7 +80,7 @@ def test_too_few_bytes_are_refused_before_there_is_a_store(images, tmp_path, con
 
 @pytest.mark.parametrize("beside", [{"threshold": 0.1}, {"precision": "float16"}])
 def test_bytes_and_what_they_pick_exclude_each_other(beside):
-    with pytest.raises(InputError, match="bytes-per-image picks the threshold"):
+    with pytest.raises(InputError, match="bytes_per_image picks the threshold"):
         LabelerConfig(TEACHER, bytes_per_image=500, **beside)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from labeler.class_names import imagenet_names, name_classes, targets_of
+from labeler.sources.class_names import imagenet_names, name_classes, targets_of
 
 SYNSETS, DESCRIPTIONS = imagenet_names()
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.convnext import CNBlockConfig
 
-from labeler import head_per_location
-from labeler.dense_maps import dense_map
-from labeler.errors import TeacherError
-from labeler.head_per_location import HeadPerLocation
+from labeler.base.errors import TeacherError
+from labeler.teacher import head_per_location
+from labeler.teacher.dense_maps import dense_map
+from labeler.teacher.head_per_location import HeadPerLocation
 
 CLASSES = 7
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 4}

@@ -10,9 +10,9 @@ import torch
 from test_labeler_score_maps import decoded
 from tiny import synthetic_logits
 
-from labeler.encoder import _keep_first, encode_maps, encode_planes, reference_kl
-from labeler.errors import InputError
-from labeler.score_code import FLOOR, MAX_LEVELS, QUALITIES, Encoding, code_table
+from labeler.base.errors import InputError
+from labeler.store.encoder import _keep_first, encode_maps, encode_planes, reference_kl
+from labeler.store.score_code import FLOOR, MAX_LEVELS, QUALITIES, Encoding, code_table
 
 TINY_TABLE = np.pad(-np.arange(0, 20, 0.1, dtype=np.float32), (0, 56), mode="edge")  # falling, as format 1.0 has it
 
@@ -197,7 +197,7 @@ def test_each_eighth_image_is_compared_with_five_float16_logits_per_cell():
 def test_many_classes_are_encoded_in_parts_and_give_the_same(monkeypatch):
     logits = teacher_like(5, 300, 6, seed=6)
     whole = encode_maps(logits, Encoding())
-    monkeypatch.setattr("labeler.encoder.DENSE_ELEMENTS", 2 * logits[0].numel())
+    monkeypatch.setattr("labeler.store.encoder.DENSE_ELEMENTS", 2 * logits[0].numel())
     parts = encode_maps(logits, Encoding())
     for field in dataclasses.fields(whole):
         np.testing.assert_array_equal(getattr(whole, field.name), getattr(parts, field.name))

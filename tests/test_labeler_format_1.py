@@ -13,12 +13,12 @@ import torch
 from tiny import colour_teacher
 
 from labeler import LabelStore, MismatchError, label_images
-from labeler.decode import DecodeSettings
-from labeler.decode_reference import ReferenceDecoder
-from labeler.report import write_report
+from labeler.report.page import write_report
+from labeler.sources.decode_reference import ReferenceDecoder
+from labeler.sources.decoder import DecodeSettings
 from labeler.verify import verify_store
 from pipeline import LoaderConfig, create_loader
-from pipeline.label_rows import LabelRows
+from pipeline.labels.label_rows import LabelRows
 
 HOME = Path(__file__).parent / "fixtures" / "store_1_0"  # six images of 24×32 pixels, the tiny teacher, shards of three
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc 
 ROOT = Path(__file__).parents[1]
 FAULTS_OF_LATER_STEPS = """
 import resource, sys, torch
-from labeler.freed_memory import keep_freed_memory
+from labeler.base.freed_memory import keep_freed_memory
 net = torch.nn.Sequential(*[torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)])
 images = torch.randn(8, 16, 256, 256)  # 34 MB, as are the features between the layers
 def step():
@@ -31,7 +31,7 @@ print(faults() - before)
 """
 HELD_AFTER_BEING_FREED = """
 import os, torch
-from labeler.freed_memory import freed_memory_kept
+from labeler.base.freed_memory import freed_memory_kept
 def held():
     pages = int(open("/proc/self/statm").read().split()[1])
     return pages * os.sysconf('SC_PAGE_SIZE')

@@ -10,8 +10,8 @@ import torch
 from tiny import encoded, make_images, picture
 
 from labeler import InputError, LabelStore, MismatchError, import_token_label_files
-from labeler.images import BadImage
 from labeler.importers import read_map
+from labeler.sources.images import BadImage
 from labeler.verify import verify_store
 
 CLASSES, GRID = 50, 6

@@ -16,11 +16,11 @@ import torch
 from labeling_runs import in_own_process
 from tiny import ColourTeacher, encoded, make_images, picture
 
-from labeler import LabelingError, LabelStore, TeacherConfig, TeacherError, label_images
-from labeler.decode import DecodeSettings
+from labeler import InputError, LabelingError, LabelStore, TeacherConfig, label_images
 from labeler.executor import _threads
-from labeler.foreign_store import run_child
-from labeler.images import BadImage, read_image
+from labeler.sources.decoder import DecodeSettings
+from labeler.sources.images import BadImage, read_image
+from labeler.store.foreign_store import run_child
 
 ROOT_THAT_LEAVES: list[Path] = []
 
@@ -72,7 +72,7 @@ def test_an_error_of_the_machine_is_none_of_the_image(images, monkeypatch, numbe
 
 
 def test_dali_that_cannot_start_or_decodes_nothing_more_blames_no_image(monkeypatch):
-    dali = pytest.importorskip("labeler.decode_dali", reason="DALI has no wheel here", exc_type=ImportError)
+    dali = pytest.importorskip("labeler.sources.decode_dali", reason="DALI has no wheel here", exc_type=ImportError)
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA driver failed: too old")
@@ -91,7 +91,7 @@ def test_dali_that_cannot_start_or_decodes_nothing_more_blames_no_image(monkeypa
 
 
 def test_dali_decodes_on_the_gpu_of_the_teacher():
-    dali = pytest.importorskip("labeler.decode_dali", reason="DALI has no wheel here", exc_type=ImportError)
+    dali = pytest.importorskip("labeler.sources.decode_dali", reason="DALI has no wheel here", exc_type=ImportError)
     assert dali._gpu("cuda:1") == 1
     assert dali._gpu("cpu") is None
 
@@ -127,7 +127,7 @@ def test_a_worker_that_fails_at_everything_takes_no_other_shard_with_it(images, 
 def test_a_gpu_that_is_not_there_is_told_before_any_worker_waits_for_one(images, tmp_path, config):
     if torch.cuda.is_available():
         pytest.skip("a GPU is at hand")
-    with pytest.raises(TeacherError, match="there is no device cuda"):
+    with pytest.raises(InputError, match="there is no GPU"):
         label_images(images, tmp_path / "labels", dataclasses.replace(config, workers=2, device="cuda"))
     assert not (tmp_path / "labels").exists()
 

@@ -17,7 +17,7 @@ from conftest import TINY
 from tiny import make_images
 
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, label_images
-from labeler.open_files import OpenFiles
+from labeler.base.open_files import OpenFiles
 
 SHARDS = 200
 linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system does not tell open files")

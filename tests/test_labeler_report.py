@@ -15,11 +15,11 @@ from tiny import ColourTeacher, make_images
 
 from labeler import InputError, LabelStore, TeacherConfig, import_token_label_files, label_images
 from labeler.__main__ import main
-from labeler.encoder import reference_kl
-from labeler.report import write_report
-from labeler.report_charts import curve, scatter
-from labeler.report_figures import cell_classes, check_truth, draw_sample
-from labeler.report_truth import costs_of, palette_curve, reference_bytes, totals, truth_cards
+from labeler.report.charts import curve, scatter
+from labeler.report.figures import cell_classes, check_truth, draw_sample
+from labeler.report.page import write_report
+from labeler.report.truth import costs_of, palette_curve, reference_bytes, totals, truth_cards
+from labeler.store.encoder import reference_kl
 
 
 class ManyClasses(ColourTeacher):

@@ -17,7 +17,7 @@ from labeling_runs import TESTS, command, start, state, wait_for_markers
 from tiny import CLASSES, make_images
 
 from labeler import LabelerConfig, LabelStore, TeacherConfig, label_images
-from labeler.commit import publish_exclusively
+from labeler.base.whole_files import publish_exclusively
 from labeler.verify import verify_store
 
 

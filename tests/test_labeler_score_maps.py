@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import synthetic_logits
 
-from labeler.encoder import encode_maps, encode_planes
-from labeler.errors import InputError
-from labeler.score_code import Encoding, ScoreCode, code_table
-from labeler.score_maps import ScoreMaps
+from labeler.base.errors import InputError
+from labeler.store.encoder import encode_maps, encode_planes
+from labeler.store.score_code import Encoding, ScoreCode, code_table
+from labeler.store.score_maps import ScoreMaps
 
 
 def decoded(logits: torch.Tensor, encoding: Encoding) -> ScoreMaps:

@@ -17,11 +17,12 @@ import torch
 from tiny import CLASSES, GRID, colour_teacher, make_images
 
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, label_images
-from labeler.commit import publish_shard, read_marker, shard_stem
-from labeler.decode import DecodeSettings
-from labeler.decode_reference import ReferenceDecoder
-from labeler.row_checks import value_problems
-from labeler.shard_file import (
+from labeler.base.whole_files import publish_shard, read_marker, shard_stem
+from labeler.sources.decode_reference import ReferenceDecoder
+from labeler.sources.decoder import DecodeSettings
+from labeler.store.label_store import _most_used
+from labeler.store.row_checks import value_problems
+from labeler.store.shard_file import (
     ShardReader,
     ShardRows,
     build_shard,
@@ -30,7 +31,6 @@ from labeler.shard_file import (
     packed_planes,
     row_layout,
 )
-from labeler.store import _most_used
 from labeler.verify import verify_store
 
 
@@ -222,7 +222,7 @@ def test_a_store_sent_to_another_process_still_reads(store):
 
 def test_a_copy_of_a_checked_store_is_not_checked_again(store, monkeypatch):
     sent = pickle.dumps(LabelStore(store))
-    monkeypatch.setattr("labeler.store.refuse_hostile", lambda path: pytest.fail("checked again"))
+    monkeypatch.setattr("labeler.store.label_store.refuse_hostile", lambda path: pytest.fail("checked again"))
     assert len(pickle.loads(sent)) == 12
 
 
@@ -306,7 +306,7 @@ def test_a_damaged_marker_or_plan_is_refused(store):
 
 
 def test_a_newer_format_is_refused_with_both_versions(store):
-    from labeler.commit import read_sealed, write_sealed
+    from labeler.base.whole_files import read_sealed, write_sealed
 
     record = read_sealed(store / "plan.json")
     record["meta"]["format_version"] = "3.0"
@@ -415,7 +415,7 @@ def test_a_shard_that_lacks_one_rows_chunk_is_refused_before_it_is_read(store):
 def test_places_in_a_file_take_four_bytes_below_the_limit(monkeypatch, more, size):
     layout = row_layout(1, (1, 1), 3, "logprob", "uint8", 16)
     payload = sum(8 * dtype.itemsize * int(np.prod(shape)) for dtype, shape in layout.values())
-    monkeypatch.setattr("labeler.shard_file.MOST_IN_4_BYTES", payload + more)
+    monkeypatch.setattr("labeler.store.shard_file.MOST_IN_4_BYTES", payload + more)
     content = build_shard(rows_of(tuple("abcdefgh")), layout, {}, TABLE)
     assert content[9] == size  # of HDF5's superblock: "size of offsets"
 

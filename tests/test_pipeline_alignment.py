@@ -16,7 +16,7 @@ from torch import nn
 
 from labeler import LabelerConfig, TeacherConfig, label_images
 from pipeline import Batch, LoaderConfig, TokenLabelLoader
-from pipeline.augment_policy import RandAugment
+from pipeline.augment.policy import RandAugment
 
 SLOPE = 8.0  # nats from one side of an image to the other
 GRID = (8, 4)  # not square, so that swapped axes show

@@ -16,9 +16,9 @@ from PIL import Image
 from timm.data import auto_augment as timm_ops
 from tiny import picture
 
-from labeler.errors import InputError
-from pipeline import augment_policy as policy
-from pipeline.augment_ops import KERNELS, apply_kernels, warp
+from labeler.base.errors import InputError
+from pipeline.augment import policy
+from pipeline.augment.operations import KERNELS, apply_kernels, warp
 from pipeline.reference_loader import OPERATIONS as TWINS
 
 SIDE = 28

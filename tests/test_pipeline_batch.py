@@ -17,8 +17,8 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from labeler import InputError, ScoreMaps
 from pipeline import Batch, MixBox, TokenTargets, Views
-from pipeline.targets import label_targets
-from train.loss import TokenLabelLoss
+from pipeline.labels.targets import label_targets
+from train.loss.token_label_loss import TokenLabelLoss
 from train.micro_batches import micro_batches
 
 B, P, T, S, CLASSES = 3, 2, 4, 8, 5

@@ -16,10 +16,10 @@ from timm.data.random_erasing import RandomErasing
 from tiny import picture
 from torchvision.transforms import RandomResizedCrop
 
-from labeler.errors import InputError
-from pipeline.crops import center_crops, random_resized_crops
-from pipeline.erasing import draw_erased, erase
-from pipeline.mix import MixBox, mix_pixels, sample_mix_box
+from labeler.base.errors import InputError
+from pipeline.augment.crops import center_crops, random_resized_crops
+from pipeline.augment.erasing import draw_erased, erase
+from pipeline.augment.mix import MixBox, mix_pixels, sample_mix_box
 
 RATIO = (3 / 4, 4 / 3)
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from pipeline import LoaderConfig
-from pipeline.draws import DRAWS_VERSION, draw_batch
-from pipeline.mix import MixBox
+from pipeline.augment.draws import DRAWS_VERSION, draw_batch
+from pipeline.augment.mix import MixBox
 from pipeline.order import EpochOrder
 
 COUNT = 20_000

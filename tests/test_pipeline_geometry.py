@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from labeler.errors import InputError
-from labeler.score_maps import ScoreMaps
-from pipeline import augment_policy as policy
-from pipeline.crop_reference import crop_one_by_one
+from labeler.base.errors import InputError
+from labeler.store.score_maps import ScoreMaps
+from pipeline.augment import policy
 from pipeline.geometry import (
     Views,
     apply_affine,
@@ -25,7 +24,8 @@ from pipeline.geometry import (
     identity,
     is_axis_aligned,
 )
-from pipeline.targets import TokenTargets, crop_score_maps, label_targets
+from pipeline.labels.crop_reference import crop_one_by_one
+from pipeline.labels.targets import TokenTargets, crop_score_maps, label_targets
 
 CLASSES = 9
 FULL = (0.0, 0.0, 1.0, 1.0)

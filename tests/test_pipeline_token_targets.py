@@ -11,8 +11,8 @@ import torch
 from fixtures import SOURCES, about, close, tensors
 from torchvision.ops import roi_align
 
-from labeler.score_maps import ScoreMaps
-from pipeline.targets import crop_score_maps
+from labeler.store.score_maps import ScoreMaps
+from pipeline.labels.targets import crop_score_maps
 
 CELLS = 18
 TOLERANCE = 5e-6

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from labeler.errors import InputError
-from labeler.report_charts import COLOURS
+from labeler.base.errors import InputError
+from labeler.report.charts import COLOURS
 from pipeline import LoaderConfig, MixBox, Views, create_loader
 from pipeline import view as pictures
 from pipeline.__main__ import main
-from pipeline.targets import NOTHING, TokenTargets
+from pipeline.labels.targets import NOTHING, TokenTargets
 
 SIZE, GRID, COUNT, CLASSES = 64, 8, 4, 6
 

@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 
-from labeler.score_code import Encoding
+from labeler.store.score_code import Encoding
 from scripts.benchmark import store_real
 from scripts.benchmark.measure import Options
 from scripts.benchmark.store_truth import CODES, LOAD, RAM, RIVAL, SETTINGS, measure_level, read_speed

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from labeler import LabelerConfig, TeacherConfig, label_images
-from labeler.classifiers import build_classifier
-from labeler.errors import TeacherError
+from labeler.base.errors import TeacherError
+from labeler.teacher.classifiers import build_classifier
 from scripts import draw_real_maps
 from scripts.efficientnet_lite import DIGESTS, main, renamed, teacher
 

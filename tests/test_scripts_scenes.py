@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from labeler import TeacherConfig
-from labeler.errors import InputError
-from labeler.teacher import create_teacher
+from labeler.base.errors import InputError
+from labeler.teacher.create_teacher import create_teacher
 from scripts.demo_teacher import load_split, random_crops, train_teacher
 from scripts.scenes import (
     BACKGROUND,

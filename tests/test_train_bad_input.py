@@ -24,9 +24,9 @@ from pipeline import Batch, TokenLabelLoader
 from pipeline.sources import FolderSource
 from train import fit
 from train.__main__ import main
-from train.checkpoint import check_checkpoint, checkpoints, newest_checkpoint, read_state, read_weights
-from train.metrics import read_rows
-from train.recipe import to_toml
+from train.recipes.recipe import to_toml
+from train.record.checkpoint import check_checkpoint, checkpoints, newest_checkpoint, read_state, read_weights
+from train.record.metrics import read_rows
 
 Run = Callable[..., tuple[int, str]]
 
@@ -74,7 +74,7 @@ REFUSED = {
     "images that do not divide into patches": (["model.img_size=33"], "got 33×33 pixels, expected multiples of 8"),
     "optimizer": (["optimizer.name=adamww"], "optimizer.name is not known: got 'adamww'. Did you mean 'adamw'?"),
     "float16 without a GPU": (["precision=float16"], "precision=float16 needs a GPU: expected float32 or bfloat16"),
-    "device": (["run.device=tpu"], 'device is not known: got \'tpu\', expected "auto", "cpu" or "cuda"'),
+    "device": (["run.device=tpu"], "run.device is not known: got 'tpu', expected auto, cpu or cuda"),
     "crop that shrinks": (["augment.scale=[1, 0.5]"], "scale does not fit: got (1.0, 0.5), expected two shares"),
     "augmentation": (["auto_augment=foo"], "auto_augment is not understood: got 'foo'"),
     "warm-up longer than the run": (["warmup_epochs=3"], "schedule.steps is too few for warm-up and cooldown"),

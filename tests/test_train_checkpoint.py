@@ -21,14 +21,22 @@ from faults import counts, tally
 from forked_runs import Blow, forks
 from tiny_runs import FULL, outcome, save_small_checkpoint, tiny_config, tiny_data, write_recipe
 
-import train.checkpoint
+import train.record.checkpoint
 from labeler import InputError, IntegrityError
-from labeler.commit import TEMPORARY, read_sealed, sealed
-from labeler.errors import TokenLabelError
+from labeler.base.errors import TokenLabelError
+from labeler.base.whole_files import TEMPORARY, read_sealed, sealed
 from train import TrainConfig, fit
-from train.checkpoint import FOLDER, check_checkpoint, checkpoints, newest_checkpoint, read_state, read_weights, sweep
 from train.errors import TrainError
-from train.validate import load_trained
+from train.evaluation.validate import load_trained
+from train.record.checkpoint import (
+    FOLDER,
+    check_checkpoint,
+    checkpoints,
+    newest_checkpoint,
+    read_state,
+    read_weights,
+    sweep,
+)
 
 FILES = ("checkpoint.json", "weights.safetensors", "ema.safetensors", "state.pt")
 SAVE = "tiny_runs:save_small_checkpoint"
@@ -64,7 +72,7 @@ def run(killed: TrainConfig, tmp_path: Path) -> TrainConfig:
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes half the time of a tiny run and has no part in what is tested."""
-    monkeypatch.setattr("train.run_record.draw_run", lambda folder: False)
+    monkeypatch.setattr("train.record.run_folder.draw_run", lambda folder: False)
 
 
 def into(config: TrainConfig, folder: Path, **run: Any) -> TrainConfig:
@@ -83,7 +91,7 @@ def newest(config: TrainConfig) -> Path:
 def test_a_process_killed_between_any_two_system_calls_of_a_checkpoint_leaves_a_whole_one(tmp_path, before):
     """About a hundred kills over the three cases; half a file written is a kill too."""
     kills, whole = 0, set()
-    blows = [Blow("train.checkpoint:_write", call, half=True) for call in range(1, 5)]
+    blows = [Blow("train.record.checkpoint:_write", call, half=True) for call in range(1, 5)]
     keep = 1 if before == "one removed" else 2
     while True:
         blow = blows.pop() if blows else Blow(SAVE, 1, kills - 4)
@@ -297,7 +305,7 @@ def unsealed(folder: Path) -> dict[str, Any]:
 def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_no_training(
     killed, undisturbed, tmp_path, monkeypatch, caplog
 ):
-    write = train.checkpoint._write
+    write = train.record.checkpoint._write
     seen = []
 
     def full(path: Path, data: bytes) -> None:
@@ -307,7 +315,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_no_training(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(train.checkpoint, "_write", full)
+    monkeypatch.setattr(train.record.checkpoint, "_write", full)
     config = into(killed, tmp_path / "run", keep=99)
     fit(config)
     [message] = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
@@ -327,7 +335,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_no_training(
 def test_a_disk_that_is_full_at_the_last_checkpoint_is_an_error_and_the_one_before_is_kept(
     killed, undisturbed, tmp_path, monkeypatch
 ):
-    write = train.checkpoint._write
+    write = train.record.checkpoint._write
 
     def full(path: Path, data: bytes) -> None:
         if path.parent.name.startswith(".tmp-step-00000009"):
@@ -336,7 +344,7 @@ def test_a_disk_that_is_full_at_the_last_checkpoint_is_an_error_and_the_one_befo
 
     config = into(killed, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(train.checkpoint, "_write", full)
+        patch.setattr(train.record.checkpoint, "_write", full)
         with pytest.raises(TrainError, match=r"step-00000009 cannot be written: got the disk is full\. the newest .*8"):
             fit(config)
     assert not list(tmp_path.rglob(".tmp-*"))
@@ -400,7 +408,7 @@ def test_what_is_saved_after_a_damaged_one_is_not_removed_in_its_favour(tmp_path
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(InputError, match="there is no checkpoint in"):
-        train.checkpoint.find_checkpoint(tmp_path)
+        train.record.checkpoint.find_checkpoint(tmp_path)
     with pytest.raises(IntegrityError, match=r"is no checkpoint: got no checkpoint\.json"):
         check_checkpoint(tmp_path)
     assert newest_checkpoint(tmp_path) is None

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from labeler.cores import usable_cores
+from labeler.base.cores import usable_cores
 from train import doctor
 from train.__main__ import main
 

@@ -20,14 +20,14 @@ from tiny import CLASSES, make_images
 from tiny_runs import outcome, tiny_config, tiny_data
 
 import train
-from labeler.command_line import run_command
-from labeler.errors import InputError
+from labeler.base.command_line import run_command
+from labeler.base.errors import InputError
 from model import load_reference_checkpoint
 from train.__main__ import main
-from train.checkpoint import check_checkpoint, checkpoints
+from train.evaluation.validate import load_trained, validate
 from train.network import build_network
-from train.recipe import to_toml
-from train.validate import load_trained, validate
+from train.recipes.recipe import to_toml
+from train.record.checkpoint import check_checkpoint, checkpoints
 
 MICRO = {"embed_dim": 32, "depth": 4}  # of the published names in /fixtures, 64² pixels, ten classes
 HEADS = ("head.", "aux_head.", "backbone.head.", "backbone.fc.")

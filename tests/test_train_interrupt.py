@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import tiny_config, tiny_data, write_recipe
 
-from labeler.command_line import run_command
-from train.signals import StopSignals
+from labeler.base.command_line import run_command
+from train.ranks.stop_signals import StopSignals
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # What was imported last when the signal comes: at the beginning, within torch, within timm, and by the training itself.
-@pytest.mark.parametrize("module", ["labeler.errors", "torch.storage", "timm.layers", "train.trainer"])
+@pytest.mark.parametrize("module", ["labeler.base.errors", "torch.storage", "timm.layers", "train.trainer"])
 def test_an_interrupt_while_the_program_starts_is_one_line_with_status_130(recipe, module):
     command = [sys.executable, "-X", "importtime", "-m", "train", "fit", str(recipe)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

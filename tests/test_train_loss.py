@@ -12,12 +12,12 @@ import pytest
 import torch
 from fixtures import SOURCES, about, close, tensors
 
-from labeler.errors import InputError
+from labeler.base.errors import InputError
+from pipeline.augment.mix import MixBox
 from pipeline.batch import Batch
-from pipeline.mix import MixBox
-from pipeline.targets import TokenTargets, label_targets
-from train.loss import TokenLabelLoss, token_cross_entropy
-from train.loss_reference import cross_entropy, dense_token_label_loss, smoothed
+from pipeline.labels.targets import TokenTargets, label_targets
+from train.loss.loss_reference import cross_entropy, dense_token_label_loss, smoothed
+from train.loss.token_label_loss import TokenLabelLoss, token_cross_entropy
 
 GRID = (3, 4)
 BOX = MixBox(1, 0, 3, 3, 0.5)
@@ -259,7 +259,7 @@ def test_ground_truth_and_weights(mix: MixBox | None, smoothing: float) -> None:
 @tail_or_not
 def test_many_classes_and_large_logits(tail: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 32, 32 and 6 images, in parts of 16; logits whose powers overflow."""
-    monkeypatch.setattr("train.smoothed_targets.PART", 16 * 12 * 3000)
+    monkeypatch.setattr("train.loss.smoothed_targets.PART", 16 * 12 * 3000)
     random, targets = torch.Generator().manual_seed(0), make_targets(70, 5, 3000, torch.float64, 0, tail)
     logits = (300 * torch.randn(70, 12, 3000, generator=random, dtype=torch.float64)).requires_grad_()
     parts, inside = (targets.classes, targets.token_scores, targets.token_background), BOX.mask(GRID)
@@ -293,7 +293,7 @@ def test_published_losses(dtype: torch.dtype, source: str) -> None:
     for row in told["loss_table"]:
         hard, truth = row["target"] == "hard", row["ground_truth"]
         if truth and row["repo"] == "DeMansia" and not hard:
-            continue  # another blend, see train.loss_reference
+            continue  # another blend, see train.loss.loss_reference
         (y0, x0, y1, x1), aux = row["box"], t["loss.aux"].to(dtype)
         mix = MixBox(y0, x0, y1, x1, 1 - (y1 - y0) * (x1 - x0) / 196)
         # Published models swap the auxiliary logits back; ours do not.

@@ -30,9 +30,9 @@ def check(dtype: object, palette: int, mixed: bool, classes: int = 75, block: in
     """
     import torch
 
-    from pipeline.targets import TokenTargets
-    from train import loss_triton
-    from train.loss_reference import cross_entropy, smoothed
+    from pipeline.labels.targets import TokenTargets
+    from train.loss import loss_triton
+    from train.loss.loss_reference import cross_entropy, smoothed
 
     batch, tokens, random = 3, 2, torch.Generator().manual_seed(palette)
     order = torch.stack([torch.randperm(classes, generator=random) for _ in range(batch)])
@@ -76,7 +76,7 @@ def check_bad_values() -> None:
     """A class that the logits lack, NaN and infinity show; logits of −inf in all of the first block do not."""
     import torch
 
-    from train import loss_triton
+    from train.loss import loss_triton
 
     logits = torch.randn(1, 4, 40)
     logits[0, 1, 3], logits[0, 2, 30], logits[0, 3, :16] = float("nan"), float("inf"), float("-inf")

@@ -13,13 +13,12 @@ import timm
 import torch
 from tiny_runs import tiny_config, tiny_data
 
-from labeler.errors import InputError, told
-from model.errors import ModelError
+from labeler.base.errors import InputError, ModelError, told
 from train import fit
 from train.__main__ import main
-from train.checkpoint import checkpoints
+from train.evaluation.validate import load_trained
 from train.network import build_network
-from train.validate import load_trained
+from train.record.checkpoint import checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ import torch
 from tiny_runs import shown, tiny_config, tiny_data
 
 from train import TrainConfig, fit
-from train.checkpoint import checkpoints
-from train.distributed import Ranks
 from train.errors import Stopped
-from train.evaluate import Accuracy
-from train.metrics import read_rows
-from train.single_images import normalized, see
+from train.evaluation.evaluate import Accuracy
+from train.evaluation.single_images import normalized, see
+from train.evaluation.validate import load_trained
+from train.ranks.distributed import Ranks
+from train.record.checkpoint import checkpoints
+from train.record.metrics import read_rows
 from train.trainer import Trainer
-from train.validate import load_trained
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tiny import ColourTeacher
 
 from labeler import LabelerConfig, LabelStore, TeacherConfig, import_token_label_files, label_images
 from pipeline import Batch, LoaderConfig, MixBox, create_loader
-from train.loss import TokenLabelLoss
+from train.loss.token_label_loss import TokenLabelLoss
 
 GRID, CLASSES = 4, 40
 BOX = MixBox(1, 0, 3, 3, 1 - 6 / 16)

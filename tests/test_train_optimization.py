@@ -11,10 +11,10 @@ from torch import nn
 
 from labeler import InputError
 from model.token_heads import TokenLabelHeads
-from train.config import EmaConfig, ModelConfig, OptimizerConfig, ScheduleConfig
-from train.distributed import Ranks
 from train.network import build_network
 from train.optimization import LearningRate, build_optimizer, total_steps
+from train.ranks.distributed import Ranks
+from train.recipes.config import EmaConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from train.task import TokenLabelTask, TrainingStep
 
 MODEL = ModelConfig(
@@ -130,7 +130,7 @@ def test_restarts_begin_at_the_top_in_cycles_twice_as_long():
 
 
 def test_the_schedule_of_the_paper_is_five_whole_cycles():
-    from train.recipe import load_recipe
+    from train.recipes.recipe import load_recipe
 
     found = rates(load_recipe("demansia_tiny").schedule, 1e-3, epoch_steps=4)
     assert [i / 4 for i, lr in enumerate(found) if lr == pytest.approx(1e-3, rel=1e-9)] == [0, 10, 30, 70, 150]

@@ -19,17 +19,17 @@ from tiny_runs import tiny_config, tiny_data
 
 import train
 from labeler import LabelerConfig, TeacherConfig, label_images
-from labeler.pixels import ORIENTATION_TAG
-from labeler.report_charts import COLOURS
+from labeler.report.charts import COLOURS
+from labeler.sources.pixels import ORIENTATION_TAG
 from model.vim import Vim
 from pipeline.view import FAINTEST, GAP, LINE, MARGIN, MIDDLE, assign_colours
 from train.__main__ import main
-from train.distributed import Ranks
+from train.evaluation.predict import ClassShare, Prediction, predict
+from train.evaluation.single_images import normalized, see
+from train.evaluation.token_map import OPACITY, PANEL, draw_map
+from train.evaluation.validate import Trained, load_trained
 from train.loaders import evaluation_loader
-from train.predict import ClassShare, Prediction, predict
-from train.single_images import normalized, see
-from train.token_map import OPACITY, PANEL, draw_map
-from train.validate import Trained, load_trained
+from train.ranks.distributed import Ranks
 
 GRID = 4
 

@@ -19,11 +19,11 @@ from tiny import encoded, make_images, picture
 from tiny_runs import tiny_config, tiny_data
 
 import train
-from labeler.images import find_images
-from train import single_images
+from labeler.sources.images import find_images
 from train.__main__ import main
 from train.errors import TrainError
-from train.predict import predict
+from train.evaluation import single_images
+from train.evaluation.predict import predict
 
 
 @pytest.fixture(scope="module")

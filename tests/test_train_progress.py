@@ -15,8 +15,8 @@ import torch
 from tiny_runs import tiny_config, tiny_data
 
 from train import fit
-from train.distributed import Ranks
 from train.progress import Progress
+from train.ranks.distributed import Ranks
 
 
 @pytest.fixture(scope="module")

@@ -19,20 +19,22 @@ from tiny_runs import FULL, outcome, tiny_config, tiny_data, write_recipe
 from labeler import MismatchError
 from pipeline.order import EpochOrder
 from train import TrainConfig, fit
-from train.distributed import Ranks
-from train.recipe import load_recipe
-from train.run_record import locked
+from train.ranks.distributed import Ranks
+from train.recipes.recipe import load_recipe
+from train.record.run_folder import locked
 from train.trainer import Trainer
 
 RUN, FORWARD = "train.task:TrainingStep.run", "train.task:TokenLabelTask.forward"
+SAVE, WRITE = "train.record.run_folder:RunRecord.save", "train.record.checkpoint:_write"
+COUNT = "train.evaluation.evaluate:count_right"
 # Two forward passes of each rank make a step, three steps an epoch; an evaluation asks two networks about six batches.
 PLACES: dict[str, Callable[[random.Random], Blow]] = {
     "between steps": lambda draw: Blow(RUN, draw.randint(1, 3), rank=draw.randrange(2)),
     "before an accumulation's end": lambda draw: Blow(FORWARD, 2 * draw.randint(1, 3), rank=draw.randrange(2)),
     "between update and average": lambda draw: Blow("train.task:TokenLabelTask.update_ema", 1, rank=draw.randrange(2)),
-    "between a checkpoint's system calls": lambda draw: Blow("train.run_record:RunRecord.save", 1, draw.randrange(30)),
-    "in half a file of a checkpoint": lambda draw: Blow("train.checkpoint:_write", draw.randint(1, 4), half=True),
-    "in the middle of an evaluation": lambda draw: Blow("train.evaluate:count_right", 3, rank=draw.randrange(2)),
+    "between a checkpoint's system calls": lambda draw: Blow(SAVE, 1, draw.randrange(30)),
+    "in half a file of a checkpoint": lambda draw: Blow(WRITE, draw.randint(1, 4), half=True),
+    "in the middle of an evaluation": lambda draw: Blow(COUNT, 3, rank=draw.randrange(2)),
 }  # fmt: skip
 
 

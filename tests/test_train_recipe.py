@@ -12,9 +12,9 @@ from faults import tally
 
 from labeler import InputError
 from train.__main__ import main
-from train.config import LossConfig, TrainConfig
-from train.continuation import differences
-from train.recipe import RECIPES, flat, load_recipe, parse_config, recipe_names, to_toml
+from train.recipes.config import LossConfig, TrainConfig
+from train.recipes.recipe import RECIPES, flat, load_recipe, parse_config, recipe_names, to_toml
+from train.record.continuation import differences
 
 VALID = '[model]\nname = "demansia_nano"\n[data]\nimages = "images"\nstore = "labels"\n'
 FOUND_IN_FILE = {
@@ -250,7 +250,7 @@ def test_a_wrong_command_says_so_in_one_line_with_status_2(capsys):
 
 def test_overrides_and_flags_come_in_any_order(recipe, monkeypatch, capsys):
     given = []
-    monkeypatch.setattr("train.recipe.refuse_absent_paths", lambda config: None)
+    monkeypatch.setattr("train.recipes.recipe.refuse_absent_paths", lambda config: None)
     monkeypatch.setattr("train.trainer.fit", lambda config, resume: given.append((config, resume)) or 1 / 0)
     orders = (
         ["a", "--resume", "auto", "--quiet", "b"],

@@ -25,24 +25,26 @@ from tiny_runs import FULL, contents, outcome, shown, tiny_config, tiny_data, wr
 import train.task
 from labeler import InputError, MismatchError
 from train import TokenLabelLoss, TrainConfig, fit
-from train.checkpoint import check_checkpoint, checkpoints, read_weights
-from train.distributed import Ranks
 from train.errors import Stopped
-from train.metrics import read_rows
-from train.run_record import locked
+from train.ranks.distributed import Ranks
+from train.record.checkpoint import check_checkpoint, checkpoints, read_weights
+from train.record.metrics import read_rows
+from train.record.run_folder import locked
 from train.trainer import Trainer
 
 SINGLE = Ranks(0, 1, torch.device("cpu"))
 RUN, FORWARD = "train.task:TrainingStep.run", "train.task:TokenLabelTask.forward"
+SAVE, WRITE = "train.record.run_folder:RunRecord.save", "train.record.checkpoint:_write"
+COUNT = "train.evaluation.evaluate:count_right"
 # Two forward passes make a step, three steps an epoch; an evaluation asks two networks about six batches.
 PLACES = {
     "between steps": lambda draw: Blow(RUN, draw.randint(1, 3)),
     "inside an accumulation": lambda draw: Blow(FORWARD, 2 * draw.randint(1, 3)),
     "between update and average": lambda draw: Blow("train.task:TokenLabelTask.update_ema", draw.randint(1, 3)),
-    "between a checkpoint's system calls": lambda draw: Blow("train.run_record:RunRecord.save", 1, draw.randrange(30)),
-    "in half a file of a checkpoint": lambda draw: Blow("train.checkpoint:_write", draw.randint(1, 4), half=True),
-    "in the middle of an evaluation": lambda draw: Blow("train.evaluate:count_right", draw.randint(2, 11)),
-    "between step and row": lambda draw: Blow("train.metrics:Metrics.add", 1),
+    "between a checkpoint's system calls": lambda draw: Blow(SAVE, 1, draw.randrange(30)),
+    "in half a file of a checkpoint": lambda draw: Blow(WRITE, draw.randint(1, 4), half=True),
+    "in the middle of an evaluation": lambda draw: Blow(COUNT, draw.randint(2, 11)),
+    "between step and row": lambda draw: Blow("train.record.metrics:Metrics.add", 1),
 }
 
 
@@ -62,7 +64,7 @@ def config(data: tuple[Path, Path], tmp_path: Path) -> TrainConfig:
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes half the time of a tiny run and has no part in what is compared."""
-    monkeypatch.setattr("train.run_record.draw_run", lambda folder: False)
+    monkeypatch.setattr("train.record.run_folder.draw_run", lambda folder: False)
 
 
 def into(config: TrainConfig, folder: Path, **run: Any) -> TrainConfig:
@@ -169,7 +171,7 @@ def test_a_signal_lets_the_step_end_saves_and_the_run_goes_on_bit_for_bit(config
     config = into(config, tmp_path / "run", save_every=None)
     recipe = write_recipe(config, tmp_path / "recipe.toml")
     # In the fifth step, in the third one after that, and in the middle of the last evaluation.
-    blows = [Blow(FORWARD, 9), Blow(FORWARD, 5), Blow("train.evaluate:count_right", 5)]
+    blows = [Blow(FORWARD, 9), Blow(FORWARD, 5), Blow(COUNT, 5)]
     for blow, step in zip(blows, (5, 8, 9), strict=True):
         [ended] = forks().fit(recipe, "--resume", "auto", blow=replace(blow, number=number))
         assert ended.status == Stopped.exit_status, ended.errors

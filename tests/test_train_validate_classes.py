@@ -17,9 +17,9 @@ from tiny_runs import tiny_config, tiny_data
 
 import train
 from train.__main__ import main
-from train.single_images import normalized, see
-from train.tally import class_accuracies
-from train.validate import Validation, load_trained, validate
+from train.evaluation.single_images import normalized, see
+from train.evaluation.tally import class_accuracies
+from train.evaluation.validate import Validation, load_trained, validate
 
 Answers = list[tuple[int, list[int]]]  # true class and first five of each image
 

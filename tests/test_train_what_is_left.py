@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_data
 
 from train import fit
-from train.validate import load_trained
+from train.evaluation.validate import load_trained
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 

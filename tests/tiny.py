@@ -130,13 +130,13 @@ class BreakingTeacher(ColourTeacher):
     def score_maps(self, images: torch.Tensor) -> torch.Tensor:
         import ray
 
-        import labeler.commit
+        import labeler.base.whole_files
 
         def failing(*_: object, **__: object) -> int:
             raise OSError(5, "Input/output error")
 
         if ray.get_runtime_context().get_actor_id():  # the driver tries the teacher too
-            labeler.commit.os.rename = failing
+            labeler.base.whole_files.os.rename = failing
         return super().score_maps(images)
 
 

@@ -15,7 +15,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tiny import CLASSES, make_images
 
 from labeler import LabelerConfig, TeacherConfig, label_images
-from train.checkpoint import (
+from train.recipes.config import TrainConfig
+from train.recipes.recipe import parse_config, to_toml
+from train.record.checkpoint import (
     FOLDER,
     CheckpointInfo,
     check_checkpoint,
@@ -25,9 +27,7 @@ from train.checkpoint import (
     remove_old,
     save_checkpoint,
 )
-from train.config import TrainConfig
-from train.metrics import read_rows
-from train.recipe import parse_config, to_toml
+from train.record.metrics import read_rows
 
 # Twelve images in batches of four: three steps an epoch.
 TINY_RECIPE: dict[str, dict[str, Any]] = {

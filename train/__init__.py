@@ -10,17 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from train.config import TrainConfig
-    from train.loss import TokenLabelLoss
-    from train.recipe import load_recipe
+    from train.loss.token_label_loss import TokenLabelLoss
+    from train.recipes.config import TrainConfig
+    from train.recipes.recipe import load_recipe
     from train.trainer import FitSummary, fit
 
 _HOMES = {
     "FitSummary": "trainer",
-    "TokenLabelLoss": "loss",
-    "TrainConfig": "config",
+    "TokenLabelLoss": "loss.token_label_loss",
+    "TrainConfig": "recipes.config",
     "fit": "trainer",
-    "load_recipe": "recipe",
+    "load_recipe": "recipes.recipe",
 }
 
 __all__ = ["FitSummary", "TokenLabelLoss", "TrainConfig", "fit", "load_recipe"]

@@ -7,7 +7,15 @@ stopped by a signal, with everything saved.
 
 from __future__ import annotations
 
-from labeler.interrupt import end_at_interrupt
+try:
+    from labeler.base.interrupt import end_at_interrupt
+except ImportError:
+    import sys
+
+    import labeler
+
+    print(f"error: {labeler.__file__} hides a package of ours. Use `token-labeling COMMAND` instead.", file=sys.stderr)
+    raise SystemExit(2) from None
 
 if __name__ == "__main__":
     end_at_interrupt()  # before the imports, which take seconds
@@ -25,8 +33,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from labeler.command_line import OneLineParser, add_command, at_least, run_command
-from labeler.errors import InputError, TokenLabelError
+from labeler.base.command_line import OneLineParser, add_command, at_least, parser_of_command, program, run_command
+from labeler.base.errors import InputError, TokenLabelError
 
 HEAD_START_S = 2.0
 PICTURES = Path("predictions")
@@ -43,15 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
     options.run = _first_rank_first(options.run)
-    try:
-        return run_command(options)
-    except ValueError as error:
-        from model.errors import ModelError  # here, as torch comes with it, and `doctor` shall speak without torch
+    return run_command(options)
 
-        if not isinstance(error, ModelError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return InputError.exit_status
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser of one command, for completion and documentation."""
+    return parser_of_command(_parser(), command)
 
 
 def _first_rank_first(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -92,13 +97,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    from train.recipe import load_recipe, refuse_absent_paths
+    from train.recipes.recipe import load_recipe, refuse_absent_paths
 
     overrides = [*options.overrides, *(["run.progress=false"] if options.quiet else [])]
     config = load_recipe(options.recipe, overrides)
     refuse_absent_paths(config)
     if options.ranks is not None:
-        from train.launch import launch
+        from train.ranks.launch import launch
 
         return launch(options.arguments, options.ranks)
     from train.trainer import fit  # after all that can be refused without it: torch takes seconds
@@ -107,8 +112,8 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from train.results import check_places, write_validation
-    from train.validate import validate
+    from train.evaluation.results import check_places, write_validation
+    from train.evaluation.validate import validate
 
     check_places(options.out, options.matrix)
     found = validate(
@@ -148,8 +153,8 @@ def _tell(result: Any, options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from train.predict import predict
-    from train.results import prediction_table
+    from train.evaluation.predict import predict
+    from train.evaluation.results import prediction_table
 
     if options.out is not None and not options.map:
         raise InputError("--out is the folder for the pictures of --map", remedy="Give both, or neither.")
@@ -193,8 +198,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _recipes(options: argparse.Namespace) -> int:
-    from train.recipe import RECIPES, load_recipe, recipe_names, recipe_path
-    from train.recipe_listing import listing, setting_rows
+    from train.recipes.listing import listing, setting_rows
+    from train.recipes.recipe import RECIPES, load_recipe, recipe_names, recipe_path
 
     if options.recipe is not None:
         config, path = load_recipe(options.recipe), recipe_path(options.recipe)
@@ -211,13 +216,13 @@ def _recipes(options: argparse.Namespace) -> int:
 
 
 def _all_settings() -> str:
-    from train.recipe_listing import listing
+    from train.recipes.listing import listing
 
     return f"settings (the section may be left away where only one has the key; key=none unsets)\n\n{listing()}"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="python -m train", description="Training with token labels.")
+    parser = OneLineParser(prog=program("train"), description="Training with token labels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     fit = add_command(commands, "fit", _fit, "train as a recipe says; under torchrun with several ranks")
     fit.add_argument("recipe", help="a .toml file, or the name of one of `python -m train recipes`")

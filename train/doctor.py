@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from labeler.cores import usable_cores
+from labeler.base.cores import usable_cores
 
 Findings = dict[str, str]
 
@@ -171,7 +171,7 @@ def _scan(name: str) -> str:
     """Runs a small scan, and compares it with the reference."""
     import torch
 
-    from model.errors import BackendError
+    from labeler.base.errors import BackendError
     from model.ops.selective_scan import choose_backend, directional_scan
 
     device = "cpu" if name == "cpu" else _scan_device()
@@ -190,7 +190,7 @@ def _scan(name: str) -> str:
 
 
 def _automatic_loader() -> str:
-    from labeler.decoders import has_dali
+    from labeler.sources.create_decoder import has_dali
 
     return "dali" if has_dali() else "reference"
 
@@ -204,7 +204,7 @@ def _reference_loader() -> str:
 
 
 def _dali_loader() -> str:
-    from labeler.decoders import has_dali
+    from labeler.sources.create_decoder import has_dali
 
     if not has_dali():
         return f"does not run: DALI is not installed; pip install {NEEDED['nvidia.dali']}, or data.backend=reference"

@@ -1,8 +1,8 @@
-"""What can go wrong in training, beside what `labeler.errors` names."""
+"""What can go wrong in training, beside what `labeler.base.errors` names."""
 
 from __future__ import annotations
 
-from labeler.errors import TokenLabelError
+from labeler.base.errors import TokenLabelError
 
 
 class TrainError(TokenLabelError):

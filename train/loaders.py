@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from labeler.class_names import with_the_rest_of_imagenet
-from labeler.errors import InputError, IntegrityError
+from labeler.base.errors import InputError, IntegrityError
+from labeler.sources.class_names import with_the_rest_of_imagenet
 from model.token_heads import TokenLabelHeads
 from pipeline import LoaderConfig, TokenLabelLoader, create_loader
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
-from train.config import TrainConfig
-from train.distributed import Ranks
 from train.optimization import refuse_too_few_steps
+from train.ranks.distributed import Ranks
+from train.recipes.config import TrainConfig
 
 
 def training_loader(config: TrainConfig, net: TokenLabelHeads, ranks: Ranks) -> TokenLabelLoader:

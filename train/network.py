@@ -14,13 +14,12 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from labeler.errors import InputError, IntegrityError, did_you_mean
+from labeler.base.errors import InputError, IntegrityError, ModelError, did_you_mean
 from model import load_reference_checkpoint, token_label
 from model.checkpoints import read_state_dict
-from model.errors import ModelError
 from model.token_heads import TokenLabelHeads
-from train.checkpoint import CheckpointInfo, checkpoint_of, find_checkpoint, read_weights
-from train.config import BEGINNING, ModelConfig
+from train.recipes.config import BEGINNING, ModelConfig
+from train.record.checkpoint import CheckpointInfo, checkpoint_of, find_checkpoint, read_weights
 
 log = logging.getLogger("train")
 

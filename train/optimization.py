@@ -9,8 +9,8 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from labeler.errors import InputError, did_you_mean
-from train.config import OptimizerConfig, ScheduleConfig
+from labeler.base.errors import InputError, did_you_mean
+from train.recipes.config import OptimizerConfig, ScheduleConfig
 
 MANY_CYCLES = 1000
 LOOKAHEAD = "lookahead_"

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from model.token_heads import TokenLabelHeads
 from pipeline import TokenLabelLoader
-from train.config import TrainConfig
-from train.distributed import Ranks
+from train.ranks.distributed import Ranks
+from train.recipes.config import TrainConfig
 
 log = logging.getLogger("train")
 

@@ -18,17 +18,13 @@ from typing import Any
 
 import torch
 
-from labeler.commit import replace_file
-from labeler.errors import IntegrityError, MismatchError
-from labeler.freed_memory import freed_memory_kept
+from labeler.base.errors import InputError, IntegrityError, MismatchError
+from labeler.base.freed_memory import freed_memory_kept
+from labeler.base.runtime import DTYPES, pick_precision, set_threads
+from labeler.base.whole_files import replace_file
 from pipeline.batch import Batch
-from train.checkpoint import CheckpointInfo, checkpoints, read_state, read_weights
-from train.config import TrainConfig
-from train.continuation import refuse_other_past, refuse_other_run
-from train.device import pick_precision, set_threads
-from train.distributed import Ranks, joined_ranks, world_size
 from train.errors import NonFiniteError, Stopped
-from train.evaluate import evaluate
+from train.evaluation.evaluate import evaluate
 from train.loaders import (
     blamed_on,
     class_folders,
@@ -37,14 +33,18 @@ from train.loaders import (
     transform_of,
     validation_loader,
 )
-from train.loss import TokenLabelLoss
-from train.metrics import import_tracker
+from train.loss.token_label_loss import TokenLabelLoss
 from train.network import as_checkpointed, build_network, set_classes, train_mode
 from train.optimization import LearningRate, build_optimizer, total_steps
 from train.progress import Progress, evaluation_text, opening
-from train.recipe import refuse_absent_paths
-from train.run_record import RunRecord, locked, starting_point
-from train.signals import StopSignals
+from train.ranks.distributed import Ranks, joined_ranks, world_size
+from train.ranks.stop_signals import StopSignals
+from train.recipes.config import TrainConfig
+from train.recipes.recipe import refuse_absent_paths
+from train.record.checkpoint import CheckpointInfo, checkpoints, read_state, read_weights
+from train.record.continuation import refuse_other_past, refuse_other_run
+from train.record.metrics import import_tracker
+from train.record.run_folder import RunRecord, locked, starting_point
 from train.speed import Speed
 from train.task import StepResult, TokenLabelTask, TrainingStep
 
@@ -114,7 +114,9 @@ class Trainer:
         if found is not None:
             refuse_other_run(config, found[1], ranks)
         self.threads = set_threads(config.run.threads or (None if found is None else found[1].threads))
-        self.precision = pick_precision(config.run.precision, ranks.device)
+        self.precision = DTYPES[pick_precision(config.run.precision, ranks.device)]
+        if self.precision == torch.float16 and ranks.device.type == "cpu":
+            raise InputError("run.precision=float16 needs a GPU", expected="float32 or bfloat16 on a CPU")
         torch.manual_seed(config.run.seed)  # beginning weights are the same on all ranks
         begun = config.model if found is None else as_checkpointed(config.model, found[1])
         net = build_network(begun, config.loss.dense_weight)

@@ -27,8 +27,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from labeler.errors import TokenLabelError
-from labeler.images import find_images
+from labeler.base.errors import TokenLabelError
+from labeler.sources.images import find_images
 from scripts.benchmark.machine import describe, versions
 from scripts.benchmark.measure import Options, in_own_process
 from scripts.benchmark.table import render, text
@@ -141,8 +141,8 @@ def run_suite(
     """chosen: teacher, checkpoint and rows, see `Options`."""
     import importlib
 
+    from labeler.base.runtime import set_threads
     from scripts.benchmark.photographs import prepare
-    from train.device import set_threads
 
     cores = set_threads(None)  # as training does, before torch starts its threads
     with tempfile.TemporaryDirectory(dir=scratch) as folder:

@@ -33,12 +33,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from labeler import LabelerConfig, TeacherConfig, label_images
-from labeler.decoders import automatic_decoder
-from labeler.encoder import encode_maps
-from labeler.freed_memory import keep_freed_memory
-from labeler.images import find_images
-from labeler.score_code import Encoding
-from labeler.teacher import create_teacher
+from labeler.base.freed_memory import keep_freed_memory
+from labeler.sources.create_decoder import automatic_decoder
+from labeler.sources.images import find_images
+from labeler.store.encoder import encode_maps
+from labeler.store.score_code import Encoding
+from labeler.teacher.create_teacher import create_teacher
 from scripts.benchmark import photographs
 from scripts.benchmark.measure import (
     Case,

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import torch
 
-from labeler.freed_memory import freed_memory_kept
+from labeler.base.freed_memory import freed_memory_kept
+from labeler.base.runtime import set_threads
+from pipeline.augment.mix import MixBox
 from pipeline.batch import Batch
-from pipeline.mix import MixBox
 from scripts.benchmark.measure import Case, Options, Result, alone_on_cpu, extra_memory, milliseconds, take_turns
 from scripts.benchmark.synthetic_batch import CLASSES, PLACES, SyntheticLabels
-from train.device import set_threads
-from train.loss import TokenLabelLoss
-from train.loss_reference import dense_token_label_loss
+from train.loss.loss_reference import dense_token_label_loss
+from train.loss.token_label_loss import TokenLabelLoss
 
 BATCH, GRID = 128, (14, 14)
 SIZES = ((32, 0), PLACES)  # P and R

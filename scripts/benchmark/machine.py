@@ -8,7 +8,7 @@ import platform
 import re
 from pathlib import Path
 
-from labeler.cores import usable_cores
+from labeler.base.cores import usable_cores
 
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "ray", "h5py", "triton", "mamba-ssm")
 

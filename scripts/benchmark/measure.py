@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from labeler.freed_memory import M_MMAP_MAX, MMAPS_BY_DEFAULT
+from labeler.base.freed_memory import M_MMAP_MAX, MMAPS_BY_DEFAULT
 
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 SLACK = 1 << 20  # bytes on top of the largest resident set so far, so that growth shows from its first byte

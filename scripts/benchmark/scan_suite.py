@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
-from labeler.freed_memory import freed_memory_kept
+from labeler.base.freed_memory import freed_memory_kept
 from model.mixer import BidirectionalMamba
 from model.ops import directional_scan, scan_reference
 from scripts.benchmark.limits import Limits, scan_limit

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from labeler.foreign_store import remember_written
-from labeler.plan import Plan
-from labeler.store import LabelStore
-from labeler.writer import begin_store, finish_store
+from labeler.store.foreign_store import remember_written
+from labeler.store.label_store import LabelStore
+from labeler.store.plan import Plan
+from labeler.store.shard_writer import begin_store, finish_store
 from scripts.benchmark.measure import Case, Growth, Options, Result, in_own_process, resident, take_turns
 from scripts.benchmark.store_truth import FILES, LOAD, MIDDLE, random_rows
 from scripts.benchmark.synthetic_maps import (

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from labeler.errors import TokenLabelError
-from labeler.score_code import QUALITIES
+from labeler.base.errors import TokenLabelError
+from labeler.store.score_code import QUALITIES
 from scripts.benchmark.measure import Case, Curves, Options, Result
 from scripts.benchmark.store_truth import RIVAL, SAMPLE, fitted, folder_bytes
 from scripts.benchmark.synthetic_maps import FORMAT_1, Setting, encode, join, rival_log_p, rival_tensor, write_store
@@ -62,7 +62,7 @@ class Truth:
     """The teacher's maps [n, C, H, W] and its answers to a random crop of each; `score` compares others with both."""
 
     def __init__(self, logits: Tensor) -> None:
-        from pipeline.crops import random_resized_crops
+        from pipeline.augment.crops import random_resized_crops
 
         # Sides without a common factor with a map's: else a bin of whole cells leaves the sample count to rounding.
         sizes = np.tile([3749, 4999], (len(logits), 1))
@@ -95,7 +95,7 @@ def tokens_of(scores: Tensor, boxes: np.ndarray) -> Tensor:
     """Scores of all classes [n, C, H, W] to log-probabilities [n, C, T] of tokens of the crops."""
     import torch
 
-    from labeler.score_maps import ScoreMaps
+    from labeler.store.score_maps import ScoreMaps
     from pipeline import crop_score_maps
 
     n, count = scores.shape[:2]
@@ -127,7 +127,7 @@ def teacher_maps(options: Options, size: int) -> Tensor:
     """float32 [n, C, H, W]. Raises TokenLabelError where the teacher, its weights or the images are missing."""
     from labeler import LabelerConfig, TeacherConfig
     from labeler.choose_encoding import sample_logits
-    from labeler.images import find_images
+    from labeler.sources.images import find_images
 
     teacher = TeacherConfig(options.teacher, checkpoint=options.checkpoint, input_size=size)
     config = LabelerConfig(teacher, batch_size=BATCH, threads=options.cores, device=options.device)
@@ -158,8 +158,8 @@ def measure(logits: Tensor, folder: Path) -> tuple[dict[str, Found], Found]:
 def measure_setting(setting: Setting, truth: Truth, store: Path) -> Found:
     """Written, read back and compared with the teacher."""
     from labeler.choose_encoding import row_bytes
-    from labeler.score_maps import dense_scores
-    from labeler.store import LabelStore
+    from labeler.store.label_store import LabelStore
+    from labeler.store.score_maps import dense_scores
 
     maps = join([encode(part, setting) for part in truth.logits.split(BATCH)])
     write_store(store, setting, maps)

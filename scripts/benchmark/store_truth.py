@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from labeler.score_code import QUALITIES, Encoding
-from labeler.store import LabelStore
+from labeler.store.label_store import LabelStore
+from labeler.store.score_code import QUALITIES, Encoding
 from scripts.benchmark.measure import Case, Options, Result, take_turns
 from scripts.benchmark.synthetic_maps import (
     BATCH,
@@ -39,7 +39,7 @@ from scripts.benchmark.synthetic_maps import (
 if TYPE_CHECKING:
     import torch
 
-    from labeler.encoder import EncodedMaps
+    from labeler.store.encoder import EncodedMaps
 
 SETTINGS = (
     Setting(),

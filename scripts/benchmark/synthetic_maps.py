@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from labeler.plan import FORMAT_VERSION, Plan, StoreMeta
-from labeler.score_code import FLOOR, NUM_CODES, QUALITIES, Encoding, code_table
-from labeler.shard_file import ShardRows
-from labeler.writer import begin_store, finish_store, store_classes, write_shard
+from labeler.store.plan import FORMAT_VERSION, Plan, StoreMeta
+from labeler.store.score_code import FLOOR, NUM_CODES, QUALITIES, Encoding, code_table
+from labeler.store.shard_file import ShardRows
+from labeler.store.shard_writer import begin_store, finish_store, store_classes, write_shard
 
 if TYPE_CHECKING:
     import torch
 
-    from labeler.encoder import EncodedMaps
+    from labeler.store.encoder import EncodedMaps
 
 CLASSES, MAP = 1000, 18  # C, and H = W, of all benchmarks but those of a real teacher
 BATCH = 50  # images whose dense logits are held at once: 65 MB
@@ -77,7 +77,7 @@ def synthetic_logits(images: int, generator: torch.Generator, top: float) -> tor
 
 
 def encode(logits: torch.Tensor, setting: Setting) -> EncodedMaps:
-    from labeler.encoder import encode_maps, encode_planes
+    from labeler.store.encoder import encode_maps, encode_planes
 
     if setting.format_1:
         return encode_planes(logits, setting.encoding.palette, setting.table)

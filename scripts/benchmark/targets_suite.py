@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torchvision.ops import roi_align
 
-from labeler.freed_memory import freed_memory_kept
-from labeler.score_code import Encoding
-from labeler.score_maps import ScoreMaps
-from labeler.store import LabelStore
+from labeler.base.freed_memory import freed_memory_kept
+from labeler.store.label_store import LabelStore
+from labeler.store.score_code import Encoding
+from labeler.store.score_maps import ScoreMaps
 from pipeline import TokenTargets, crop_score_maps
-from pipeline.crops import random_resized_crops
-from pipeline.label_rows import HostRows, LabelRows
+from pipeline.augment.crops import random_resized_crops
+from pipeline.labels.label_rows import HostRows, LabelRows
 from scripts.benchmark.measure import (
     KEPT,
     Case,

@@ -1,0 +1,1 @@
+"""The ground that all stand on: errors, settings, command lines, whole files, weights read safely."""

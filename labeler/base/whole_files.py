@@ -1,0 +1,235 @@
+"""Publishing files so that each is either absent or whole, whatever dies in between.
+
+A shard's file is complete on disk before its marker names it; the marker appears by an exclusive link, so of two
+writers the first wins and the other sweeps its own file away.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TextIO
+
+import xxhash
+
+from labeler.base.errors import IntegrityError, LabelingError
+
+TEMPORARY = ".tmp-"
+MOST = 1 << 40  # bytes, or rows, of a shard
+
+
+@dataclass(frozen=True)
+class Marker:
+    """The record of one finished shard: what its file must be, and which of its images could not be labeled.
+
+    quarantine  {"key", "reason"} of each image of the shard's slice that has no row
+    stats       sums over rows: kl, entropy (nats), coverage, known (rows with a target), agree (the map names it)
+    """
+
+    shard: int
+    file: str
+    size: int
+    sha256: str
+    rows: int
+    first_key: str
+    last_key: str
+    quarantine: list[dict[str, str]] = field(default_factory=list)
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+def shard_stem(shard: int, shards: int) -> str:
+    return f"shard-{shard:05d}-of-{shards:05d}"
+
+
+def publish_shard(store: Path, stem: str, data: bytes, fields: Mapping[str, Any]) -> bool:
+    """Write a shard's file, then its marker with `fields`; False where another writer's marker was there first."""
+    digest = hashlib.sha256(data).hexdigest()
+    path = store / f"{stem}.{digest[:12]}.h5"
+    marker = Marker(file=path.name, size=len(data), sha256=digest, **fields)
+    marker_path = store / f"{stem}.json"
+    replace_file(path, data)
+    if publish_exclusively(marker_path, sealed(asdict(marker))):
+        return True
+    if json.loads(marker_path.read_bytes())["file"] != path.name:
+        path.unlink(missing_ok=True)
+    return False
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """`path` becomes `data`, or stays as it was; durable on return."""
+    _publish(path, data, os.rename)
+
+
+@contextmanager
+def text_written_whole(path: Path) -> Iterator[TextIO]:
+    """A file to write to, row by row, that becomes `path` at the end of the block; none, where the block raises."""
+    temporary = _temporary_name(path)
+    try:
+        with open(temporary, "x", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def publish_exclusively(path: Path, data: bytes) -> bool:
+    """`path` becomes `data` unless it exists; durable on return. False where it existed."""
+    try:
+        _publish(path, data, os.link)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP):
+            raise LabelingError(
+                f"the file system of {str(path.parent)!r} has no hard links, which the store's markers need",
+                remedy="Choose a folder on another file system for the store.",
+            ) from None
+        raise
+    return True
+
+
+def _publish(path: Path, data: bytes, give_name: Callable[[Path, Path], None]) -> None:
+    for last in (False, False, True):
+        temporary = _write_temporary(path, data)
+        try:
+            give_name(temporary, path)
+            break
+        except FileNotFoundError:
+            # Another run on this store has just finished and swept the folder: write it again.
+            if last:
+                raise
+        finally:
+            temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def _write_temporary(path: Path, data: bytes) -> Path:
+    temporary = _temporary_name(path)
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(handle, rest) :]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sealed(record: dict[str, Any]) -> bytes:
+    """JSON with a checksum of its own, since nothing else covers a marker."""
+    text = json.dumps(record, ensure_ascii=False, sort_keys=True)
+    whole = {**record, "xxh3": xxhash.xxh3_64_hexdigest(text.encode())}
+    return json.dumps(whole, ensure_ascii=False, indent=1).encode() + b"\n"
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The record that `write_sealed` wrote. Raises IntegrityError where the file is damaged."""
+    try:
+        record = json.loads(path.read_bytes())
+        seal = record.pop("xxh3")
+        text = json.dumps(record, ensure_ascii=False, sort_keys=True)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from None
+    if seal != xxhash.xxh3_64_hexdigest(text.encode()):
+        raise _damaged(path, "a content that does not match its checksum")
+    return record
+
+
+def write_sealed(path: Path, record: dict[str, Any]) -> bool:
+    return publish_exclusively(path, sealed(record))
+
+
+def read_marker(store: Path, shard: int, shards: int) -> Marker | None:
+    """The shard's marker; None where it is absent. Raises IntegrityError where it is damaged."""
+    path = store / f"{shard_stem(shard, shards)}.json"
+    try:
+        record = read_sealed(path)
+    except FileNotFoundError:
+        return None
+    try:
+        known = {entry.name for entry in fields(Marker)}  # later versions of the format may add some
+        marker = Marker(**{name: value for name, value in record.items() if name in known})
+        _check_types(marker)
+    except TypeError as error:
+        raise _damaged(path, str(error)) from None
+    if marker.shard != shard or not marker.file.startswith(shard_stem(shard, shards) + ".") or "/" in marker.file:
+        raise _damaged(path, f"shard {marker.shard}, file {marker.file!r}")
+    return marker
+
+
+def _check_types(marker: Marker) -> None:
+    """Raise TypeError where an entry is of a type that no marker has: it may be another's file."""
+    kinds = {"shard": int, "size": int, "rows": int, "file": str, "sha256": str, "first_key": str, "last_key": str}
+    kinds |= {"quarantine": list, "stats": dict}
+    wrong = [name for name, kind in kinds.items() if type(getattr(marker, name)) is not kind]
+    if not wrong and not (0 <= marker.size < MOST and 0 <= marker.rows < MOST):
+        wrong = ["size or rows"]
+    if not wrong and not all(type(number) in (int, float) for number in marker.stats.values()):
+        wrong = ["stats"]
+    texts = [
+        (entry.get("key"), entry.get("reason")) if type(entry) is dict else () for entry in marker.quarantine or ()
+    ]
+    if not wrong and not all(list(map(type, pair)) == [str, str] for pair in texts):
+        wrong = ["quarantine"]
+    if wrong:
+        raise TypeError(f"{', '.join(wrong)} that no marker has")
+
+
+def check_file(store: Path, marker: Marker) -> None:
+    """Compare a shard's file with its marker, to the last bit. Raises IntegrityError."""
+    path = store / marker.file
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.file_digest(file, "sha256").hexdigest() if size == marker.size else None
+    except FileNotFoundError:
+        raise _damaged(path, "no such file", "the file that its marker names") from None
+    if size != marker.size:
+        raise _damaged(path, f"{size} bytes", f"{marker.size} bytes")
+    if digest != marker.sha256:
+        raise _damaged(path, f"sha256 {digest}"[:19], f"sha256 {marker.sha256}"[:19])
+
+
+def sweep(store: Path, markers: list[Marker]) -> None:
+    """Remove what writers that died or lost left behind. Only for a store whose every shard is committed."""
+    named = {marker.file for marker in markers}
+    for path in store.iterdir():
+        left_over = path.name.startswith("shard-") and path.suffix == ".h5" and path.name not in named
+        if left_over or path.name.startswith(TEMPORARY):
+            path.unlink(missing_ok=True)
+
+
+def _damaged(path: Path, got: str, expected: str | None = None) -> IntegrityError:
+    return IntegrityError(
+        f"{str(path)!r} is damaged",
+        got=got,
+        expected=expected,
+        remedy="Run the same labeling command again: it labels this shard anew.",
+    )

@@ -1,0 +1,1 @@
+"""The report: one HTML page that shows what is in a label store."""

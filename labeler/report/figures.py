@@ -1,0 +1,181 @@
+"""The figures of a report: a random sample of a store as probabilities, and its comparison with true maps.
+
+Legend: n sampled rows; C classes; P palette size; R tail size; H×W map grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from labeler.base.errors import InputError
+from labeler.store.label_store import LabelStore
+from labeler.store.score_maps import ScoreMaps
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Random rows of a store as probabilities.
+
+    rows        int64 [n], rising
+    p           float32 [n, P, H, W]: of each palette class, 0 in unused places and where it counts as background
+    tail        float32 [n, H, W]: of all tail classes together
+    left        float32 [n, H, W]: of all that neither a code nor the tail names; p, tail and left sum to 1
+    shared      float32 [n, H, W]: of one class of the background
+    entropy     float32 [n, H, W], nats
+    confidence  float32 [n, H, W]: of the most probable class
+    target      int32 [n], −1 unknown
+    """
+
+    rows: np.ndarray
+    keys: list[str]
+    maps: ScoreMaps
+    p: np.ndarray
+    tail: np.ndarray
+    left: np.ndarray
+    shared: np.ndarray
+    entropy: np.ndarray
+    confidence: np.ndarray
+    target: np.ndarray
+    image_size: np.ndarray
+
+    @cached_property
+    def top1(self) -> np.ndarray:
+        """int64 [n, H, W]: the class of each cell."""
+        return self.maps.top1()
+
+    @cached_property
+    def named(self) -> tuple[np.ndarray, np.ndarray]:
+        """Class ids int64 [n, P + R] of palette and tail, −1 unused, and their shares of the whole map [n, P + R]."""
+        used = self.maps.tail_classes >= 0
+        in_tail = np.where(used, np.exp(self.maps.tail_offsets), 0) * self.shared.mean((1, 2))[:, None]
+        as_background = np.where((self.maps.classes >= 0)[:, :, None, None] & (self.p == 0), self.shared[:, None], 0)
+        in_palette = (self.p + as_background).mean((2, 3))
+        return np.concatenate([self.maps.classes, self.maps.tail_classes], 1), np.concatenate([in_palette, in_tail], 1)
+
+    @cached_property
+    def image_class(self) -> np.ndarray:
+        """int64 [n]: the class with the largest share of the whole map."""
+        classes, share = self.named
+        return classes[np.arange(len(self.rows)), share.argmax(1)]
+
+
+@dataclass(frozen=True)
+class TruthCheck:
+    """How often the stored map names the true class of a cell, over cells that lie in one object by majority.
+
+    mirrored, transposed: the same with the map turned on purpose, which shows what a misaligned map would score
+    by_cell float64 [H, W]: the share that is right at each place of the grid, NaN where no cell could be judged
+    """
+
+    cells: int
+    images: int
+    right: float
+    mirrored: float
+    transposed: float | None
+    by_cell: np.ndarray
+
+
+def draw_sample(store: LabelStore, count: int, seed: int) -> Sample:
+    """At most `count` random rows, decoded."""
+    rows = np.sort(np.random.default_rng(seed).permutation(len(store))[:count])
+    maps = store.read(rows)
+    used, in_tail = (maps.classes >= 0)[:, :, None, None], maps.tail_classes >= 0
+    # Scores are at most 0 in a logprob store; logits are shifted so that exp cannot overflow.
+    named = used
+    if store.code.as_background or store.meta.score_kind == "logit":
+        named = used & (maps.scores != maps.background[:, None])
+    others = maps.num_classes - named.sum(1) - in_tail.sum(1)[:, None, None]
+    leader = np.where(in_tail, maps.tail_offsets, -np.inf).max(1, initial=-np.inf)[:, None, None]
+    leader = np.maximum(leader, np.where(others > 0, 0, -np.inf))
+    best = np.maximum(np.where(named, maps.scores, -np.inf).max(1), maps.background + leader)
+    shared = np.exp(maps.background - best)
+    p = np.where(named, np.exp(maps.scores - best[:, None]), 0)
+    weights = np.where(in_tail, np.exp(maps.tail_offsets), 0)
+    tail = shared * weights.sum(1)[:, None, None]
+    left = shared * others
+    total = p.sum(1) + tail + left
+    # −Σ p·log p, where log p is the score less log_total; a tail class's score is the background's and its offset.
+    log_total = best + np.log(total)
+    offsets = (weights * maps.tail_offsets).sum(1)[:, None, None]
+    scored = (p * np.where(named, maps.scores, 0)).sum(1) + (tail + left) * maps.background + shared * offsets
+    return Sample(
+        rows=rows,
+        keys=[store.keys[row] for row in rows],
+        maps=maps,
+        p=_float32(p / total[:, None]),
+        tail=_float32(tail / total),
+        left=_float32(left / total),
+        shared=_float32(shared / total),
+        entropy=_float32(log_total - scored / total),
+        confidence=_float32(1 / total),
+        target=store.column("target")[rows],
+        image_size=store.column("image_size")[rows].astype(np.int64),
+    )
+
+
+def _float32(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32)
+
+
+def check_truth(sample: Sample, folder: Path) -> TruthCheck:
+    """Compare the sample's maps with pictures of true class ids, `folder`/<key with .png>, see `cell_classes`."""
+    from PIL import Image
+
+    height, width = sample.top1.shape[1:]
+    right, judged = np.zeros((height, width)), np.zeros((height, width))
+    mirrored = transposed = images = 0
+    for key, found, region in zip(sample.keys, sample.top1, sample.maps.region, strict=True):
+        path = folder / f"{key.rpartition('.')[0]}.png"
+        if not path.is_file():
+            continue
+        picture = np.asarray(Image.open(path))
+        if picture.ndim != 2 or picture.dtype not in (np.uint8, np.uint16):
+            raise InputError(
+                f"{str(path)!r} is no picture of class ids", got=f"{picture.dtype} {picture.shape}",
+                expected="one channel of 8 or 16 bits",
+            )  # fmt: skip
+        true = cell_classes(picture, region, (height, width))
+        known = true >= 0
+        images += 1
+        judged += known
+        right += known & (found == true)
+        mirrored += int((known & (found[:, ::-1] == true)).sum())
+        transposed += int((known & (true == found.T)).sum()) if height == width else 0
+    if not images or not judged.any():
+        raise InputError(f"no truth for the images below {str(folder)!r}", expected="<key>.png with class ids")
+    cells = int(judged.sum())
+    with np.errstate(invalid="ignore"):
+        by_cell = right / judged
+    return TruthCheck(
+        cells,
+        images,
+        float(right.sum() / cells),
+        mirrored / cells,
+        transposed / cells if height == width else None,
+        by_cell,
+    )
+
+
+def cell_classes(truth: np.ndarray, region: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """int64 [H, W]: the class that covers most of each cell of `region`, −1 where none covers more than half.
+
+    truth   uint8 or uint16 [h, w]: the class of each pixel, the largest number (255, 65,535) for none
+    """
+    (h, w), (height, width) = truth.shape, grid
+    none = np.iinfo(truth.dtype).max
+    y = np.floor(((np.arange(h) + 0.5) / h - region[0]) / (region[2] - region[0]) * height).astype(int)
+    x = np.floor(((np.arange(w) + 0.5) / w - region[1]) / (region[3] - region[1]) * width).astype(int)
+    inside = ((y >= 0) & (y < height))[:, None] & ((x >= 0) & (x < width))[None]
+    cell = (y[:, None] * width + x[None])[inside]
+    classes = truth[inside]
+    total = np.bincount(cell, minlength=height * width)
+    cell, classes = cell[classes != none], classes[classes != none]
+    counts = np.zeros((height * width, int(classes.max(initial=0)) + 1), np.int64)
+    np.add.at(counts, (cell, classes), 1)
+    best = counts.argmax(1)
+    found = np.where(2 * counts[np.arange(len(best)), best] > total, best, -1)
+    return found.reshape(grid)

@@ -1,0 +1,265 @@
+"""The report on a label store: one self-contained HTML page of figures, pictures with their maps, and charts.
+
+Legend: n sampled rows; P palette size; H×W map grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from labeler.audit import Audit, audit_labels
+from labeler.base.errors import InputError
+from labeler.base.whole_files import replace_file
+from labeler.relabel import refuse_foreign_teacher
+from labeler.report.charts import COLOURS, OTHER, bars, heat_grid, histogram, lay_over, picture
+from labeler.report.figures import Sample, TruthCheck, check_truth, draw_sample
+from labeler.report.truth import Costs, audit_part, cards, costs_of, missing_note, palette_curve
+from labeler.sources.images import image_path, image_root
+from labeler.store.label_store import LabelStore
+
+PICTURES = 24
+PICTURE_SIDE = 170
+LEGEND = 4  # classes told apart on one picture
+QUARANTINE_SHOWN = 200
+
+STYLE = Path(__file__).with_name("report.css").read_text("utf-8")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a report compared, None where it was not asked for; `missing` of the `sampled` images were not found."""
+
+    truth: TruthCheck | None
+    audit: Audit | None
+    sampled: int
+    missing: int
+
+
+def write_report(
+    store: str | Path,
+    images: str | Path,
+    out: str | Path,
+    *,
+    truth: str | Path | None = None,
+    sample: int = 500,
+    title: str | None = None,
+    seed: int = 0,
+    audit: int = 0,
+    device: str = "auto",
+    trusted: bool = False,
+    progress: bool = False,
+) -> Findings:
+    """Write the page; returns what its comparisons gave.
+
+    audit    run the store's teacher again on so many images, see `labeler.audit`; `device` and `trusted` are for that
+
+    Raises InputError where the store, the images or the truth cannot be read, none of the store's images is there, or
+    the page cannot be written.
+    """
+    root, labels = image_root(images), LabelStore(store, trusted=trusted)
+    if not len(labels):
+        raise InputError(f"{str(store)!r} has no rows", remedy="See its quarantine.jsonl.")
+    if audit:
+        refuse_foreign_teacher(labels.trusted, labels.plan, labels.path, "--audit")
+    drawn = draw_sample(labels, sample, seed)
+    missing = sum(not image_path(root, key).is_file() for key in drawn.keys)
+    if missing == len(drawn.keys) and not any(image_path(root, key).is_file() for key in labels.keys):
+        raise InputError(
+            f"none of the store's images is below {str(images)!r}", got=f"0 of {len(labels):,}",
+            expected=f"for example {drawn.keys[0]!r}", remedy="Give --images the folder that was labeled.",
+        )  # fmt: skip
+    checked = None if truth is None else check_truth(drawn, Path(truth))
+    found, costs = None, None
+    if audit:
+        found, logits = audit_labels(labels, root, audit, device=device, seed=seed, progress=progress)
+        costs = costs_of(labels, logits, found, progress)
+    findings = Findings(checked, found, len(drawn.keys), missing)
+    page = render(labels, drawn, root, findings, costs, title or f"Label store {Path(store).name}")
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        replace_file(Path(out), page.encode())
+    except OSError as error:
+        raise InputError(f"the report {str(out)!r} cannot be written", got=error.strerror) from None
+    return findings
+
+
+def render(store: LabelStore, sample: Sample, images: Path, findings: Findings, costs: Costs | None, title: str) -> str:
+    """The whole page as text."""
+    meta, truth = store.meta, findings.truth
+    grid = "×".join(map(str, meta.grid))
+    teacher = meta.teacher
+    tail = f" and {meta.tail} more in a tail" if meta.tail else ""
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">{len(store):,} images, maps of {grid} cells over {meta.num_classes:,} classes, at most '
+        f"{meta.palette} of them with a plane of scores per image{tail}, by <b>{escape(str(teacher['name']))}</b>. "
+        "Charts are drawn from "
+        f"{len(sample.rows):,} random rows; figures marked “all” from every row.</p>",
+        missing_note(findings.missing, findings.sampled, images),
+        cards(store, sample, truth),
+        *(f'<p class="note">{escape(note)}</p>' for note in teacher.get("notes", ())),
+        "<h2>What the teacher sees, and where</h2>",
+        '<p class="soft">Left the image, right its stored map: each cell in the colour of its most probable class, the '
+        "stronger the surer; grey where it is none of those named below. Percentages are shares of the whole "
+        "map’s probability.</p>",
+        f'<div class="maps">{_maps(store, sample, images)}</div>',
+        _truth_part(truth),
+        audit_part(store, findings.audit, costs),
+        "<h2>What the labels hold</h2>",
+        f'<div class="charts">{_charts(store, sample)}</div>',
+        _agreement(store, sample),
+        _quarantine(store),
+        _settings(store),
+    ]
+    body = "\n".join(part for part in parts if part)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    head = f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head>'
+    return f"{head}<body><main>{body}</main></body></html>\n"
+
+
+def class_name(store: LabelStore, number: int) -> str:
+    names = store.meta.class_names
+    return names[number] if 0 <= number < len(names) else f"class {number}"
+
+
+def _maps(store: LabelStore, sample: Sample, images: Path) -> str:
+    from labeler.sources.pixels import open_rgb
+
+    chosen = np.random.default_rng(1).permutation(len(sample.rows))[:PICTURES]
+    found = []
+    for i in sorted(chosen.tolist()):
+        try:
+            image = open_rgb(image_path(images, sample.keys[i]).read_bytes(), store.meta.orientation)
+        except (OSError, ValueError) as error:
+            found.append(
+                f'<div class="map"><div class="name">{escape(sample.keys[i])}: {escape(str(error))}</div></div>'
+            )
+            continue
+        scale = PICTURE_SIDE / max(image.size)
+        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+        found.append(_one_map(store, sample, i, image))
+    return "".join(found)
+
+
+def _one_map(store: LabelStore, sample: Sample, i: int, image: object) -> str:
+    names, counts = np.unique(sample.top1[i], return_counts=True)
+    shown = names[np.argsort(-counts, kind="stable")[:LEGEND]].tolist()
+    classes, share = (column[i] for column in sample.named)
+    few = store.meta.num_classes <= len(COLOURS)
+    colours = np.full((*sample.top1.shape[1:], 3), OTHER, np.uint8)
+    legend = []
+    for order, number in enumerate(shown):
+        colour = COLOURS[number if few else order]
+        colours[sample.top1[i] == number] = colour
+        percent = 100 * share[classes == number].sum()
+        legend.append(
+            f'<span><i style="background:rgb{colour}"></i>{escape(class_name(store, number))} '
+            f"{'&lt;1' if percent < 1 else round(percent)}%</span>"
+        )
+    if len(names) > len(shown):
+        legend.append(f'<span><i style="background:rgb{OTHER}"></i>{len(names) - len(shown)} others</span>')
+    overlay = lay_over(image, colours, 0.15 + 0.75 * sample.confidence[i], sample.maps.region[i])
+    target = int(sample.target[i])
+    label = f" · labeled <b>{escape(class_name(store, target))}</b>" if target >= 0 else ""
+    return (
+        f'<div class="map"><div class="pair">{picture(image)}{picture(overlay)}</div>'
+        f'<div class="legend">{"".join(legend)}</div>'
+        f'<div class="name">{escape(sample.keys[i])}{label}</div></div>'
+    )
+
+
+def _charts(store: LabelStore, sample: Sample) -> str:
+    meta = store.meta
+    kept = "codes and the tail name" if meta.tail else "the palette names"
+    charts = [
+        histogram(store.row_bytes(sample.rows), "Bytes of score planes per image, as compressed"),
+        palette_curve(sample),
+        histogram(1 - sample.left.mean((1, 2)), f"Probability that {kept}, per image", top=1.0, percent=True),
+        histogram(sample.entropy, f"Entropy of each cell, nats (uniform over {meta.num_classes:,} classes: "
+                  f"{np.log(meta.num_classes):.2f})", top=float(np.log(meta.num_classes))),
+        histogram(sample.confidence, "Probability of each cell’s first class", top=1.0, percent=True),
+        bars(_common_classes(store, sample), "Share of cells by their first class, the most common"),
+    ]  # fmt: skip
+    return "".join(charts)
+
+
+def _common_classes(store: LabelStore, sample: Sample) -> list[tuple[str, float]]:
+    numbers, counts = np.unique(sample.top1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:10]
+    return [(class_name(store, int(numbers[i])), float(counts[i] / counts.sum())) for i in order]
+
+
+def _truth_part(truth: TruthCheck | None) -> str:
+    if truth is None:
+        return ""
+    heat = heat_grid(truth.by_cell, "Share that is right, by place (green: all, red: none)")
+    turned = "" if truth.transposed is None else f", transposed {truth.transposed:.1%}"
+    return (
+        "<h2>Is the right class in the right place?</h2>"
+        f'<p class="soft">The true class of every pixel is known for {truth.images:,} of the sampled images. Of the '
+        f"{truth.cells:,} cells that one object fills by more than half, the stored map names its class in "
+        f"<b>{truth.right:.1%}</b>. The same maps, turned on purpose, would score: mirrored {truth.mirrored:.1%}"
+        f"{turned}. "
+        "A map that is out of place shows here at once.</p>"
+        f'<div class="charts">{heat}</div>'
+    )
+
+
+def _agreement(store: LabelStore, sample: Sample) -> str:
+    known = sample.target >= 0
+    if not known.any():
+        return ""
+    found, target = sample.image_class[known], sample.target[known]
+    wrong: dict[tuple[int, int], int] = {}
+    for pair in zip(target.tolist(), found.tolist(), strict=True):
+        if pair[0] != pair[1]:
+            wrong[pair] = wrong.get(pair, 0) + 1
+    rows = "".join(
+        f"<tr><td>{escape(class_name(store, a))}</td><td>{escape(class_name(store, b))}</td>"
+        f"<td class='n'>{count}</td></tr>"
+        for (a, b), count in sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:12]
+    )
+    table = (
+        f"<table><tr><th>folder says</th><th>map says</th><th class='n'>images</th></tr>{rows}</table>" if rows else ""
+    )
+    return (
+        "<h2>Agreement with the folders</h2>"
+        f'<p class="soft">The class with the largest share of the map is the folder’s in '
+        f"<b>{(found == target).mean():.1%}</b> of {len(found):,} sampled images. The most frequent "
+        f"differences:</p>{table}"
+    )
+
+
+def _quarantine(store: LabelStore) -> str:
+    entries = store.quarantine
+    if not entries:
+        return '<h2>Quarantine</h2><p class="soft">Empty: every image has its labels.</p>'
+    rows = "".join(
+        f"<tr><td><code>{escape(e['key'])}</code></td><td>{escape(e['reason'])}</td></tr>"
+        for e in entries[:QUARANTINE_SHOWN]
+    )
+    more = f'<p class="soft">… and {len(entries) - QUARANTINE_SHOWN:,} more, see quarantine.jsonl</p>'
+    return (
+        f"<h2>Quarantine</h2><p class='soft'>{len(entries):,} images could not be labeled and have no row.</p>"
+        f"<table>{rows}</table>{more if len(entries) > QUARANTINE_SHOWN else ''}"
+    )
+
+
+def _settings(store: LabelStore) -> str:
+    meta, plan = store.meta, store.plan
+    facts: dict[str, object] = {f"teacher: {name}": value for name, value in meta.teacher.items() if name != "notes"}
+    facts |= {f"setting: {name}": value for name, value in plan.settings.items()}
+    facts |= {
+        "shards": f"{meta.shards} of at most {plan.shard_size} images",
+        "scores": f"{meta.score_kind}, {meta.precision}",
+        "image orientation": meta.orientation,
+        "data-set fingerprint": meta.dataset_fingerprint,
+        "store fingerprint": store.fingerprint,
+        "format": f"{meta.format} {meta.format_version}, written by {meta.writer}",
+    }
+    rows = "".join(f"<tr><th>{escape(k)}</th><td><code>{escape(str(v))}</code></td></tr>" for k, v in facts.items())
+    return f"<h2>Settings</h2><table>{rows}</table>"

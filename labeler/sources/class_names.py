@@ -1,0 +1,85 @@
+"""Class names, and the class ids that folder names stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from labeler.base.errors import InputError
+
+IMAGENET_CLASSES = 1000
+
+
+def read_class_names(path: str | Path, num_classes: int) -> tuple[str, ...]:
+    """One name a line. Raises InputError where the count is not the teacher's."""
+    try:
+        names = tuple(Path(path).read_text("utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the class names {str(path)!r} cannot be read", got=str(error)) from None
+    if len(names) != num_classes:
+        raise InputError(
+            f"{str(path)!r} does not name the teacher's classes", got=f"{len(names)} lines", expected=f"{num_classes}"
+        )
+    return names
+
+
+def imagenet_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(WordNet ids, short descriptions) of the 1,000 ImageNet classes in their usual order."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-1k")
+    synsets = tuple(info.label_names())
+    return synsets, tuple(info.index_to_description(i).split(",")[0] for i in range(len(synsets)))
+
+
+def name_classes(
+    keys: tuple[str, ...], num_classes: int, names_file: str | None
+) -> tuple[tuple[str, ...], Mapping[str, int]]:
+    """(class names, folder name -> class id) for images whose first folder names their class.
+
+    The folders are matched with the names of `names_file`, with ImageNet's ids where the teacher has 1,000 classes, or
+    in sorted order where there are as many folders as classes. The mapping is empty where none of these fits, and the
+    names are empty where nothing tells them.
+    """
+    names = read_class_names(names_file, num_classes) if names_file else ()
+    folders = sorted({key.split("/", 1)[0] for key in keys if "/" in key})
+    by_name = {name: i for i, name in enumerate(names)}
+    if folders and all(folder in by_name for folder in folders):
+        return names, {folder: by_name[folder] for folder in folders}
+    if num_classes == IMAGENET_CLASSES:
+        by_synset, descriptions = _synset_classes(), imagenet_names()[1]
+        if folders and all(folder in by_synset for folder in folders):
+            return names or descriptions, {folder: by_synset[folder] for folder in folders}
+    if len(folders) == num_classes:
+        return names or tuple(folders), {folder: i for i, folder in enumerate(folders)}
+    return names, {}
+
+
+def folder_classes(folders: Sequence[str], num_classes: int | None) -> dict[str, int]:
+    """Folder name -> class id where nothing but the names of all folders tells the classes.
+
+    ImageNet's folders have its ids, also where only some of its 1,000 are there; other folders count in sorted order.
+    """
+    if num_classes == IMAGENET_CLASSES and len(folders) != num_classes:
+        synsets = _synset_classes()
+        if any(folder in synsets for folder in folders):
+            return synsets
+    return {folder: i for i, folder in enumerate(sorted(folders))}
+
+
+def with_the_rest_of_imagenet(folders: Mapping[str, int], num_classes: int) -> Mapping[str, int]:
+    """Where `folders` (name -> class id) are some of ImageNet's with their usual ids: all 1,000 of them."""
+    if num_classes == IMAGENET_CLASSES and folders and folders.items() <= _synset_classes().items():
+        return _synset_classes()
+    return folders
+
+
+def _synset_classes() -> dict[str, int]:
+    return {synset: i for i, synset in enumerate(imagenet_names()[0])}
+
+
+def targets_of(keys: tuple[str, ...], class_folders: Mapping[str, int]) -> np.ndarray:
+    """int32 [N]: the class id of each key's first folder, −1 where it is not known."""
+    return np.array([class_folders.get(key.split("/", 1)[0], -1) if "/" in key else -1 for key in keys], np.int32)

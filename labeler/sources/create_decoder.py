@@ -1,0 +1,36 @@
+"""The choice of a decoder."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from labeler.base.errors import InputError
+from labeler.sources.decode_reference import ReferenceDecoder
+from labeler.sources.decoder import Decoder, DecodeSettings
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed; tells without importing it."""
+    return bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
+
+
+def automatic_decoder(device: str) -> str:
+    """What "auto" means on a device."""
+    return "dali" if device.startswith("cuda") and has_dali() else "pil"
+
+
+def create_decoder(name: str, settings: DecodeSettings) -> Decoder:
+    """`name` is "dali", "pil", or "auto": DALI for a GPU, where it is installed.
+
+    Raises InputError where DALI is asked for and cannot be imported.
+    """
+    name = automatic_decoder(settings.device) if name == "auto" else name
+    if name == "pil":
+        return ReferenceDecoder(settings)
+    try:
+        from labeler.sources.decode_dali import DaliDecoder
+    except ImportError as error:
+        raise InputError(
+            "DALI cannot be imported", got=str(error), remedy="Install it, or use --decoder pil."
+        ) from None
+    return DaliDecoder(settings)

@@ -1,0 +1,301 @@
+"""Stores from elsewhere: checked from end to end by a child process, before this process opens them with HDF5.
+
+libhdf5 crashes on some damaged files, and a file can be made to cost any time or memory. So a store that this user has
+neither written nor checked is first read by a child whose memory and time are limited and which cannot write. It reads
+every shard, row and attribute. What it finds good is remembered by digest in the user's state folder
+(`$XDG_STATE_HOME/token-labeling/stores`, else `~/.local/state/…`), so that it is done once: a store's markers have the
+sha256 of every shard, and a shard that differs from its marker is never opened.
+
+The check took 1.6 s for 10 shards of 1,000 rows (18×18 cells, palette 16, 32 MB, one core): 0.3 s to begin, and 0.13 ms
+a row. Opening what is remembered takes 1 ms.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from labeler.base.errors import InputError, IntegrityError, TokenLabelError
+from labeler.base.open_files import OpenFiles
+from labeler.base.whole_files import check_file, read_marker
+from labeler.store.plan import FORMAT_VERSION, PLAN_FILE, Plan, load_plan
+from labeler.store.row_checks import shard_problems, value_problems
+from labeler.store.shard_file import VIEW_FILE, ShardReader, file_rows
+
+log = logging.getLogger("labeler")
+
+WRITTEN, CHECKED = "written", "checked"
+RECORDS_BYTES = 1 << 30  # of plan and markers together
+DECODED_BYTES = 4 << 30  # of one shard's planes
+BLOCK_BYTES = 64 << 20  # decoded at once
+TOO_MANY_FILES = 3  # exit status of the child
+COMMAND = (sys.executable, "-P", "-m", "labeler.store.foreign_store")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of the child: bytes of memory beyond what it has when it starts, seconds of processor time, seconds by the clock.
+
+    An honest store needs less than its size in memory beyond 2 GB, and a tenth of the time.
+    """
+
+    memory: int
+    cpu: int
+    wall: int
+
+    @classmethod
+    def of(cls, size: int) -> Limits:
+        cpu = 60 + size // 2_000_000
+        return cls((2 << 30) + size, cpu, 3 * cpu)
+
+
+def refuse_hostile(store: Path) -> bool:
+    """Check a store in a child process unless that was done before; whether this user wrote it.
+
+    Raises IntegrityError, with the file, where a shard is not what the labeler writes, or where the child crashed or
+    ran into a limit. A store that is incomplete or damaged passes: whoever opens it sees that without HDF5.
+    """
+    try:
+        digest = _digest(store)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    known = _recall(digest)
+    if known is None and run_child(store) == "whole":
+        _note(digest, CHECKED)
+    return known == WRITTEN
+
+
+def remember_written(store: Path) -> None:
+    """Note that this user wrote the whole store, so that it needs no check."""
+    _note(_digest(store), WRITTEN)
+
+
+def _digest(store: Path) -> str:
+    """sha256 over plan and markers, and with them over every shard, as they are; nothing is parsed."""
+    names = [name for name in os.listdir(store) if name.startswith("shard-") and name.endswith(".json")]
+    digest, left = hashlib.sha256(), RECORDS_BYTES
+    for name in [PLAN_FILE, *sorted(names)]:
+        # A pipe in place of a file would block otherwise.
+        with open(os.open(store / name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            left -= status.st_size
+            if not stat.S_ISREG(status.st_mode) or left < 0:
+                raise _refused(store / name, "no regular file" if left >= 0 else f"more than {RECORDS_BYTES:,} bytes")
+            data = file.read(status.st_size)
+            digest.update(f"{name} {len(data)} ".encode("utf-8", "surrogateescape") + data)
+    return digest.hexdigest()
+
+
+def _memory() -> Path:
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(home) / "token-labeling" / "stores"
+
+
+def _recall(digest: str) -> str | None:
+    try:
+        return (_memory() / digest).read_text().strip()
+    except OSError:
+        return None
+
+
+def _note(digest: str, how: str) -> None:
+    try:
+        _memory().mkdir(parents=True, exist_ok=True)
+        (_memory() / digest).write_text(how + "\n")
+    except OSError as error:
+        log.debug("the check of a store is not remembered: %s", error)
+
+
+def view_rows(store: Path, name: str) -> int:
+    """The rows that a data set of the store's `labels.h5` shows, which a child process opens: no digest covers it."""
+    return int(run_child(store, None, name))
+
+
+def run_child(store: Path, limits: Limits | None = None, *more: str) -> str:
+    """Run the child; its finding. Raises IntegrityError with what it refused, or how it ended."""
+    # What is on the disk: a file with holes may claim any length.
+    size = sum(entry.stat().st_blocks * 512 for entry in os.scandir(store) if entry.is_file())
+    limits = limits or Limits.of(size)
+    if size > 1 << 30:
+        log.warning("checking %s, %.1f GB, before it is opened for the first time", store, size / 1e9)
+    root = str(Path(__file__).parents[2])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONIOENCODING": "utf-8",
+        "HDF5_PLUGIN_PRELOAD": "::",
+        # Every thread of a BLAS reserves memory, which the limit would count.
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    arguments = [*COMMAND, os.path.abspath(store), str(limits.memory), str(limits.cpu), *more]
+    child = subprocess.Popen(
+        arguments, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    try:
+        output, _ = child.communicate(timeout=limits.wall)
+        status = child.returncode
+    except subprocess.TimeoutExpired:
+        child.kill()
+        output, _ = child.communicate()
+        status = -signal.SIGXCPU
+    finally:
+        child.kill()
+    lines = output.decode("utf-8", "replace").splitlines() or [PLAN_FILE]
+    if status == 0:
+        return lines[-1]
+    if status == TOO_MANY_FILES:
+        raise InputError(
+            f"the shards of {str(store)!r} are more files than may be open at once",
+            got=lines[-1], expected="all of them open, as a reader holds them", remedy="Raise the limit (ulimit -Hn).",
+        )  # fmt: skip
+    if status == 1 and len(lines) > 1:
+        raise _refused(store / _printable(lines[-2]), _printable(lines[-1]))
+    raise _refused(store / _printable(lines[-1]), _ended(status, limits))
+
+
+def _ended(status: int, limits: Limits) -> str:
+    if status == -signal.SIGXCPU:
+        return f"no end of the check within {limits.cpu} s of processor time, {limits.wall} s in all"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"exit status {status}"
+    return f"a crash of the process that checked it ({name})"
+
+
+def _printable(text: str) -> str:
+    """Without what could steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)[:300]
+
+
+def _refused(path: Path, got: str) -> IntegrityError:
+    return IntegrityError(
+        f"{str(path)!r} is refused", got=got, expected="what the labeler writes",
+        remedy="Nothing of the store was opened outside a child process. Get it from its author again, or label anew.",
+    )  # fmt: skip
+
+
+def inspect(store: Path, say: Callable[[str], None]) -> bool:
+    """Read all of a store; whether every shard was there and as its marker says. Only for the child.
+
+    say  is told the name of each file before it is opened. Raises IntegrityError.
+    """
+    say(PLAN_FILE)
+    try:
+        plan = load_plan(store)
+    except TokenLabelError:
+        return False  # the parent reads the plan and says so itself
+    if plan is None:
+        return False
+    readers, files, last = [], OpenFiles(), ""
+    for shard in range(plan.meta.shards):
+        try:
+            marker = read_marker(store, shard, plan.meta.shards)
+            if marker is None:
+                continue
+            say(marker.file)
+            if not stat.S_ISREG(os.stat(store / marker.file).st_mode):
+                raise IntegrityError("no regular file")
+            check_file(store, marker)
+        except (IntegrityError, FileNotFoundError):
+            continue
+        # All are kept, as in a process that uses the store: what it would need in memory counts.
+        readers.append(ShardReader(store / marker.file, plan.layout, marker.rows, files=files))
+        last = _inspect_shard(plan, shard, readers[-1], marker.quarantine, last)
+    return len(readers) == plan.meta.shards
+
+
+def _inspect_shard(plan: Plan, shard: int, reader: ShardReader, quarantine: list[dict[str, str]], last: str) -> str:
+    """Refuse what no labeler writes; the shard's last key. `last`: the key before its first."""
+    problems = shard_problems(plan, shard, reader, quarantine)
+    if plan.meta.format_version == FORMAT_VERSION and (more := reader.attributes.keys() - plan.meta.attributes(shard)):
+        problems.append(f"unknown attributes {sorted(more)[:3]}")
+    own = np.array(plan.code_values, np.float32)
+    if reader.code_values is not None and not np.array_equal(reader.code_values, own):
+        problems.append("code values that are not the plan's")
+    keys = reader.keys
+    if keys and keys[0] <= last:
+        problems.append("keys that are not above those of the shards before")
+    problems += [f"a key that leaves the image root: {key!r}" for key in keys if not _stays_below(key)][:1]
+    row = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in plan.layout.values())
+    if row * reader.rows > DECODED_BYTES:
+        problems.append(f"{row * reader.rows:,} bytes when decoded, more than {DECODED_BYTES:,}")
+    if not problems:
+        step = max(1, BLOCK_BYTES // row)
+        for start in range(0, reader.rows, step):
+            found = reader.read(np.arange(start, min(start + step, reader.rows)))
+            if problems := value_problems(plan, found):
+                break
+    if problems:
+        raise IntegrityError("; ".join(problems))
+    return keys[-1] if keys else last
+
+
+def _stays_below(key: str) -> bool:
+    return "\0" not in key and not {"", ".", ".."} & set(key.split("/"))
+
+
+def main(arguments: list[str]) -> int:
+    """The child. Prints the file that it is at, and at the end what it found."""
+    store, memory, cpu, name = Path(arguments[0]), int(arguments[1]), int(arguments[2]), "".join(arguments[3:])
+    output = sys.stdout
+    _limit(memory, cpu)
+
+    def say(line: str) -> None:
+        print(_printable(line), file=output, flush=True)
+
+    try:
+        if name:
+            say(VIEW_FILE)
+            say(str(file_rows(store, name)))
+        else:
+            say("whole" if inspect(store, say) else "not whole")
+        return 0
+    except IntegrityError as error:
+        say(str(error.got or error.problem))
+        return 1
+    except MemoryError:
+        say(f"more memory needed than {memory:,} bytes")
+        return 1
+    except Exception as error:  # whatever the file brought about, it is not a store of ours
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            return TOO_MANY_FILES
+        say(f"{type(error).__name__}: {error}")
+        return 1
+
+
+def _limit(memory: int, cpu: int) -> None:
+    import resource
+
+    used = os.times()
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # of a store's shards there may be thousands
+    with open("/proc/self/statm") if os.path.exists("/proc/self/statm") else open(os.devnull) as file:
+        mapped = int((file.read().split() or ["0"])[0]) * resource.getpagesize()
+    for limit, value in (
+        (resource.RLIMIT_AS, mapped + memory),
+        (resource.RLIMIT_CPU, int(used.user + used.system) + cpu),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, hard = resource.getrlimit(limit)
+        most = value + 5 * (limit == resource.RLIMIT_CPU)  # at the hard limit of time the end has no name
+        if hard != resource.RLIM_INFINITY:
+            value, most = min(value, hard), min(most, hard)
+        try:
+            resource.setrlimit(limit, (value, most))
+        except (ValueError, OSError):  # a system without this limit: the clock still counts
+            log.debug("no limit %d here", limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

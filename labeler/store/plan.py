@@ -1,0 +1,230 @@
+"""The plan of a store: what is labeled, with which settings, cut into which shards. Written once, first of all.
+
+Everything that decides a label's value stands in the plan; a later run that differs in any of it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from labeler.base.errors import IntegrityError, MismatchError
+from labeler.base.version import __version__
+from labeler.base.whole_files import read_sealed, write_sealed
+from labeler.sources.pixels import ORIENTATIONS
+from labeler.store.score_code import Encoding, ScoreCode
+from labeler.store.shard_file import Layout, row_layout
+
+PLAN_FILE = "plan.json"
+FORMAT_NAME = "token-label store"
+FORMAT_VERSION = "2.0"
+READABLE = ("1", "2")  # major versions
+COMPARED = (
+    "format_version",
+    "num_classes",
+    "class_names",
+    "palette",
+    "tail",
+    "grid",
+    "precision",
+    "orientation",
+    "score_kind",
+)
+KINDS = frozenset({("logprob", "uint8"), ("logprob", "float16"), ("logit", "float16")})
+MAX_CLASSES = 1 << 31
+MAX_ROW = 32 << 20  # scores of one image
+# Of a teacher's record: equal weights may lie elsewhere, and the rest is told for people.
+NOT_COMPARED = frozenset({"checkpoint", "random_weights", "method", "self_test", "notes"})
+
+
+@dataclass(frozen=True)
+class StoreMeta:
+    """What a store holds; also the attributes of every shard.
+
+    grid                 H, W of the maps
+    score_kind           "logprob" or "logit" (see FORMAT.md)
+    precision            "uint8" or "float16"
+    palette              P; tail: R
+    class_names          one for each of `num_classes`, or empty
+    orientation          "exif" or "ignore": how the images were turned before labeling
+    teacher              name, weights_sha256, input_size, view, interpolation, mean, std, …
+    dataset_fingerprint  of the images that were listed, see `ImageSet.fingerprint`
+    """
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    palette: int
+    grid: tuple[int, int]
+    score_kind: str
+    precision: str
+    orientation: str
+    teacher: Mapping[str, Any]
+    dataset_fingerprint: str
+    num_images: int
+    shards: int
+    tail: int = 0
+    format: str = FORMAT_NAME
+    format_version: str = FORMAT_VERSION
+    writer: str = f"token-labeling {__version__}"
+
+    def attributes(self, shard: int | None = None) -> dict[str, Any]:
+        """The attributes of a shard's file, or of the view over all shards; structures as JSON text."""
+        plain = asdict(self)
+        for name in ("class_names", "teacher"):
+            plain[name] = json.dumps(plain[name], ensure_ascii=False, sort_keys=True)
+        if self.format_version.startswith("1."):
+            del plain["tail"]
+        elif shard is not None:  # a thousand names weigh more than a hundred rows: the plan and the view have them
+            del plain["class_names"]
+        return plain if shard is None else {**plain, "shard": shard}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a store.
+
+    settings     the labeling settings that decide the labels' values
+    shard_size   images per shard; shard i holds the sorted keys from i·shard_size on
+    key_bytes    width of the key field: the longest key, in UTF-8 bytes
+    code_values  the 256 scores of the uint8 codes; empty for float16
+    class_folders  folder name -> class id, where the images' folders name their classes
+    """
+
+    meta: StoreMeta
+    settings: Mapping[str, Any]
+    shard_size: int
+    key_bytes: int
+    code_values: tuple[float, ...] = ()
+    class_folders: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Layout:
+        """The data sets of every shard."""
+        m = self.meta
+        return row_layout(m.palette, m.grid, m.num_classes, m.score_kind, m.precision, self.key_bytes, m.tail)
+
+    @property
+    def encoding(self) -> Encoding:
+        """How maps were, and are, made into rows."""
+        chosen = {name: self.settings[name] for name in ("levels", "threshold") if name in self.settings}
+        return Encoding(self.meta.palette, self.meta.tail, precision=self.meta.precision, **chosen)
+
+    @cached_property
+    def code(self) -> ScoreCode:
+        """What the stored numbers mean."""
+        values = np.array(self.code_values, np.float32) if self.code_values else None
+        return ScoreCode(values, as_background=values is not None and not self.meta.format_version.startswith("1."))
+
+    def slice_of(self, shard: int) -> slice:
+        return slice(shard * self.shard_size, min((shard + 1) * self.shard_size, self.meta.num_images))
+
+    def save(self, store: Path) -> bool:
+        """Write the plan; False where another run's plan was there first."""
+        return write_sealed(store / PLAN_FILE, asdict(self))
+
+
+def load_plan(store: Path) -> Plan | None:
+    """The plan of a store, None where there is none. Raises MismatchError (newer format), IntegrityError (damage)."""
+    path = store / PLAN_FILE
+    try:
+        record = read_sealed(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except IntegrityError as error:
+        # Unlike a shard it cannot be made anew: the shards there might be of any other settings.
+        raise IntegrityError(
+            error.problem, got=error.got, remedy="Restore it from a copy, or label into a new folder."
+        ) from None
+    meta = record.get("meta")
+    if not isinstance(meta, dict):
+        raise IntegrityError(f"{str(path)!r} is not a plan", got=type(meta).__name__, expected="the plan of a store")
+    version = str(meta.get("format_version", "?"))
+    if meta.get("format") != FORMAT_NAME or version.split(".")[0] not in READABLE:
+        raise MismatchError(
+            f"{str(store)!r} cannot be read by this version",
+            got=f"{meta.get('format')!r} format {version}",
+            expected=f"{FORMAT_NAME!r} format {' or '.join(f'{major}.x' for major in READABLE)}",
+            remedy="Install a version of this package that knows the format.",
+        )
+    known = {f.name for f in fields(StoreMeta)}
+    try:
+        meta = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in meta.items() if name in known
+        }
+        record["code_values"] = tuple(record["code_values"])
+        plan = Plan(**{**record, "meta": StoreMeta(**meta)})
+        problem = _impossible(plan)
+    except (TypeError, LookupError, ValueError, AttributeError, OverflowError) as error:
+        problem = str(error)
+    if problem:
+        raise IntegrityError(f"{str(path)!r} is not a plan", got=problem, expected="the plan of a store")
+    return plan
+
+
+def _impossible(plan: Plan) -> str | None:
+    """What no plan of ours says: whoever reads a store allocates by its plan. Wrong types may raise anything."""
+    m = plan.meta
+    limits = {
+        "num_classes": (m.num_classes, MAX_CLASSES), "palette": (m.palette, 1 << 16), "shards": (m.shards, 1_000_000),
+        "num_images": (m.num_images, 1 << 40), "shard_size": (plan.shard_size, 1 << 40),
+        "key_bytes": (plan.key_bytes, 1 << 16), **{f"grid[{i}]": (side, 4096) for i, side in enumerate(m.grid)},
+    }  # fmt: skip
+    for name, (value, most) in limits.items():
+        if type(value) is not int or not 1 <= value <= most:
+            return f"{name} {_short(value)}"
+    texts = (*m.class_names, m.dataset_fingerprint, m.writer, m.format_version, *plan.class_folders)
+    numbers = (*plan.code_values, *plan.class_folders.values())
+    wrong = {
+        "names": any(type(text) is not str for text in texts) or len(m.class_names) not in (0, m.num_classes),
+        "grid": len(m.grid) != 2,
+        "a score kind or a precision": (m.score_kind, m.precision) not in KINDS or m.orientation not in ORIENTATIONS,
+        "a number": any(type(n) not in (int, float) or not math.isfinite(n) for n in numbers),
+        "code values": len(plan.code_values) != (256 if m.precision == "uint8" else 0),
+        "class folders": any(not 0 <= n < m.num_classes for n in plan.class_folders.values()),
+        "a number of shards": m.shards != -(-m.num_images // plan.shard_size),
+        "settings": not isinstance(m.teacher, dict) or not isinstance(plan.settings, dict),
+        "rows too large": m.palette * m.grid[0] * m.grid[1] > MAX_ROW,
+        "a tail": type(m.tail) is not int or not 0 <= m.tail < 1 << 16 or (m.tail > 0 and m.precision != "uint8"),
+    }
+    return next((f"{name} that cannot be" for name, fault in wrong.items() if fault), None)
+
+
+def refuse_other_settings(store: Path, found: Plan, wanted: Plan) -> None:
+    """Raise MismatchError naming each setting in which a run differs from the store that it would continue."""
+    pairs = [
+        *((name, getattr(found.meta, name), getattr(wanted.meta, name)) for name in COMPARED),
+        *((name, getattr(found, name), getattr(wanted, name)) for name in ("shard_size", "code_values")),
+        *_entries(found.settings, wanted.settings),
+        *_entries(found.meta.teacher, wanted.meta.teacher),
+    ]
+    differences = [
+        f"{name} {_short(new)}, the store has {_short(old)}" for name, old, new in pairs if plain(old) != plain(new)
+    ]
+    if differences:
+        raise MismatchError(
+            f"the store {str(store)!r} was begun with other settings",
+            got="; ".join(dict.fromkeys(differences)),
+            remedy="Use the settings it was begun with, or another --store.",
+        )
+
+
+def _entries(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    names = sorted({*found, *wanted} - NOT_COMPARED)
+    return [(name, found.get(name), wanted.get(name)) for name in names]
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, as JSON and HDF5 give them back."""
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,97 @@
+"""The code of scores: what each of 256 codes stands for, and how finely maps are coded.
+
+Legend: N images; P palette size; H×W map grid.
+
+The KL divergence of a small error d in a probability p is about d²/2p, so equal steps in √p spend bits where a loss
+feels them: code k of 1 … levels stands for p = (k / levels)². Code 0 says "as the background in this cell". The codes
+above `levels` are the background's own: 0, −0.25, −0.5 … nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from labeler.base.errors import InputError
+
+NUM_CODES = 256
+BACKGROUND_STEP, FLOOR = 0.25, -20.0  # nats
+OFFSET_STEP = 0.25  # nats between the offsets of a tail, which are stored as whole numbers of steps
+MAX_OFFSET = 31  # nats that a tail class may lie above or below the background
+MIN_LEVELS, MAX_LEVELS = 4, NUM_CODES - 2 - round(-FLOOR / BACKGROUND_STEP)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How maps become rows of a store.
+
+    palette    P, the most classes that get a score plane of their own
+    tail       R, the most classes that share the background plane, each with an offset
+    levels     steps of √p; more are truer and larger
+    threshold  nats of KL, summed over the cells of a map, that a byte must save to be spent, for a map of one cell; it
+               grows with the number of cells to the power 0.12. Smaller is truer and larger
+    precision  "uint8": codes; "float16": P dense planes of scores, chosen by their share, without threshold or tail
+    """
+
+    palette: int = 64
+    tail: int = 192
+    levels: int = 20
+    threshold: float = 2.1e-3
+    precision: str = "uint8"
+
+    def __post_init__(self) -> None:
+        if not MIN_LEVELS <= self.levels <= MAX_LEVELS:
+            expected = f"{MIN_LEVELS} to {MAX_LEVELS}"
+            raise InputError("the number of levels is out of range", got=self.levels, expected=expected)
+        if not 0 <= self.threshold < 1:
+            raise InputError("the threshold is out of range", got=self.threshold, expected="0 ≤ threshold < 1")
+        if self.tail < 0:
+            raise InputError("the tail is a number of classes", got=self.tail, expected="0 (no tail) or more")
+
+    def places(self, num_classes: int) -> tuple[int, int]:
+        """(P, R) of a store of `num_classes` classes: none has more places than there are classes."""
+        tail = 0 if self.precision == "float16" else min(self.tail, max(0, num_classes - 1))
+        return min(self.palette, num_classes), tail
+
+
+QUALITIES = {
+    "low": Encoding(levels=16, threshold=6e-3),
+    "default": Encoding(),
+    "high": Encoding(palette=128, levels=28, threshold=1e-3),
+}
+
+
+def code_table(levels: int) -> np.ndarray:
+    """float32 [256]: the score of each code. Code 0's own is the floor, for readers that do not know its meaning."""
+    own = 2 * np.log(np.arange(1, levels + 1) / levels)
+    shared = np.arange(0, FLOOR - BACKGROUND_STEP / 2, -BACKGROUND_STEP)
+    values = np.concatenate([[FLOOR], own, shared])
+    return np.pad(values, (0, NUM_CODES - len(values)), constant_values=FLOOR).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class ScoreCode:
+    """What the stored numbers of a store mean.
+
+    values         float32 [256]: the score of each uint8 code; None: scores are stored as they are
+    as_background  code 0 in a palette plane stands for the background's score (format 2.0)
+    """
+
+    values: np.ndarray | None
+    as_background: bool
+
+    def decode(self, scores: np.ndarray, background: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Stored planes [N, P, H, W] and [N, H, W] (None: 0 everywhere) to float32 scores of the same shapes."""
+        if background is None:
+            shared = np.zeros((len(scores), *scores.shape[2:]), np.float32)
+        else:
+            shared = self._values_of(background)
+        decoded = self._values_of(scores)
+        if self.as_background:
+            np.copyto(decoded, shared[:, None], where=scores == 0)
+        return decoded, shared
+
+    def _values_of(self, stored: np.ndarray) -> Any:
+        return stored.astype(np.float32) if self.values is None else self.values[stored]

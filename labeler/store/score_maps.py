@@ -1,0 +1,121 @@
+"""Score maps as they are decoded: a palette of class planes, a background and a tail.
+
+Legend: N images; C classes; P palette size; R tail size; H×W map grid.
+
+A cell's teacher distribution is the softmax over its P palette scores `v_p`, R scores `b + o_r` of the tail and
+C − P − R copies of the background score `b`. Unused palette and tail places (class −1) count as nothing: neither as
+palette or tail nor among the other classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from labeler.base.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ScoreMaps:
+    """Decoded label maps of N images, as numpy arrays or (after `to_torch`) as tensors.
+
+    classes       int64   [N, P]        class ids; −1 where the place is unused
+    scores        float32 [N, P, H, W]  log-probabilities (or logits, in a `logit` store)
+    background    float32 [N, H, W]     score of each class that is neither in the palette nor in the tail
+    region        float32 [N, 4]        y0, x0, y1, x1 of the image part that the map covers, fractions of the image;
+                                        None: all of it
+    num_classes   C
+    tail_classes  int64   [N, R]        classes that share the background plane; −1 where unused; None: no tail
+    tail_offsets  float32 [N, R]        nats that such a class lies above the background, in every cell
+    """
+
+    classes: Any
+    scores: Any
+    background: Any
+    region: Any = None
+    num_classes: int = 0
+    tail_classes: Any = None
+    tail_offsets: Any = None
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise InputError("score maps need to know how many classes there are", remedy="Give num_classes.")
+        if (self.tail_classes is None) != (self.tail_offsets is None):
+            raise InputError("a tail is classes and offsets", got="only one of them", expected="both, or neither")
+        n = self.classes.shape[0]
+        if self.region is None:
+            object.__setattr__(self, "region", _like(self.scores, np.tile(np.array([0, 0, 1, 1], np.float32), (n, 1))))
+        if self.tail_classes is None:
+            object.__setattr__(self, "tail_classes", _like(self.classes, np.zeros((n, 0), np.int64)))
+            object.__setattr__(self, "tail_offsets", _like(self.scores, np.zeros((n, 0), np.float32)))
+
+    def __len__(self) -> int:
+        return self.classes.shape[0]
+
+    def dense(self) -> Any:
+        """float32 [N, C, H, W]: each cell's distribution over all classes."""
+        parts = self.classes, self.scores, self.background, self.tail_classes, self.tail_offsets
+        logits = dense_scores(*parts, self.num_classes)
+        if not isinstance(logits, np.ndarray):
+            return logits.softmax(1)
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        return weights / weights.sum(1, keepdims=True)
+
+    def top1(self) -> np.ndarray:
+        """int64 [N, H, W]: the most probable class of each cell among those that the palette and the tail name."""
+        scores = np.where((self.classes >= 0)[:, :, None, None], self.scores, -np.inf)
+        named, best = self.classes, scores
+        if self.tail_classes.shape[1]:
+            # One tail class leads all others of the tail, in every cell alike.
+            offsets = np.where(self.tail_classes >= 0, self.tail_offsets, -np.inf)
+            leader = offsets.argmax(1)[:, None]
+            named = np.concatenate([named, np.take_along_axis(self.tail_classes, leader, 1)], 1)
+            leading = np.take_along_axis(offsets, leader, 1)[:, :, None, None] + self.background[:, None]
+            best = np.concatenate([scores, leading], 1)
+        place = best.argmax(1)
+        return np.take_along_axis(named[:, :, None, None], place[:, None], axis=1)[:, 0]
+
+    def to_torch(self, device: str | torch.device = "cpu") -> ScoreMaps:
+        """The same maps as tensors on `device`."""
+        import torch
+
+        moved = {
+            name: torch.as_tensor(value, device=device) for name, value in vars(self).items() if name != "num_classes"
+        }
+        return ScoreMaps(num_classes=self.num_classes, **moved)
+
+
+def dense_scores(
+    classes: Any, scores: Any, background: Any, tail_classes: Any, tail_offsets: Any, num_classes: int
+) -> Any:
+    """Scores of all classes, the plain reference for everything that avoids building them.
+
+    Args: classes [N, P], scores [N, P, …], background [N, …], tail_classes and tail_offsets [N, R]; arrays or tensors.
+
+    Returns: [N, C, …], as the arguments are.
+    """
+    shape = (len(classes), num_classes, *background.shape[1:])
+    if isinstance(scores, np.ndarray):
+        logits = np.broadcast_to(background[:, None], shape).copy()
+        (image, place), (of, tail) = np.nonzero(classes >= 0), np.nonzero(tail_classes >= 0)
+    else:
+        logits = background[:, None].expand(shape).clone()
+        image, place = (classes >= 0).nonzero(as_tuple=True)
+        of, tail = (tail_classes >= 0).nonzero(as_tuple=True)
+    logits[of, tail_classes[of, tail]] += tail_offsets[of, tail].reshape(-1, *[1] * (len(shape) - 2))
+    logits[image, classes[image, place]] = scores[image, place]
+    return logits
+
+
+def _like(array: Any, values: np.ndarray) -> Any:
+    """`values` as what `array` is: an array, or a tensor on the same device."""
+    if isinstance(array, np.ndarray):
+        return values
+    import torch
+
+    return torch.as_tensor(values, device=array.device)

@@ -1,0 +1,145 @@
+"""Writing a store: begin it, write its shards in any order and from any process, finish it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from labeler.base.errors import InputError, IntegrityError, LabelingError
+from labeler.base.whole_files import (
+    Marker,
+    check_file,
+    publish_shard,
+    read_marker,
+    replace_file,
+    shard_stem,
+    sweep,
+    sync_folder,
+)
+from labeler.store.plan import Plan, load_plan, refuse_other_settings
+from labeler.store.shard_file import VIEW_FILE, ShardRows, build_shard, build_view, class_dtype
+
+QUARANTINE_FILE = "quarantine.jsonl"
+CANNOT_WRITE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
+
+log = logging.getLogger("labeler")
+
+
+def begin_store(store: Path, plan: Plan) -> Plan:
+    """Create the store's folder and plan, or check that the one there was begun with the same settings and images.
+
+    Raises MismatchError where it was not, InputError where the folder cannot be written or holds something else.
+    """
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        found = load_plan(store)
+        if found is None:
+            foreign = sorted(p.name for p in store.iterdir() if not p.name.startswith(".tmp-"))
+            if foreign:
+                raise InputError(
+                    f"{str(store)!r} is not empty and not a label store",
+                    got=", ".join(foreign[:3]),
+                    remedy="Choose an empty or a new folder.",
+                )
+            if plan.save(store):
+                return plan
+            found = load_plan(store)
+            assert found is not None
+    except OSError as error:
+        if error.errno in CANNOT_WRITE:
+            raise InputError(f"the store {str(store)!r} cannot be written", got=error.strerror) from None
+        raise disk_error(store, error) from None
+    refuse_other_settings(store, found, plan)
+    return found
+
+
+def write_shard(
+    store: Path,
+    plan: Plan,
+    shard: int,
+    rows: ShardRows,
+    quarantine: list[dict[str, str]],
+    stats: Mapping[str, float],
+    keys: tuple[str, ...],
+) -> bool:
+    """Commit one shard; `keys` are those of its slice. False where another writer was first.
+
+    Raises LabelingError where the disk is full or fails; nothing is left behind then.
+    """
+    table = np.array(plan.code_values, np.float32) if plan.code_values else None
+    data = build_shard(rows, plan.layout, plan.meta.attributes(shard), table)
+    fields = {
+        "shard": shard,
+        "rows": len(rows),
+        "first_key": keys[0],
+        "last_key": keys[-1],
+        "quarantine": quarantine,
+        "stats": dict(stats),
+    }
+    try:
+        return publish_shard(store, shard_stem(shard, plan.meta.shards), data, fields)
+    except OSError as error:
+        raise disk_error(store, error) from None
+
+
+def disk_error(store: Path, error: OSError) -> LabelingError:
+    return LabelingError(
+        f"writing to the store {str(store)!r} failed",
+        got=error.strerror or str(error),
+        remedy="Every committed shard is kept: mend the disk and run the same command again.",
+    )
+
+
+def committed_shards(store: Path, plan: Plan) -> dict[int, Marker]:
+    """The shards that are finished and whole. A damaged one is withdrawn, so that it is labeled again."""
+    found = {}
+    for shard in range(plan.meta.shards):
+        try:
+            marker = read_marker(store, shard, plan.meta.shards)
+            if marker is None:
+                continue
+            check_file(store, marker)
+        except IntegrityError as error:
+            log.warning("%s", error)
+            _withdraw(store / f"{shard_stem(shard, plan.meta.shards)}.json")
+            continue
+        found[shard] = marker
+    return found
+
+
+def _withdraw(marker: Path) -> None:
+    try:
+        marker.unlink(missing_ok=True)
+        sync_folder(marker.parent)
+    except OSError as error:
+        raise disk_error(marker.parent, error) from None
+
+
+def finish_store(store: Path, plan: Plan) -> list[Marker]:
+    """Write `quarantine.jsonl` and the view over all shards; sweep. Raises IntegrityError, LabelingError."""
+    markers = []
+    for shard in range(plan.meta.shards):
+        marker = read_marker(store, shard, plan.meta.shards)
+        if marker is None:
+            raise IntegrityError(f"shard {shard} of {str(store)!r} has no marker", remedy="Run the same command again.")
+        markers.append(marker)
+    lines = [json.dumps({**entry, "shard": m.shard}, ensure_ascii=False) for m in markers for entry in m.quarantine]
+    try:
+        replace_file(store / QUARANTINE_FILE, "".join(line + "\n" for line in lines).encode())
+        view = build_view([(m.file, m.rows) for m in markers], plan.layout, plan.meta.attributes())
+        replace_file(store / VIEW_FILE, view)
+        sweep(store, markers)
+    except OSError as error:
+        raise disk_error(store, error) from None
+    return markers
+
+
+def store_classes(classes: np.ndarray, num_classes: int) -> np.ndarray:
+    """Class ids with −1 for unused places, as they are stored."""
+    dtype = class_dtype(num_classes)
+    return np.where(classes < 0, np.iinfo(dtype).max, classes).astype(dtype)

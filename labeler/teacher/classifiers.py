@@ -1,0 +1,183 @@
+"""The classifier that a teacher is made from: found by name, built, given its weights, with its preprocessing.
+
+Names are timm's (`NAME` or `timm:NAME`), torchvision's (`torchvision:NAME`) or a function's (`package.module:function`,
+called without arguments). Weights come from a checkpoint, else from the library, else (if asked for) from random.
+
+Legend: S side of the square input.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from labeler.base.errors import TeacherError, TokenLabelError
+from labeler.teacher.dense_maps import HEADS, first_line
+from labeler.teacher.teacher_config import TeacherConfig
+from labeler.teacher.weights import classes_in, load_weights, read_checkpoint, weights_only
+
+NO_WEIGHTS_REMEDY = "Give --checkpoint FILE, or --random-weights to try the machinery."
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network with its weights, and how its images are to be prepared.
+
+    input_size  S, where the settings give none
+    crop_pct    side of the network's own evaluation crop as a share of the resized picture's shorter side
+    notes       what a user must know
+    """
+
+    model: nn.Module
+    input_size: int = 224
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    notes: tuple[str, ...] = ()
+
+
+def build_classifier(config: TeacherConfig) -> Classifier:
+    """The configured network on the CPU, with its weights."""
+    source, _, name = config.name.rpartition(":")
+    state = read_checkpoint(config.checkpoint) if config.checkpoint else None
+    if source in ("", "timm"):
+        return _from_timm(name, config, state)
+    if source == "torchvision":
+        return _from_torchvision(name, config, state)
+    return _from_function(source, name, config, state)
+
+
+def _from_timm(name: str, config: TeacherConfig, state: dict[str, Tensor] | None) -> Classifier:
+    import timm
+
+    if not timm.is_model(name):
+        raise _unknown_name("timm", name, timm.list_models())
+    try:
+        published = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError:
+        raise _unknown_name("timm", name, timm.list_pretrained(name.split(".")[0] + "*")) from None
+    num_classes = config.num_classes or classes_in(state, published.classifier or HEADS)
+    arguments: dict[str, Any] = {"num_classes": num_classes}
+    if state is None and not config.random_weights:
+        _refuse_other_head(name, config.num_classes, published.num_classes)
+        arguments["pretrained"] = True
+    model = _create(timm.create_model, arguments, "img_size", config.input_size, name)
+    if state is not None:
+        try:
+            load_weights(model, state, config.checkpoint)
+        except TeacherError:
+            if config.input_size is None or not hasattr(model, "set_input_size"):
+                raise
+            # Weights of the architecture's own input size: they are resampled once they are in place.
+            model = _create(timm.create_model, arguments, "img_size", None, name)
+            load_weights(model, state, config.checkpoint)
+            model.set_input_size(img_size=config.input_size)
+    return Classifier(model, **_timm_preprocessing(model.pretrained_cfg))
+
+
+def _from_torchvision(name: str, config: TeacherConfig, state: dict[str, Tensor] | None) -> Classifier:
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    if name not in names:
+        raise _unknown_name("torchvision", name, names)
+    weights = models.get_model_weights(name).DEFAULT
+    view = weights.transforms()
+    size = config.input_size or view.crop_size[0]
+    arguments: dict[str, Any] = {}
+    if state is None and not config.random_weights:
+        _refuse_other_head(config.name, config.num_classes, len(weights.meta["categories"]))
+        arguments["weights"] = weights
+    elif num_classes := config.num_classes or classes_in(state, HEADS):
+        arguments["num_classes"] = num_classes
+    model = _create(models.get_model, arguments, "image_size", size, name)
+    if state is not None:
+        load_weights(model, state, config.checkpoint)
+    crop_pct = view.crop_size[0] / view.resize_size[0]
+    mean, std = tuple(view.mean), tuple(view.std)
+    return Classifier(model, view.crop_size[0], mean, std, view.interpolation.value, crop_pct)
+
+
+def _from_function(module: str, function: str, config: TeacherConfig, state: dict[str, Tensor] | None) -> Classifier:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except TokenLabelError:  # it says itself what is wrong
+        raise
+    except Exception as error:
+        raise TeacherError(
+            f"teacher {module}:{function} cannot be made", got=f"{type(error).__name__}: {first_line(error)}",
+            expected="a timm name, torchvision:NAME or package.module:function",
+            remedy="The function is called without arguments; its module must be importable from here.",
+        ) from error  # fmt: skip
+    if not isinstance(model, nn.Module):
+        raise TeacherError(
+            f"teacher {module}:{function} is no network", got=type(model).__name__, expected="a torch.nn.Module"
+        )
+    if state is not None:
+        load_weights(model, state, config.checkpoint)
+    published = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if published:
+        published = published if isinstance(published, Mapping) else asdict(published)
+        return Classifier(model, **_timm_preprocessing(published))
+    note = "the module says nothing of its preprocessing: ImageNet's mean and std and 224 pixels unless given"
+    return Classifier(model, notes=(note,))
+
+
+def _create(factory: Callable[..., Any], arguments: dict[str, Any], size_name: str, size: int | None, name: str) -> Any:
+    """`factory(name, …)`, told the input size where the architecture takes one."""
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    try:
+        with weights_only():
+            try:
+                return factory(name, **({size_name: size} if size else {}), **arguments)
+            except TypeError as error:
+                if size_name not in str(error):
+                    raise
+                return factory(name, **arguments)
+    except Exception as error:
+        got = f"{type(error).__name__}: {first_line(error)}"
+        if arguments.get("pretrained") or arguments.get("weights"):
+            problem = f"no pretrained weights for {name} could be fetched"
+            raise TeacherError(problem, got=got, remedy=NO_WEIGHTS_REMEDY) from error
+        raise TeacherError(f"teacher {name} cannot be built", got=got, remedy="Check --input-size.") from error
+
+
+def _refuse_other_head(name: str, wanted: int | None, published: int) -> None:
+    if published == 0:
+        raise TeacherError(f"{name} is published without a classification head", remedy=NO_WEIGHTS_REMEDY)
+    if wanted is not None and wanted != published:
+        raise TeacherError(
+            f"the pretrained head of {name} has another number of classes", got=f"--num-classes {wanted}",
+            expected=published, remedy="Give --checkpoint FILE with weights that were trained on your classes.",
+        )  # fmt: skip
+
+
+def _unknown_name(library: str, name: str, known: list[str]) -> TeacherError:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    return TeacherError(
+        f"{library} knows no such model", got=repr(name), expected=f"a name such as {', '.join(near or known[:3])}",
+        remedy="Other teachers: torchvision:NAME or package.module:function.",
+    )  # fmt: skip
+
+
+def _timm_preprocessing(published: Mapping[str, Any]) -> dict[str, Any]:
+    from timm.data import resolve_data_config
+
+    view = resolve_data_config(pretrained_cfg=dict(published))
+    return {
+        "input_size": view["input_size"][-1],
+        "mean": tuple(view["mean"]),
+        "std": tuple(view["std"]),
+        "interpolation": view["interpolation"],
+        "crop_pct": view["crop_pct"],
+    }

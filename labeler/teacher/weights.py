@@ -1,0 +1,123 @@
+"""Files of weights: read without running their code, put into a model, and known again by a digest.
+
+`read_checkpoint` gives the named tensors of a file, `load_weights` puts all of them into a model or tells which do not
+fit, `classes_in` reads the number of classes off the classifier's weight, `weights_sha256` is a model's fingerprint.
+Pickles are read by `load_plain` alone; `weights_only` forces it on libraries that fetch weights.
+
+Legend: C classes, D feature width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from labeler.base.errors import TeacherError
+from labeler.base.plain_tensors import load_plain
+from labeler.teacher.dense_maps import first_line
+
+MAX_CHECKPOINT_BYTES = 32 << 30
+NESTED_WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
+FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+def read_checkpoint(path: str) -> dict[str, Tensor]:
+    """The named tensors in a .safetensors file or a weights-only file of torch, averaged (EMA) ones first.
+
+    Prefixes that DistributedDataParallel and torch.compile put before the names are taken off.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise TeacherError("there is no such checkpoint", got=path, remedy="Check --checkpoint.")
+    if file.stat().st_size > MAX_CHECKPOINT_BYTES:
+        raise TeacherError("the checkpoint is too large", got=f"{file.stat().st_size:,} bytes",
+                           expected=f"at most {MAX_CHECKPOINT_BYTES:,}")  # fmt: skip
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(file)
+        else:
+            content = load_plain(file)
+    except Exception as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise TeacherError(
+            f"checkpoint {path} is not a file of plain weights",
+            got=f"a pickle that asks for {asked[1]}" if asked else first_line(error),
+            expected=".safetensors, or a state dict that torch.load(weights_only=True) reads",
+            remedy="Nothing of it was run; save its state dict alone.",
+        ) from error  # fmt: skip
+    nested = [content.get(name) for name in NESTED_WEIGHTS] if isinstance(content, Mapping) else []
+    state = next((part for part in [*nested, content] if _is_state(part)), None)
+    if state is None:
+        raise TeacherError(f"checkpoint {path} holds no weights", got=type(content).__name__, expected="a state dict")
+    return {WRAPPERS.sub("", name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def classes_in(state: dict[str, Tensor] | None, classifiers: str | tuple[str, ...]) -> int | None:
+    """C, the rows of the last weight [C, D] of the classifier in a checkpoint, if it has one."""
+    heads = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
+    named = sorted((name, weight) for name, weight in (state or {}).items() if name.startswith(heads))
+    rows = [weight.shape[0] for name, weight in named if name.endswith(".weight") and weight.dim() > 1]
+    return rows[-1] if rows else None
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | None) -> None:
+    """Every weight of the model from the checkpoint, and nothing left over."""
+    own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    counted = {name for name in own if name.endswith("num_batches_tracked")}
+    faults = {
+        "missing": sorted(own.keys() - state.keys() - counted),
+        "unknown": sorted(state.keys() - own.keys()),
+        "of another shape": [
+            f"{name} {list(state[name].shape)} for {list(own[name].shape)}"
+            for name in own if name in state and state[name].shape != own[name].shape
+        ],
+    }  # fmt: skip
+    if any(faults.values()):
+        got = "; ".join(f"{len(names)} {fault} ({', '.join(names[:3])}…)" for fault, names in faults.items() if names)
+        raise TeacherError(
+            f"checkpoint {path} does not fit the model", got=f"weights {got}", expected="each weight once",
+            remedy="Check --teacher, --num-classes and --input-size.",
+        )  # fmt: skip
+    model.load_state_dict(state, strict=False)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Digest of names, types, shapes and bytes of all weights and buffers; BatchNorm's batch counters do not count."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor) and not name.endswith("num_batches_tracked"):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """While it is open, a library's plain torch.load of fetched weights may not unpickle code either."""
+    saved = {name: os.environ.pop(name, None) for name in (FORCE_SAFE, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")}
+    os.environ[FORCE_SAFE] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(FORCE_SAFE, None)
+        os.environ.update({name: value for name, value in saved.items() if value is not None})
+
+
+def _is_state(part: object) -> bool:
+    """Whether it has tensors in it, all entries named by strings."""
+    return (
+        isinstance(part, Mapping)
+        and all(isinstance(name, str) for name in part)
+        and any(isinstance(value, Tensor) for value in part.values())
+    )

@@ -1,0 +1,62 @@
+"""MixToken: a box on the token grid in which each image shows its partner, image B−1−b for image b.
+
+Legend: B images; S input side; h×w token grid, T = h·w.
+
+Jiang et al., "All Tokens Matter" (2021); the box is drawn as CutMix draws it (Yun et al., 2019), on tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from labeler.base.errors import InputError
+
+
+@dataclass(frozen=True)
+class MixBox:
+    """Tokens y0 ≤ y < y1, x0 ≤ x < x1 come from the partner; lam is the share of tokens that do not."""
+
+    y0: int
+    x0: int
+    y1: int
+    x1: int
+    lam: float
+
+    def mask(self, grid: tuple[int, int]) -> torch.Tensor:
+        """bool [T]: the tokens inside the box."""
+        inside = torch.zeros(grid, dtype=torch.bool, device="cpu")
+        inside[self.y0 : self.y1, self.x0 : self.x1] = True
+        return inside.flatten()
+
+
+def sample_mix_box(grid: tuple[int, int], alpha: float, generator: torch.Generator | None = None) -> MixBox:
+    """A box whose share of the grid is drawn from Beta(alpha, alpha), around a uniform centre, cut at the grid's edge.
+
+    grid       h, w in tokens
+    generator  a CPU generator; None: torch's global one
+    """
+    if not alpha > 0:
+        raise InputError("mix_alpha must be positive", got=alpha, remedy='Switch mixing off with mix="none".')
+    h, w = grid
+    # Beta(a, a) as a ratio of two Gamma(a, 1). torch's public distributions take no generator.
+    shape = torch.full((2,), float(alpha), dtype=torch.float64, device="cpu")
+    first, second = torch._standard_gamma(shape, generator).tolist()
+    share = second / (first + second) if first + second > 0 else 0.5
+    cut = math.sqrt(share)
+    y, x = (int(torch.randint(n, (), generator=generator, device="cpu")) for n in (h, w))
+    half_y, half_x = int(h * cut) // 2, int(w * cut) // 2
+    y0, y1 = max(y - half_y, 0), min(y + half_y, h)
+    x0, x1 = max(x - half_x, 0), min(x + half_x, w)
+    return MixBox(y0, x0, y1, x1, 1 - (y1 - y0) * (x1 - x0) / (h * w))
+
+
+def mix_pixels(images: torch.Tensor, mix: MixBox, patch: tuple[int, int]) -> torch.Tensor:
+    """Images [B, 3, S, S] with each one's partner in the box's patches; the given images are left as they are."""
+    rows = slice(mix.y0 * patch[0], mix.y1 * patch[0])
+    columns = slice(mix.x0 * patch[1], mix.x1 * patch[1])
+    mixed = images.clone()
+    mixed[:, :, rows, columns] = images.flip(0)[:, :, rows, columns]
+    return mixed

@@ -1,0 +1,174 @@
+"""Augmentation of a batch of byte images on any device, each image with its own operation and amount.
+
+Legend: B, b images; S input side.
+
+Rounding follows PIL, which the tests compare with: tables, blends and warps cut, filters round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from pipeline.augment import policy
+from pipeline.geometry import apply_affine
+
+# ITU-R 601-2 luma in 16-bit fixed point, as PIL weighs it.
+LUMA = (19595, 38470, 7471)
+SOLARIZE_ADD_BELOW = 128
+BLUR_PASSES = 3
+
+
+def apply_kernels(images: torch.Tensor, kernels: np.ndarray, amounts: np.ndarray) -> torch.Tensor:
+    """uint8 [B, 3, S, S], changed in place: kernels int64 [B, K] with amounts [B, K], one column after the other."""
+    for column, amount in zip(kernels.T, amounts.T, strict=True):
+        for kernel in np.unique(column):
+            if kernel == policy.KEEP:
+                continue
+            chosen = np.nonzero(column == kernel)[0]
+            index = torch.from_numpy(chosen).to(images.device)
+            values = torch.from_numpy(amount[chosen]).to(images.device, torch.float32)[:, None, None, None]
+            images[index] = KERNELS[int(kernel)](images[index], values)
+    return images
+
+
+def warp(images: torch.Tensor, affine: torch.Tensor, fill: tuple[int, ...]) -> torch.Tensor:
+    """uint8 [b, 3, S, S] bent by affine [b, 2, 3] (input -> crop), bilinear; `fill` (0..255) where nothing is shown."""
+    side = images.shape[-1]
+    centres = (torch.arange(side, device=images.device, dtype=torch.float64) + 0.5) / side
+    places = torch.cartesian_prod(centres, centres)[None]
+    crop = apply_affine(affine.to(images.device), places.expand(len(images), -1, -1)).view(-1, side, side, 2)
+    outside = ((crop < 0) | (crop >= 1)).any(-1)[:, None]
+    ground = torch.tensor(fill, device=images.device, dtype=torch.uint8)[None, :, None, None]
+    grid = (crop.flip(-1) * 2 - 1).float()
+    bent = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    # Cut as PIL does; four weights in float32 may add up to a little less than 1.
+    return torch.where(outside, ground, (bent + 1e-3).to(torch.uint8))
+
+
+def _cut(values: torch.Tensor) -> torch.Tensor:
+    """float to uint8 as PIL's blends do: clamp, drop the fraction."""
+    return values.clamp(0, 255).to(torch.uint8)
+
+
+def _blend(ground: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """ground + factor · (images − ground)."""
+    ground = ground.float()
+    return _cut(ground + factor * (images.float() - ground))
+
+
+def _luma(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [b, 3, S, S] -> int32 [b, 1, S, S]."""
+    red, green, blue = images.to(torch.int32).split(1, 1)
+    return (red * LUMA[0] + green * LUMA[1] + blue * LUMA[2] + 0x8000) >> 16
+
+
+def _look_up(tables: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Tables [b, 3, 256] of each image and channel, at its bytes."""
+    return tables.gather(2, images.flatten(2).long()).view_as(images).to(torch.uint8)
+
+
+def _autocontrast(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    flat = images.flatten(2)
+    low, high = flat.amin(2, keepdim=True).double(), flat.amax(2, keepdim=True).double()
+    levels = torch.arange(256, device=images.device, dtype=torch.float64).expand(*flat.shape[:2], 256)
+    # `255 / tensor` would multiply by a rounded reciprocal.
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)
+    tables = torch.where(high > low, (levels * scale - low * scale).trunc().clamp(0, 255), levels)
+    return _look_up(tables.to(torch.uint8), images)
+
+
+def _equalize(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    flat = images.flatten(2).long()
+    counts = torch.zeros(*flat.shape[:2], 256, dtype=torch.int64, device=images.device)
+    counts.scatter_add_(2, flat, torch.ones_like(flat))
+    levels = torch.arange(256, device=images.device).expand_as(counts)
+    last = counts.gather(2, flat.amax(2, keepdim=True))
+    step = (counts.sum(2, keepdim=True) - last) // 255
+    below = counts.cumsum(2) - counts
+    tables = torch.where(step > 0, ((step // 2 + below) // step.clamp(min=1)).clamp(max=255), levels)
+    return _look_up(tables.to(torch.uint8), images)
+
+
+def _invert(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return 255 - images
+
+
+def _posterize(images: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """Keep the upper `bits` bits of each byte."""
+    return images & ((255 << (8 - bits.to(torch.int32))) & 255).to(torch.uint8)
+
+
+def _solarize(images: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    return torch.where(images < threshold, images, 255 - images)
+
+
+def _solarize_add(images: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    return torch.where(images < SOLARIZE_ADD_BELOW, _cut(images + added), images)
+
+
+def _color(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return _blend(_luma(images), images, factor)
+
+
+def _contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    mean = (_luma(images).double().mean((1, 2, 3), keepdim=True) + 0.5).floor()
+    return _blend(mean, images, factor)
+
+
+def _brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return _cut(images * factor)
+
+
+def _sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Away from (or towards) the image smoothed by a 3×3 filter, whose outermost pixels stay as they are."""
+    values = images.to(torch.int32)
+    across = values[..., :-2] + values[..., 1:-1] + values[..., 2:]
+    total = across[..., :-2, :] + across[..., 1:-1, :] + across[..., 2:, :] + 4 * values[..., 1:-1, 1:-1]
+    smooth = values.clone()
+    smooth[..., 1:-1, 1:-1] = (2 * total + 13) // 26  # total / 13, rounded
+    return _blend(smooth, images, factor)
+
+
+def _blur(images: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """Gaussian with standard deviation `radius` pixels as three box filters, edges repeated before each."""
+    b, channels, _, side = images.shape
+    taps = _box_taps(radius.view(b, 1)).repeat_interleave(channels, 0)[:, None]
+    reach = taps.shape[-1] // 2
+    blurred = images.float().view(1, b * channels, side, side)
+    for shape, pad in ((taps[:, :, None, :], [reach, reach, 0, 0]), (taps[:, :, :, None], [0, 0, reach, reach])):
+        for _ in range(BLUR_PASSES):
+            blurred = F.conv2d(F.pad(blurred, pad, mode="replicate"), shape, groups=b * channels)
+    return blurred.view_as(images).round().clamp(0, 255).to(torch.uint8)
+
+
+def _box_taps(radius: torch.Tensor) -> torch.Tensor:
+    """[b, 2·reach + 1]: a box with softened ends whose BLUR_PASSES-fold filter has variance `radius`² (radius [b, 1]).
+
+    Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering" (2011); PIL blurs so.
+    """
+    variance = radius**2 / BLUR_PASSES
+    whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
+    end = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    reach = int(whole.max()) + 1
+    distance = torch.arange(-reach, reach + 1, device=radius.device).abs()
+    taps = torch.where(distance <= whole, 1.0, torch.where(distance == whole + 1, end, 0.0))
+    return taps / (2 * (whole + end) + 1)
+
+
+KERNELS: dict[int, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    policy.AUTOCONTRAST: _autocontrast,
+    policy.EQUALIZE: _equalize,
+    policy.INVERT: _invert,
+    policy.POSTERIZE: _posterize,
+    policy.SOLARIZE: _solarize,
+    policy.SOLARIZE_ADD: _solarize_add,
+    policy.COLOR: _color,
+    policy.CONTRAST: _contrast,
+    policy.BRIGHTNESS: _brightness,
+    policy.SHARPNESS: _sharpness,
+    policy.BLUR: _blur,
+}

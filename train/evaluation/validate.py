@@ -1,0 +1,230 @@
+"""Accuracy of any checkpoint on any folder of images."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from labeler.base.errors import InputError, ModelError
+from labeler.base.runtime import DTYPES, pick_precision
+from labeler.sources.class_names import IMAGENET_CLASSES, imagenet_names
+from labeler.sources.images import find_images
+from model import load_reference_checkpoint
+from model.token_heads import TokenLabelHeads
+from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.loader import TokenLabelLoader
+from train.evaluation.evaluate import evaluate, read_real_labels
+from train.evaluation.tally import SEVERAL, ClassAccuracy, Confusion, Tally, class_accuracies, confusions
+from train.loaders import evaluation_loader
+from train.network import restore_network
+from train.ranks.distributed import joined_ranks
+from train.record.checkpoint import checkpoint_of, find_checkpoint, read_weights
+
+log = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model ready to answer, with what it needs to know of images and classes.
+
+    transform      mean, std, crop_pct, crop_mode, orientation
+    class_folders  folder name -> class id; empty: told by the images' folders
+    dense_trained  whether its auxiliary head was part of the loss
+    precision      of its forward passes on a GPU
+    recorded       whether a checkpoint's record says all this; otherwise it is assumed
+    """
+
+    net: TokenLabelHeads
+    name: str
+    transform: dict[str, Any]
+    class_names: list[str]
+    class_folders: dict[str, int]
+    dense_trained: bool = True
+    precision: str = "float32"
+    recorded: bool = True
+
+    def tell_assumptions(self) -> None:
+        """A file of weights alone does not say how it was evaluated, and another way gives another accuracy."""
+        if not self.recorded:
+            crop = f"crop_pct {self.transform['crop_pct']:g} ({self.transform['crop_mode']})"
+            mean = ", ".join(f"{value:g}" for value in self.transform["mean"])
+            log.info(
+                "no record lies beside %s, so this is assumed: %d×%d pixels, %s, mean %s, auxiliary head weighs %g; "
+                "--img-size and --crop-pct change the first two",
+                self.name, self.side, self.side, crop, mean, self.net.aux_weight,
+            )  # fmt: skip
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """That its forward passes are computed in: as in training on a GPU, float32 on a CPU."""
+        return torch.float32 if device.type == "cpu" else DTYPES[pick_precision(self.precision, device)]
+
+    @property
+    def side(self) -> int:
+        """Of the square input, in pixels. Raises InputError where it is not square."""
+        height, width = cast(tuple[int, int], self.net.img_size)
+        if height != width:
+            raise InputError("only models of square inputs can be used", got=f"{height}×{width}")
+        return height
+
+    def class_name(self, number: int) -> str:
+        """Its name, else its folder's, else its number."""
+        if number < len(self.class_names):
+            return self.class_names[number]
+        return next((folder for folder, c in self.class_folders.items() if c == number), f"class {number}")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What an evaluation found.
+
+    per_class   each class that has images, the worst first
+    confusions  each pair of true class and wrong answer that occurs, the most frequent first
+    several     images of `images` with several right classes (ImageNet-ReaL), which stand in neither
+    """
+
+    top1: float
+    top5: float
+    images: int
+    checkpoint: str
+    per_class: tuple[ClassAccuracy, ...] = ()
+    confusions: tuple[Confusion, ...] = ()
+    several: int = 0
+
+    def text(self, per_class: bool = False, most: int = 0) -> str:
+        """most: how many of the confusions."""
+        lines = [f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%} of {self.images:,} images; {self.checkpoint}"]
+        if self.several and (per_class or most):
+            lines.append(f"{self.several:,} images have several right classes and stand in no line below")
+        if per_class:
+            lines += [" top-1    top-5   images  class"]
+            lines += [f"{one.top1:7.2%}  {one.top5:7.2%}  {one.images:7,}  {one.name}" for one in self.per_class]
+        if most:
+            lines += [" images  is  ->  taken for"]
+            lines += [f"{one.images:7,}  {one.name}  ->  {one.taken_for}" for one in self.confusions[:most]]
+        return "\n".join(lines)
+
+
+def load_trained(
+    path: str | Path, ema: bool | None = None, img_size: int | None = None, crop_pct: float | None = None
+) -> Trained:
+    """A run's folder, one of its checkpoints, a file in one, or a published DeMansia, Vim or LV-ViT file.
+
+    ema       the averaged weights; None: as the file's name says, or where the checkpoint says that they were better
+    img_size  side in pixels; crop_pct  share of it that the evaluation's crop keeps; None: as in training
+    Raises InputError or IntegrityError where it is none of these, or damaged.
+    """
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise InputError("crop_pct is no share of the image", got=crop_pct, expected="more than 0, up to 1")
+    trained = _load(Path(path), ema)
+    if img_size is not None and img_size != trained.side:
+        try:
+            trained.net.set_input_size(img_size)  # type: ignore[operator]
+        except (ModelError, AssertionError, RuntimeError, ValueError) as error:
+            raise InputError(f"{trained.name} cannot see {img_size}×{img_size} pixels", got=error) from None
+    return trained if crop_pct is None else replace(trained, transform={**trained.transform, "crop_pct": crop_pct})
+
+
+def _load(path: Path, ema: bool | None) -> Trained:
+    recorded = checkpoint_of(path)
+    if path.is_dir() or recorded:
+        folder, info, averaged = recorded or (*find_checkpoint(path), None)
+        if ema is None:
+            ema = averaged
+        if ema is None:
+            ema = info.accuracy.get("ema_top1", -1.0) > info.accuracy.get("top1", -1.0)
+        net = restore_network(info, read_weights(folder, info, ema))
+        dense = info.config["loss"]["dense_weight"] > 0
+        name = f"{folder} (moving average)" if ema else str(folder)
+        transform = {"orientation": "exif", **info.transform}
+        precision = info.config["run"]["precision"]
+        return Trained(net, name, transform, info.class_names, info.class_folders, dense, precision)
+    try:
+        net = load_reference_checkpoint(path, ema=bool(ema))  # type: ignore[assignment]
+    except ModelError as error:
+        raise InputError("this checkpoint cannot be used", got=error) from None
+    usual: dict[str, Any] = getattr(net, "pretrained_cfg", None) or {}
+    transform = {
+        "mean": usual.get("mean", IMAGENET_MEAN), "std": usual.get("std", IMAGENET_STD),
+        "crop_pct": usual.get("crop_pct", 0.9), "crop_mode": usual.get("crop_mode", "center"),
+        "orientation": "exif",
+    }  # fmt: skip
+    # What was published with 1,000 classes has ImageNet's, in their usual order.
+    names = list(imagenet_names()[1]) if net.num_classes == IMAGENET_CLASSES else []
+    return Trained(net, str(path), transform, names, {}, recorded=False)
+
+
+def validate(
+    checkpoint: str | Path,
+    images: str | Path,
+    *,
+    ema: bool | None = None,
+    real: str | Path | None = None,
+    batch_size: int = 64,
+    backend: str = "auto",
+    device: str = "auto",
+    img_size: int | None = None,
+    crop_pct: float | None = None,
+    progress: bool = True,
+) -> Validation:
+    """Accuracy of a checkpoint on a folder of class folders, class by class too; under torchrun exact over all ranks.
+
+    real     ImageNet-ReaL's `real.json`, for the validation images of ImageNet, in class folders or in none
+    backend  as `pipeline.LoaderConfig`
+    img_size, crop_pct  as `load_trained`
+    """
+    trained = load_trained(checkpoint, ema, img_size, crop_pct)
+    labels = None if real is None else read_real_labels(Path(real), trained.net.num_classes)
+    with joined_ranks(device) as ranks:
+        net: Any = trained.net.to(ranks.device)
+        shown = progress and ranks.first
+        settings: dict[str, Any] = {
+            "image_size": trained.side,
+            "grid": tuple(net.grid),
+            "num_classes": net.num_classes,
+            "transform": trained.transform,
+            "ranks": ranks,
+            "batch_size": batch_size,
+            "backend": backend,
+            "progress": shown,
+        }
+        loader = _loader(trained, Path(images), settings, labels is None)
+        if ranks.first:
+            trained.tell_assumptions()
+        precision = trained.dtype(ranks.device)
+        tally = Tally()
+        found = evaluate({"": net}, loader, ranks, precision=precision, real=labels, progress=shown, tally=tally)[""]
+        seen = tally.merged(ranks)
+    return Validation(
+        found.top1,
+        found.top5,
+        found.images,
+        trained.name,
+        class_accuracies(seen, trained.class_name),
+        confusions(seen, trained.class_name),
+        int((seen[:, 0] == SEVERAL).sum()),
+    )
+
+
+def _loader(trained: Trained, images: Path, settings: dict[str, Any], folders_tell: bool) -> TokenLabelLoader:
+    """folders_tell: the true classes are those of the folders; otherwise images may lie anywhere below `images`."""
+    packed = images.suffix == ".tar" or any(images.glob("*.tar"))
+    if not folders_tell and not packed:
+        return _unlabeled_loader(images, settings)
+    return evaluation_loader(str(images), class_folders=trained.class_folders or None, **settings)
+
+
+def _unlabeled_loader(images: Path, settings: dict[str, Any]) -> TokenLabelLoader:
+    """Images of unknown classes. The loader wants one for each: seen from one folder up, all have the same."""
+    root = images.resolve()
+    found = find_images(root)
+    if root.name == "":
+        raise InputError("the root folder is no folder of images")
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as listed:
+        listed.writelines(f"{root.name}/{key}\n" for key in found.keys)
+        listed.flush()
+        return evaluation_loader(str(root.parent), class_folders={root.name: 0}, image_list=listed.name, **settings)

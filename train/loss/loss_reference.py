@@ -1,0 +1,81 @@
+"""The token-labeling loss with dense targets: plain, slow, and what `train.loss.token_label_loss` is tested against.
+
+Legend: B images; C classes; P palette size; h×w token grid, T = h·w.
+
+Design section 6; Jiang et al., "All Tokens Matter" (2021). Smoothing s turns a distribution p into on·p + off with
+off = s/C and on = 1 − s + off, as the published code does, so a target sums to on + C·off = 1 + off.
+
+`ground_truth` blends the true class into the class target, never into the tokens' targets. What it does was read off
+the published loss values (rows with `ground_truth` of shared/fixtures/token_targets.json). With t the true class's
+smoothed one-hot vector (1 − s + off at the class, off elsewhere), before anything is mixed:
+
+    own class target = u·soft + (1 − u)·t,    u = TEACHER_RIGHT = 0.5   where the teacher's top class is the true one
+                                              u = TEACHER_WRONG = 0.9   where it is not
+
+in every such row of TokenLabeling, to 5e-8. DeMansia's rows have 0.6 and 1.0 in place of 0.5 and 0.9: there the true
+class is left out exactly where it would correct the teacher. Rows with a hard target do not change. We follow
+TokenLabeling. An image without a known label keeps its soft target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch.nn import functional as F
+
+from pipeline.batch import Batch
+from pipeline.labels.targets import TokenTargets
+
+TEACHER_RIGHT, TEACHER_WRONG = 0.5, 0.9  # the soft target's share of the class target
+
+
+def dense_token_label_loss(
+    outputs: tuple[torch.Tensor, torch.Tensor],
+    batch: Batch,
+    grid: tuple[int, int],
+    dense_weight: float = 1.0,
+    cls_weight: float = 1.0,
+    smoothing: float = 0.1,
+    ground_truth: bool = False,
+) -> torch.Tensor:
+    """cls_weight · class loss + dense_weight · mean over tokens, for outputs (cls_logits [B, C], aux_logits [B, T, C]).
+
+    grid  h, w: what the mix box is drawn on
+    """
+    dtype = torch.float64 if outputs[0].dtype == torch.float64 else torch.float32
+    cls_logits, aux_logits = (logits.to(dtype) for logits in outputs)
+    targets, classes = _as_dtype(batch.targets, dtype), cls_logits.shape[1]
+    own = smoothed(targets.dense_cls(classes), smoothing)
+    if ground_truth:
+        own = blend_truth(own, batch.labels, smoothing)
+    tokens = smoothed(targets.dense_tokens(classes), smoothing)
+    cls_loss = cross_entropy(own, cls_logits)
+    if batch.mix is not None:
+        inside = batch.mix.mask(grid).to(tokens.device)
+        tokens = torch.where(inside[:, None], tokens.flip(0), tokens)
+        cls_loss = batch.mix.lam * cls_loss + (1 - batch.mix.lam) * cross_entropy(own.flip(0), cls_logits)
+    return cls_weight * cls_loss.mean() + dense_weight * cross_entropy(tokens, aux_logits).mean()
+
+
+def cross_entropy(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return -(target * logits.log_softmax(-1)).sum(-1)
+
+
+def smoothed(target: torch.Tensor, smoothing: float) -> torch.Tensor:
+    off = smoothing / target.shape[-1]
+    return target * (1 - smoothing + off) + off
+
+
+def blend_truth(soft: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Class targets [B, C] with the true classes [B] blended in, as the module's docstring says."""
+    classes = soft.shape[1]
+    truth = F.one_hot(labels.clamp(min=0), classes).to(soft.dtype) * (1 - smoothing) + smoothing / classes
+    share = torch.where(soft.argmax(1) == labels, TEACHER_RIGHT, TEACHER_WRONG).to(soft.dtype)
+    share = torch.where(labels < 0, 1.0, share)[:, None]
+    return share * soft + (1 - share) * truth
+
+
+def _as_dtype(targets: TokenTargets, dtype: torch.dtype) -> TokenTargets:
+    fields = ("token_scores", "token_background", "cls_scores", "cls_background", "tail_offsets")
+    return dataclasses.replace(targets, **{name: getattr(targets, name).to(dtype) for name in fields})

@@ -1,0 +1,192 @@
+"""The token-labeling loss in closed form: no target of size C is ever built.
+
+Legend: B images; C classes; P palette size; R tail size; h×w token grid, T = h·w.
+
+Design section 6; Jiang et al., "All Tokens Matter" (2021), for the loss and its mixing. For a token with logits x [C],
+palette scores v_p, background b of the C − P other classes and smoothing s: off = s/C, on = 1 − s + off,
+Z = Σ_p e^{v_p} + (C − P)·e^b, and the target on·p + off sums to S = on + C·off. Then
+
+    loss     = S·logsumexp(x) − (on·e^b/Z + off)·Σ_c x_c − Σ_p (on/Z)·(e^{v_p} − e^b)·x_p
+    gradient = S·softmax(x) − target
+
+With a tail, a class outside the palette weighs w_c = e^{its offset}, and 1 without one. The sum of these weights then
+stands for C − P, and in the teacher's part Σ w_c·x_c for Σ x_c: a product of a token's logits with a vector per image.
+
+A GPU reads the logits in both passes and keeps logsumexp [B, T] between them; so does a CPU for half-precision logits,
+whose gradient is then rounded once, when its scale is known. For others a CPU forms the gradient in the forward pass,
+while a few images' logits are in its cache. Sums are in float32, for float64 logits in float64.
+`train.loss.loss_reference` is the same loss with dense targets; it also says what `ground_truth` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from labeler.base.errors import InputError
+from pipeline.augment.mix import MixBox
+from pipeline.batch import Batch
+from pipeline.labels.targets import NOTHING, TokenTargets
+from train.loss.loss_reference import TEACHER_RIGHT, TEACHER_WRONG
+from train.loss.smoothed_targets import sum_dtype
+from train.loss.token_cross_entropy import spread_weight, token_cross_entropy
+
+
+class TokenLabelLoss(nn.Module):
+    """cls_weight · class loss + dense_weight · mean over tokens.
+
+    smoothing     of targets, as above
+    ground_truth  blend true labels into class targets, see `train.loss.loss_reference`
+    grid          h, w of the tokens; None: square patches, so that the images' sides give it. Needed for mixing only.
+    in_place      the backward pass writes the auxiliary logits' gradient over the logits, which saves a tensor of their
+                  size; they are not logits any more then. Ignored where it cannot be done (`token_cross_entropy`).
+    temperature   the teacher's scores are divided by it: above 1 soft targets are softer. May be changed between calls.
+    """
+
+    def __init__(
+        self,
+        dense_weight: float = 1.0,
+        cls_weight: float = 1.0,
+        smoothing: float = 0.1,
+        ground_truth: bool = False,
+        grid: tuple[int, int] | None = None,
+        in_place: bool = False,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= smoothing < 1:
+            raise InputError("smoothing is out of range", got=smoothing, expected="0 ≤ smoothing < 1")
+        for name, weight in (("dense_weight", dense_weight), ("cls_weight", cls_weight)):
+            if not 0 <= weight < math.inf:
+                raise InputError(f"{name} is out of range", got=weight, expected="a finite number, 0 or more")
+        if not 0 < temperature < math.inf:
+            raise InputError("temperature is out of range", got=temperature, expected="a finite number above 0")
+        self.dense_weight, self.cls_weight, self.smoothing = dense_weight, cls_weight, smoothing
+        self.ground_truth, self.grid, self.in_place = ground_truth, grid, in_place
+        self.temperature = temperature
+
+    def forward(
+        self, outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | list[torch.Tensor], batch: Batch
+    ) -> torch.Tensor:
+        """outputs: (cls_logits [B, C], aux_logits [B, T, C]), or cls_logits alone for the class part alone."""
+        cls_logits, aux_logits = _split(outputs, batch)
+        if self.temperature != 1:
+            batch = dataclasses.replace(batch, targets=batch.targets.tempered(self.temperature))
+        # Several gradients are added up for the class logits: in float32.
+        loss = self._class_loss(cls_logits.to(sum_dtype(cls_logits)), batch)
+        if aux_logits is None:
+            return loss
+        partner = None
+        if batch.mix is not None:
+            grid = _token_grid(batch, aux_logits.shape[1], self.grid)
+            partner = _inside(batch.mix, grid, aux_logits.device)
+        t = batch.targets
+        # The weight goes inside: a backward pass that starts from 1 need not touch the gradient again.
+        weight = spread_weight(aux_logits, self.dense_weight)
+        return loss + token_cross_entropy(
+            aux_logits, t.classes, t.token_scores, t.token_background, self.smoothing, partner, weight, self.in_place,
+            tail_classes=t.tail_classes, tail_offsets=t.tail_offsets,
+        )  # fmt: skip
+
+    def _class_loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The class token is a token whose targets are the whole crop's; mixed, it has its partner's as well."""
+        weight = spread_weight(logits[:, None], self.cls_weight)
+        if batch.mix is None:
+            return self._class_loss_of(logits, batch, weight, None)
+        everywhere = torch.ones(1, dtype=torch.bool, device=logits.device)
+        own = self._class_loss_of(logits, batch, weight * batch.mix.lam, None)
+        return own + self._class_loss_of(logits, batch, weight * (1 - batch.mix.lam), everywhere)
+
+    def _class_loss_of(
+        self, logits: torch.Tensor, batch: Batch, weight: torch.Tensor, partner: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Towards each image's own target, or with `partner` towards its partner's; weight [B, 1]."""
+        t, x = batch.targets, logits[:, None]
+        soft = t.classes, t.cls_scores[..., None], t.cls_background[:, None]
+        tail: dict[str, Any] = {"tail_classes": t.tail_classes, "tail_offsets": t.tail_offsets}
+        if not self.ground_truth:
+            return token_cross_entropy(x, *soft, self.smoothing, partner, weight, **tail)
+        # The true class's target is a palette of one class: 1 − s + s/C there, s/C elsewhere, smoothed already.
+        labels, off = batch.labels.to(logits.device), self.smoothing / logits.shape[1]
+        one = t.cls_background.new_zeros(len(labels), 1, 1)
+        others = one[:, 0] + (math.log(off) if off else NOTHING)
+        truth = labels[:, None], one + math.log(1 - self.smoothing + off), others
+        share = _teacher_share(batch.targets, labels, logits.shape[1])[:, None]
+        share = share if partner is None else share.flip(0)
+        return token_cross_entropy(x, *soft, self.smoothing, partner, weight * share, **tail) + token_cross_entropy(
+            x, *truth, 0.0, partner, weight * (1 - share)
+        )
+
+
+def _teacher_share(targets: TokenTargets, labels: torch.Tensor, count: int) -> torch.Tensor:
+    """[B]: the soft target's part of the class target; the rest is the true class's.
+
+    Where the score of all other classes is highest, the teacher has named no class, hence not the true one.
+    """
+    classes = torch.cat([targets.classes, targets.tail_classes], 1)
+    scores = torch.cat([targets.cls_scores, targets.cls_background[:, None] + targets.tail_offsets], 1)
+    unused = classes < 0
+    highest, place = scores.masked_fill(unused, -math.inf).max(1)
+    others = (~unused).sum(1) < count
+    named = classes.gather(1, place[:, None])[:, 0]
+    right = (named == labels) & ~(others & (highest <= targets.cls_background))
+    share = torch.where(right, TEACHER_RIGHT, TEACHER_WRONG)
+    return torch.where(labels < 0, 1.0, share)
+
+
+def _split(outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Class logits and auxiliary logits, once they are known to fit each other and the batch."""
+    cls_logits, aux_logits = (outputs, None) if isinstance(outputs, torch.Tensor) else _pair(outputs)
+    images, tokens = len(batch.targets), batch.targets.token_background.shape[1]
+    if cls_logits.ndim != 2 or cls_logits.shape[0] != images:
+        raise InputError("class logits do not fit the batch", got=tuple(cls_logits.shape), expected=f"({images}, C)")
+    if aux_logits is not None and aux_logits.shape != (images, tokens, cls_logits.shape[1]):
+        raise InputError(
+            "auxiliary logits do not fit the batch and the class logits",
+            got=tuple(aux_logits.shape),
+            expected=(images, tokens, cls_logits.shape[1]),
+            remedy="The loader's grid must be the model's: image size / patch size along each side.",
+        )
+    return cls_logits, aux_logits
+
+
+def _pair(outputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if not isinstance(outputs, (tuple, list)) or len(outputs) != 2:
+        length = f" of {len(outputs)}" if isinstance(outputs, (tuple, list)) else ""
+        raise InputError(
+            "the model's output is not what the loss takes",
+            got=type(outputs).__name__ + length,
+            expected="(class logits [B, C], auxiliary logits [B, T, C]), or class logits alone",
+            remedy="Any timm model gives both through `token_label`.",
+        )
+    return outputs[0], outputs[1]
+
+
+def _token_grid(batch: Batch, tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """h, w: as given, or of square patches; the mix box must lie on it."""
+    if grid is None:
+        height, width = batch.images.shape[-2:]
+        h = math.isqrt(tokens * height // width)
+        grid = h, tokens // max(h, 1)
+        fits = h * grid[1] == tokens and h * width == grid[1] * height
+    else:
+        fits = grid[0] * grid[1] == tokens
+    if not fits:
+        raise InputError(
+            "tokens do not fit their grid", got=f"{tokens} tokens", expected=f"{grid[0]} × {grid[1]}",
+            remedy="Give TokenLabelLoss(grid=(rows, columns)) for patches that are not square.",
+        )  # fmt: skip
+    box = batch.mix
+    if box is not None and not (0 <= box.y0 <= box.y1 <= grid[0] and 0 <= box.x0 <= box.x1 <= grid[1]):
+        raise InputError("the mix box leaves the token grid", got=box, expected=f"within {grid[0]} × {grid[1]} tokens")
+    return grid
+
+
+def _inside(box: MixBox, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """bool [T]: `box.mask(grid)`, made on the device."""
+    y, x = (torch.arange(side, device=device) for side in grid)
+    return (((y >= box.y0) & (y < box.y1))[:, None] & ((x >= box.x0) & (x < box.x1))).flatten()

@@ -1,0 +1,122 @@
+"""Several ranks on one machine: started together, stopped together, and one line that says why they ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from labeler.base.errors import InputError
+
+GRACE_S = 15.0  # after one rank has ended, the others notice it, save or give up
+POLL_S = 0.1
+ROOT = Path(__file__).parents[2]  # where our packages are: the working folder may hold others of their names
+
+
+def launch(arguments: Sequence[str], ranks: int) -> int:
+    """Run `python -m train` with these arguments once for each rank; the exit status of the one that ended it.
+
+    The first rank speaks; of the others the last line is told where they fail first. SIGTERM goes to all of them;
+    Ctrl-C reaches them from the terminal.
+    """
+    if "RANK" in os.environ:
+        raise InputError("--ranks starts the ranks itself", got="RANK is set", remedy="Leave torchrun or --ranks away.")
+    with ExitStack() as stack:
+        errors = [None, *(stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, ranks))]
+        port = str(_free_port())
+        processes = [_start(arguments, rank, ranks, port, errors[rank]) for rank in range(ranks)]
+        stack.callback(_stop, processes)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, _: _send(processes, number))
+        ended = _wait(processes)
+        rank = _cause(ended)
+        if rank is None:
+            return 0
+        status = ended[rank]
+        if status < 0:
+            print(f"error: rank {rank} was ended by {signal.Signals(-status).name}", file=sys.stderr)
+            return 1
+        if rank and (line := _last_line(errors[rank])):
+            print(f"error: rank {rank}: {line.removeprefix('error: ')}", file=sys.stderr)
+        return status
+
+
+def _start(
+    arguments: Sequence[str], rank: int, ranks: int, port: str, errors: IO[bytes] | None
+) -> subprocess.Popen[bytes]:
+    place: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path[1:]])
+    command = [sys.executable, "-P", "-m", "train", *_without_ranks(arguments)]
+    return subprocess.Popen(command, env=environment, stderr=errors, stdout=None if rank == 0 else subprocess.DEVNULL)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
+    """Wait for all; rank -> exit status, in the order of their ends. Those that outlive a failure are killed."""
+    ended: dict[int, int] = {}
+    until = float("inf")
+    while len(ended) < len(processes):
+        time.sleep(POLL_S)
+        for rank, process in enumerate(processes):
+            if rank not in ended and (status := process.poll()) is not None:
+                ended[rank] = status
+                until = min(until, time.monotonic() + GRACE_S) if status else until
+        if time.monotonic() > until:
+            _stop(processes)
+            break
+    return ended
+
+
+def _cause(ended: dict[int, int]) -> int | None:
+    """The rank that failed first. Status 1 may be that of one which noticed that another was gone."""
+    failed = [rank for rank, status in ended.items() if status]
+    return min(failed, key=lambda rank: (ended[rank] > 0, ended[rank] == 1), default=None)
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _send(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            process.send_signal(number)
+
+
+def _without_ranks(arguments: Sequence[str]) -> list[str]:
+    """What each rank is given: the same command without the option."""
+    kept, skipped = [], False
+    for argument in arguments:
+        if skipped or argument.startswith("--ranks="):
+            skipped = False
+        elif argument == "--ranks":
+            skipped = True
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _last_line(errors: IO[bytes] | None) -> str:
+    if errors is None:
+        return ""
+    errors.seek(0)
+    lines = errors.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

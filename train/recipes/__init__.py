@@ -1,0 +1,1 @@
+"""Recipes: typed settings, TOML files and overrides."""

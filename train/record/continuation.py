@@ -1,0 +1,98 @@
+"""Whether a checkpoint may go on under other settings or on other ranks, and what is said then."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from labeler.base.errors import MismatchError
+from train.optimization import LearningRate, total_steps
+from train.ranks.distributed import Ranks
+from train.recipes.config import BEGINNING, TrainConfig, keys_that_affect
+from train.recipes.recipe import flat, parse_config
+from train.record.checkpoint import CheckpointInfo
+
+log = logging.getLogger("train")
+
+REMEDY = "Resume with the settings that it was saved with, or begin from its weights with model.weights=…."
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """`section.key` -> (old, new) of all settings that differ and affect values or their rounding."""
+    before, after = flat(old), flat(new)
+    for one in (before, after):
+        one["model.args"] = {key: value for key, value in one["model.args"].items() if key not in BEGINNING}
+    names = keys_that_affect("values", "rounding")
+    return {key: (before.get(key), after[key]) for key in after if key in names and before.get(key) != after[key]}
+
+
+def refuse_other_run(config: TrainConfig, info: CheckpointInfo, ranks: Ranks) -> None:
+    """Raises MismatchError unless the checkpoint was made by the same recipe; other ranks and rounding are told.
+
+    Another schedule is looked at in `refuse_other_past`, when the steps of an epoch are known.
+    """
+    changed = differences(_config_of(info), config)
+    told = {name: changed.pop(name) for name in keys_that_affect("rounding") & changed.keys()}
+    changed = {name: values for name, values in changed.items() if not name.startswith("schedule.")}
+    if changed:
+        raise MismatchError(
+            "the checkpoint belongs to another run",
+            got=", ".join(f"{name} {new}" for name, (_, new) in changed.items()),
+            expected=", ".join(f"{name} {old}" for name, (old, _) in changed.items()),
+            remedy=REMEDY,
+        )
+    if not ranks.first:
+        return
+    for name, (old, new) in told.items():
+        log.warning("resumed with %s=%s instead of %s: not the same to the last bit", name, new, old)
+    if info.world_size != ranks.world_size:
+        log.warning(
+            "resumed on %d ranks instead of %d: every step sees the same images, but their crops and partners are "
+            "drawn anew, and BatchNorm sees other parts of the batch",
+            ranks.world_size, info.world_size,
+        )  # fmt: skip
+
+
+def refuse_other_past(config: TrainConfig, info: CheckpointInfo, epoch_steps: int) -> None:
+    """Another schedule may go on where it would have led to this checkpoint, too.
+
+    Longer runs are the usual case: at a constant rate, in cycles, or with a longer cooldown. A cosine over the whole
+    run has other rates from its beginning where its length is another.
+    Raises MismatchError where a rate or a temperature so far would have been another, or the new schedule is over.
+    """
+    old = _config_of(info)
+    changed = [name for name in differences(old, config) if name.startswith("schedule.")]
+    if not changed:
+        return
+    given = ", ".join(f"{name} {flat(config)[name]}" for name in changed)
+    saved = ", ".join(f"{name} {flat(old)[name]}" for name in changed)
+    steps = total_steps(config.schedule, epoch_steps)
+    if steps < info.step:
+        raise MismatchError(
+            "the checkpoint is beyond the end of this schedule", got=f"step {info.step:,}", expected=f"up to {steps:,}"
+        )
+    before, after = _past(old, info.step, epoch_steps), _past(config, info.step, epoch_steps)
+    first = next((step for step in range(info.step) if before[step] != after[step]), None)
+    if first is not None:
+        raise MismatchError(
+            f"this schedule differs before the checkpoint, from step {first + 1:,} on", got=given, expected=saved,
+            remedy="A run goes on longer with schedule.kind constant or restarts, or with more "
+            f"schedule.cooldown_epochs. {REMEDY}",
+        )  # fmt: skip
+    log.info("%s instead of %s: the %s steps so far are the same, the run ends at step %s", given, saved,
+             f"{info.step:,}", f"{steps:,}")  # fmt: skip
+
+
+def _past(config: TrainConfig, steps: int, epoch_steps: int) -> list[tuple[float, float]]:
+    """Learning rate and temperature of each of the first steps."""
+    total = total_steps(config.schedule, epoch_steps)
+    rate = LearningRate(
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.optimizer.lr), config.schedule, epoch_steps
+    )
+    return [(rate.set(step), config.loss.temperature_at(step, total)) for step in range(steps)]
+
+
+def _config_of(info: CheckpointInfo) -> TrainConfig:
+    return parse_config(info.config, "the checkpoint")
