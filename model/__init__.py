@@ -5,7 +5,13 @@
 
 from __future__ import annotations
 
-from model import demansia, lvvit, vim
+try:
+    from model import demansia, lvvit, vim
+except ModuleNotFoundError as absent:
+    if absent.name not in ("torch", "timm"):
+        raise
+    text = f"models need {absent.name}, which is not installed. pip install 'token-labeling[train]'"
+    raise ModuleNotFoundError(text, name=absent.name) from None
 from model.checkpoints import load_reference_checkpoint
 from model.errors import BackendError, ModelError
 from model.ops import selective_scan

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("train").setLevel(logging.INFO)
     options.run = _first_rank_first(options.run)
     try:
-        return run_command(options)
+        return run_command(options, extra="train")
     except ValueError as error:
         from model.errors import ModelError  # here, as torch comes with it, and `doctor` shall speak without torch
 
