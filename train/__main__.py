@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
     options.run = _first_rank_first(options.run)
-    return run_command(options)
+    return run_command(options, extra="train")
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
