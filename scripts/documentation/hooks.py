@@ -49,7 +49,7 @@ def on_post_page(output: str, page: Any, **_: Any) -> str:
 
 
 def _help_text() -> str:
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "90"
     return "\n\n".join(f"## `{name}`\n\n```text\n{text.rstrip()}\n```" for name, text in help_of_all())
 
 
