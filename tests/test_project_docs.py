@@ -32,7 +32,7 @@ BLOCK = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```$", re.M | re.S)
 NOT_RUN = re.compile(r"<!-- not run:(.*)-->\Z")
 # What a try-out changes: a small network without pretrained weights, small pictures, few of them.
 CHANGES = {
-    '"resnet50", num_classes=1000': f'"resnet10t", num_classes={CLASSES}',
+    '"resnet50", num_classes=1000': f'"resnet10t", num_classes={CLASSES}, img_size=64',
     "image_size=224": f"image_size={SIDE}",
     "batch_size=128": "batch_size=4",
     "grid=(14, 14)": "grid=(4, 4)",
