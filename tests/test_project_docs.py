@@ -22,6 +22,8 @@ from tiny import CLASSES, SIDE, make_images
 
 from labeler import InputError, LabelerConfig, label_images
 from scripts.documentation.commands import PACKAGES, package_of, parser_of
+from scripts.documentation.hooks import LINK
+from scripts.documentation.hooks import _link as site_link
 from train.recipes.recipe import load_recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
@@ -272,6 +274,29 @@ def test_every_page_is_on_the_site_and_every_command_on_its_page():
     for package in PACKAGES:
         (choice,) = (a for a in parser_of(package)._actions if isinstance(a, argparse._SubParsersAction))
         assert not [command for command in choice.choices if f"`{command}`" not in told]
+
+
+def test_links_are_followed_on_the_site():
+    def shown(text: str, base: str, here: str = "docs") -> str:
+        return LINK.sub(lambda link: site_link(link, Path(base), Path(here)), text)
+
+    assert shown("[a](../labeler/FORMAT.md#files)", "docs") == "[a](format.md#files)"
+    assert shown("[a](docs/cluster.md)", ".") == "[a](cluster.md)"
+    assert shown("[a](../loading.md)", "docs/reference", "docs/reference") == "[a](../loading.md)"
+    assert shown("[slurm.sh](../scripts/cluster/slurm.sh), [tests](../tests/tiny.py)", "docs") == "`slurm.sh`, `tests`"
+    assert (
+        shown("[two words](../tests/tiny.py) ![a](a.png) [b](https://b)", "docs")
+        == "two words ![a](a.png) [b](https://b)"
+    )
+
+
+def test_aligned_entries_of_a_docstring_become_a_list():
+    pytest.importorskip("griffe", reason="griffe, which reads docstrings for the site, is not installed (make docs)")
+    from scripts.documentation.docstrings import as_lists
+
+    text = "A store.\n\npath    its folder,\n        a path\ncache, x  none\nRaises InputError."
+    wanted = "A store.\n\n\n* **path**: its folder,\n  a path\n* **cache, x**: none\n\nRaises InputError."
+    assert as_lists(text) == wanted
 
 
 def test_the_readme_is_short():

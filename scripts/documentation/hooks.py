@@ -24,6 +24,7 @@ INCLUDED = {
 }
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 OUTSIDE = re.compile(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"')
+PATH = re.compile(r"[\w./-]+")
 HELP = "<!-- help of every command -->"
 
 
@@ -62,5 +63,5 @@ def _link(link: re.Match[str], base: Path, here: Path) -> str:
     if path in INCLUDED:
         path = f"docs/{INCLUDED[path]}"
     if not path.startswith("docs/"):
-        return text
+        return f"`{text}`" if PATH.fullmatch(text) else text
     return f"[{text}]({os.path.relpath(path, here)}{anchor})"
