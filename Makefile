@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: help demo test lint faults fuzz benchmark clean
+.PHONY: help demo test lint docs faults fuzz benchmark clean
 
 help:
 	@echo "make demo    install into $(VENV), then make scenes, a teacher, labels, three students, a report (demo/report.html)"
@@ -13,7 +13,8 @@ help:
 	@echo "make fuzz    install, then five minutes of random damage to each of stores, recipes, image lists, checkpoints"
 	@echo "make benchmark  install, measure every part beside what one would use instead (an hour), write docs/benchmarks.md"
 	@echo "make lint    install, then ruff and mypy, the same as CI"
-	@echo "make clean   remove what the demo wrote"
+	@echo "make docs    install, then the documentation as a site (site/index.html), strictly: a broken link fails"
+	@echo "make clean   remove what the demo and the documentation wrote"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.12 …")'
@@ -33,6 +34,10 @@ lint: $(READY)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 faults: $(READY)
 	$(BIN)/python -m scripts.faults
 
@@ -43,4 +48,4 @@ benchmark: $(READY)
 	$(BIN)/python -m scripts.benchmark
 
 clean:
-	rm -rf demo
+	rm -rf demo site

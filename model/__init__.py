@@ -19,5 +19,6 @@ from model.ops import selective_scan
 from model.wrapper import token_label
 
 NAMES = tuple(name for family in (demansia, vim, lvvit) for name in family.NAMES)
+"""The models that this package registers with timm, by the names that `timm.create_model` takes."""
 
 __all__ = ["NAMES", "BackendError", "ModelError", "load_reference_checkpoint", "selective_scan", "token_label"]
