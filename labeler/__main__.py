@@ -215,8 +215,8 @@ def _add_label(commands: Any) -> None:
         "--teacher", required=True, metavar="NAME", help="timm model, torchvision:NAME or package.module:function"
     )
     add_flags(
-        teacher, TeacherConfig, "checkpoint", "random_weights", "num_classes", "input_size", "mean", "std", "view",
-        "autocast", "compile",
+        teacher, TeacherConfig, "checkpoint", "ema", "random_weights", "num_classes", "input_size", "mean", "std",
+        "view", "autocast", "compile",
     )  # fmt: skip
     teacher.add_argument(
         "--tta", choices=("none", "flip"), default="flip", help="flip: average with the mirrored image; none is cheaper"

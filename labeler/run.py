@@ -199,6 +199,8 @@ def teacher_record(info: TeacherInfo, config: LabelerConfig) -> dict[str, Any]:
     record = dataclasses.asdict(info)
     record.update(view=config.teacher.view, checkpoint=config.teacher.checkpoint)
     record.update(random_weights=config.teacher.random_weights)
+    if config.teacher.ema is not None:
+        record.update(ema=config.teacher.ema)
     return record
 
 

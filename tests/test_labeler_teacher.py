@@ -319,7 +319,7 @@ def test_checkpoint_that_does_not_fit_is_told_apart(trained: nn.Module, tmp_path
 
 def test_size_of_a_checkpoint_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({}, tmp_path / "w.pth")
-    monkeypatch.setattr(checkpoints, "MAX_CHECKPOINT_BYTES", 10)
+    monkeypatch.setattr("labeler.base.weight_files.MAX_BYTES", 10)
     assert "too large" in refusal(checkpoint=str(tmp_path / "w.pth"))
 
 

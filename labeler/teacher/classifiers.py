@@ -47,7 +47,7 @@ class Classifier:
 def build_classifier(config: TeacherConfig) -> Classifier:
     """The configured network on the CPU, with its weights."""
     source, _, name = config.name.rpartition(":")
-    state = read_checkpoint(config.checkpoint) if config.checkpoint else None
+    state = read_checkpoint(config.checkpoint, config.ema) if config.checkpoint else None
     if source in ("", "timm"):
         return _from_timm(name, config, state)
     if source == "torchvision":

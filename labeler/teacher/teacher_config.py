@@ -19,6 +19,11 @@ class TeacherConfig:
     checkpoint: str | None = option(
         "weights, .safetensors or weights-only .pt; without it the library's pretrained ones", None, affects="recorded"
     )
+    ema: bool | None = option(
+        "the checkpoint's averaged weights, or its plain ones; without it averaged ones where it has some",
+        None,
+        affects="recorded",
+    )
     random_weights: bool = option("seeded random weights, to try the machinery", False, affects="recorded")
     num_classes: int | None = option(
         "classes of the head, where the name alone does not tell", None, affects="recorded", lowest=1
