@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from labeler.base.version import __version__
 
 if TYPE_CHECKING:
     from labeler.base.errors import (
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
         TeacherError,
         TokenLabelError,
     )
-    from labeler.config import LabelerConfig, TeacherConfig
+    from labeler.config import LabelerConfig
     from labeler.importers import import_token_label_files
     from labeler.run import LabelSummary, label_images
     from labeler.store.label_store import LabelStore
     from labeler.store.score_maps import ScoreMaps
     from labeler.teacher.create_teacher import LoadedTeacher, Teacher, create_teacher
+    from labeler.teacher.teacher_config import TeacherConfig
 
 _HOMES = {
     "LabelerConfig": "config",
-    "TeacherConfig": "config",
+    "TeacherConfig": "teacher.teacher_config",
     "InputError": "base.errors",
     "IntegrityError": "base.errors",
     "LabelingError": "base.errors",
@@ -59,6 +60,7 @@ __all__ = [
     "TeacherConfig",
     "TeacherError",
     "TokenLabelError",
+    "__version__",
     "create_teacher",
     "import_token_label_files",
     "label_images",

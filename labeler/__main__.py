@@ -21,9 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from labeler.base.command_line import OneLineParser, add_command, at_least, run_command
-from labeler.config import AUTOCASTS, DECODERS, ORIENTATIONS, PRECISIONS, VIEWS, LabelerConfig, TeacherConfig
-from labeler.store.score_code import QUALITIES, Encoding
+from labeler.base.command_line import OneLineParser, add_command, at_least, parser_of_command, program, run_command
+from labeler.base.settings import add_flags, settings_of
+from labeler.config import LabelerConfig
+from labeler.teacher.teacher_config import TeacherConfig
 
 if TYPE_CHECKING:
     from labeler.audit import Audit
@@ -46,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped:
         print("stopped; everything committed is kept, and the same command goes on from there", file=sys.stderr)
         return STOPPED
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser of one command, for completion and documentation."""
+    return parser_of_command(_parser(), command)
 
 
 def _stop(number: int, frame: object) -> NoReturn:
@@ -150,26 +156,17 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> LabelerConfig:
-    teacher = TeacherConfig(
-        name=options.teacher,
-        checkpoint=options.checkpoint,
-        random_weights=options.random_weights,
-        num_classes=options.num_classes,
-        input_size=options.input_size,
-        mean=tuple(options.mean) if options.mean else None,
-        std=tuple(options.std) if options.std else None,
-        view=options.view,
-        flip=options.tta == "flip",
-        autocast=options.autocast,
-        compile=options.compile,
-    )
-    own = {name: getattr(options, name) for name in LabelerConfig.__dataclass_fields__ if hasattr(options, name)}
-    return LabelerConfig(**{**own, "teacher": teacher, "progress": not options.quiet})
+    def given(group: Any) -> dict[str, Any]:
+        values = {one.name: getattr(options, one.name) for one in settings_of(group) if hasattr(options, one.name)}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+    teacher = TeacherConfig(**{**given(TeacherConfig), "name": options.teacher, "flip": options.tta == "flip"})
+    return LabelerConfig(**{**given(LabelerConfig), "teacher": teacher, "progress": not options.quiet})
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="python -m labeler", description="Dense class labels from a teacher, in a checked store."
+        prog=program("labeler"), description="Dense class labels from a teacher, in a checked store."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_label(commands)
@@ -209,80 +206,35 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_label(commands: Any) -> None:
-    default = LabelerConfig(TeacherConfig(""))
     label = add_command(commands, "label", _label, "label a folder of images; the same command again resumes")
     label.add_argument("images", type=Path, help="image root; sub-folders may name the classes")
     label.add_argument("--store", type=Path, required=True, help="folder of the label store")
-    label.add_argument("--image-list", metavar="FILE", help="label only these keys, one a line")
-    label.add_argument("--class-names", metavar="FILE", help="one class a line, in the teacher's order")
-
+    add_flags(label, LabelerConfig, "image_list", "class_names")
     teacher = label.add_argument_group("teacher")
     teacher.add_argument(
         "--teacher", required=True, metavar="NAME", help="timm model, torchvision:NAME or package.module:function"
     )
-    teacher.add_argument("--checkpoint", metavar="FILE", help=".safetensors or weights-only .pt")
-    teacher.add_argument("--random-weights", action="store_true", help="seeded random weights, to try the machinery")
-    teacher.add_argument("--num-classes", type=int)
+    add_flags(
+        teacher, TeacherConfig, "checkpoint", "random_weights", "num_classes", "input_size", "mean", "std", "view",
+        "autocast", "compile",
+    )  # fmt: skip
     teacher.add_argument(
-        "--input-size", type=int, metavar="S", help="side of the square input (default: the teacher's own)"
+        "--tta", choices=("none", "flip"), default="flip", help="flip: average with the mirrored image; none is cheaper"
     )
-    teacher.add_argument("--mean", type=float, nargs=3)
-    teacher.add_argument("--std", type=float, nargs=3)
-    teacher.add_argument(
-        "--view", choices=VIEWS, default="full", help="the whole picture, or the teacher's centre crop"
-    )
-    teacher.add_argument(
-        "--tta",
-        choices=("none", "flip"),
-        default="flip",
-        help="flip: average with the mirrored image; none halves the cost",
-    )
-    teacher.add_argument(
-        "--autocast", choices=AUTOCASTS, default="auto", help="auto: bf16 on a GPU, fp16 on a V100 or T4, none on a CPU"
-    )
-    teacher.add_argument("--compile", action="store_true", help="torch.compile the teacher")
-
     labels = label.add_argument_group("labels")
-    base = Encoding()
-    labels.add_argument("--quality", choices=tuple(QUALITIES), default=default.quality, help="how true, and how large")
-    labels.add_argument(
-        "--bytes-per-image", type=int, metavar="N", help="the truest labels of about N bytes, settled on a sample first"
+    add_flags(
+        labels, LabelerConfig, "quality", "bytes_per_image", "palette", "tail", "levels", "threshold", "precision"
     )
-    labels.add_argument(
-        "--palette", type=int, metavar="P", help=f"most classes with a plane of scores ({base.palette})"
-    )
-    labels.add_argument("--tail", type=int, metavar="R", help=f"most classes that share one plane ({base.tail})")
-    labels.add_argument("--levels", type=int, help=f"steps of the square root of a probability ({base.levels})")
-    labels.add_argument("--threshold", type=float, help=f"nats that a byte must save to be spent ({base.threshold:g})")
-    labels.add_argument("--precision", choices=PRECISIONS, default=default.precision)
-
     labels.add_argument(
         "--audit", type=at_least(0), default=0, metavar="N", help="then say how true labels are, on N images"
     )
-
     images = label.add_argument_group("images")
-    images.add_argument(
-        "--orientation", choices=ORIENTATIONS, default=default.orientation, help="turn images as EXIF says, or not"
-    )
-    images.add_argument(
-        "--min-side", type=int, default=default.min_side, help="smaller images are quarantined (%(default)s px)"
-    )
-    images.add_argument("--max-pixels", type=int, default=default.max_pixels, help="larger ones too (%(default)s)")
-    images.add_argument("--decoder", choices=DECODERS, default=default.decoder, help="auto: DALI on a GPU, else PIL")
-
+    add_flags(images, LabelerConfig, "orientation", "min_side", "max_pixels", "decoder")
     work = label.add_argument_group("work")
-    work.add_argument("--workers", type=int, default=0, help="0: in this process; else Ray actors, each with a teacher")
-    work.add_argument(
-        "--ray-address", metavar="ADDR", help='"auto" or host:port of a running cluster (default: a private Ray here)'
-    )
-    work.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    work.add_argument("--gpus-per-worker", type=float, default=1.0, help="may be a fraction")
-    work.add_argument("--threads", type=int, help="CPU threads per worker (default: the cores shared out)")
-    work.add_argument("--batch-size", type=int, default=default.batch_size)
-    work.add_argument(
-        "--shard-size", type=int, help="images per shard (default: by the number of images, at most 10,000)"
-    )
-    work.add_argument("--max-attempts", type=int, default=default.max_attempts, help="tries per shard (%(default)s)")
+    add_flags(
+        work, LabelerConfig, "workers", "ray_address", "device", "gpus_per_worker", "threads", "batch_size",
+        "shard_size", "max_attempts",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from labeler.base.errors import InputError
+from labeler.relabel import refuse_foreign_teacher, teacher_of
 from labeler.sources.images import BadImage, image_digest, image_path, image_root, read_image
 from labeler.store.label_store import LabelStore
-from labeler.verify import refuse_foreign_teacher, teacher_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,128 +1,91 @@
-"""Settings of a labeling run: typed, frozen, checked at the door."""
+"""Settings of a labeling run: typed, frozen, checked when they are made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from labeler.base.errors import InputError
+from labeler.base.settings import check_options, option
+from labeler.sources.pixels import ORIENTATIONS
 from labeler.store.score_code import QUALITIES
+from labeler.teacher.teacher_config import TeacherConfig
 
-VIEWS = ("full", "center")
 PRECISIONS = ("uint8", "float16")
-ORIENTATIONS = ("exif", "ignore")
 DECODERS = ("auto", "dali", "pil")
-AUTOCASTS = ("auto", "none", "bf16", "fp16")
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """Which network labels, and how it sees an image.
-
-    name            timm model, `torchvision:NAME`, or `package.module:function` that returns an nn.Module
-    checkpoint      .safetensors or weights-only .pt/.pth file; without it, the library's pretrained weights
-    random_weights  the architecture with seeded random weights (tests and benchmarks)
-    num_classes     classes of the head, where the name alone does not tell
-    input_size      side S of the square input in pixels; None: the teacher's own
-    mean, std       per-channel normalisation of images in 0..1; None: the teacher's own
-    view            "full": the whole picture squeezed to S×S; "center": the teacher's own evaluation crop
-    flip            average with the pass over the mirrored image, mirrored back: truer maps at twice the cost
-    autocast        "auto": bf16 on a GPU, fp16 on one that only emulates bf16 (V100, T4), none on a CPU
-    compile         run the teacher through torch.compile
-    """
-
-    name: str
-    checkpoint: str | None = None
-    random_weights: bool = False
-    num_classes: int | None = None
-    input_size: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    view: str = "full"
-    flip: bool = True
-    autocast: str = "auto"
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        _one_of("--view", self.view, VIEWS)
-        _one_of("--autocast", self.autocast, AUTOCASTS)
-        _positive("--input-size", self.input_size)
-        _positive("--num-classes", self.num_classes)
-        for option, values in (("--mean", self.mean), ("--std", self.std)):
-            if values is not None and len(values) != 3:
-                raise InputError(f"{option} takes one number per colour", got=values, expected="three numbers")
-        if self.std is not None and not min(self.std) > 0:
-            raise InputError("--std must be positive: pixels are divided by it", got=self.std)
-        if self.checkpoint and self.random_weights:
-            raise InputError("--checkpoint and --random-weights exclude each other", remedy="Give one of them.")
 
 
 @dataclass(frozen=True)
 class LabelerConfig:
-    """One labeling run.
+    """One labeling run. What affects values is kept by the store's plan, and a run that resumes may not change it."""
 
-    quality       "low", "default" or "high": how true, and how large, the labels are
-    bytes_per_image  instead: the truest labels of about so many bytes an image, settled on a sample before any shard
-    palette, tail, levels, threshold  see `labeler.store.score_code.Encoding`; None: the quality's
-    precision     "uint8": codes into one table of 256 scores; "float16": the scores themselves, `palette` dense planes
-    orientation   "exif": turn images as their EXIF tag says (the loaders follow the store's setting); "ignore": do not
-    min_side      images with a shorter side, in pixels, go to the quarantine
-    max_pixels    images with more pixels go to the quarantine before they are decoded
-    shard_size    images per shard; None: chosen from the number of images, at most 10,000
-    decoder       "auto": DALI on a GPU where it is installed, PIL otherwise, which is faster on a CPU
-    workers       0: label in this process; otherwise the number of Ray actors
-    ray_address   None: a private Ray on this machine; "auto" or an address: that cluster
-    threads       CPU threads per worker; None: the machine's cores shared out
-    max_attempts  how often one shard is tried before the run gives it up and names it
-    """
-
-    teacher: TeacherConfig
-    quality: str = "default"
-    bytes_per_image: int | None = None
-    palette: int | None = None
-    tail: int | None = None
-    levels: int | None = None
-    threshold: float | None = None
-    precision: str = "uint8"
-    orientation: str = "exif"
-    min_side: int = 8
-    max_pixels: int = 100_000_000
-    class_names: str | None = None
-    image_list: str | None = None
-    shard_size: int | None = None
-    batch_size: int = 32
-    device: str = "auto"
-    decoder: str = "auto"
-    workers: int = 0
-    ray_address: str | None = None
-    gpus_per_worker: float = 1.0
-    threads: int | None = None
-    max_attempts: int = 3
-    progress: bool = True
+    teacher: TeacherConfig = option("the network that labels", affects="recorded")
+    quality: str = option(
+        "how true the labels are, and how large", "default", affects="recorded", choices=tuple(QUALITIES)
+    )
+    bytes_per_image: int | None = option(
+        "the truest labels of about so many bytes an image, settled on a sample before any shard",
+        None,
+        affects="values",
+        lowest=1,
+    )
+    palette: int | None = option(
+        "most classes with a plane of scores; without it the quality's", None, affects="recorded", lowest=1
+    )
+    tail: int | None = option("most classes that share one plane; without it the quality's", None, affects="recorded")
+    levels: int | None = option(
+        "steps of the square root of a probability; without it the quality's", None, affects="recorded"
+    )
+    threshold: float | None = option(
+        "nats that a byte must save to be spent; without it the quality's", None, affects="recorded"
+    )
+    precision: str = option(
+        "uint8: codes into one table of 256 scores; float16: the scores themselves, as dense planes",
+        "uint8",
+        affects="recorded",
+        choices=PRECISIONS,
+    )
+    orientation: str = option(
+        "turn images as their EXIF tag says, or ignore it; loaders follow the store's setting",
+        "exif",
+        affects="values",
+        choices=ORIENTATIONS,
+    )
+    min_side: int = option("images with a shorter side, in pixels, are quarantined", 8, affects="values", lowest=1)
+    max_pixels: int = option(
+        "images with more pixels are quarantined before they are decoded", 100_000_000, affects="values", lowest=1
+    )
+    class_names: str | None = option("file of class names, one a line in the teacher's order", None, affects="recorded")
+    image_list: str | None = option("label only the keys of this file, one a line", None, affects="recorded")
+    shard_size: int | None = option(
+        "images per shard; without it by their number, at most 10,000", None, affects="recorded", lowest=1
+    )
+    batch_size: int = option("images that the teacher sees at once", 32, affects="rounding", lowest=1)
+    device: str = option("cpu, cuda or auto", "auto", affects="rounding")
+    decoder: str = option(
+        "auto: DALI on a GPU where it is installed, else PIL, which is faster on a CPU",
+        "auto",
+        affects="rounding",
+        choices=DECODERS,
+    )
+    workers: int = option(
+        "0: label in this process; else Ray actors, each with a teacher", 0, affects="nothing", lowest=0
+    )
+    ray_address: str | None = option(
+        '"auto" or host:port of a running cluster; without it a private Ray here', None, affects="nothing"
+    )
+    gpus_per_worker: float = option("may be a fraction", 1.0, affects="nothing")
+    threads: int | None = option(
+        "CPU threads per worker; without it the cores are shared out", None, affects="rounding", lowest=1
+    )
+    max_attempts: int = option("tries of one shard before the run gives it up", 3, affects="nothing", lowest=1)
+    progress: bool = option("show a progress bar", True, affects="nothing")
 
     def __post_init__(self) -> None:
-        _one_of("--precision", self.precision, PRECISIONS)
-        _one_of("--quality", self.quality, tuple(QUALITIES))
+        check_options(self)
         if self.bytes_per_image is not None and (self.threshold is not None or self.precision == "float16"):
             raise InputError(
-                "--bytes-per-image picks the threshold of uint8 codes itself",
-                got=f"--threshold {self.threshold}, --precision {self.precision}", remedy="Give one or the other.",
+                "bytes_per_image picks the threshold of uint8 codes itself",
+                got=f"threshold {self.threshold}, precision {self.precision}", remedy="Give one or the other.",
             )  # fmt: skip
-        _one_of("--orientation", self.orientation, ORIENTATIONS)
-        _one_of("--decoder", self.decoder, DECODERS)
-        names = ("bytes_per_image", "palette", "shard_size", "batch_size", "threads", "max_attempts", "min_side")
-        for name in (*names, "max_pixels"):
-            _positive("--" + name.replace("_", "-"), getattr(self, name))
-        if self.workers < 0:
-            raise InputError("--workers is a count", got=self.workers, expected="0 (this process) or more")
         if not self.gpus_per_worker > 0:
-            raise InputError("--gpus-per-worker must be positive", got=self.gpus_per_worker)
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{option} is not known", got=repr(value), expected=" or ".join(allowed))
-
-
-def _positive(option: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise InputError(f"{option} must be a positive whole number", got=repr(value))
+            raise InputError("gpus_per_worker must be positive", got=self.gpus_per_worker)

@@ -20,7 +20,7 @@ import torch
 
 from labeler.base.errors import InputError
 from labeler.base.plain_tensors import load_plain
-from labeler.config import LabelerConfig, TeacherConfig
+from labeler.config import LabelerConfig
 from labeler.run import default_shard_size, make_task, stored_keys
 from labeler.sources.class_names import name_classes
 from labeler.sources.create_decoder import create_decoder
@@ -30,6 +30,7 @@ from labeler.store.foreign_store import remember_written
 from labeler.store.plan import Plan, StoreMeta, load_plan
 from labeler.store.shard_file import ShardRows
 from labeler.store.shard_writer import begin_store, committed_shards, finish_store, store_classes, write_shard
+from labeler.teacher.teacher_config import TeacherConfig
 from labeler.worker import ShardTask, load_batches
 
 log = logging.getLogger("labeler")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labeler.base.errors import TokenLabelError
+from labeler.base.settings import names_that_affect
 from labeler.base.whole_files import Marker
 from labeler.choose_encoding import asked_encoding, fit_encoding
 from labeler.config import LabelerConfig
@@ -31,13 +32,6 @@ log = logging.getLogger("labeler")
 
 ENOUGH = 20  # images of known classes, to tell agreement from chance
 MIN_SHARD_SIZE, MAX_SHARD_SIZE = 256, 10_000
-# Settings, besides the teacher's own, that decide what a label is.
-VALUE_SETTINGS = (
-    "bytes_per_image",
-    "orientation",
-    "min_side",
-    "max_pixels",
-)
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,8 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     Raises InputError, TeacherError or MismatchError before any work where the input does not fit, LabelingError where
     the run could not finish: what is committed stays, and the same call resumes.
     """
-    from labeler.teacher.create_teacher import create_teacher, resolve_device
+    from labeler.base.runtime import pick_device
+    from labeler.teacher.create_teacher import create_teacher
 
     found, path = find_images(images, config.image_list), Path(store)
     begun = load_plan(path)
@@ -82,7 +77,7 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
         refuse_other_images(found, begun.meta.dataset_fingerprint, stored_keys(path), path)
     # The driver of a cluster may have no GPU itself.
     elsewhere = config.workers and config.ray_address and config.device != "auto"
-    device = config.device if elsewhere else resolve_device(config.device)
+    device = config.device if elsewhere else str(pick_device(config.device))
     settled = _with_autocast(config, device, bool(elsewhere))
     # Built here once, on the CPU, so that a wrong teacher is told of before any worker starts.
     info = create_teacher(settled.teacher, "cpu" if config.workers else device).info
@@ -128,12 +123,14 @@ def _tell_chance(summary: LabelSummary, plan: Plan) -> None:
 def _with_autocast(config: LabelerConfig, device: str, elsewhere: bool) -> LabelerConfig:
     """`config` with "auto" settled, so that the plan tells what the workers do.
 
-    GPUs that are elsewhere are taken to have bf16: a worker whose GPU has not refuses to work.
+    GPUs that are elsewhere are taken to have bfloat16: a worker whose GPU has not refuses to work.
     """
-    from labeler.teacher.create_teacher import resolve_autocast
+    import torch
+
+    from labeler.base.runtime import pick_precision
 
     wanted, unseen = config.teacher.autocast, elsewhere and device.startswith("cuda")
-    autocast = "bf16" if wanted == "auto" and unseen else resolve_autocast(wanted, device)
+    autocast = "bfloat16" if wanted == "auto" and unseen else pick_precision(wanted, torch.device(device))
     return replace(config, teacher=replace(config.teacher, autocast=autocast))
 
 
@@ -162,7 +159,7 @@ def make_plan(
     size = config.shard_size or (found.shard_size if found else default_shard_size(len(images)))
     coded = encoding.precision == "uint8"
     palette, tail = encoding.places(info.num_classes)
-    settings = {name: getattr(config, name) for name in VALUE_SETTINGS}
+    settings = {name: getattr(config, name) for name in sorted(names_that_affect(LabelerConfig, "values"))}
     settings |= {"from_list": config.image_list is not None}
     if coded:
         settings |= {"levels": encoding.levels, "threshold": encoding.threshold}

@@ -89,7 +89,7 @@ class ShardLabeler:
                 "this worker's GPU computes in another precision than the run's labels",
                 got=precision,
                 expected=plan.meta.teacher["autocast"],
-                remedy="Begin a new store with --autocast fp16, which all GPUs have, or use GPUs of one kind.",
+                remedy="Begin a new store with autocast float16, which all GPUs have, or use GPUs of one kind.",
             )
 
     def __call__(self, task: ShardTask, advance: Callable[[int], None] = lambda _: None) -> ShardResult:
@@ -202,7 +202,7 @@ def _without(batch: LoadedBatch, finite: list[bool], teacher: LoadedTeacher) -> 
         raise TeacherError(
             f"teacher {teacher.info.name} gives no finite scores for a whole batch of images",
             got=f"NaN or infinity, autocast {teacher.info.autocast}",
-            remedy="Give --autocast none, or look at --std and at the weights.",
+            remedy="Use autocast float32, or look at std and at the weights.",
         )
     decoded = batch.decoded
     lost = [i for i, good in zip(batch.positions, finite, strict=True) if not good]

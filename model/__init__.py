@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+from labeler.base.errors import BackendError, ModelError
 from model import demansia, lvvit, vim
 from model.checkpoints import load_reference_checkpoint
-from model.errors import BackendError, ModelError
 from model.ops import selective_scan
 from model.wrapper import token_label
 

@@ -18,11 +18,11 @@ import timm
 import torch
 from torch import nn
 
+from labeler.base.errors import ModelError
+from labeler.base.plain_tensors import load_plain
 from model.demansia import DeMansia
-from model.errors import ModelError
 from model.lvvit import SIZES as LVVIT_SIZES
 from model.patch_model import fit_position_embedding
-from model.plain_tensors import load_plain
 from model.vim import Vim
 
 MAX_BYTES = 8 << 30  # several times the largest published file, optimizer state included

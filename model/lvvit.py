@@ -22,7 +22,7 @@ from timm.layers import Attention, DropPath, Mlp, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from model.errors import ModelError
+from labeler.base.errors import ModelError
 from model.patch_embed import ConvStem
 from model.patch_model import PatchModel, build_patch_model, check_pool, untrained_cfg
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from labeler.base.errors import ModelError
 
 
 class ConvStem(nn.Module):

@@ -18,7 +18,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model.errors import ModelError
+from labeler.base.errors import ModelError
 from model.token_heads import (
     Mix,
     TokenLabelHeads,

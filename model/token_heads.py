@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model.errors import ModelError
+from labeler.base.errors import ModelError
 
 Logits = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 

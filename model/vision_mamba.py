@@ -14,7 +14,7 @@ from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
 from timm.models import register_notrace_module
 from torch import nn
 
-from model.errors import ModelError
+from labeler.base.errors import ModelError
 from model.mixer import BidirectionalMamba, widen
 from model.patch_embed import ConvStem, PatchProjection
 from model.patch_model import PatchModel, check_pool

@@ -17,7 +17,7 @@ import torch
 from timm.layers import PatchEmbed, to_2tuple, trunc_normal_
 from torch import nn
 
-from model.errors import ModelError
+from labeler.base.errors import ModelError
 from model.feature_maps import ChangedOutput, Size, evaluation, grid_in, layout, resample, to_map, token_grid
 from model.token_heads import Logits, Mix, TokenLabelHeads, mix_mask, mix_tokens
 

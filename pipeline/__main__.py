@@ -5,7 +5,15 @@ Exit status: 0 all done; 1 the picture could not be made; 2 bad input or usage; 
 
 from __future__ import annotations
 
-from labeler.base.interrupt import end_at_interrupt
+try:
+    from labeler.base.interrupt import end_at_interrupt
+except ImportError:
+    import sys
+
+    import labeler
+
+    print(f"error: {labeler.__file__} hides a package of ours. Use `token-labeling COMMAND` instead.", file=sys.stderr)
+    raise SystemExit(2) from None
 
 if __name__ == "__main__":
     end_at_interrupt()  # before the imports, which take seconds
@@ -18,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from labeler.base.command_line import OneLineParser, add_command, run_command
+from labeler.base.command_line import OneLineParser, add_command, parser_of_command, program, run_command
 from labeler.base.errors import InputError
 from labeler.base.whole_files import replace_file
 from pipeline.config import BACKENDS, MIXES, LoaderConfig
@@ -27,6 +35,11 @@ from pipeline.config import BACKENDS, MIXES, LoaderConfig
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     return run_command(_parser().parse_args(arguments))
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser of one command, for completion and documentation."""
+    return parser_of_command(_parser(), command)
 
 
 def _view(options: argparse.Namespace) -> int:
@@ -76,7 +89,7 @@ def _config(options: argparse.Namespace) -> LoaderConfig:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="python -m pipeline", description="Training batches of images with token labels.")
+    parser = OneLineParser(prog=program("pipeline"), description="Training batches of images with token labels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     text = "draw one training batch: do the images and their token labels agree?"
     view = add_command(commands, "view", _view, text)

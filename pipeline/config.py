@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from labeler.base.errors import InputError
-from labeler.config import ORIENTATIONS
+from labeler.base.settings import check_options, option
+from labeler.sources.pixels import ORIENTATIONS
 
 BACKENDS = ("auto", "dali", "reference")
 INTERPOLATIONS = ("random", "bilinear", "bicubic")
@@ -15,108 +16,122 @@ CROP_MODES = ("center", "squash")
 MIXES = ("none", "token", "image")
 ERASE_MODES = ("pixel", "const")
 CACHES = ("none", "ram", "ram-compressed")
-CHOICES = {
-    "backend": BACKENDS,
-    "interpolation": INTERPOLATIONS,
-    "crop_mode": CROP_MODES,
-    "orientation": ORIENTATIONS,
-    "mix": MIXES,
-    "erase_mode": ERASE_MODES,
-    "cache": CACHES,
-}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Which images, with which labels, shown how.
+    """Which images, with which labels, shown how."""
 
-    images         folder of images, or of tar shards in WebDataset layout, or one .tar file
-    store          label store; None: plain classification
-    token_labels   False: targets from the true labels alone, everything else unchanged (the ablation)
-    image_list     use only these keys, one a line
-    num_classes    classes of the network; the store, or the folders, must fit
-    class_folders  folder name -> class id; None: the store's, or all folders of the root, sorted
-    train          True: shuffled, cropped, augmented, whole batches only; False: in order, centre crop, every image
-    batch_size     images per batch and rank
-    image_size     S, side of the square input in pixels
-    grid           h, w of the token grid; image_size / patch
-    rank, world_size  this process among those that train together
-    scale, ratio   random-resized-crop: share of the area, width to height
-    hflip          probability of a mirrored crop
-    interpolation  of the resize; "random": bilinear or bicubic, per image (in training)
-    auto_augment   timm's notation ("rand-m9-mstd0.5-inc1"), "3a", or "none"
-    color_jitter   amount; used where auto_augment is "none" or "3a"
-    erase_prob     probability of random erasing; erase_mode "pixel" (noise) or "const"
-    mix            "none"; "token": a box for the model, which mixes its tokens; "image": pixels of whole patches
-    mix_alpha      of Beta(alpha, alpha); mix_prob: share of batches that are mixed
-    crop_pct, crop_mode  evaluation: as timm's ("center" or "squash")
-    orientation    without a store: "exif" turns images as their tag says, "ignore" does not; a store says it itself
-    shuffle_window tar shards: how far an image may leave the order of its shard
-    backend        "dali", "reference" (PIL, readable), or "auto": DALI where it is installed
-    device         where batches end: "cpu", "cuda:1"; "cuda": torch's current GPU; "auto": that, if there is one
-    threads        CPU threads for reading and decoding; None: the machine's cores shared among the ranks
-    cache          label rows: "none" reads the files; each rank holds, from its first batch on, all codes ("ram"; 3 kB
-                   an image at the default palette), or the files ("ram-compressed")
-    prefetch       batches read ahead, and as many decoded ahead
-    hw_decoder_load  share of JPEGs for a GPU's hardware decoder
-    """
-
-    images: str
-    store: str | None = None
-    token_labels: bool = True
-    image_list: str | None = None
-    num_classes: int | None = None
-    class_folders: Mapping[str, int] | None = None
-    train: bool = True
-    batch_size: int = 128
-    image_size: int = 224
-    grid: tuple[int, int] = (14, 14)
-    seed: int = 0
-    rank: int = 0
-    world_size: int = 1
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    interpolation: str = "random"
-    auto_augment: str = "none"
-    color_jitter: float = 0.0
-    erase_prob: float = 0.0
-    erase_mode: str = "pixel"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    mix: str = "none"
-    mix_alpha: float = 1.0
-    mix_prob: float = 1.0
-    crop_pct: float = 0.875
-    crop_mode: str = "center"
-    orientation: str = "exif"
-    shuffle_window: int = 10_000
-    backend: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
-    cache: str = "none"
-    prefetch: int = 2
-    hw_decoder_load: float = 0.65
-    progress: bool = True
+    images: str = option(
+        "folder of images, or of tar shards in WebDataset layout, or one .tar file", affects="recorded"
+    )
+    store: str | None = option("label store; without it: plain classification", None, affects="recorded")
+    token_labels: bool = option(
+        "False: targets from the true labels alone, everything else unchanged (the ablation)", True, affects="values"
+    )
+    image_list: str | None = option("use only the keys of this file, one a line", None, affects="recorded")
+    num_classes: int | None = option(
+        "classes of the network; the store, or the folders, must fit", None, affects="values", lowest=1
+    )
+    class_folders: Mapping[str, int] | None = option(
+        "folder name -> class id; None: the store's, or all folders of the root, sorted", None, affects="recorded"
+    )
+    train: bool = option(
+        "True: shuffled, cropped, augmented, whole batches; False: in order, center crop, every image",
+        True,
+        affects="values",
+    )
+    batch_size: int = option("images per batch and rank", 128, affects="values", lowest=1)
+    image_size: int = option("S, side of the square input in pixels", 224, affects="values", lowest=1)
+    grid: tuple[int, int] = option("h, w of the token grid; image_size / patch", (14, 14), affects="values")
+    seed: int = option("of order and augmentation", 0, affects="values", lowest=0)
+    rank: int = option("this process among those that train together", 0, affects="recorded")
+    world_size: int = option("how many train together", 1, affects="values", lowest=1)
+    scale: tuple[float, float] = option(
+        "random-resized-crop: smallest and largest share of the area", (0.08, 1.0), affects="values"
+    )
+    ratio: tuple[float, float] = option(
+        "random-resized-crop: narrowest and widest, width to height", (3 / 4, 4 / 3), affects="values"
+    )
+    hflip: float = option("probability of a mirrored crop", 0.5, affects="values", lowest=0, highest=1)
+    interpolation: str = option(
+        'of the resize; "random": bilinear or bicubic, for each image (in training)',
+        "random",
+        affects="values",
+        choices=INTERPOLATIONS,
+    )
+    auto_augment: str = option('timm\'s notation ("rand-m9-mstd0.5-inc1"), "3a", or "none"', "none", affects="values")
+    color_jitter: float = option('strength; used where auto_augment is "none" or "3a"', 0.0, affects="values", lowest=0)
+    erase_prob: float = option("probability of random erasing", 0.0, affects="values", lowest=0, highest=1)
+    erase_mode: str = option(
+        'what is erased becomes noise ("pixel") or the mean color ("const")',
+        "pixel",
+        affects="values",
+        choices=ERASE_MODES,
+    )
+    mean: tuple[float, float, float] = option("mean of each color channel", IMAGENET_MEAN, affects="values")
+    std: tuple[float, float, float] = option("standard deviation of each color channel", IMAGENET_STD, affects="values")
+    mix: str = option(
+        '"none"; "token": a box for the model, which mixes its tokens; "image": pixels of whole patches',
+        "none",
+        affects="values",
+        choices=MIXES,
+    )
+    mix_alpha: float = option("the box's area is drawn from Beta(alpha, alpha)", 1.0, affects="values")
+    mix_prob: float = option("share of batches that are mixed", 1.0, affects="values", lowest=0, highest=1)
+    crop_pct: float = option("evaluation: share of the shorter side that is shown", 0.875, affects="values")
+    crop_mode: str = option(
+        'evaluation: crop the "center", or "squash" the image to a square first',
+        "center",
+        affects="values",
+        choices=CROP_MODES,
+    )
+    orientation: str = option(
+        'without a store: "exif" turns images as their tag says, "ignore" does not; a store says it itself',
+        "exif",
+        affects="values",
+        choices=ORIENTATIONS,
+    )
+    shuffle_window: int = option(
+        "tar shards: how far an image may leave the order of its shard", 10_000, affects="values", lowest=1
+    )
+    backend: str = option(
+        '"dali", "reference" (PIL, readable), or "auto": DALI where it is installed',
+        "auto",
+        affects="values",
+        choices=BACKENDS,
+    )
+    device: str = option(
+        'where batches end: "cpu", "cuda:1"; "cuda": torch\'s current GPU; "auto": that, if there is one',
+        "auto",
+        affects="recorded",
+    )
+    threads: int | None = option(
+        "CPU threads for reading and decoding; None: the cores shared among the ranks",
+        None,
+        affects="nothing",
+        lowest=1,
+    )
+    cache: str = option(
+        'label rows: "none" reads the files; each rank holds, from its first batch on, all codes ("ram": '
+        '3 kB an image at the default palette), or the files ("ram-compressed")',
+        "none",
+        affects="nothing",
+        choices=CACHES,
+    )
+    prefetch: int = option("batches read ahead, and as many decoded ahead", 2, affects="nothing", lowest=1)
+    hw_decoder_load: float = option(
+        "share of JPEGs for a GPU's hardware decoder", 0.65, affects="values", lowest=0, highest=1
+    )
+    progress: bool = option("show a progress bar", True, affects="nothing")
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is not known", got=repr(getattr(self, name)), expected=" or ".join(allowed))
-        for name in ("batch_size", "image_size", "world_size", "prefetch", "threads", "num_classes", "shuffle_window"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise InputError(f"{name} must be a positive whole number", got=repr(value))
-        for name in ("hflip", "erase_prob", "mix_prob", "hw_decoder_load"):
-            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
-                raise InputError(f"{name} is a share", got=repr(getattr(self, name)), expected="0 to 1")
+        check_options(self)
         if not (type(self.rank) is int and 0 <= self.rank < self.world_size):
             raise InputError(
                 "rank does not fit world_size", got=repr(self.rank), expected=f"0 to {self.world_size - 1}"
             )
-        if type(self.seed) is not int or self.seed < 0:
-            raise InputError("seed must be a whole number, 0 or more", got=repr(self.seed))
         self._check_ranges()
 
     def _check_ranges(self) -> None:

@@ -5,8 +5,7 @@ Legend: B images; S input side; h×w token grid, T = h·w.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
@@ -15,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from labeler import __version__
-from labeler.base.cores import usable_cores
 from labeler.base.errors import InputError, MismatchError
+from labeler.base.runtime import pick_device, rank_threads
+from labeler.base.settings import names_that_affect
+from labeler.base.version import __version__
 from labeler.sources.create_decoder import has_dali
 from labeler.store.plan import plain
 from pipeline.augment.draws import DRAWS_VERSION, draw_batch
@@ -32,13 +32,6 @@ from pipeline.labels.targets import TokenTargets, label_targets
 from pipeline.order import EpochOrder
 from pipeline.prefetcher import Ahead
 from pipeline.samples import open_samples, scan_sizes
-
-# Settings that change how fast batches come, or where from, but not what is in them; `fingerprint` has their content.
-NOT_IN_STATE = frozenset(
-    {
-        "images", "store", "image_list", "class_folders", "rank", "device", "threads", "cache", "prefetch", "progress",
-    }
-)  # fmt: skip
 
 
 def create_loader(config: LoaderConfig, check: Callable[[int], None] | None = None) -> TokenLabelLoader:
@@ -67,8 +60,8 @@ class TokenLabelLoader:
     ) -> None:
         """`policies` take the place of those that the configuration names; check: see `create_loader`."""
         self.config = config
-        self.device = _device(config.device)
-        self.threads = config.threads or _cores(config)
+        self.device = pick_device(config.device)
+        self.threads = config.threads or rank_threads(config.world_size)
         if policies is None:
             policies = create_policies(config.auto_augment, config.color_jitter) if config.train else ()
         self.policies = policies
@@ -161,7 +154,12 @@ class TokenLabelLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands: plain numbers and texts, equal on all ranks."""
-        return {"epoch": self.epoch, "batch": self._batch, "settings": self._settings()}
+        return {
+            "epoch": self.epoch,
+            "batch": self._batch,
+            "images": len(self.samples),
+            "settings": self._settings(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the batch that `state` was taken at. Raises MismatchError where it belongs to another loader."""
@@ -176,8 +174,8 @@ class TokenLabelLoader:
         if different:
             raise MismatchError(
                 "the saved state belongs to another loader",
-                got=", ".join(f"{name} {_short(settings.get(name))}" for name in different),
-                expected=", ".join(f"{name} {_short(ours.get(name))}" for name in different),
+                got=_told(settings, different, state.get("images")),
+                expected=_told(ours, different, len(self.samples)),
                 remedy="Resume with the images, labels and settings that it was saved with.",
             )
         if not (epoch >= 0 and 0 <= batch <= len(self)):
@@ -187,7 +185,8 @@ class TokenLabelLoader:
         self.epoch, self._batch, self._loaded, self._turn = epoch, batch, True, self._turn + 1
 
     def _settings(self) -> dict[str, Any]:
-        kept = {name: value for name, value in asdict(self.config).items() if name not in NOT_IN_STATE}
+        names = names_that_affect(LoaderConfig, "values", "rounding")
+        kept = {name: value for name, value in asdict(self.config).items() if name in names}
         where = {
             "backend": self.backend.name,
             "device": self.device.type,
@@ -277,35 +276,17 @@ def _backend(config: LoaderConfig) -> type[LoaderBackend]:
     return DaliBackend
 
 
-def _device(name: str) -> torch.device:
-    """The device of a setting, a GPU with its number: the current one where none is named, so one for each rank."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise InputError("device is not known", got=repr(name), expected='"auto", "cpu", "cuda" or "cuda:1"')
-    if device.type == "cpu":
-        return device
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        raise InputError("there is no GPU for torch here", got=f"device {name!r}", remedy='Use device="cpu".')
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= count:
-        raise InputError("there is no such GPU here", got=f"device {name!r}", expected=f"cuda:0 to cuda:{count - 1}")
-    return torch.device("cuda", index)
-
-
-def _cores(config: LoaderConfig) -> int:
-    """This rank's share of the machine's cores; launchers tell how many ranks a machine has."""
-    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", config.world_size)))
-
-
 def _images_a_step(settings: Mapping[str, Any]) -> Any:
     of_rank, ranks = settings.get("batch_size"), settings.get("world_size")
     return of_rank * ranks if isinstance(of_rank, int) and isinstance(ranks, int) else None
+
+
+def _told(settings: Mapping[str, Any], names: Sequence[str], images: int | None) -> str:
+    """The settings of these names. A fingerprint is of images, of which people know how many there are."""
+    told = [f"{name} {_short(settings.get(name))}" for name in names]
+    if "fingerprint" in names and images is not None:
+        told[names.index("fingerprint")] += f" of {images:,} images"
+    return ", ".join(told)
 
 
 def _short(value: Any) -> str:

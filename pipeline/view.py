@@ -3,7 +3,8 @@
 Legend: B images; C classes; P palette size; S input side; H×W map grid; h×w token grid, T = h·w.
 
 Each image has a row of four panels: itself with the outline of what the network sees of it, its whole stored map, the
-network's input, and the targets of the input's tokens. A dot marks the input's upper left corner in both places.
+network's input, and the targets of the input's tokens. A dot marks the input's upper left corner in both places. Below
+them stand the names of the row's colours, and at the end of the page what the strength of a colour says.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ Draw = ImageDraw.ImageDraw
 HEIGHT, WIDE = 224, 280  # of every panel; width of the first two, that of the others is HEIGHT
 MARGIN, GAP, LINE = 16, 10, 21
 LEFTS = (MARGIN, MARGIN + WIDE + GAP, MARGIN + 2 * (WIDE + GAP), MARGIN + 2 * (WIDE + GAP) + HEIGHT + GAP)
-WIDTH, HEADER, ROW = LEFTS[3] + HEIGHT + MARGIN, MARGIN + LINE, HEIGHT + 2 * LINE + 24
+WIDTH, HEADER, ROW, FOOTER = LEFTS[3] + HEIGHT + MARGIN, MARGIN + LINE, HEIGHT + 2 * LINE + 24, LINE + MARGIN
 HEADINGS = ("image, and what the input shows", "its stored label map", "network input", "token targets")
 PAPER, MOUNT, INK, SOFT, DOT = (255, 255, 255), (236, 236, 238), (25, 25, 30), (110, 110, 118), (255, 40, 40)
+MIDDLE = (150, 150, 150)  # under the scale of strengths, as grey as images are on average
 DOT_RADIUS, SWATCH, MANY_COLOURS = 5, 12, 32
+STEPS = 6  # of the scale of strengths
+MORE = 90  # pixels for the number of classes that there is no room for
 RARE = 0.01  # of the panels: what shows less is not named
 FAINTEST = 0.2  # strength at probability 0, 1 at probability 1: less could not be told from the grey ground
 CORNERS = ((0.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0, 0.0))
@@ -84,8 +88,9 @@ def draw_batch(batch: Batch, loader: TokenLabelLoader, opacity: float = 0.55) ->
     rows = _rows(batch, loader)
     shares, labels = [row.shares(loader.num_classes) for row in rows], batch.labels.tolist()
     total = np.sum(shares, 0)
-    colours = assign_colours([c for c in np.argsort(-total, kind="stable").tolist() if total[c] or c in labels])
-    page = Image.new("RGB", (WIDTH, HEADER + ROW * len(rows)), PAPER)
+    present = [c for c in np.argsort(-total, kind="stable").tolist() if total[c] or c in labels]
+    colours = assign_colours(present)
+    page = Image.new("RGB", (WIDTH, HEADER + ROW * len(rows) + FOOTER), PAPER)
     draw = ImageDraw.Draw(page)
     for left, heading in zip(LEFTS, HEADINGS, strict=True):
         draw.text((left, MARGIN - 4), heading, SOFT, FONT)
@@ -98,7 +103,29 @@ def draw_batch(batch: Batch, loader: TokenLabelLoader, opacity: float = 0.55) ->
             whose = f"inside the box: targets{' and pixels' * batch.mixed_pixels} of image {len(rows) - b}"
             draw.text((LEFTS[2], top + HEIGHT + 6), whose, SOFT, FONT)
         _legend(draw, top + HEIGHT + 6 + LINE, shares[b], labels[b], colours, loader)
+    draw_caption(page, MARGIN, page.height - FOOTER, "cell", opacity, len(present) > len(colours))
     return page
+
+
+def draw_caption(page: Image.Image, left: int, top: int, cell: str, opacity: float, others: bool) -> None:
+    """One line on what tints say: a scale of their strength, and the grey of `others` where that occurs."""
+    draw = ImageDraw.Draw(page)
+
+    def say(text: str) -> None:
+        nonlocal left
+        draw.text((left, top), text, SOFT, FONT)
+        left += round(draw.textlength(text, FONT)) + 6
+
+    say(f"Colour: the most probable class of each {cell}; the stronger, the more probable:  0%")
+    scale = Cells(np.zeros((1, STEPS), np.int64), FAINTEST + (1 - FAINTEST) * np.linspace(0, 1, STEPS)[None])
+    ground = Image.new("RGB", (STEPS * (SWATCH + 4), SWATCH), MIDDLE)
+    page.paste(tinted(ground, scale, WHOLE, {0: COLOURS[0]}, opacity), (left, top + 3))
+    left += ground.width + 6
+    say("100%" + (".  " if others else "."))
+    if others:
+        draw.rectangle((left, top + 3, left + SWATCH, top + 3 + SWATCH), OTHER)
+        left += SWATCH + 6
+        say("other classes.")
 
 
 def assign_colours(classes: Sequence[int]) -> Colours:
@@ -199,11 +226,12 @@ def _legend(draw: Draw, top: int, shares: np.ndarray, label: int, colours: Colou
     """The row's classes, the true one first, then by their share, as many as there is room for."""
     common = [c for c in np.argsort(-shares, kind="stable").tolist() if shares[c] > RARE and c != label]
     store, left = loader.samples.store, float(MARGIN)
-    for number in (label, *common):
+    for place, number in enumerate((label, *common)):
         name = "not known" if number < 0 else class_name(store, number) if store else f"class {number}"
         text = " ".join(f"{'true class: ' * (number == label)}{name}".split())
         end = left + SWATCH + 6 + draw.textlength(text, FONT)
-        if end > WIDTH - MARGIN:
+        if end > WIDTH - MARGIN - (place < len(common)) * MORE:
+            draw.text((left, top), f"and {len(common) + 1 - place} more", SOFT, FONT)
             break
         draw.rectangle((left, top + 3, left + SWATCH, top + 3 + SWATCH), colours.get(number, OTHER))
         draw.text((left + SWATCH + 6, top), text, INK, FONT)

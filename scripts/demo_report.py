@@ -17,7 +17,7 @@ from labeler.base.whole_files import replace_file
 from labeler.report.charts import COLOURS, lay_over, picture
 from pipeline.view import WHOLE
 from scripts.demo_students import Student
-from train.evaluation.predict import normalized, see
+from train.evaluation.single_images import normalized, see
 from train.evaluation.validate import load_trained
 from train.record.curves import draw_comparison
 

@@ -319,9 +319,9 @@ class CheckpointTarget:
         return found
 
     def _published(self) -> str:
+        from labeler.base.errors import ModelError
         from labeler.teacher.weights import read_checkpoint
         from model.checkpoints import load_reference_checkpoint
-        from model.errors import ModelError
 
         data = self._mutated(self.seeds[int(self.rng.integers(len(self.seeds)))])
         self.last = ("published.pth", data)
@@ -336,7 +336,6 @@ class CheckpointTarget:
         return found
 
     def _training(self) -> str:
-        from model.errors import ModelError
         from train.network import restore_network
         from train.record.checkpoint import find_checkpoint, read_state, read_weights
 
@@ -359,7 +358,7 @@ class CheckpointTarget:
             read_state(folder, info)
             restore_network(info, read_weights(folder, info, ema=bool(self.rng.random() < 0.5)))
             return f"read: {name}"
-        except (TokenLabelError, ModelError):
+        except TokenLabelError:
             return f"refused: {name}"
         finally:
             for other, content in self.clean.items():

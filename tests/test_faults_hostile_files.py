@@ -26,6 +26,7 @@ from tiny import CLASSES
 import labeler.store.foreign_store as foreign
 from labeler import InputError, IntegrityError, LabelStore, TokenLabelError, label_images
 from labeler.__main__ import main
+from labeler.base.errors import ModelError
 from labeler.base.plain_tensors import load_plain
 from labeler.base.whole_files import sealed
 from labeler.importers import read_map
@@ -34,7 +35,6 @@ from labeler.store.shard_file import ShardReader
 from labeler.teacher.weights import read_checkpoint
 from labeler.verify import verify_store
 from model.checkpoints import load_reference_checkpoint
-from model.errors import ModelError
 from scripts.fuzz import StoreTarget, hdf5_structures, lookup3
 from train.network import restore_network
 from train.record.checkpoint import check_checkpoint, read_state, read_weights
@@ -506,10 +506,6 @@ def test_honest_files_of_every_kind_are_read(tmp_path):
         assert found.keys() == content.keys()
         assert torch.equal(found["parameter"], linear.weight)
         assert load_plain((tmp_path / "a.pt").read_bytes())["set"] == {1}
-
-
-def test_the_two_readers_of_plain_tensors_are_one():
-    assert (ROOT / "labeler/base/plain_tensors.py").read_bytes() == (ROOT / "model/plain_tensors.py").read_bytes()
 
 
 # Row 33

@@ -17,7 +17,7 @@ from labeler.__main__ import main
 from labeler.audit import SHARES, audit_labels, audit_store
 from labeler.audit_errors import answers, crop_scores, errors_of, fractions, kl, random_windows
 from labeler.base.whole_files import read_sealed, sealed
-from labeler.verify import teacher_of
+from labeler.relabel import teacher_of
 
 
 class OneSided(ColourTeacher):

@@ -17,14 +17,12 @@ os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 import ray, torch
 from labeler import LabelerConfig, TeacherConfig, label_images
 from labeler.executor import _connect
-from pipeline.config import LoaderConfig
-from pipeline.loader import _cores
-from train.device import set_threads
+from labeler.base.runtime import rank_threads, set_threads
 
 images, store = sys.argv[1:]
 label_images(images, store, LabelerConfig(TeacherConfig("tiny:colour_teacher"), decoder="pil", progress=False))
 labeling = torch.get_num_threads()
-ray.init = lambda **settings: print(labeling, settings["num_cpus"], _cores(LoaderConfig("")), set_threads(None))
+ray.init = lambda **settings: print(labeling, settings["num_cpus"], rank_threads(), set_threads(None))
 _connect(None, 1)
 """
 

@@ -16,7 +16,7 @@ import torch
 from labeling_runs import in_own_process
 from tiny import ColourTeacher, encoded, make_images, picture
 
-from labeler import LabelingError, LabelStore, TeacherConfig, TeacherError, label_images
+from labeler import InputError, LabelingError, LabelStore, TeacherConfig, label_images
 from labeler.executor import _threads
 from labeler.sources.decoder import DecodeSettings
 from labeler.sources.images import BadImage, read_image
@@ -127,7 +127,7 @@ def test_a_worker_that_fails_at_everything_takes_no_other_shard_with_it(images, 
 def test_a_gpu_that_is_not_there_is_told_before_any_worker_waits_for_one(images, tmp_path, config):
     if torch.cuda.is_available():
         pytest.skip("a GPU is at hand")
-    with pytest.raises(TeacherError, match="there is no device cuda"):
+    with pytest.raises(InputError, match="there is no GPU"):
         label_images(images, tmp_path / "labels", dataclasses.replace(config, workers=2, device="cuda"))
     assert not (tmp_path / "labels").exists()
 

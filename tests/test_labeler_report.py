@@ -103,6 +103,19 @@ def test_the_page_is_well_formed_and_needs_nothing_else(store, images, tmp_path)
     assert page.count("data:image/jpeg") == 2 * 12
 
 
+def test_a_map_of_more_classes_than_are_named_says_that_the_grey_ones_are_others(store, imported, images, tmp_path):
+    """At most four classes are told apart by colours; the small teacher names fewer."""
+    for labels in (LabelStore(store), LabelStore(imported)):
+        page = read_page(labels.path, images, tmp_path / "report.html")
+        legends = re.findall(r'<div class="legend">(.*?)</div>', page)
+        first = [set(one.ravel().tolist()) for one in draw_sample(labels, 500, 0).top1]
+        assert len(legends) == len(first)
+        for legend, classes in zip(legends, first, strict=True):
+            others = re.findall(r'rgb\(128, 128, 128\)"></i>(\d+) others', legend)
+            assert others == ([str(len(classes) - 4)] if len(classes) > 4 else [])
+    assert any(len(classes) > 4 for classes in first)
+
+
 @pytest.mark.parametrize("name", ["store", "sparse", "imported"])
 def test_the_sample_is_the_dense_distribution_in_short(request, name):
     labels = LabelStore(request.getfixturevalue(name))

@@ -18,13 +18,15 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from labeler.base.errors import MismatchError, TeacherError
-from labeler.config import LabelerConfig, TeacherConfig
+from labeler.base.errors import InputError, MismatchError, TeacherError
+from labeler.base.runtime import pick_device, pick_precision
+from labeler.config import LabelerConfig
 from labeler.run import _with_autocast, make_plan
 from labeler.sources.images import find_images
 from labeler.store.score_code import Encoding
 from labeler.teacher import weights as checkpoints
-from labeler.teacher.create_teacher import LoadedTeacher, create_teacher, resolve_autocast, resolve_device
+from labeler.teacher.create_teacher import LoadedTeacher, create_teacher
+from labeler.teacher.teacher_config import TeacherConfig
 from labeler.teacher.weights import weights_sha256
 from labeler.worker import ShardLabeler
 
@@ -34,7 +36,7 @@ def random_teacher(name: str = "test_resnet", **settings: Any) -> LoadedTeacher:
 
 
 def refusal(name: str = "test_resnet", device: str = "cpu", **settings: Any) -> str:
-    with pytest.raises(TeacherError) as caught:
+    with pytest.raises(InputError) as caught:
         create_teacher(TeacherConfig(name, **settings), device)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -59,7 +61,7 @@ def test_info_is_complete_and_plain() -> None:
     assert (read["name"], read["num_classes"], read["input_size"], read["grid"]) == ("timm:test_resnet", 5, 64, [2, 2])
     assert (read["mean"], read["std"]) == ([0.5] * 3, [0.5] * 3)
     assert (read["interpolation"], read["crop_pct"]) == ("bilinear", 0.95)
-    assert (read["autocast"], read["flip"]) == ("none", True)
+    assert (read["autocast"], read["flip"]) == ("float32", True)
     assert read["self_test"].startswith("mean of the map equals the model output, max difference")
     assert len(read["weights_sha256"]) == 64
 
@@ -86,8 +88,8 @@ def test_flip_averages_the_logits_of_both_passes() -> None:
 
 
 def test_autocast_returns_float32_near_the_exact_scores() -> None:
-    exact, rounded = random_teacher("test_vit"), random_teacher("test_vit", autocast="bf16")
-    assert rounded.info.autocast == "bf16"
+    exact, rounded = random_teacher("test_vit"), random_teacher("test_vit", autocast="bfloat16")
+    assert rounded.info.autocast == "bfloat16"
     maps, reference = rounded.label(pixels()), exact.label(pixels())
     assert maps.dtype == torch.float32
     assert 0 < (maps - reference).abs().max() < 0.1 * reference.abs().max()
@@ -96,7 +98,9 @@ def test_autocast_returns_float32_near_the_exact_scores() -> None:
 V100, T4, A100, H100 = (7, 0), (7, 5), (8, 0), (9, 0)
 
 
-@pytest.mark.parametrize(("capability", "precision"), [(V100, "fp16"), (T4, "fp16"), (A100, "bf16"), (H100, "bf16")])
+@pytest.mark.parametrize(
+    ("capability", "precision"), zip((V100, T4, A100, H100), ["float16"] * 2 + ["bfloat16"] * 2, strict=True)
+)
 def test_a_gpu_without_bf16_of_its_own_computes_in_fp16_and_the_plan_says_so(
     monkeypatch, images, capability, precision
 ):
@@ -104,15 +108,15 @@ def test_a_gpu_without_bf16_of_its_own_computes_in_fp16_and_the_plan_says_so(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     config = LabelerConfig(TeacherConfig("tiny:colour_teacher"))
-    assert resolve_autocast("auto", "cuda:0") == precision
+    assert pick_precision("auto", torch.device("cuda:0")) == precision
     settled = _with_autocast(config, "cuda:0", elsewhere=False)
     info = create_teacher(settled.teacher, "cpu").info
     plan = make_plan(find_images(images), info, settled, Encoding(), None)
     assert plan.meta.teacher["autocast"] == precision
-    for asked in ("none", "bf16", "fp16"):  # as it was asked for
-        assert resolve_autocast(asked, "cuda:0") == asked
-    assert resolve_autocast("auto", "cpu") == "none"
-    assert _with_autocast(config, "cuda", elsewhere=True).teacher.autocast == "bf16"  # nobody asked those GPUs
+    for asked in ("float32", "bfloat16", "float16"):  # as it was asked for
+        assert pick_precision(asked, torch.device("cuda:0")) == asked
+    assert pick_precision("auto", torch.device("cpu")) == "float32"
+    assert _with_autocast(config, "cuda", elsewhere=True).teacher.autocast == "bfloat16"  # nobody asked those GPUs
 
 
 def test_a_worker_whose_gpu_computes_otherwise_than_the_plan_refuses(monkeypatch, images, tmp_path):
@@ -120,9 +124,10 @@ def test_a_worker_whose_gpu_computes_otherwise_than_the_plan_refuses(monkeypatch
     settled = _with_autocast(config, "cuda", elsewhere=True)
     plan = make_plan(find_images(images), create_teacher(settled.teacher).info, settled, Encoding(), None)
     monkeypatch.setattr(
-        "labeler.teacher.create_teacher.resolve_autocast", lambda choice, device: "fp16" if choice == "auto" else choice
+        "labeler.teacher.create_teacher.pick_precision",
+        lambda choice, device: "float16" if choice == "auto" else choice,
     )
-    with pytest.raises(MismatchError, match="another precision than the run's labels: got fp16, expected bf16"):
+    with pytest.raises(MismatchError, match="another precision than the run's labels: got float16, expected bfloat16"):
         ShardLabeler(images, tmp_path, plan, config, "cpu", 1)
 
 
@@ -199,10 +204,10 @@ def test_function_of_the_current_folder_makes_a_teacher() -> None:
 
 
 def test_devices() -> None:
-    assert resolve_device("cpu") == "cpu"
-    assert resolve_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert "--device is not known" in refusal(device="gpu", random_weights=True)
-    assert "there is no device" in refusal(device=f"cuda:{torch.cuda.device_count()}", random_weights=True)
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert "the device is not known" in refusal(device="gpu", random_weights=True)
+    assert "there is no GPU" in refusal(device=f"cuda:{torch.cuda.device_count()}", random_weights=True)
 
 
 # Weights.
@@ -232,7 +237,7 @@ def test_random_weights_are_the_same_everywhere_and_leave_the_generators_alone()
     # Another process, which starts in half the time without timm.
     code = (
         "import torch; torch.manual_seed(11)\n"
-        "from labeler.teacher.create_teacher import create_teacher; from labeler.config import TeacherConfig\n"
+        "from labeler import TeacherConfig, create_teacher\n"
         "print(create_teacher(TeacherConfig('my_teachers:plain')).info.weights_sha256)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(checkpoints.__file__).parents[1])}

@@ -14,7 +14,8 @@ from tiny import ColourTeacher, encoded, picture
 from labeler import IntegrityError, LabelStore, TeacherConfig, label_images
 from labeler.__main__ import main
 from labeler.base.whole_files import read_marker, read_sealed, sealed
-from labeler.verify import teacher_kl, teacher_of, verify_store
+from labeler.relabel import teacher_kl, teacher_of
+from labeler.verify import verify_store
 
 
 def test_images_of_a_list_need_no_known_suffix(images, tmp_path, config):
@@ -70,7 +71,7 @@ def test_a_device_that_is_not_there_is_bad_usage_and_no_damage(images, store, ca
         pytest.skip("a GPU is at hand")
     command = ["verify", str(store), "--images", str(images), "--relabel", "1", "--quiet"]
     assert main([*command, "--device", "cuda"]) == 2
-    assert "there is no device cuda" in capsys.readouterr().err
+    assert "there is no GPU 0 for torch here: got device cuda, 0 GPUs" in capsys.readouterr().err
 
 
 def test_markers_of_a_later_minor_version_are_read(store):

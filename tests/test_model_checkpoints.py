@@ -15,10 +15,10 @@ import torch
 from fixtures import close, state, tensors
 from safetensors.torch import save_file
 
+from labeler.base.errors import ModelError
 from model import checkpoints
 from model.checkpoints import load_reference_checkpoint
 from model.demansia import DeMansia
-from model.errors import ModelError
 from model.lvvit import LVViT
 from model.vim import Vim
 

@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 from timm.optim import param_groups_layer_decay
 
 import model  # noqa: F401  (registers the names)
-from model.errors import ModelError
+from labeler.base.errors import ModelError
 from model.lvvit import NAMES, LVViT
 
 GRID = (4, 4)

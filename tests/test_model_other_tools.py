@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from model.errors import ModelError
+from labeler.base.errors import ModelError
 from model.mixer import BidirectionalMamba
 from model.ops import selective_scan
 from model.summary import fvcore_handles, summarize

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fixtures import BACKENDS, SOURCES, Sample, about, close, tensors
 
-from model.errors import BackendError, ModelError
+from labeler.base.errors import BackendError, ModelError
 from model.ops import directional_scan, scan_reference, selective_scan
 from model.ops.scan_cpu import flushed_denormals
 

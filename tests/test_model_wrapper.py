@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
-from model.errors import ModelError
+from labeler.base.errors import ModelError
 from model.feature_maps import layout
 from model.lvvit import LVViT
 from model.wrapper import TokenLabeled, token_label

@@ -121,6 +121,20 @@ def test_a_state_needs_the_same_images_labels_and_settings(settings, tmp_path):
     tally(31, injected=1)
 
 
+def test_a_refusal_over_images_says_how_many_there_were_and_are(tmp_path):
+    """A fingerprint alone tells nobody that an image is gone."""
+    plain = LoaderConfig(str(make_images(tmp_path, 12)), token_labels=False, batch_size=4, grid=(2, 2), progress=False)
+    state = create_loader(plain).state_dict()
+    next(tmp_path.rglob("*.*g")).unlink()
+    with pytest.raises(
+        MismatchError, match=r"got fingerprint \w+… of 12 images, expected fingerprint \w+… of 11 images"
+    ):
+        create_loader(plain).load_state_dict(state)
+    state.pop("images")  # as older states are
+    with pytest.raises(MismatchError, match=r"got fingerprint \w+…, expected fingerprint \w+… of 11 images"):
+        create_loader(plain).load_state_dict(state)
+
+
 def test_what_does_not_change_a_batch_does_not_refuse_a_state(settings, tmp_path):
     state = create_loader(settings).state_dict()
     moved = tmp_path / "moved"

@@ -11,7 +11,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from labeler.base.errors import InputError
 from labeler.report.charts import COLOURS
@@ -102,6 +102,36 @@ def test_the_stored_map_lies_over_the_whole_image_in_the_same_colours(batch, loa
         assert np.ptp(ground, axis=-1).max() < 4
 
 
+def footer(picture: Image.Image) -> set[tuple[int, ...]]:
+    left, top = pictures.MARGIN, picture.height - pictures.FOOTER
+    pixels = np.asarray(picture)[top:, left:].reshape(-1, 3)
+    return {tuple(one) for one in pixels.tolist()}
+
+
+def test_a_caption_shows_how_strong_a_colour_is_and_which_is_no_classs(batch, loader, monkeypatch):
+    """Its scale goes from the tint of probability 0 to that of 1; grey is named where colours have run out."""
+    for opacity in (1.0, 0.5):
+        found = footer(pictures.draw_batch(batch, loader, opacity))
+        for strength in (pictures.FAINTEST, 1.0):
+            tint = np.array(pictures.MIDDLE) + opacity * strength * (np.array(COLOURS[0]) - pictures.MIDDLE)
+            assert min(np.abs(tint - one).max() for one in found) <= 2
+        assert pictures.OTHER not in found
+    monkeypatch.setattr(pictures, "_palette", lambda: list(COLOURS[:2]))
+    assert pictures.OTHER in footer(pictures.draw_batch(batch, loader))
+
+
+def test_a_legend_says_how_many_classes_it_has_no_room_for(batch, loader, monkeypatch):
+    told = []
+    monkeypatch.setattr(pictures.ImageDraw.ImageDraw, "text", lambda draw, place, text, *more: told.append(text))
+    monkeypatch.setattr(
+        pictures, "class_name", lambda store, number: f"class of a long name, number {number} " + "x" * 30
+    )
+    draw = ImageDraw.Draw(Image.new("RGB", (pictures.WIDTH, 40)))
+    pictures._legend(draw, 0, np.full(CLASSES, 1 / CLASSES), 4, dict.fromkeys(range(CLASSES), (0, 0, 0)), loader)
+    assert told[0].startswith("true class: class of a long name, number 4")
+    assert told[-1] == f"and {CLASSES - (len(told) - 1)} more"
+
+
 @pytest.mark.parametrize("options", [[], ["--mix", "image"], ["--mix", "token", "--erase-prob", "1"]])
 def test_the_command_writes_one_picture(images, store, tmp_path, capsys, options):
     out = tmp_path / "new" / "batch.png"
@@ -109,7 +139,10 @@ def test_the_command_writes_one_picture(images, store, tmp_path, capsys, options
     assert main(["view", str(images), "--store", str(store), "--out", str(out), *size, "--json", *options]) == 0
     told = json.loads(capsys.readouterr().out)
     with Image.open(out) as picture:
-        assert (picture.format, picture.size) == ("PNG", (1070, pictures.HEADER + COUNT * pictures.ROW))
+        assert (picture.format, picture.size) == (
+            "PNG",
+            (1070, pictures.HEADER + COUNT * pictures.ROW + pictures.FOOTER),
+        )
         assert picture.size == (told["width"], told["height"])
     assert len(told["keys"]) == COUNT
     assert (told["mix"] is None) == (not options)

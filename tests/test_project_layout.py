@@ -1,58 +1,111 @@
-"""The shape of the project: imports run downwards, heavy libraries stay in their files."""
+"""The shape of the project: imports run downwards without circles, rooms are small, heavy libraries stay."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("labeler", "pipeline", "model", "train")
+OURS = {*PACKAGES, "scripts", "tests", "examples"}
+# Rooms and packages, with those that they may import beside themselves. `labeler/` itself is the run and its commands.
 BELOW = {
-    "labeler": {"labeler"},
-    "pipeline": {"pipeline", "labeler"},
-    "model": {"model"},
-    "train": {"train", "pipeline", "labeler", "model"},
+    "labeler/base": set(),
+    "labeler/sources": {"labeler/base"},
+    "labeler/store": {"labeler/base", "labeler/sources"},
+    "labeler/teacher": {"labeler/base"},
+    "labeler": {"labeler/base", "labeler/sources", "labeler/store", "labeler/teacher"},
+    "labeler/report": {"labeler", "labeler/base", "labeler/sources", "labeler/store", "labeler/teacher"},
+    "pipeline": {"labeler", "labeler/base", "labeler/sources", "labeler/store", "labeler/report"},
+    "model": {"labeler/base"},
+    "train": {"pipeline", "model", "labeler", "labeler/base", "labeler/sources", "labeler/store", "labeler/report"},
 }
-OURS = {*BELOW, "scripts", "tests"}
 ONE_FILE = {
     "h5py": {"labeler/store/shard_file.py"},
     "ray": {"labeler/executor.py"},
     "nvidia": {"labeler/sources/decode_dali.py", "pipeline/dali_loader.py"},
     "triton": {"model/ops/scan_triton_kernels.py", "model/ops/scan_triton.py", "train/loss/loss_triton.py"},
 }
+MOST_FILES = 14
 
 
-def imports(path: Path) -> set[str]:
-    """First names of all modules that a file imports, wherever in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def files() -> list[Path]:
+    return [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+
+
+def modules() -> dict[str, Path]:
+    """Dotted names of all our modules."""
+    named = {}
+    for path in files():
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return named
+
+
+def imports(path: Path, everywhere: bool = True) -> set[str]:
+    """Dotted names of all modules that a file imports; without `everywhere` only when it is itself imported."""
+    known, found = modules(), set()
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else _at_import(tree)
+    for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add((node.module or "").split(".")[0])
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inside & known.keys()) or {node.module}
     return found
 
 
-@pytest.mark.parametrize("package", BELOW)
-def test_imports_run_downwards_only(package):
-    for path in (ROOT / package).rglob("*.py"):
-        upwards = (imports(path) & OURS) - BELOW[package]
-        assert not upwards, f"{path.relative_to(ROOT)} imports {upwards}"
+def _at_import(tree: ast.Module) -> list[ast.stmt]:
+    """Statements that run when the module is imported; what stands under TYPE_CHECKING or in functions does not."""
+    return [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def room_of(module: str) -> str | None:
+    """The room or package of one of our modules; None for others'."""
+    parts = module.split(".")
+    if parts[0] not in PACKAGES:
+        return "scripts" if parts[0] in OURS else None
+    inner = "/".join(parts[:2])
+    return inner if inner in BELOW else parts[0]
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_downwards_only(path):
+    own = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    command = path.name == "__main__.py"  # commands stand above all rooms of their package
+    allowed = {own, *BELOW[own]} | ({room for room in BELOW if room.startswith(own)} if command else set())
+    found = {module: room_of(module) for module in imports(path)}
+    upwards = {module for module, room in found.items() if room is not None and room not in allowed}
+    lazy = {"labeler": {"labeler"}}  # names of the package are fetched when they are used
+    assert not upwards - lazy.get(own, set()), f"{path.relative_to(ROOT)} imports {upwards}"
+
+
+def test_no_two_files_import_each_other():
+    graph = {module: imports(path) & modules().keys() - {module} for module, path in modules().items()}
+    graph = {module: {one for one in found if one.count(".")} for module, found in graph.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 @pytest.mark.parametrize("library", ONE_FILE)
 def test_a_heavy_library_stays_in_its_file(library):
     found = {
-        str(path.relative_to(ROOT))
-        for package in BELOW
-        for path in (ROOT / package).rglob("*.py")
-        if library in imports(path)
+        str(path.relative_to(ROOT)) for path in files() if library in {module.split(".")[0] for module in imports(path)}
     }
     assert found <= ONE_FILE[library]
     assert found & ONE_FILE[library]
 
 
+def test_a_folder_holds_few_files_and_says_what_it_is_for():
+    for folder in {path.parent for path in files()}:
+        count = sum(1 for path in folder.iterdir() if path.is_file())
+        assert count <= MOST_FILES, f"{folder.relative_to(ROOT)} holds {count} files"
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), f"{folder} does not say"
+
+
 def test_no_file_shadows_a_package():
-    names = {f"{package}.py" for package in BELOW}
+    names = {f"{package}.py" for package in PACKAGES}
     assert not [path for package in OURS for path in (ROOT / package).rglob("*.py") if path.name in names]

@@ -26,9 +26,9 @@ from model.token_heads import TokenLabelHeads
 from pipeline import Batch, LoaderConfig, create_loader
 from pipeline.augment.mix import MixBox
 from train import TokenLabelLoss, fit
-from train.distributed import Ranks, joined_ranks
 from train.micro_batches import micro_batches
 from train.network import build_network, train_mode
+from train.ranks.distributed import Ranks, joined_ranks
 from train.recipes.config import ModelConfig
 from train.record.checkpoint import newest_checkpoint, read_weights
 from train.task import TokenLabelTask, TrainingStep

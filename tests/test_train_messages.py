@@ -13,8 +13,7 @@ import timm
 import torch
 from tiny_runs import tiny_config, tiny_data
 
-from labeler.base.errors import InputError, told
-from model.errors import ModelError
+from labeler.base.errors import InputError, ModelError, told
 from train import fit
 from train.__main__ import main
 from train.evaluation.validate import load_trained
@@ -64,14 +63,10 @@ def test_refusals_of_models_and_files_have_got_once(data, run, tmp_path, capsys)
 
 
 def test_a_folder_in_place_of_a_file_is_called_one(data, run, tmp_path, capsys):
-    for arguments in (
-        ("predict", run, data[0]),
-        ("validate", run, "--images", data[0], "--device", "cpu", "--real", tmp_path),
-    ):
-        error = refusal(capsys, *arguments)
-        assert "is a folder" in error
-        assert "Is a directory" not in error
-        assert "Errno" not in error
+    error = refusal(capsys, "validate", run, "--images", data[0], "--device", "cpu", "--real", tmp_path)
+    assert "is a folder" in error
+    assert "Is a directory" not in error
+    assert "Errno" not in error
     with pytest.raises(OSError, match="Errno") as caught:
         (tmp_path / "none").read_bytes()
     assert told(caught.value) == f"No such file or directory: {str(tmp_path / 'none')!r}"
@@ -92,7 +87,7 @@ def test_new_heads_are_told_only_where_trained_ones_are_lost(data, tmp_path, cap
     settings = {"model.name": "test_resnet", "model.img_size": 64, "model.args": {}, "schedule.steps": 1}
     with caplog.at_level("INFO", "train"):
         fit(tiny_config(*data, tmp_path / "fresh", **settings))
-        assert "heads" not in caplog.text
+        assert "new heads" not in caplog.text
         fit(tiny_config(*data, tmp_path / "begun", **settings, **{"model.weights": str(tmp_path / "seven.pth")}))
     assert "new heads for 6 classes, in place of trained ones for 7" in caplog.text
 
@@ -113,3 +108,19 @@ def test_a_tracker_writes_into_the_folder_of_the_run(data, tmp_path, monkeypatch
     fit(tiny_config(*data, tmp_path / "run", **{"run.tracker": name, "schedule.steps": 1}))
     assert given[0].get("dir") == (str(tmp_path / "run") if name == "wandb" else None)
     assert (given[0]["name"], given[0]["config"]["schedule.steps"]) == ("run", 1)
+
+
+def test_another_model_is_told_how_to_take_a_recipes_arguments_back(data, tmp_path, capsys):
+    """Whoever changes model.name alone keeps the patch size and width of the recipe's own model."""
+    ours = (f"data.images={data[0]}", "data.store=none", "data.token_labels=false", f"run.out={tmp_path / 'run'}")
+    error = refusal(capsys, "fit", "demo", *ours, "model.name=test_resnet")
+    assert "got patch_size, which it does not take" in error
+    assert (
+        "model.args sets patch_size, embed_dim, depth, d_state, expand; model.args={} takes all of them back." in error
+    )
+    assert error.count("got ") == 1
+    shorter = ("model.args={}", "steps=1", "warmup_epochs=0", "batch_size=4", "device=cpu", "data.validation=none")
+    assert main(["fit", "demo", *ours, "model.name=test_resnet", *shorter, "--quiet"]) == 0
+    other = ("model.name=inception_v3", "model.args={}", "drop_path_rate=0.1", f"run.out={tmp_path / 'other'}")
+    error = refusal(capsys, "fit", "demo", *ours, *other)
+    assert "got drop_path_rate, which it does not take. Set model.drop_path_rate=0." in error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import csv
 from pathlib import Path
 
 import pytest
@@ -10,10 +10,11 @@ import torch
 from tiny_runs import shown, tiny_config, tiny_data
 
 from train import TrainConfig, fit
-from train.distributed import Ranks
 from train.errors import Stopped
-from train.evaluation.predict import normalized, see
+from train.evaluation.evaluate import Accuracy
+from train.evaluation.single_images import normalized, see
 from train.evaluation.validate import load_trained
+from train.ranks.distributed import Ranks
 from train.record.checkpoint import checkpoints
 from train.record.metrics import read_rows
 from train.trainer import Trainer
@@ -65,16 +66,31 @@ def test_the_loss_of_an_evaluation_is_the_cross_entropy_and_stands_in_the_rows(d
         assert row[name] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-3)
 
 
-def test_bar_and_evaluations_tell_how_it_goes(data, tmp_path, capsys):
-    """The bar has loss and learning rate; every evaluation a line of its own."""
-    settings = {"data.validation": str(data[0]), "run.progress": True, "ema.decay": 0.5}
-    fit(tiny_config(*data, tmp_path / "run", **settings))
-    told = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    lines = [line for line in told if line.startswith("step ")]
-    assert len(lines) == 2
-    number = r"\d+\.\d+"
-    shares = rf"top-1 {number}%, top-5 {number}%, moving average {number}%, best {number}%"
-    losses = rf"train loss {number}, evaluation loss {number}"
-    assert re.fullmatch(rf"step 3 of 6, epoch 1\.0: {losses}, {shares}, \d+ images/s, 0:00:0\d left", lines[0])
-    assert re.fullmatch(rf"step 6 of 6, epoch 2\.0: {losses}, {shares}", lines[1])
-    assert any(re.search(rf"loss {number}, lr \d\.\d\de-\d\d, \d+ images/s", line) for line in told)
+def test_the_table_keeps_losses_of_training_and_of_evaluations_apart(data, tmp_path):
+    """Both happen at one step, and both have a loss."""
+    fit(tiny_config(*data, tmp_path / "run", **{"data.validation": str(data[0])}))
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        table = {int(line["step"]): line for line in csv.DictReader(file)}
+    for row in read_rows(tmp_path / "run"):
+        for key in row.keys() - {"kind", "step", "epoch"}:
+            assert float(table[row["step"]][f"{row['kind']}_{key}"]) == row[key]
+    assert table[1]["eval_loss"] == ""
+    assert sorted(table) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_summary_says_at_which_step_the_best_checkpoint_was_made(data, tmp_path, monkeypatch, averaged):
+    """Twice as good, the first one counts: it is the one that is kept."""
+    top1 = iter([0.1, 0.4, 0.4, 0.2])
+
+    def evaluated(networks, *_, **__):
+        value = next(top1)
+        one = Accuracy(0.05 if averaged else value, 0.5, 12, 1.0)
+        return {"": one, **({"ema_": Accuracy(value, 0.5, 12, 1.0)} if averaged else {})}
+
+    monkeypatch.setattr("train.trainer.evaluate", evaluated)
+    settings = {"data.validation": str(data[0]), "schedule.steps": 12, **({"ema.decay": 0.5} if averaged else {})}
+    summary = fit(tiny_config(*data, tmp_path / "run", **settings))
+    (kept,) = checkpoints(tmp_path / "run", "best")
+    assert kept.name == f"best-{summary.best_step:08d}" == "best-00000006"
+    assert "best 40.00% at step 6;" in summary.text()

@@ -11,9 +11,9 @@ from torch import nn
 
 from labeler import InputError
 from model.token_heads import TokenLabelHeads
-from train.distributed import Ranks
 from train.network import build_network
 from train.optimization import LearningRate, build_optimizer, total_steps
+from train.ranks.distributed import Ranks
 from train.recipes.config import EmaConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from train.task import TokenLabelTask, TrainingStep
 

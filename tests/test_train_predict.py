@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from tiny import CLASSES, encoded, picture
 from tiny_runs import tiny_config, tiny_data
 
@@ -22,13 +22,14 @@ from labeler import LabelerConfig, TeacherConfig, label_images
 from labeler.report.charts import COLOURS
 from labeler.sources.pixels import ORIENTATION_TAG
 from model.vim import Vim
-from pipeline.view import FAINTEST, GAP, LINE, MARGIN, assign_colours
+from pipeline.view import FAINTEST, GAP, LINE, MARGIN, MIDDLE, assign_colours
 from train.__main__ import main
-from train.distributed import Ranks
-from train.evaluation import predict as prediction
-from train.evaluation.predict import draw_map, normalized, see
+from train.evaluation.predict import ClassShare, Prediction, predict
+from train.evaluation.single_images import normalized, see
+from train.evaluation.token_map import OPACITY, PANEL, draw_map
 from train.evaluation.validate import Trained, load_trained
 from train.loaders import evaluation_loader
+from train.ranks.distributed import Ranks
 
 GRID = 4
 
@@ -125,7 +126,7 @@ def test_the_classes_printed_are_the_networks(run, data, capsys, ema):
     paths = files(data[0])
     command = ["predict", str(run), *paths, "--top", "3", "--json", "--device", "cpu", *["--ema"] * ema]
     assert main(command) == 0
-    found = json.loads(capsys.readouterr().out)["predictions"]
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     trained = load_trained(run, ema)
     with torch.inference_mode():
         expected = trained.net(loaded(data[0], trained)).softmax(1)
@@ -137,17 +138,20 @@ def test_the_classes_printed_are_the_networks(run, data, capsys, ema):
         assert one["map"] is None
 
 
+def predicted(run: Path, paths: list, **settings: object) -> list[Prediction]:
+    return list(predict(run, paths, device="cpu", progress=False, **settings))
+
+
 def test_average_and_weights_answer_differently(run, data):
-    first = prediction.predict(run, files(data[0])[:1], device="cpu")
-    assert first != prediction.predict(run, files(data[0])[:1], ema=True, device="cpu")
+    assert predicted(run, files(data[0])[:1]) != predicted(run, files(data[0])[:1], ema=True)
 
 
-def test_batches_do_not_change_the_answers(run, data, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_batches_do_not_change_the_answers(run, data, threads):
     paths = files(data[0])
-    whole = prediction.predict(run, paths, device="cpu", progress=False)
-    monkeypatch.setattr(prediction, "BATCH", 5)
-    parts = prediction.predict(run, paths, device="cpu", progress=False)
-    assert [one.image for one in parts] == [one.image for one in whole]
+    whole = predicted(run, paths)
+    parts = predicted(run, paths, batch_size=5, threads=threads)
+    assert [one.image for one in parts] == [one.image for one in whole] == paths
     for a, b in zip(whole, parts, strict=True):
         for x, y in zip(a.classes, b.classes, strict=True):
             # Matrix products of other sizes round differently.
@@ -169,11 +173,11 @@ def test_each_token_has_the_colour_of_its_class(run):
     first = order[torch.randperm(16, generator=torch.Generator().manual_seed(1))].view(GRID, GRID)
     p = torch.full((CLASSES, GRID, GRID), 0.04).scatter_(0, first[None], 0.8)
     white = np.full((32, 32, 3), 255, np.uint8)
-    page = draw_map(white, p, [prediction.ClassShare(3, "class3", 0.5)], "a.jpg", trained)
+    page = draw_map(white, p, [ClassShare(3, "class3", 0.5)], "a.jpg", trained)
     colours = assign_colours([0, 3, 5, 1])
     assert len(set(colours.values())) == 4
-    step, left = prediction.PANEL // GRID, MARGIN + prediction.PANEL + GAP
-    strength = prediction.OPACITY * (FAINTEST + (1 - FAINTEST) * 0.8)
+    step, left = PANEL // GRID, MARGIN + PANEL + GAP
+    strength = OPACITY * (FAINTEST + (1 - FAINTEST) * 0.8)
     for y in range(GRID):
         for x in range(GRID):
             place = (left + step * x + step // 2, MARGIN + LINE + step * y + step // 2)
@@ -181,10 +185,31 @@ def test_each_token_has_the_colour_of_its_class(run):
             # Strength and colour are rounded to whole levels.
             assert np.abs(np.array(page.getpixel(place)) - expected).max() <= 2, (y, x)
     # In the legend the classes stand by their share of the tokens.
-    column = MARGIN + 2 * (prediction.PANEL + GAP) + 4
+    column = MARGIN + 2 * (PANEL + GAP) + 4
     told = [page.getpixel((column, MARGIN + LINE + i * LINE + 8)) for i in range(5)]
     assert told == [colours[0], colours[3], colours[5], colours[1], (255, 255, 255)]
     assert set(colours.values()) <= set(COLOURS)
+    # Below stands what a stronger colour says, from the faintest tint to the strongest.
+    caption = np.asarray(page)[MARGIN + LINE + PANEL + 6 + 2 * LINE :].reshape(-1, 3).astype(float)
+    for s in (FAINTEST, 1.0):
+        tint = np.array(MIDDLE) + OPACITY * s * (np.array(COLOURS[0]) - MIDDLE)
+        assert np.abs(caption - tint).max(1).min() <= 2
+
+
+def test_a_map_of_more_classes_than_its_legend_has_room_for_says_how_many_are_left(run, monkeypatch):
+    told = []
+    text = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda draw, place, s, *more: told.append(s) or text(draw, place, s, *more)
+    )
+    trained = dataclasses.replace(load_trained(run), class_names=[f"name{i}" for i in range(64)])
+    p = torch.eye(64).view(64, 8, 8)
+    page = draw_map(np.zeros((32, 32, 3), np.uint8), p, [ClassShare(3, "name3", 0.5)], "a.jpg", trained)
+    named = [one for one in told if one.startswith("2% name")]
+    assert 5 < len(named) < 64
+    assert f"and {64 - len(named)} more classes" in told
+    assert "other classes." in told  # more than there are colours
+    assert page.height < 420
 
 
 def test_a_picture_shows_the_token_head_on_the_evaluations_image(run, data, tmp_path, capsys):
@@ -197,7 +222,7 @@ def test_a_picture_shows_the_token_head_on_the_evaluations_image(run, data, tmp_
     for i, path in enumerate(paths):
         written = tmp_path / "maps" / f"{Path(path).stem}.map.png"
         assert f"  map: {written}" in told
-        classes = prediction.predict(run, [path], device="cpu")[0].classes
+        classes = predicted(run, [path])[0].classes
         expected = draw_map(see(Path(path), trained), tokens[i], classes, Path(path).name, trained)
         found = np.asarray(Image.open(written)).astype(int)
         # Strengths that a rounding error moves over the next whole level.
@@ -212,7 +237,7 @@ def test_pictures_replace_no_image_and_not_each_other(run, tmp_path):
     for i, name in enumerate(names):
         (folder / name).write_bytes(encoded(picture(i), name[-3:].upper()))
     before = {name: (folder / name).read_bytes() for name in names}
-    found = prediction.predict(run, [folder / name for name in names], maps=folder, device="cpu")
+    found = predicted(run, [folder / name for name in names], maps=folder)
     assert len({one.map for one in found}) == 3
     assert len(list(folder.iterdir())) == 6
     assert {name: (folder / name).read_bytes() for name in names} == before
@@ -228,25 +253,15 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return told.err
 
 
-def test_one_bad_image_is_told_before_anything_else_is(run, data, tmp_path, capsys):
-    good, maps = files(data[0])[0], tmp_path / "maps"
-    whole = Path(good).read_bytes()
-    bad = {
-        "missing.jpg": (None, "No such file"),
-        "text.jpg": (b"no image", "not an image"),
-        "empty.jpg": (b"", "not an image"),
-        "cut.jpg": (whole[:-100], "cannot be decoded"),
-        "moving.gif": (encoded(picture(0), "GIF"), "GIF is not a format"),
-        "script.eps": (encoded(picture(0), "EPS"), "EPS is not a format"),  # PIL would start ghostscript
-    }
-    for name, (content, expected) in bad.items():
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        told = refusal(capsys, run, good, tmp_path / name, "--map", "--out", maps)
-        assert name in told
+def test_a_path_that_is_not_there_is_told_before_anything_else_is(run, data, tmp_path, capsys):
+    for path, expected in ((tmp_path / "missing.jpg", "No such file"), (tmp_path / "empty", "no images below")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        table = tmp_path / "table.csv"
+        told = refusal(capsys, run, files(data[0])[0], path, "--map", "--out", tmp_path / "maps", "--csv", table)
+        assert path.name in told
         assert expected in told
-    assert "is a folder: expected image files" in refusal(capsys, run, good, tmp_path)
-    assert not maps.exists()
+        assert not table.exists()
+    assert not (tmp_path / "maps").exists()
 
 
 def test_wrong_use_is_refused_in_one_line(run, data, tmp_path, capsys):

@@ -19,7 +19,7 @@ from tiny_runs import FULL, outcome, tiny_config, tiny_data, write_recipe
 from labeler import MismatchError
 from pipeline.order import EpochOrder
 from train import TrainConfig, fit
-from train.distributed import Ranks
+from train.ranks.distributed import Ranks
 from train.recipes.recipe import load_recipe
 from train.record.run_folder import locked
 from train.trainer import Trainer

@@ -25,8 +25,8 @@ from tiny_runs import FULL, contents, outcome, shown, tiny_config, tiny_data, wr
 import train.task
 from labeler import InputError, MismatchError
 from train import TokenLabelLoss, TrainConfig, fit
-from train.distributed import Ranks
 from train.errors import Stopped
+from train.ranks.distributed import Ranks
 from train.record.checkpoint import check_checkpoint, checkpoints, read_weights
 from train.record.metrics import read_rows
 from train.record.run_folder import locked
@@ -383,8 +383,9 @@ def test_history_and_best_checkpoint_go_along_into_another_folder(config, tmp_pa
 def test_other_images_are_refused(stopped, tmp_path):
     images, store = tiny_data(tmp_path, 18)
     other = stopped.data.model_copy(update={"images": str(images), "store": str(store)})
-    with pytest.raises(MismatchError, match="the saved state belongs to another loader: got fingerprint"):
+    with pytest.raises(MismatchError, match="the saved state belongs to another loader: got fingerprint") as caught:
         fit(stopped.model_copy(update={"data": other}), resume="auto")
+    assert re.search(r"of 12 images, expected .* of 18 images.*or begin with model\.weights=", str(caught.value))
     tally(31, injected=1)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
-from labeler.base.settings import settings_of
+from labeler import LabelerConfig, TeacherConfig
+from labeler.base.settings import Affects, names_that_affect, settings_of
+from pipeline import LoaderConfig
 from train.__main__ import main
 from train.recipes.config import SECTIONS, keys_that_affect
 from train.recipes.listing import listing, setting_rows
@@ -19,14 +22,13 @@ def test_every_setting_says_what_it_means_and_what_it_affects():
     for section, group in SECTIONS.items():
         for name, field in group.model_fields.items():
             assert field.description, f"{section}.{name} has no meaning"
-            assert (field.json_schema_extra or {}).get("affects") in ("values", "rounding", "nothing"), (
-                f"{section}.{name}"
-            )
-    parts = [keys_that_affect(what) for what in ("values", "rounding", "nothing")]
+            assert (field.json_schema_extra or {}).get("affects") in get_args(Affects), f"{section}.{name}"
+    parts = [keys_that_affect(what) for what in get_args(Affects)]
     assert sum(map(len, parts)) == len(frozenset().union(*parts)) == len(setting_rows())
     assert "optimizer.lr" in parts[0]
-    assert "run.micro_batch" in parts[1]
-    assert "run.log_every" in parts[2]
+    assert "data.store" in parts[1]
+    assert "run.micro_batch" in parts[2]
+    assert "run.log_every" in parts[3]
 
 
 def test_the_help_of_fit_lists_every_key_with_its_default(capsys, monkeypatch):
@@ -77,3 +79,18 @@ def test_a_typo_and_a_missing_folder_are_refused_before_torch_is_imported():
     assert [line.split(":")[0] for line in lines] == ["error"] * 3
     assert "Did you mean 'lr'?" in lines[0]
     assert "data.images: 'imagenet/train' is not a folder" in lines[2]
+
+
+@pytest.mark.parametrize("group", [LabelerConfig, TeacherConfig, LoaderConfig])
+def test_every_option_of_labeler_and_loader_says_so_too(group):
+    for one in settings_of(group):
+        assert one.meaning
+        assert one.affects in get_args(Affects), f"{one.name} is undecided"
+
+
+def test_what_a_plan_keeps_and_what_a_state_compares_is_derived():
+    """A new option that affects values is among them without anybody listing it."""
+    assert names_that_affect(LabelerConfig, "values") == {"bytes_per_image", "orientation", "min_side", "max_pixels"}
+    compared = names_that_affect(LoaderConfig, "values", "rounding")
+    assert {"seed", "scale", "mix", "batch_size", "world_size", "backend"} <= compared
+    assert not compared & {"images", "store", "rank", "threads", "cache", "prefetch", "progress"}

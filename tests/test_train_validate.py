@@ -26,7 +26,7 @@ from labeler.base.errors import InputError
 from labeler.sources.class_names import imagenet_names
 from model.demansia import DeMansia
 from train.__main__ import main
-from train.evaluation.predict import normalized, see
+from train.evaluation.single_images import normalized, see
 from train.evaluation.validate import Trained, load_trained, validate
 from train.network import build_network
 from train.record.metrics import read_rows
@@ -234,8 +234,9 @@ def test_images_in_no_folder_need_their_classes(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("precision", "on_a_gpu"), [("float32", torch.float32), ("auto", torch.bfloat16)])
-def test_answers_are_computed_as_in_training(data, tmp_path, precision, on_a_gpu):
+def test_answers_are_computed_as_in_training(data, tmp_path, monkeypatch, precision, on_a_gpu):
     """And without the auxiliary head where it was not part of the loss."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     weight = 0.0 if precision == "auto" else 0.5
     settings = {"schedule.steps": 1, "run.precision": precision, "loss.dense_weight": weight}
     train.fit(tiny_config(*data, tmp_path / "run", **settings))

@@ -1,12 +1,21 @@
 """The command line: `python -m train fit | validate | predict | doctor | recipes`.
 
-Exit status: 0 all done; 1 the run stopped half-way (`--resume auto` goes on); 2 bad input or usage; 4 stored data or a
-checkpoint is damaged; 130 interrupted while it started; 143 stopped by a signal, with everything saved.
+Exit status: 0 all done; 1 the run stopped half-way (`--resume auto` goes on); 2 bad input or usage; 3 done, but some
+images were left out; 4 stored data or a checkpoint is damaged; 130 interrupted while it started, or at `predict`; 143
+stopped by a signal, with everything saved.
 """
 
 from __future__ import annotations
 
-from labeler.base.interrupt import end_at_interrupt
+try:
+    from labeler.base.interrupt import end_at_interrupt
+except ImportError:
+    import sys
+
+    import labeler
+
+    print(f"error: {labeler.__file__} hides a package of ours. Use `token-labeling COMMAND` instead.", file=sys.stderr)
+    raise SystemExit(2) from None
 
 if __name__ == "__main__":
     end_at_interrupt()  # before the imports, which take seconds
@@ -15,6 +24,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,12 +33,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from labeler.base.command_line import OneLineParser, add_command, at_least, run_command
+from labeler.base.command_line import OneLineParser, add_command, at_least, parser_of_command, program, run_command
 from labeler.base.errors import InputError, TokenLabelError
 
 HEAD_START_S = 2.0
 PICTURES = Path("predictions")
+LEFT_OUT = 3
 EMA = "the averaged weights, or not (default: what was better where the checkpoint says so)"
+PREDICT = "the classes of images, and of their tokens; those that cannot be read are named, and the exit status is 3"
+CSV = "also a table with timm's columns, whole or not at all: filename, and index, label, prob (_0, _1 … where N > 1)"
 BACKENDS = ("auto", "dali", "reference")
 
 
@@ -38,15 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
     options.run = _first_rank_first(options.run)
-    try:
-        return run_command(options)
-    except ValueError as error:
-        from model.errors import ModelError  # here, as torch comes with it, and `doctor` shall speak without torch
+    return run_command(options)
 
-        if not isinstance(error, ModelError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return InputError.exit_status
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser of one command, for completion and documentation."""
+    return parser_of_command(_parser(), command)
 
 
 def _first_rank_first(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -93,7 +103,7 @@ def _fit(options: argparse.Namespace) -> int:
     config = load_recipe(options.recipe, overrides)
     refuse_absent_paths(config)
     if options.ranks is not None:
-        from train.launch import launch
+        from train.ranks.launch import launch
 
         return launch(options.arguments, options.ranks)
     from train.trainer import fit  # after all that can be refused without it: torch takes seconds
@@ -102,8 +112,10 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
+    from train.evaluation.results import check_places, write_validation
     from train.evaluation.validate import validate
 
+    check_places(options.out, options.matrix)
     found = validate(
         options.checkpoint,
         options.images,
@@ -116,7 +128,19 @@ def _validate(options: argparse.Namespace) -> int:
         crop_pct=options.crop_pct,
         progress=not options.quiet,
     )
-    return _tell(found, options)
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # the first rank speaks for all
+    write_validation(found, options.out, options.matrix)
+    if options.json:
+        told = asdict(found)
+        wanted = {"per_class": len(found.per_class) if options.per_class else 0, "confusions": options.confusions}
+        for name, most in wanted.items():
+            parts = told.pop(name)
+            told |= {name: parts[:most]} if most else {}
+        print(json.dumps(told))
+    else:
+        print(found.text(options.per_class, options.confusions))
+    return 0
 
 
 def _tell(result: Any, options: argparse.Namespace) -> int:
@@ -127,10 +151,14 @@ def _tell(result: Any, options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     from train.evaluation.predict import predict
+    from train.evaluation.results import prediction_table
 
     if options.out is not None and not options.map:
         raise InputError("--out is the folder for the pictures of --map", remedy="Give both, or neither.")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ends by way of `with`, so that no part of a file is left
     found = predict(
         options.checkpoint,
         options.images,
@@ -140,11 +168,25 @@ def _predict(options: argparse.Namespace) -> int:
         device=options.device,
         img_size=options.img_size,
         crop_pct=options.crop_pct,
+        batch_size=options.batch_size,
+        lines=sys.stdin,
         progress=not options.quiet,
     )
-    told = {"predictions": [asdict(one) for one in found]}
-    print(json.dumps(told) if options.json else "\n".join(one.text() for one in found))
-    return 0
+    count = left_out = 0
+    say = tqdm.write if sys.stdout.isatty() else print  # not into the bar
+    with prediction_table(options.csv) as add:
+        for one in found:
+            count += 1
+            add(one)
+            if one.problem is not None:
+                left_out += 1
+                tqdm.write(one.text(), file=sys.stderr)
+            if options.json or one.problem is None:
+                say(json.dumps(asdict(one)) if options.json else one.text())
+            sys.stdout.flush()
+    if left_out:
+        print(f"{left_out:,} of {count:,} images were left out", file=sys.stderr)
+    return LEFT_OUT if left_out else 0
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -180,7 +222,7 @@ def _all_settings() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="python -m train", description="Training with token labels.")
+    parser = OneLineParser(prog=program("train"), description="Training with token labels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     fit = add_command(commands, "fit", _fit, "train as a recipe says; under torchrun with several ranks")
     fit.add_argument("recipe", help="a .toml file, or the name of one of `python -m train recipes`")
@@ -203,10 +245,24 @@ def _parser() -> argparse.ArgumentParser:
         "--backend", choices=BACKENDS, default="auto", help="decodes and resizes; reference: as timm does, bit for bit"
     )
     validate.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    predict = add_command(commands, "predict", _predict, "the classes of single images, and of their tokens")
+    validate.add_argument("--per-class", action="store_true", help="also each class's accuracy, the worst first")
+    validate.add_argument(
+        "--confusions", type=at_least(1), default=0, metavar="N", help="also the N most frequent confusions"
+    )
+    text = ".json: all of this, whole; .csv: a line for each class"
+    validate.add_argument("--out", type=Path, metavar="FILE", help=text)
+    text = "the whole confusion matrix: a line for each true class, a column for each answer"
+    validate.add_argument("--matrix", type=Path, metavar="FILE.csv", help=text)
+    predict = add_command(
+        commands, "predict", _predict, PREDICT, "print a JSON object for each image, in a line of its own"
+    )
     predict.add_argument("checkpoint", type=Path, help="as for validate")
-    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    predict.add_argument(
+        "images", nargs="+", metavar="PATH", help="an image, a folder, or - for paths on standard input, one a line"
+    )
     predict.add_argument("--top", type=int, default=5, metavar="N", help="classes of each image (%(default)s)")
+    predict.add_argument("--csv", type=Path, metavar="FILE", help=CSV)
+    predict.add_argument("--batch-size", type=at_least(1), default=32, metavar="B", help="(%(default)s)")
     predict.add_argument("--map", action="store_true", help="draw each image's tokens as its auxiliary head sees them")
     predict.add_argument("--out", type=Path, metavar="DIR", help=f"folder for these pictures ({PICTURES})")
     predict.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)

@@ -171,7 +171,7 @@ def _scan(name: str) -> str:
     """Runs a small scan, and compares it with the reference."""
     import torch
 
-    from model.errors import BackendError
+    from labeler.base.errors import BackendError
     from model.ops.selective_scan import choose_backend, directional_scan
 
     device = "cpu" if name == "cpu" else _scan_device()

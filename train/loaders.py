@@ -11,8 +11,8 @@ from labeler.sources.class_names import with_the_rest_of_imagenet
 from model.token_heads import TokenLabelHeads
 from pipeline import LoaderConfig, TokenLabelLoader, create_loader
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
-from train.distributed import Ranks
 from train.optimization import refuse_too_few_steps
+from train.ranks.distributed import Ranks
 from train.recipes.config import TrainConfig
 
 

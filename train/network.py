@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from labeler.base.errors import InputError, IntegrityError, did_you_mean
+from labeler.base.errors import InputError, IntegrityError, ModelError, did_you_mean
 from model import load_reference_checkpoint, token_label
 from model.checkpoints import read_state_dict
-from model.errors import ModelError
 from model.token_heads import TokenLabelHeads
 from train.recipes.config import BEGINNING, ModelConfig
 from train.record.checkpoint import CheckpointInfo, checkpoint_of, find_checkpoint, read_weights
@@ -103,10 +103,19 @@ def _create(config: ModelConfig, num_classes: int | None, img_size: int) -> Toke
         raise InputError(f"model.name {config.name!r} cannot be built", got=error) from None
     except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
         got = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = "See model.args, model.img_size and model.drop_path_rate."
+        if unknown := re.search(r"unexpected keyword argument '(\w+)'", got):
+            got, remedy = f"{unknown[1]}, which it does not take", _without(unknown[1], config)
         raise InputError(
-            f"model {config.name!r} cannot be built with these settings", got=got,
-            remedy="See model.args, model.img_size and model.drop_path_rate.",
+            f"model {config.name!r} cannot be built with these settings", got=got, remedy=remedy
         ) from None  # fmt: skip
+
+
+def _without(argument: str, config: ModelConfig) -> str:
+    """How a setting is taken back, also one that the recipe of another model has made."""
+    if argument not in config.args:
+        return f"Set model.{argument}=0."
+    return f"model.args sets {', '.join(config.args)}; model.args={{}} takes all of them back."
 
 
 def _from_weights(config: ModelConfig) -> TokenLabelHeads:

@@ -19,10 +19,10 @@ from torch import nn
 
 from model.token_heads import TokenLabelHeads
 from pipeline.batch import Batch
-from train.distributed import Ranks
 from train.errors import TrainError
 from train.loss.token_label_loss import TokenLabelLoss
 from train.micro_batches import micro_batches
+from train.ranks.distributed import Ranks
 
 DROP_STREAM = 3  # of random numbers; `pipeline.order` and `pipeline.augment.draws` use others
 SMALLEST_SCALE = 1.0  # of float16 losses; needing less means that the gradients themselves are infinite

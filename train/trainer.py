@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -18,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from labeler.base.errors import IntegrityError
+from labeler.base.errors import InputError, IntegrityError, MismatchError
 from labeler.base.freed_memory import freed_memory_kept
+from labeler.base.runtime import DTYPES, pick_precision, set_threads
 from labeler.base.whole_files import replace_file
 from pipeline.batch import Batch
-from train.device import pick_precision, set_threads
-from train.distributed import Ranks, joined_ranks, world_size
 from train.errors import NonFiniteError, Stopped
 from train.evaluation.evaluate import evaluate
 from train.loaders import (
@@ -39,13 +36,15 @@ from train.loaders import (
 from train.loss.token_label_loss import TokenLabelLoss
 from train.network import as_checkpointed, build_network, set_classes, train_mode
 from train.optimization import LearningRate, build_optimizer, total_steps
+from train.progress import Progress, evaluation_text, opening
+from train.ranks.distributed import Ranks, joined_ranks, world_size
+from train.ranks.stop_signals import StopSignals
 from train.recipes.config import TrainConfig
 from train.recipes.recipe import refuse_absent_paths
 from train.record.checkpoint import CheckpointInfo, checkpoints, read_state, read_weights
 from train.record.continuation import refuse_other_past, refuse_other_run
 from train.record.metrics import import_tracker
 from train.record.run_folder import RunRecord, locked, starting_point
-from train.signals import StopSignals
 from train.speed import Speed
 from train.task import StepResult, TokenLabelTask, TrainingStep
 
@@ -55,7 +54,7 @@ log = logging.getLogger("train")
 @dataclass(frozen=True)
 class FitSummary:
     """
-    top1, ema_top1  of the last evaluation, best of all; −1 where there was none
+    top1, ema_top1  of the last evaluation, best of all, which was at best_step; −1 where there was none
     images_per_s    of this process's part of the run, over all ranks, evaluations aside; where nothing was left to do,
                     of the process that finished it, as are data_wait and seconds
     data_wait       share of that time without a batch to work on
@@ -72,10 +71,12 @@ class FitSummary:
     data_wait: float
     seconds: float
     skipped: int
+    best_step: int = -1
 
     def text(self) -> str:
         ema = f", of the moving average {self.ema_top1:.2%}" if self.ema_top1 >= 0 else ""
-        accuracy = f"top-1 {self.top1:.2%}{ema}, best {self.best:.2%}" if self.top1 >= 0 else "no evaluation"
+        best = f"best {self.best:.2%} at step {self.best_step:,}"
+        accuracy = f"top-1 {self.top1:.2%}{ema}, {best}" if self.top1 >= 0 else "no evaluation"
         return (
             f"{self.steps:,} steps ({self.epochs:.1f} epochs): {accuracy}; {self.images_per_s:,.0f} images/s, "
             f"{self.data_wait:.0%} of the time waiting for data; {self.seconds:,.0f} s; {self.folder}"
@@ -113,7 +114,9 @@ class Trainer:
         if found is not None:
             refuse_other_run(config, found[1], ranks)
         self.threads = set_threads(config.run.threads or (None if found is None else found[1].threads))
-        self.precision = pick_precision(config.run.precision, ranks.device)
+        self.precision = DTYPES[pick_precision(config.run.precision, ranks.device)]
+        if self.precision == torch.float16 and ranks.device.type == "cpu":
+            raise InputError("run.precision=float16 needs a GPU", expected="float32 or bfloat16 on a CPU")
         torch.manual_seed(config.run.seed)  # beginning weights are the same on all ranks
         begun = config.model if found is None else as_checkpointed(config.model, found[1])
         net = build_network(begun, config.loss.dense_weight)
@@ -171,13 +174,14 @@ class Trainer:
         if self.ranks.first:
             self.record = RunRecord(self.folder, self.config, self.step, self.source, self.went_back, again)
         self.speed = Speed(self.config.run.batch_size)
-        shown = self.ranks.first and self.config.run.progress
         with (
             StopSignals() as signals,
-            tqdm(total=self.steps, initial=self.step, desc="training", unit="step", disable=not shown) as bar,
+            Progress(self.config.run.progress, self.ranks, self.step, self.steps) as self.progress,
         ):
             try:
-                self._loop(signals, bar, again)
+                for line in self._opening():
+                    self.progress.say(line)
+                self._loop(signals, again)
             finally:
                 if self.record is not None:
                     self.record.finish()
@@ -186,7 +190,11 @@ class Trainer:
             replace_file(self.folder / "summary.json", json.dumps(asdict(summary), indent=1).encode() + b"\n")
         return summary
 
-    def _loop(self, signals: StopSignals, bar: Any, evaluate_first: bool) -> None:
+    def _opening(self) -> list[str]:
+        net, loader, ranks = self.task.network, self.loader, self.ranks
+        return opening(self.config, net, loader, self.validation, ranks, self.precision, self.steps)
+
+    def _loop(self, signals: StopSignals, evaluate_first: bool) -> None:
         if evaluate_first:
             self._evaluate(signals)
         if self.step == self.steps and not checkpoints(self.folder):
@@ -198,7 +206,7 @@ class Trainer:
             result = self.train_step.run(batch, self.step, lambda: signals.requested is not None)
             self.step += 1
             self._note(result, rate)
-            self._tell_speed(bar, result.loss, rate)
+            self._tell_speed(result.loss, rate)
             evaluation = self._evaluation_due()
             if result.stop or evaluation or self._save_due():
                 self._save(must=result.stop or self.step == self.steps)
@@ -239,12 +247,13 @@ class Trainer:
             self.record.metrics.add({"kind": "train", "step": self.step, "epoch": self._epoch(), **values})
         self._loss_sum, self._loss_steps = 0.0, 0
 
-    def _tell_speed(self, bar: Any, loss: float, lr: float) -> None:
-        bar.update(1)
+    def _tell_speed(self, loss: float, lr: float) -> None:
+        self.progress.advance()
         if self.step % self.config.run.log_every and self.step != self.steps:
             return
         rate, wait = self.speed.since_last()
-        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} images/s, {wait:.0%} waiting for data")
+        told = [f"loss {loss:.4f}", f"lr {lr:.2e}", f"{rate:,.0f} images/s", f"{wait:.0%} waiting for data"]
+        self.progress.tell_steps(self._where(), told, self._left())
         if self.record is not None:
             memory = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else 0
             row = {"step": self.step, "images_per_s": rate, "data_wait": wait, "gpu_memory_gb": memory / 1e9}
@@ -275,7 +284,7 @@ class Trainer:
                 self.ranks,
                 precision=self.precision,
                 channels_last=self.config.run.channels_last,
-                progress=self.ranks.first and self.config.run.progress,
+                progress=self.progress.on_terminal,
                 wanted=lambda: signals.requested is None,
             )
         train_mode(self.task.network, self.config.model)
@@ -298,23 +307,22 @@ class Trainer:
             self._save(best=values)
 
     def _tell_evaluation(self, row: dict[str, Any]) -> None:
-        """One line for people, above the bar or in a log."""
         assert self.record is not None
         train = [one["loss"] for one in self.record.metrics.rows if one["kind"] == "train"]
+        told = evaluation_text(row, train[-1] if train else None, self.record.best())
+        left = self._left()
+        told += [f"{self.speed.overall()[0]:,.0f} images/s", *left] if left else []
+        self.progress.say(f"{self._where()}: {', '.join(told)}")
+
+    def _left(self) -> list[str]:
+        """The time that all steps left take, as the speed so far says; nothing where that is not known, or none are."""
         rate, _ = self.speed.overall()
-        told = [f"train loss {train[-1]:.4f}"] if train else []
-        told += [f"evaluation loss {row['loss']:.4f}"] if "loss" in row else []
-        told += [f"top-1 {row['top1']:.2%}", f"top-5 {row['top5']:.2%}"]
-        told += [f"moving average {row['ema_top1']:.2%}"] if "ema_top1" in row else []
-        told += [f"best {self.record.best():.2%}"]
-        if rate and self.step < self.steps:
-            left = round((self.steps - self.step) * self.config.run.batch_size / rate)
-            told += [f"{rate:,.0f} images/s", f"{timedelta(seconds=left)} left"]
-        line = f"step {self.step:,} of {self.steps:,}, epoch {self._epoch():.1f}: {', '.join(told)}"
-        if self.config.run.progress:
-            tqdm.write(line, sys.stderr)
-        else:
-            log.info("%s", line)
+        if not rate or self.step == self.steps:
+            return []
+        return [f"{timedelta(seconds=round((self.steps - self.step) * self.config.run.batch_size / rate))} left"]
+
+    def _where(self) -> str:
+        return f"step {self.step:,} of {self.steps:,}, epoch {self._epoch():.1f}"
 
     def _save(self, best: dict[str, float] | None = None, must: bool = False) -> None:
         if self.record is None:
@@ -362,6 +370,9 @@ class Trainer:
             self.train_step.scaler.load_state_dict(state["scaler"])
             self.step, self.skipped, self._bad_in_a_row = info.step, state["skipped"], state["bad_in_a_row"]
             self._loss_sum, self._loss_steps = state["loss_sum"], state["loss_steps"]
+        except MismatchError as error:
+            remedy = "Resume with the images, labels and settings of then, or begin with model.weights= of that run."
+            raise MismatchError(error.problem, got=error.got, expected=error.expected, remedy=remedy) from None
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise _unfit(folder, error) from None
         if self.ranks.first:
@@ -385,6 +396,7 @@ class Trainer:
             data_wait=wait,
             seconds=seconds,
             skipped=self.skipped,
+            best_step=-1 if self.record is None else self.record.best_step(),
         )
 
 

@@ -9,11 +9,15 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
 from labeler.base.errors import InputError, TokenLabelError, told
 from labeler.base.interrupt import INTERRUPTED
 
+OURS = ("labeler", "pipeline", "model", "train")
+front_door = ""  # the program that all commands were called through, for help texts; empty: `python -m PACKAGE`
 BROKEN_PIPE = 141  # what shells give a program that SIGPIPE ended
 
 
@@ -22,6 +26,23 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(InputError.exit_status, f"error: {message}. See {self.prog} --help\n")
+
+
+def program(package: str) -> str:
+    """How the user called the commands of a package."""
+    return front_door or f"python -m {package}"
+
+
+def refuse_hidden_packages() -> None:
+    """Raises InputError where a file of the user's hides one of our packages. Nothing of it is run."""
+    root = Path(__file__).parents[2]
+    for name in OURS:
+        spec = getattr(sys.modules.get(name), "__spec__", None) or find_spec(name)
+        if spec is not None and spec.origin is not None and not Path(spec.origin).is_relative_to(root):
+            raise InputError(
+                f"{spec.origin} hides the package {name!r} of token-labeling",
+                remedy="Use `token-labeling COMMAND`, which does not look in this folder first.",
+            )
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
@@ -39,13 +60,21 @@ def at_least(lowest: int) -> Callable[[str], int]:
     return parse
 
 
-def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    """A command of a parser's `add_subparsers()`, with the flags that commands share."""
+def add_command(
+    commands: Any, name: str, run: Any, text: str, json: str = "print the result as one JSON object"
+) -> argparse.ArgumentParser:
+    """A command of a parser's `add_subparsers()`, with the flags that commands share; json: help of its flag."""
     parser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--json", action="store_true", help=json)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
+
+
+def parser_of_command(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentParser:
+    """The parser of one of its commands."""
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return commands.choices[command]
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -54,6 +83,7 @@ def run_command(options: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
+        refuse_hidden_packages()
         status = options.run(options)
         sys.stdout.flush()
         return status

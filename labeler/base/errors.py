@@ -60,6 +60,14 @@ class TeacherError(InputError):
     """The teacher cannot be built, or cannot give a dense map."""
 
 
+class ModelError(InputError, ValueError):
+    """Bad usage of a model or of one of its operators: a wrong shape, name, type or file."""
+
+
+class BackendError(ModelError, RuntimeError):
+    """The backend of an operator that was asked for cannot run here or on these tensors."""
+
+
 class MismatchError(InputError):
     """Two things that must belong together do not: store and images, store and settings, store and reader version."""
 

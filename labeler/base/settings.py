@@ -1,21 +1,30 @@
 """Settings: typed, frozen, checked when they are made. Each says in its own line what it means and what it affects.
 
-The help of the command lines, the listing of recipes, and what may change when a run goes on come from these lines.
+Recipes are pydantic models of `setting`s, the configurations of labeler and loader dataclasses of `option`s. Flags and
+help texts of the command lines, the listing of recipes, what a store's plan keeps, what a loader's state compares, and
+what may change when a run goes on are all derived from these lines.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import math
 import types
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-# What another value of a setting would change: the values that are computed; only their rounding, to the last bits; or
+from labeler.base.errors import InputError
+
+# What another value of a setting would change: the values that are computed; values, but by way of something else that
+# is recorded and compared, such as the fingerprint of the images; only the rounding of values, to their last bits; or
 # nothing of them, but speed, places, or what is told.
-Affects = Literal["values", "rounding", "nothing"]
+Affects = Literal["values", "recorded", "rounding", "nothing"]
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true|false", type(None): "none"}
 
 
@@ -37,6 +46,43 @@ def setting(meaning: str, default: Any = ..., *, affects: Affects, **limits: Any
     return Field(default, description=meaning, json_schema_extra={"affects": affects}, **limits)
 
 
+def option(
+    meaning: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    affects: Affects,
+    choices: Sequence[str] = (),
+    lowest: float | None = None,
+    highest: float | None = None,
+) -> Any:
+    """A field of a dataclass of settings, whose `__post_init__` calls `check_options`. See `setting`."""
+    limits = {"choices": tuple(choices), "lowest": lowest, "highest": highest}
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "affects": affects, **limits})
+
+
+def check_options(config: Any) -> None:
+    """Raises InputError where an option is none of its choices, of another type, or out of bounds."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, limits = getattr(config, field.name), field.metadata
+        if value is None and type(None) in get_args(hints[field.name]):
+            continue
+        if limits["choices"] and value not in limits["choices"]:
+            raise InputError(f"{field.name} is not known", got=repr(value), expected=" or ".join(limits["choices"]))
+        if limits["lowest"] is not None:
+            _check_number(field.name, value, int in (hints[field.name], *get_args(hints[field.name])), limits)
+
+
+def _check_number(name: str, value: Any, whole: bool, limits: Any) -> None:
+    lowest, highest = limits["lowest"], limits["highest"]
+    number = type(value) is int or (not whole and isinstance(value, float) and math.isfinite(value))
+    if number and value >= lowest and (highest is None or value <= highest):
+        return
+    kind = "a whole number" if whole else "a number"
+    bounds = f"{lowest:g} or more" if highest is None else f"{lowest:g} to {highest:g}"
+    raise InputError(f"{name} must be {kind}", got=repr(value), expected=bounds)
+
+
 @dataclass(frozen=True)
 class SettingInfo:
     """One setting, as help texts and listings show it."""
@@ -49,25 +95,52 @@ class SettingInfo:
     affects: Affects
 
 
-def settings_of(group: type[Settings]) -> Iterator[SettingInfo]:
-    """All settings of a group, in their order."""
+def settings_of(group: Any) -> Iterator[SettingInfo]:
+    """All settings of a group, pydantic model or dataclass, in their order."""
+    if dataclasses.is_dataclass(group):
+        hints = typing.get_type_hints(group)
+        for one in dataclasses.fields(group):
+            required, kind = one.default is dataclasses.MISSING, _words(hints[one.name])
+            kind = "|".join(one.metadata["choices"]) or kind
+            default = None if required else one.default
+            yield SettingInfo(one.name, one.metadata["meaning"], kind, required, default, one.metadata["affects"])
+        return
     for name, field in group.model_fields.items():
         default = None if field.is_required() else field.get_default(call_default_factory=True)
-        yield SettingInfo(name, field.description or "", _kind(field), field.is_required(), default, _affects(field))
+        affects = _affects(field)
+        yield SettingInfo(
+            name, field.description or "", _words(field.annotation), field.is_required(), default, affects
+        )
 
 
-def names_that_affect(group: type[Settings], *what: Affects) -> frozenset[str]:
+def names_that_affect(group: Any, *what: Affects) -> frozenset[str]:
     """The settings of a group whose other values would change this."""
     return frozenset(one.name for one in settings_of(group) if one.affects in what)
+
+
+def add_flags(parser: Any, group: Any, *names: str) -> None:
+    """Flags for some options of a dataclass: `batch_size` becomes `--batch-size`, with its type, default and help."""
+    hints, fields = typing.get_type_hints(group), {field.name: field for field in dataclasses.fields(group)}
+    for name in names:
+        field = fields[name]
+        kinds = [kind for kind in (get_args(hints[name]) or (hints[name],)) if kind is not type(None)]
+        how: dict[str, Any] = {"default": field.default, "help": field.metadata["meaning"].replace("%", "%%")}
+        if field.default not in (None, False, dataclasses.MISSING):
+            how["help"] += " (%(default)s)"
+        if kinds == [bool]:
+            how["action"] = "store_true" if field.default is False else argparse.BooleanOptionalAction
+        elif field.metadata["choices"]:
+            how["choices"] = field.metadata["choices"]
+        elif get_origin(kinds[0]) is tuple:
+            how |= {"nargs": len(get_args(kinds[0])), "type": get_args(kinds[0])[0]}
+        else:
+            how |= {"type": kinds[0], "metavar": {int: "N", float: "X"}.get(kinds[0], "TEXT")}
+        parser.add_argument("--" + name.replace("_", "-"), **how)
 
 
 def _affects(field: FieldInfo) -> Affects:
     extra = field.json_schema_extra
     return extra["affects"] if isinstance(extra, dict) else "values"  # type: ignore[return-value]
-
-
-def _kind(field: FieldInfo) -> str:
-    return _words(field.annotation)
 
 
 def _words(annotation: Any) -> str:

@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import xxhash
 
@@ -66,6 +67,21 @@ def replace_file(path: Path, data: bytes) -> None:
     _publish(path, data, os.rename)
 
 
+@contextmanager
+def text_written_whole(path: Path) -> Iterator[TextIO]:
+    """A file to write to, row by row, that becomes `path` at the end of the block; none, where the block raises."""
+    temporary = _temporary_name(path)
+    try:
+        with open(temporary, "x", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
 def publish_exclusively(path: Path, data: bytes) -> bool:
     """`path` becomes `data` unless it exists; durable on return. False where it existed."""
     try:
@@ -98,7 +114,7 @@ def _publish(path: Path, data: bytes, give_name: Callable[[Path, Path], None]) -
 
 
 def _write_temporary(path: Path, data: bytes) -> Path:
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = _temporary_name(path)
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
@@ -112,6 +128,10 @@ def _write_temporary(path: Path, data: bytes) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return temporary
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def sync_folder(folder: Path) -> None:

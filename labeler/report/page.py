@@ -14,12 +14,12 @@ import numpy as np
 from labeler.audit import Audit, audit_labels
 from labeler.base.errors import InputError
 from labeler.base.whole_files import replace_file
+from labeler.relabel import refuse_foreign_teacher
 from labeler.report.charts import COLOURS, OTHER, bars, heat_grid, histogram, lay_over, picture
 from labeler.report.figures import Sample, TruthCheck, check_truth, draw_sample
 from labeler.report.truth import Costs, audit_part, cards, costs_of, missing_note, palette_curve
 from labeler.sources.images import image_path, image_root
 from labeler.store.label_store import LabelStore
-from labeler.verify import refuse_foreign_teacher
 
 PICTURES = 24
 PICTURE_SIDE = 170
@@ -104,7 +104,8 @@ def render(store: LabelStore, sample: Sample, images: Path, findings: Findings, 
         *(f'<p class="note">{escape(note)}</p>' for note in teacher.get("notes", ())),
         "<h2>What the teacher sees, and where</h2>",
         '<p class="soft">Left the image, right its stored map: each cell in the colour of its most probable class, the '
-        "stronger the surer. Percentages are shares of the whole map’s probability.</p>",
+        "stronger the surer; grey where it is none of those named below. Percentages are shares of the whole "
+        "map’s probability.</p>",
         f'<div class="maps">{_maps(store, sample, images)}</div>',
         _truth_part(truth),
         audit_part(store, findings.audit, costs),
@@ -159,6 +160,8 @@ def _one_map(store: LabelStore, sample: Sample, i: int, image: object) -> str:
             f'<span><i style="background:rgb{colour}"></i>{escape(class_name(store, number))} '
             f"{'&lt;1' if percent < 1 else round(percent)}%</span>"
         )
+    if len(names) > len(shown):
+        legend.append(f'<span><i style="background:rgb{OTHER}"></i>{len(names) - len(shown)} others</span>')
     overlay = lay_over(image, colours, 0.15 + 0.75 * sample.confidence[i], sample.maps.region[i])
     target = int(sample.target[i])
     label = f" · labeled <b>{escape(class_name(store, target))}</b>" if target >= 0 else ""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Exif, Image
 
 ORIENTATION_TAG = 0x0112
+ORIENTATIONS = ("exif", "ignore")  # turn images as their tag says, or not
 
 
 def open_rgb(data: bytes, orientation: str) -> Image:

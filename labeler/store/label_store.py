@@ -11,24 +11,22 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from labeler.base.errors import InputError, IntegrityError
 from labeler.base.open_files import OpenFiles
 from labeler.base.whole_files import Marker, check_file, read_marker
+from labeler.store.check_store import Verification, check_images, check_store
 from labeler.store.foreign_store import refuse_hostile
 from labeler.store.plan import Plan, StoreMeta, load_plan
 from labeler.store.score_code import OFFSET_STEP, ScoreCode
 from labeler.store.score_maps import ScoreMaps
 from labeler.store.shard_file import ShardReader, ShardRows
-
-if TYPE_CHECKING:
-    from labeler.verify import Verification
 
 CACHES = (None, "ram", "ram-compressed")
 
@@ -235,10 +233,18 @@ class LabelStore:
         return StoredRows(classes, scores, background, region, tail_classes, tail_offsets)
 
     def verify(self, images: str | Path | None = None) -> Verification:
-        """Check every bit of the store, and with `images` every image file; see `labeler.verify`."""
-        from labeler.verify import verify_store
+        """Check every bit of the store, and with `images` every image file."""
+        found = check_store(self.path)
+        if images is None or found.problems:
+            return found
+        checked, problems = self.check_images(images)
+        return replace(found, images_checked=checked, problems=problems)
 
-        return verify_store(self.path, images)
+    def check_images(self, images: str | Path, progress: bool = False) -> tuple[int, tuple[str, ...]]:
+        """Compare every image file with what was labeled: images compared, and problems."""
+        digests = self.column("image_digest").tolist()
+        quarantined = [entry["key"] for entry in self.quarantine]
+        return check_images(self.path, self.plan, self.keys, digests, quarantined, images, progress)
 
     def row_bytes(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """int64 [N]: the compressed bytes of the rows' score and background planes."""

@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from labeler.base.errors import TeacherError, TokenLabelError
-from labeler.config import TeacherConfig
 from labeler.teacher.dense_maps import HEADS, first_line
+from labeler.teacher.teacher_config import TeacherConfig
 from labeler.teacher.weights import classes_in, load_weights, read_checkpoint, weights_only
 
 NO_WEIGHTS_REMEDY = "Give --checkpoint FILE, or --random-weights to try the machinery."

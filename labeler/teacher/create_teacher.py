@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from labeler.base.errors import TeacherError
-from labeler.config import TeacherConfig
+from labeler.base.runtime import DTYPES, pick_device, pick_precision
 from labeler.teacher.classifiers import build_classifier
 from labeler.teacher.dense_maps import DenseMap, dense_map
+from labeler.teacher.teacher_config import TeacherConfig
 from labeler.teacher.weights import weights_sha256
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher(Protocol):
@@ -39,7 +38,7 @@ class TeacherInfo:
 
     weights_sha256  digest of parameters and buffers: equal for equal weights, whatever file they came from
     crop_pct        side of the teacher's own evaluation crop as a share of the resized picture's shorter side
-    autocast        "none", "bf16" or "fp16", as resolved for the device
+    autocast        "float32", "bfloat16" or "float16", as chosen for the device
     grid            H, W of a map
     method          how the maps are got; self_test: what a pass over random images showed; notes: what a user must know
     """
@@ -105,7 +104,7 @@ def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
 
     The global random generators are left as they were.
     """
-    place = torch.device(resolve_device(device))
+    place = pick_device(device)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         built = build_classifier(config)
@@ -133,7 +132,7 @@ def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
         std=tuple(float(value) for value in config.std or built.std),
         interpolation=built.interpolation,
         crop_pct=float(built.crop_pct),
-        autocast=resolve_autocast(config.autocast, str(place)),
+        autocast=pick_precision(config.autocast, place),
         flip=config.flip,
         grid=report.grid,
         method=report.method,
@@ -141,38 +140,9 @@ def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
         notes=(*built.notes, *report.notes, *compile_notes),
     )
     teacher = LoadedTeacher(dense, info, place)
-    if (config.compile or info.autocast != "none") and not teacher.score_maps(images).isfinite().all():
-        raise TeacherError(f"teacher {config.name} overflows in {info.autocast}", remedy="Give --autocast none.")
+    if (config.compile or info.autocast != "float32") and not teacher.score_maps(images).isfinite().all():
+        raise TeacherError(f"teacher {config.name} overflows in {info.autocast}", remedy="Use autocast float32.")
     return teacher
-
-
-def resolve_device(device: str) -> str:
-    """The device to compute on: for "auto" a GPU where there is one; a device that is not there is refused."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise TeacherError("--device is not known", got=repr(device), expected="auto, cpu or cuda") from error
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise TeacherError(
-            f"there is no device {device}", got=f"{torch.cuda.device_count()} GPUs that PyTorch can use",
-            remedy="Give --device cpu, or check the driver with nvidia-smi.",
-        )  # fmt: skip
-    return device
-
-
-def resolve_autocast(choice: str, device: str) -> str:
-    """What "auto" means on a device: bf16 on a GPU that computes in it, fp16 on older ones, none on a CPU.
-
-    Before compute capability 8 (V100, T4) a GPU only emulates bf16, at less than float32's speed.
-    """
-    if choice != "auto":
-        return choice
-    if not device.startswith("cuda"):
-        return "none"
-    own = bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
-    return "bf16" if own else "fp16"
 
 
 def _compile(dense: Any) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from model.errors import ModelError
+from labeler.base.errors import ModelError
 from model.ops import scan_cpu as cpu_kernels
 from model.ops.scan_reference import state_dtype
 

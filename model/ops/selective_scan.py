@@ -24,7 +24,7 @@ from types import ModuleType
 import torch
 from torch.nn import functional as F
 
-from model.errors import BackendError, ModelError
+from labeler.base.errors import BackendError, ModelError
 from model.ops.scan_operators import scan_cpu, scan_triton
 from model.ops.scan_reference import last_state, scan_by_doubling, scan_reference, state_dtype
 

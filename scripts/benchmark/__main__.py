@@ -141,8 +141,8 @@ def run_suite(
     """chosen: teacher, checkpoint and rows, see `Options`."""
     import importlib
 
+    from labeler.base.runtime import set_threads
     from scripts.benchmark.photographs import prepare
-    from train.device import set_threads
 
     cores = set_threads(None)  # as training does, before torch starts its threads
     with tempfile.TemporaryDirectory(dir=scratch) as folder:

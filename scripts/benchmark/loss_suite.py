@@ -17,11 +17,11 @@ from __future__ import annotations
 import torch
 
 from labeler.base.freed_memory import freed_memory_kept
+from labeler.base.runtime import set_threads
 from pipeline.augment.mix import MixBox
 from pipeline.batch import Batch
 from scripts.benchmark.measure import Case, Options, Result, alone_on_cpu, extra_memory, milliseconds, take_turns
 from scripts.benchmark.synthetic_batch import CLASSES, PLACES, SyntheticLabels
-from train.device import set_threads
 from train.loss.loss_reference import dense_token_label_loss
 from train.loss.token_label_loss import TokenLabelLoss
 

@@ -19,6 +19,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 
 import model  # noqa: F401  registers the names
+from labeler.base.runtime import set_threads
 from scripts.benchmark.limits import Limits, inference_limit, model_cost
 from scripts.benchmark.measure import (
     Case,
@@ -35,7 +36,6 @@ from scripts.benchmark.measure import (
     take_turns,
 )
 from scripts.benchmark.stock_model import our_scan, scan_in_use, stock_model
-from train.device import set_threads
 
 OURS, DEIT, UNFUSED = "DeMansia Tiny", "DeiT-Tiny (timm)", "DeiT-Tiny, attention not fused"
 RESOLUTIONS = (224, 384, 512, 768, 1024)

@@ -17,9 +17,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from labeler.base.freed_memory import keep_freed_memory
+from labeler.base.runtime import set_threads
 from scripts.benchmark.synthetic_batch import synthetic_batch
 from scripts.benchmark.train_suite import SIDE, demansia, our_step
-from train.device import set_threads
 
 # Kind of work -> what the names of its operators begin with; the first that fits counts.
 KINDS = {

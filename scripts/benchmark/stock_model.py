@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model.errors import ModelError
+from labeler.base.errors import ModelError
 from model.mixer import BidirectionalMamba
 from model.ops import choose_backend
 from model.vision_mamba import Block, VisionMamba

@@ -24,6 +24,7 @@ from torch import nn
 import model  # noqa: F401  registers the names
 from labeler import LabelerConfig, TeacherConfig, label_images
 from labeler.base.freed_memory import keep_freed_memory
+from labeler.base.runtime import set_threads
 from labeler.sources.create_decoder import has_dali
 from pipeline.batch import Batch
 from scripts.benchmark.limits import Limits, model_cost, step_limit
@@ -42,12 +43,11 @@ from scripts.benchmark.measure import (
 from scripts.benchmark.photographs import about
 from scripts.benchmark.stock_model import has_mamba_ssm, our_scan, scan_in_use, stock_model
 from scripts.benchmark.synthetic_batch import synthetic_batch
-from train.device import set_threads
-from train.distributed import Ranks
 from train.errors import TrainError
 from train.loss.loss_reference import cross_entropy, dense_token_label_loss
 from train.loss.token_label_loss import TokenLabelLoss
 from train.optimization import build_optimizer
+from train.ranks.distributed import Ranks
 from train.recipes.recipe import load_recipe
 from train.task import TokenLabelTask, TrainingStep
 from train.trainer import fit

@@ -19,8 +19,9 @@ from tqdm import tqdm
 from labeler.base.errors import InputError
 from pipeline.batch import Batch
 from pipeline.loader import TokenLabelLoader
-from train.distributed import Ranks
 from train.errors import Stopped
+from train.evaluation.tally import Tally
+from train.ranks.distributed import Ranks
 
 RealLabels = Mapping[str, tuple[int, ...]]
 
@@ -48,11 +49,13 @@ def evaluate(
     real: RealLabels | None = None,
     progress: bool = False,
     wanted: Callable[[], bool] = lambda: True,
+    tally: Tally | None = None,
 ) -> dict[str, Accuracy]:
     """Accuracy of several networks in one pass over the images; they are left in evaluation mode.
 
     real    file name -> classes that are right (ImageNet-ReaL); images with none do not count
     wanted  asked before every batch; False raises Stopped
+    tally   is told of every image, for a single network
     """
     for net in networks.values():
         ranks.share_buffers(net)
@@ -72,6 +75,8 @@ def evaluate(
                 with torch.autocast(ranks.device.type, precision, enabled=precision != torch.float32):
                     logits = net(images)
                 counts[i] += count_right(logits, right)
+                if tally is not None:
+                    tally.add(logits, right)
                 losses[i] += nn.functional.cross_entropy(
                     logits.float(), batch.labels.long(), ignore_index=-1, reduction="sum"
                 )

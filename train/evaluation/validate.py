@@ -10,19 +10,19 @@ from typing import Any, cast
 
 import torch
 
-from labeler.base.errors import InputError
+from labeler.base.errors import InputError, ModelError
+from labeler.base.runtime import DTYPES, pick_precision
 from labeler.sources.class_names import IMAGENET_CLASSES, imagenet_names
 from labeler.sources.images import find_images
 from model import load_reference_checkpoint
-from model.errors import ModelError
 from model.token_heads import TokenLabelHeads
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.loader import TokenLabelLoader
-from train.device import pick_precision
-from train.distributed import joined_ranks
 from train.evaluation.evaluate import evaluate, read_real_labels
+from train.evaluation.tally import SEVERAL, ClassAccuracy, Confusion, Tally, class_accuracies, confusions
 from train.loaders import evaluation_loader
 from train.network import restore_network
+from train.ranks.distributed import joined_ranks
 from train.record.checkpoint import checkpoint_of, find_checkpoint, read_weights
 
 log = logging.getLogger("train")
@@ -61,7 +61,7 @@ class Trained:
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """That its forward passes are computed in: as in training on a GPU, float32 on a CPU."""
-        return torch.float32 if device.type == "cpu" else pick_precision(self.precision, device)
+        return torch.float32 if device.type == "cpu" else DTYPES[pick_precision(self.precision, device)]
 
     @property
     def side(self) -> int:
@@ -80,13 +80,33 @@ class Trained:
 
 @dataclass(frozen=True)
 class Validation:
+    """What an evaluation found.
+
+    per_class   each class that has images, the worst first
+    confusions  each pair of true class and wrong answer that occurs, the most frequent first
+    several     images of `images` with several right classes (ImageNet-ReaL), which stand in neither
+    """
+
     top1: float
     top5: float
     images: int
     checkpoint: str
+    per_class: tuple[ClassAccuracy, ...] = ()
+    confusions: tuple[Confusion, ...] = ()
+    several: int = 0
 
-    def text(self) -> str:
-        return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%} of {self.images:,} images; {self.checkpoint}"
+    def text(self, per_class: bool = False, most: int = 0) -> str:
+        """most: how many of the confusions."""
+        lines = [f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%} of {self.images:,} images; {self.checkpoint}"]
+        if self.several and (per_class or most):
+            lines.append(f"{self.several:,} images have several right classes and stand in no line below")
+        if per_class:
+            lines += [" top-1    top-5   images  class"]
+            lines += [f"{one.top1:7.2%}  {one.top5:7.2%}  {one.images:7,}  {one.name}" for one in self.per_class]
+        if most:
+            lines += [" images  is  ->  taken for"]
+            lines += [f"{one.images:7,}  {one.name}  ->  {one.taken_for}" for one in self.confusions[:most]]
+        return "\n".join(lines)
 
 
 def load_trained(
@@ -151,7 +171,7 @@ def validate(
     crop_pct: float | None = None,
     progress: bool = True,
 ) -> Validation:
-    """Top-1 and top-5 of a checkpoint on a folder of class folders; under torchrun exact over all ranks.
+    """Accuracy of a checkpoint on a folder of class folders, class by class too; under torchrun exact over all ranks.
 
     real     ImageNet-ReaL's `real.json`, for the validation images of ImageNet, in class folders or in none
     backend  as `pipeline.LoaderConfig`
@@ -176,8 +196,18 @@ def validate(
         if ranks.first:
             trained.tell_assumptions()
         precision = trained.dtype(ranks.device)
-        found = evaluate({"": net}, loader, ranks, precision=precision, real=labels, progress=shown)[""]
-    return Validation(found.top1, found.top5, found.images, trained.name)
+        tally = Tally()
+        found = evaluate({"": net}, loader, ranks, precision=precision, real=labels, progress=shown, tally=tally)[""]
+        seen = tally.merged(ranks)
+    return Validation(
+        found.top1,
+        found.top5,
+        found.images,
+        trained.name,
+        class_accuracies(seen, trained.class_name),
+        confusions(seen, trained.class_name),
+        int((seen[:, 0] == SEVERAL).sum()),
+    )
 
 
 def _loader(trained: Trained, images: Path, settings: dict[str, Any], folders_tell: bool) -> TokenLabelLoader:

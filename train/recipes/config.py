@@ -71,9 +71,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Images, labels, and how they are read."""
 
-    images: str = setting("training images: a folder, a folder of tar shards, or one .tar file", affects="nothing")
+    images: str = setting("training images: a folder, a folder of tar shards, or one .tar file", affects="recorded")
     store: str | None = setting(
-        "folder of the label store; none, with token_labels=false: plain classification", None, affects="nothing"
+        "folder of the label store; none, with token_labels=false: plain classification", None, affects="recorded"
     )
     token_labels: bool = setting(
         "false: every target is the image's true class, all else unchanged (the ablation)", True, affects="values"
@@ -82,7 +82,7 @@ class DataConfig(Section):
         "images in the same class folders to evaluate on; none: no evaluation while training", None, affects="nothing"
     )
     image_list: str | None = setting(
-        "use only the images that this file names, one key a line", None, affects="nothing"
+        "use only the images that this file names, one key a line", None, affects="recorded"
     )
     cache: Literal["none", "ram", "ram-compressed"] = setting(
         "label rows in memory: none reads the files, ram keeps decoded codes (3 kB an image), ram-compressed the files",
@@ -253,7 +253,9 @@ class RunConfig(Section):
     )
     device: str = setting("cpu, cuda or auto", "auto", affects="rounding")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU", "auto", affects="values"
+        "of the forward pass; auto: bfloat16 on a GPU (float16 on a V100 or T4), float32 on a CPU",
+        "auto",
+        affects="values",
     )
     compile: bool = setting("run the model through torch.compile", False, affects="rounding")
     channels_last: bool = setting("channels-last memory format", False, affects="rounding")

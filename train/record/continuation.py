@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from labeler.base.errors import MismatchError
-from train.distributed import Ranks
 from train.optimization import LearningRate, total_steps
+from train.ranks.distributed import Ranks
 from train.recipes.config import BEGINNING, TrainConfig, keys_that_affect
 from train.recipes.recipe import flat, parse_config
 from train.record.checkpoint import CheckpointInfo

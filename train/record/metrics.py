@@ -131,10 +131,11 @@ def _line(row: Row) -> bytes:
 
 
 def _table(rows: list[Row]) -> str:
-    """One line a step, a column for every value; empty where a step has none."""
+    """One line a step, a column for every value (`train_loss`, `eval_loss` …); empty where a step has none."""
     steps: dict[int, Row] = {}
     for row in rows:
-        steps.setdefault(row["step"], {}).update({k: v for k, v in row.items() if k != "kind"})
+        values = {name.replace("/", "_"): value for name, value in _scalars(row).items()}
+        steps.setdefault(row["step"], {}).update(step=row["step"], epoch=row["epoch"], **values)
     columns = list(dict.fromkeys(key for row in steps.values() for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

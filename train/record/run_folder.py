@@ -71,6 +71,12 @@ class RunRecord:
         """The best top-1 of any evaluation, of weights or their average; −1 without one."""
         return max(self.metrics.best("top1"), self.metrics.best("ema_top1"))
 
+    def best_step(self) -> int:
+        """The step of the evaluation that was first as good as the best, whose checkpoint is kept; −1 without one."""
+        tested = (row for row in self.metrics.rows if row["kind"] == "eval")
+        best = self.best()
+        return next((row["step"] for row in tested if best in (row["top1"], row.get("ema_top1"))), -1)
+
     def save(
         self,
         info: CheckpointInfo,

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import distributed as dist
 
 from labeler.base.errors import InputError
+from labeler.base.runtime import pick_device
 from train.errors import TrainError
 
 # A rank that waits longer than this for the others gives up: one of them hangs.
@@ -37,6 +39,13 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank gives, in the order of the ranks, on each of them."""
+        found = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
     def share_buffers(self, module: torch.nn.Module) -> None:
         """Statistics of the first rank for all: each rank's own saw its own images."""
         if self.world_size > 1:
@@ -55,7 +64,9 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     rank, world = _number("RANK", 0), world_size()
     if not 0 <= rank < world:
         raise InputError("RANK does not fit WORLD_SIZE", got=f"{rank} of {world}", remedy="Start ranks with torchrun.")
-    place = _device(device)
+    if device not in ("auto", "cpu", "cuda"):  # each rank has a GPU of its own
+        raise InputError("run.device is not known", got=repr(device), expected="auto, cpu or cuda")
+    place = pick_device(device, _number("LOCAL_RANK", 0))
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if world > 1:
@@ -96,21 +107,6 @@ def _lost(error: Exception) -> TrainError:
         "another rank is gone", got=_first_line(error),
         remedy="Its own output says why; start all of them again with --resume auto.",
     )  # fmt: skip
-
-
-def _device(name: str) -> torch.device:
-    local = _number("LOCAL_RANK", 0)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise InputError("device is not known", got=repr(name), expected='"auto", "cpu" or "cuda"')
-    if name == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if local >= count:
-        remedy = "Start as many ranks as there are GPUs." if count else "`python -m train doctor` says why."
-        raise InputError("there is no GPU for this rank", got=f"local rank {local}, {count} GPUs", remedy=remedy)
-    return torch.device("cuda", local)
 
 
 def _number(name: str, default: int) -> int:

@@ -11,12 +11,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import IO, Any
 
 from labeler.base.errors import InputError
 
 GRACE_S = 15.0  # after one rank has ended, the others notice it, save or give up
 POLL_S = 0.1
+ROOT = Path(__file__).parents[2]  # where our packages are: the working folder may hold others of their names
 
 
 def launch(arguments: Sequence[str], ranks: int) -> int:
@@ -53,7 +55,8 @@ def _start(
     place: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "train", *_without_ranks(arguments)]
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path[1:]])
+    command = [sys.executable, "-P", "-m", "train", *_without_ranks(arguments)]
     return subprocess.Popen(command, env=environment, stderr=errors, stdout=None if rank == 0 else subprocess.DEVNULL)
 
 

@@ -1,0 +1,114 @@
+"""`token-labeling COMMAND`: every command of the four packages in one program.
+
+It does not look for packages in the working folder first, so it works beside a `model.py` or `train.py` of the user's.
+"""
+
+from __future__ import annotations
+
+from labeler.base.interrupt import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from labeler.base import command_line
+from labeler.base.errors import InputError, did_you_mean
+from labeler.base.version import __version__
+
+PROGRAM = "token-labeling"
+# Group -> command -> its package, the command's name there, and what it does.
+COMMANDS: dict[str, dict[str, tuple[str, str, str]]] = {
+    "label images": {
+        "label": ("labeler", "label", "run a teacher over images and store its class-score maps; again: resume"),
+        "verify": ("labeler", "verify", "check every bit of a store, and that it fits its images"),
+        "report": ("labeler", "report", "write one HTML page about a store"),
+        "import-token-labels": ("labeler", "import-token-labels", "TokenLabeling and ReLabel files to a store"),
+        "view": ("pipeline", "view", "draw one training batch: do images and labels agree?"),
+    },
+    "train": {
+        "fit": ("train", "fit", "train as a recipe says"),
+        "recipes": ("train", "recipes", "list the recipes, or every setting of one"),
+        "validate": ("train", "validate", "top-1 and top-5 accuracy on a folder of images"),
+        "predict": ("train", "predict", "the classes of images, and of their tokens"),
+    },
+    "look around": {
+        "models": ("model", "list", "list the models that this package adds to timm"),
+        "summary": ("model", "summary", "parameters, operations and memory of a model"),
+        "doctor": ("train", "doctor", "what of this machine can be used, and why the rest cannot"),
+        "completion": ("", "", "print what a shell needs to complete commands: bash, zsh or tcsh"),
+    },
+}
+EXAMPLES = """examples:
+  token-labeling label photos --store labels --teacher convnext_tiny.in12k_ft_in1k
+  token-labeling verify labels --images photos
+  token-labeling fit demansia_tiny data.images=photos data.store=labels
+  token-labeling predict runs/demansia_tiny photo.jpg --map
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    end_at_interrupt()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0 if given else InputError.exit_status
+    if given[0] == "--version":
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    known = {name: entry for group in COMMANDS.values() for name, entry in group.items()}
+    if given[0] not in known:
+        remedy = did_you_mean(given[0], list(known)) or f"See {PROGRAM} --help."
+        print(f"error: there is no command {given[0]!r}. {remedy}", file=sys.stderr)
+        return InputError.exit_status
+    command_line.front_door = PROGRAM
+    if os.getcwd() not in sys.path:  # behind all others: for teachers that are functions of the user's
+        sys.path.append(os.getcwd())
+    package, command, _ = known[given[0]]
+    if not package:
+        return _completion(given[1:])
+    return importlib.import_module(f"{package}.__main__").main([command, *given[1:]])
+
+
+def help_text() -> str:
+    """All commands by group, with examples."""
+    width = max(len(name) for group in COMMANDS.values() for name in group)
+    lines = [
+        f"usage: {PROGRAM} COMMAND …",
+        "",
+        "Token labeling for vision: label with a teacher, train with its maps.",
+        "",
+    ]
+    for group, commands in COMMANDS.items():
+        lines += [f"{group}:", *(f"  {name:{width}}  {text}" for name, (_, _, text) in commands.items()), ""]
+    lines += [EXAMPLES, f"`{PROGRAM} COMMAND --help` tells a command's options; `{PROGRAM} --version` the version."]
+    return "\n".join(lines)
+
+
+def _completion(arguments: Sequence[str]) -> int:
+    """Print the script for a shell, made by shtab from the parsers of all commands."""
+    try:
+        import shtab
+    except ImportError:
+        print("error: completion needs shtab. pip install shtab", file=sys.stderr)
+        return InputError.exit_status
+    if len(arguments) != 1 or arguments[0] not in shtab.SUPPORTED_SHELLS:
+        print(f"error: which shell? One of {', '.join(shtab.SUPPORTED_SHELLS)}", file=sys.stderr)
+        return InputError.exit_status
+    parser = command_line.OneLineParser(prog=PROGRAM)
+    commands = parser.add_subparsers()
+    for group in COMMANDS.values():
+        for name, (package, command, text) in group.items():
+            if package:
+                own = importlib.import_module(f"{package}.__main__").parser_of(command)
+                commands.add_parser(name, help=text, parents=[own], add_help=False)
+    print(shtab.complete(parser, arguments[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Pictures of what the token head of a network says of single images, and where they are kept.
+
+Legend: C classes; S input side; h×w token grid.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from labeler.base.errors import InputError
+from labeler.base.whole_files import replace_file
+from labeler.report.charts import OTHER
+from pipeline.view import (
+    FAINTEST,
+    FONT,
+    GAP,
+    INK,
+    LINE,
+    MARGIN,
+    PAPER,
+    RARE,
+    SOFT,
+    SWATCH,
+    WHOLE,
+    Cells,
+    assign_colours,
+    draw_caption,
+    tinted,
+)
+from train.evaluation.single_images import ImageFile, printable
+from train.evaluation.validate import Trained
+
+if TYPE_CHECKING:
+    from train.evaluation.predict import ClassShare
+
+PANEL, COLUMN = 288, 240  # side of a panel and width of the legend, in pixels
+OPACITY = 0.6
+
+
+def draw_map(
+    shown: np.ndarray, tokens: torch.Tensor, classes: Sequence[ClassShare], name: str, trained: Trained
+) -> Image.Image:
+    """What the network sees beside the same with each token tinted by its most probable class, and these classes.
+
+    shown   uint8 [S, S, 3]
+    tokens  float32 [C, h, w]: probabilities of the auxiliary head
+    """
+    strength, first = tokens.max(0)
+    cells = Cells(first.numpy(), (FAINTEST + (1 - FAINTEST) * strength).numpy())
+    shares = torch.bincount(first.flatten(), minlength=len(tokens)) / first.numel()
+    common = [c for c in shares.argsort(descending=True, stable=True).tolist() if shares[c] > 0]
+    colours = assign_colours(common)
+    image = Image.fromarray(shown).resize((PANEL, PANEL), Image.Resampling.BICUBIC)
+    lefts = (MARGIN, MARGIN + PANEL + GAP, MARGIN + 2 * (PANEL + GAP))
+    top = MARGIN + LINE
+    page = Image.new("RGB", (lefts[2] + COLUMN + MARGIN, top + PANEL + 3 * LINE + MARGIN), PAPER)
+    page.paste(image, (lefts[0], top))
+    page.paste(tinted(image, cells, WHOLE, colours, OPACITY), (lefts[1], top))
+    draw = ImageDraw.Draw(page)
+    for left, heading in zip(lefts, ("what the network sees", "its token head", "share of the tokens"), strict=True):
+        draw.text((left, MARGIN - 4), heading, SOFT, FONT)
+    named = [c for c in common if shares[c] > RARE][: PANEL // LINE - 1]
+    for i, number in enumerate(named):
+        y = top + i * LINE
+        draw.rectangle((lefts[2], y + 3, lefts[2] + SWATCH, y + 3 + SWATCH), colours.get(number, OTHER))
+        text = f"{shares[number]:.0%} {trained.class_name(number)}"
+        draw.text((lefts[2] + SWATCH + 6, y), _cut(draw, text, COLUMN - SWATCH - 6), INK, FONT)
+    if len(common) > len(named):
+        draw.text((lefts[2], top + len(named) * LINE), f"and {len(common) - len(named)} more classes", SOFT, FONT)
+    draw.text((lefts[0], top + PANEL + 6), _cut(draw, name, page.width - 2 * MARGIN), INK, FONT)
+    told = "image: " + ", ".join(f"{share.name} {share.probability:.1%}" for share in classes)
+    draw.text((lefts[0], top + PANEL + 6 + LINE), _cut(draw, told, page.width - 2 * MARGIN), SOFT, FONT)
+    draw_caption(page, lefts[0], top + PANEL + 6 + 2 * LINE, "token", OPACITY, len(common) > len(colours))
+    return page
+
+
+def picture_names(folder: Path, images: Sequence[ImageFile]) -> Iterator[Path]:
+    """A file for each image's picture, all different, and none of them one of the images.
+
+    Below `folder` they lie as the images below the folder that they were found in.
+    Raises InputError where they would lie among images that a folder stands for: they would be taken for images next.
+    """
+    place = folder.resolve()
+    for walked in {image.folder for image in images} - {""}:
+        if place.is_relative_to(Path(walked).resolve()):
+            raise InputError(
+                "pictures would lie among the images", got=f"{printable(folder)!r} below {printable(walked)!r}",
+                remedy="Give --out a folder elsewhere: the next run would take them for images.",
+            )  # fmt: skip
+    return _names(folder, images)
+
+
+def _names(folder: Path, images: Sequence[ImageFile]) -> Iterator[Path]:
+    taken = {os.path.realpath(image.path) for image in images if not image.folder}
+    for image in images:
+        key = Path(image.key)
+        below = folder / key.parent if image.folder else folder
+        names = (f"{key.stem}{'' if n == 1 else f'-{n}'}.map.png" for n in itertools.count(1))
+        chosen = next(below / name for name in names if os.path.realpath(below / name) not in taken)
+        taken.add(os.path.realpath(chosen))
+        yield chosen
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, buffer.getvalue())
+    except OSError as error:
+        raise InputError(f"the picture {printable(path)!r} cannot be written", got=error.strerror) from None
+
+
+def _cut(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """The text in one line, cut to what fits into so many pixels."""
+    text = printable(" ".join(text.split()))[:200]
+    if draw.textlength(text, FONT) <= width:
+        return text
+    while text and draw.textlength(text + "…", FONT) > width:
+        text = text[:-1]
+    return text + "…"

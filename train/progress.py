@@ -1,0 +1,104 @@
+"""What a run tells people on stderr: what it is, how its steps go, and each evaluation."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from model.token_heads import TokenLabelHeads
+from pipeline import TokenLabelLoader
+from train.ranks.distributed import Ranks
+from train.recipes.config import TrainConfig
+
+log = logging.getLogger("train")
+
+# Short: on 80 columns tqdm cuts off what is too long, also in the middle of a number.
+BAR = "step {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+
+
+class Progress:
+    """Of the first rank; the others are silent.
+
+    With `wanted` single steps are told, too: on a terminal by a bar; elsewhere, as in the log of a batch job, by a line
+    every `run.log_every` steps, where a bar would be a line of megabytes.
+    """
+
+    def __init__(self, wanted: bool, ranks: Ranks, step: int, steps: int) -> None:
+        self._speaks, self._wanted = ranks.first, ranks.first and wanted
+        self.on_terminal = self._wanted and sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=step, bar_format=BAR, disable=not self.on_terminal)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        self._bar.update(1)
+
+    def tell_steps(self, where: str, values: Sequence[str], left: Sequence[str]) -> None:
+        """How the latest steps went, beside the bar, which knows what is left, or as a line."""
+        if self.on_terminal:
+            self._bar.set_postfix_str(", ".join(values))
+        elif self._wanted:
+            self.say(f"{where}: {', '.join([*values, *left])}")
+
+    def say(self, line: str) -> None:
+        """One line for people, above the bar or in a log."""
+        if self._wanted:
+            tqdm.write(line, sys.stderr)
+        elif self._speaks:
+            log.info("%s", line)
+
+
+def opening(
+    config: TrainConfig,
+    net: TokenLabelHeads,
+    loader: TokenLabelLoader,
+    validation: TokenLabelLoader | None,
+    ranks: Ranks,
+    precision: torch.dtype,
+    steps: int,
+) -> list[str]:
+    """What begins, in three lines: model, images and steps, device and output."""
+    run, data = config.run, config.data
+    sizes = [(p.numel(), p.requires_grad) for p in net.parameters()]
+    total, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
+    side, grid = config.model.img_size, loader.config.grid
+    labels = f"token labels of {data.store}" if data.token_labels else "no token labels"
+    batch = f"{run.batch_size:,}"
+    if run.micro_batch is not None and run.micro_batch < loader.config.batch_size:
+        batch += f" ({run.micro_batch:,} at a time)"
+    every = "epoch" if run.eval_every == 1 else f"{run.eval_every:,} epochs"
+    tested = "no evaluation, as data.validation is not set"
+    if validation is not None:
+        tested = f"evaluated every {every} on {len(validation.samples):,} images"
+    place = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type
+    place = place if ranks.world_size == 1 else f"{ranks.world_size:,} ranks, {place}"
+    average = "" if config.ema.decay is None else f", moving average {config.ema.decay:g}"
+    return [
+        f"{config.model.name}, {total:,} parameters{'' if trained == total else f', {trained:,} of them trained'}, "
+        f"{side}×{side} pixels, {grid[0]}×{grid[1]} tokens, {loader.num_classes:,} classes",
+        f"{len(loader.samples):,} images, {labels}, {len(loader):,} steps of {batch} an epoch, {steps:,} steps; "
+        f"{tested}",
+        f"{place}, {str(precision).removeprefix('torch.')}; {config.optimizer.name}, lr {config.optimizer.lr:g}"
+        f"{average}; {run.out}",
+    ]
+
+
+def evaluation_text(row: dict[str, Any], train_loss: float | None, best: float) -> list[str]:
+    """The parts of an evaluation's line; row: as in `metrics.jsonl`."""
+    told = [] if train_loss is None else [f"train loss {train_loss:.4f}"]
+    told += [f"evaluation loss {row['loss']:.4f}"] if "loss" in row else []
+    told += [f"top-1 {row['top1']:.2%}", f"top-5 {row['top5']:.2%}"]
+    told += [f"moving average {row['ema_top1']:.2%}"] if "ema_top1" in row else []
+    return [*told, f"best {best:.2%}"]
