@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     try:
-        return run_command(options)
+        return run_command(options, extra="label")
     except Stopped:
         print("stopped; everything committed is kept, and the same command goes on from there", file=sys.stderr)
         return STOPPED

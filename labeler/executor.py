@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import signal
@@ -50,6 +51,12 @@ def run_in_process(
                     got=f"{type(error).__name__}: {error}",
                     remedy="The shards before it are committed; the same command goes on from there.",
                 ) from error
+
+
+def refuse_absent_ray() -> None:
+    """Before a teacher is built, which takes longer."""
+    if importlib.util.find_spec("ray") is None:
+        raise ModuleNotFoundError("workers need Ray. pip install 'token-labeling[label]'", name="ray")
 
 
 def run_on_ray(

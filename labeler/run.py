@@ -16,7 +16,7 @@ from labeler.base.settings import names_that_affect
 from labeler.base.whole_files import Marker
 from labeler.choose_encoding import asked_encoding, fit_encoding
 from labeler.config import LabelerConfig
-from labeler.executor import run_in_process, run_on_ray
+from labeler.executor import refuse_absent_ray, run_in_process, run_on_ray
 from labeler.sources.class_names import name_classes, targets_of
 from labeler.sources.images import ImageSet, find_images, refuse_other_images
 from labeler.store.foreign_store import remember_written
@@ -71,6 +71,8 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     from labeler.base.runtime import pick_device
     from labeler.teacher.create_teacher import create_teacher
 
+    if config.workers:
+        refuse_absent_ray()
     found, path = find_images(images, config.image_list), Path(store)
     begun = load_plan(path)
     if begun is not None and begun.meta.dataset_fingerprint != found.fingerprint:

@@ -1,4 +1,4 @@
-"""Backbones and their operators. Imports none of the other packages.
+"""Backbones and their operators. Imports `labeler.base` alone of the other packages.
 
 `import model` registers `demansia_*`, `vim_*` and `lvvit_*` with timm: `timm.create_model("demansia_tiny")`.
 """
@@ -6,7 +6,14 @@
 from __future__ import annotations
 
 from labeler.base.errors import BackendError, ModelError
-from model import demansia, lvvit, vim
+
+try:
+    from model import demansia, lvvit, vim
+except ModuleNotFoundError as absent:
+    if absent.name not in ("torch", "timm"):
+        raise
+    text = f"models need {absent.name}, which is not installed. pip install 'token-labeling[train]'"
+    raise ModuleNotFoundError(text, name=absent.name) from None
 from model.checkpoints import load_reference_checkpoint
 from model.ops import selective_scan
 from model.wrapper import token_label

@@ -16,7 +16,7 @@ from labeler.base.command_line import OneLineParser, parser_of_command, program,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    return run_command(_parser().parse_args(arguments))
+    return run_command(_parser().parse_args(arguments), extra="train")
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:

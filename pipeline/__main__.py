@@ -34,7 +34,7 @@ from pipeline.config import BACKENDS, MIXES, LoaderConfig
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    return run_command(_parser().parse_args(arguments))
+    return run_command(_parser().parse_args(arguments), extra="train")
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:

@@ -357,3 +357,28 @@ def test_a_date_is_refused_with_its_override(recipe):
     found = refusal(recipe, ["optimizer.lr=2024-05-01"])
     assert found.startswith("override 'optimizer.lr=2024-05-01': optimizer.lr: got '2024-05-01', expected a number")
     assert "override 'augment.scale=[2024-05-01, 1]'" in refusal(recipe, ["augment.scale=[2024-05-01, 1]"])
+
+
+def test_epochs_that_are_asked_for_take_the_place_of_a_recipes_steps(caplog):
+    assert load_recipe("demo").schedule.steps == 400
+    asked = load_recipe("demo", ["epochs=3"]).schedule
+    assert (asked.epochs, asked.steps) == (3.0, None)
+    both = load_recipe("demo", ["epochs=3", "schedule.steps=7"]).schedule
+    assert (both.epochs, both.steps) == (3.0, 7)
+
+
+def test_a_flag_of_other_programs_is_told_how_it_is_said_here(capsys):
+    for flags, said in (
+        (["--lr", "1e-3"], "unrecognized arguments: --lr. Settings are given as lr=VALUE, without dashes."),
+        (["--batch-size=8"], "--batch-size=8. Settings are given as batch_size=VALUE, without dashes."),
+        (["--nonsense"], "unrecognized arguments: --nonsense. See"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["fit", "demo", *flags])
+        assert said in capsys.readouterr().err
+
+
+def test_a_command_without_its_recipe_asks_for_the_recipe_alone(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit"])
+    assert capsys.readouterr().err.startswith("error: the following arguments are required: recipe. See")

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
     options.run = _first_rank_first(options.run)
-    return run_command(options)
+    return run_command(options, extra="train")
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
@@ -92,8 +92,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         rest = [text for text in rest if text.startswith("-")]
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{_as_override(options.command, rest[0])}")
     return options
+
+
+def _as_override(command: str, flag: str) -> str:
+    """How a flag that other programs have is said here."""
+    from train.recipes.config import SECTIONS
+
+    key = flag.lstrip("-").partition("=")[0].replace("-", "_")
+    known = command == "fit" and any(key in section.model_fields for section in SECTIONS.values())
+    return f". Settings are given as {key}=VALUE, without dashes" if known else ""
 
 
 def _fit(options: argparse.Namespace) -> int:
@@ -227,7 +236,11 @@ def _parser() -> argparse.ArgumentParser:
     fit = add_command(commands, "fit", _fit, "train as a recipe says; under torchrun with several ranks")
     fit.add_argument("recipe", help="a .toml file, or the name of one of `python -m train recipes`")
     fit.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="other values than the recipe's; all keys stand below"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="other values than the recipe's; all keys stand below",
     )
     fit.add_argument("--resume", metavar="auto|PATH", help="go on from the run's newest checkpoint, or from this one")
     fit.add_argument(

@@ -18,6 +18,8 @@ from labeler.base.interrupt import INTERRUPTED
 
 OURS = ("labeler", "pipeline", "model", "train")
 front_door = ""  # the program that all commands were called through, for help texts; empty: `python -m PACKAGE`
+# What the package alone does not install, by the names of imports; pyproject.toml has the extras.
+IN_EXTRAS = {"torch", "torchvision", "timm", "safetensors", "ray", "matplotlib", "tensorboardX"}
 BROKEN_PIPE = 141  # what shells give a program that SIGPIPE ended
 
 
@@ -77,8 +79,13 @@ def parser_of_command(parser: argparse.ArgumentParser, command: str) -> argparse
     return commands.choices[command]
 
 
-def run_command(options: argparse.Namespace) -> int:
-    """Call `options.run(options)`; the exit status, 1 for errors of the operating system, 130 at Ctrl-C."""
+def run_command(options: argparse.Namespace, extra: str = "all") -> int:
+    """Call `options.run(options)`; the exit status, 1 for errors of the operating system, 130 at Ctrl-C.
+
+    Args:
+        options: Parsed arguments, with the command's function as `run`.
+        extra: The extra that installs what these commands import, for who has the package alone.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -90,6 +97,12 @@ def run_command(options: argparse.Namespace) -> int:
     except TokenLabelError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except ModuleNotFoundError as error:
+        if error.name not in IN_EXTRAS:
+            raise
+        remedy = f"pip install 'token-labeling[{extra}]'"
+        print(f"error: {InputError(f'{error.name} is needed here and not installed', remedy=remedy)}", file=sys.stderr)
+        return InputError.exit_status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -78,8 +78,8 @@ class LoadedTeacher:
     def score_maps(self, images: Tensor) -> Tensor:
         """Normalised float images [B, 3, S, S] to float32 logits [B, C, H, W]."""
         images = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-        dtype = DTYPES.get(self.info.autocast)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+        dtype = DTYPES[self.info.autocast]
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
             maps = self.dense(images).float()
             if self.info.flip:
                 maps = (maps + self.dense(images.flip(-1)).float().flip(-1)) / 2

@@ -18,19 +18,12 @@ from tqdm import tqdm
 
 from labeler.base.errors import InputError
 from labeler.sources.images import BadImage
-from train.evaluation.single_images import list_images, normalized, printable, seen_ahead
+from train.evaluation.single_images import ClassShare, list_images, normalized, printable, seen_ahead
 from train.evaluation.token_map import draw_map, picture_names, write_picture
 from train.evaluation.validate import Trained, load_trained
 from train.ranks.distributed import joined_ranks
 
 log = logging.getLogger("train")
-
-
-@dataclass(frozen=True)
-class ClassShare:
-    id: int
-    name: str
-    probability: float
 
 
 @dataclass(frozen=True)

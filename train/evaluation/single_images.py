@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,15 @@ from train.errors import TrainError
 from train.evaluation.validate import Trained
 
 STANDARD_INPUT = "-"
+
+
+@dataclass(frozen=True)
+class ClassShare:
+    """A class of an answer, and its probability."""
+
+    id: int
+    name: str
+    probability: float
 
 
 class ImageFile(NamedTuple):

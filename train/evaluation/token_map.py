@@ -10,7 +10,6 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -36,11 +35,8 @@ from pipeline.view import (
     draw_caption,
     tinted,
 )
-from train.evaluation.single_images import ImageFile, printable
+from train.evaluation.single_images import ClassShare, ImageFile, printable
 from train.evaluation.validate import Trained
-
-if TYPE_CHECKING:
-    from train.evaluation.predict import ClassShare
 
 PANEL, COLUMN = 288, 240  # side of a panel and width of the legend, in pixels
 OPACITY = 0.6

@@ -33,7 +33,8 @@ PLAIN = {
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """A recipe by its file or name, with `section.key=value` overrides in TOML's notation (quotes may be left away).
 
-    `key=none`, or nothing behind the sign, unsets a setting that may be None, or one of `model.args`.
+    `key=none`, or nothing behind the sign, unsets a setting that may be None, or one of `model.args`. An override of
+    schedule.epochs takes the place of the recipe's schedule.steps.
     Raises InputError with the file or flag, and the nearest valid name, where something is wrong.
     """
     path = recipe_path(recipe)
@@ -41,6 +42,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
     given = {apply_override(values, override): override for override in overrides}
     if path.parent == RECIPES and "data.images" in given:
         _leave_absent_paths(values["data"], given)
+    if "schedule.epochs" in given and "schedule.steps" not in given and values["schedule"].pop("steps", None):
+        log.info("schedule.epochs takes the place of the recipe's schedule.steps")
     config = parse_config(values, str(path), given)
     run = config.run.model_copy(update={"out": config.run.out.replace("{recipe}", path.stem)})
     return config.model_copy(update={"run": run})
