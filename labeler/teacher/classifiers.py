@@ -1,7 +1,7 @@
 """The classifier that a teacher is made from: found by name, built, given its weights, with its preprocessing.
 
-Names are timm's (`NAME` or `timm:NAME`), torchvision's (`torchvision:NAME`) or a function's (`package.module:function`,
-called without arguments). Weights come from a checkpoint, else from the library, else (if asked for) from random.
+Names are timm's (`NAME` or `timm:NAME`, `hf-hub:…`, `local-dir:…`), the folder of a training run, torchvision's
+(`torchvision:NAME`) or a function's (`package.module:function`, called without arguments). Weights come from a checkpoint, else from the library, else (if asked for) from random.
 
 Legend: S side of the square input.
 """
@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +26,11 @@ from labeler.teacher.dense_maps import HEADS, first_line
 from labeler.teacher.teacher_config import TeacherConfig
 from labeler.teacher.weights import classes_in, load_weights, read_checkpoint, weights_only
 
+log = logging.getLogger("labeler")
+
+TIMM_SOURCES = ("local-dir:", "hf-hub:", "hf_hub:")
+RUN_FOLDER = "timm"  # within the folder of a training run
+ENTRY_POINTS = "token_labeling.timm_models"  # packages whose import registers more names with timm
 NO_WEIGHTS_REMEDY = "Give --checkpoint FILE, or --random-weights to try the machinery."
 
 
@@ -33,6 +41,7 @@ class Classifier:
     input_size  S, where the settings give none
     crop_pct    side of the network's own evaluation crop as a share of the resized picture's shorter side
     notes       what a user must know
+    class_names  one for each class, where the weights come with them
     """
 
     model: nn.Module
@@ -42,12 +51,18 @@ class Classifier:
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     notes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
 def build_classifier(config: TeacherConfig) -> Classifier:
     """The configured network on the CPU, with its weights."""
     source, _, name = config.name.rpartition(":")
     state = read_checkpoint(config.checkpoint, config.ema) if config.checkpoint else None
+    folder = Path(config.name)
+    if (folder / RUN_FOLDER / "config.json").is_file():  # a run of ours
+        return _from_folder_or_hub(f"local-dir:{folder / RUN_FOLDER}", config, state)
+    if config.name.startswith(TIMM_SOURCES):
+        return _from_folder_or_hub(config.name, config, state)
     if source in ("", "timm"):
         return _from_timm(name, config, state)
     if source == "torchvision":
@@ -58,6 +73,8 @@ def build_classifier(config: TeacherConfig) -> Classifier:
 def _from_timm(name: str, config: TeacherConfig, state: dict[str, Tensor] | None) -> Classifier:
     import timm
 
+    if not timm.is_model(name):
+        register_other_models()
     if not timm.is_model(name):
         raise _unknown_name("timm", name, timm.list_models())
     try:
@@ -81,6 +98,30 @@ def _from_timm(name: str, config: TeacherConfig, state: dict[str, Tensor] | None
             load_weights(model, state, config.checkpoint)
             model.set_input_size(img_size=config.input_size)
     return Classifier(model, **_timm_preprocessing(model.pretrained_cfg))
+
+
+def _from_folder_or_hub(name: str, config: TeacherConfig, state: dict[str, Tensor] | None) -> Classifier:
+    """A network that a folder or the Hugging Face hub describes, as timm writes and reads them."""
+    import timm
+
+    register_other_models()
+    arguments: dict[str, Any] = {"pretrained": state is None and not config.random_weights}
+    arguments["num_classes"] = config.num_classes or classes_in(state, HEADS)
+    model = _create(timm.create_model, arguments, "img_size", config.input_size, name)
+    if state is not None:
+        load_weights(model, state, config.checkpoint)
+    names = model.pretrained_cfg.get("label_names") or ()
+    named = tuple(map(str, names)) if len(names) == model.num_classes and state is None else ()
+    return Classifier(model, **_timm_preprocessing(model.pretrained_cfg), class_names=named)
+
+
+def register_other_models() -> None:
+    """Let installed packages register their names with timm: those that an entry point of ENTRY_POINTS names."""
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            point.load()
+        except ImportError as error:
+            log.warning("the models of %s cannot be imported: %s", point.value, error)
 
 
 def _from_torchvision(name: str, config: TeacherConfig, state: dict[str, Tensor] | None) -> Classifier:
