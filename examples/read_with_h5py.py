@@ -1,6 +1,6 @@
 """Read one image's labels with h5py and numpy alone, as a project would that does not install this package.
 
-python scripts/read_with_h5py.py STORE [KEY]
+python read_with_h5py.py STORE [KEY]
 """
 
 from __future__ import annotations
