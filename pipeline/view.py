@@ -46,7 +46,10 @@ FONT = ImageFont.load_default(14)
 
 @dataclass(frozen=True)
 class Cells:
-    """The most probable class of each cell, int64 [H, W], and how strongly to show it: float32 [H, W], up to 1."""
+    """The most probable class of each cell, int64 [H, W], and how strongly to show it: float32 [H, W], up to 1.
+
+    A class of −1: none is named.
+    """
 
     classes: np.ndarray
     strength: np.ndarray
@@ -74,7 +77,8 @@ class Row:
     def shares(self, count: int) -> np.ndarray:
         """float64 [count]: how much of the panels of map and targets shows each class."""
         parts = [cells for cells in (self.tokens, self.map) if cells]
-        return np.mean([np.bincount(c.classes.ravel(), c.strength.ravel() / c.classes.size, count) for c in parts], 0)
+        named = [(cells, cells.classes >= 0) for cells in parts]  # the map of a teacher that is sure of nothing has −1
+        return np.mean([np.bincount(c.classes[n], c.strength[n] / c.classes.size, count) for c, n in named], 0)
 
 
 def draw_batch(batch: Batch, loader: TokenLabelLoader, opacity: float = 0.55) -> Image.Image:
