@@ -212,7 +212,10 @@ def _add_label(commands: Any) -> None:
     add_flags(label, LabelerConfig, "image_list", "class_names")
     teacher = label.add_argument_group("teacher")
     teacher.add_argument(
-        "--teacher", required=True, metavar="NAME", help="timm model, a run's folder, local-dir:DIR, torchvision:NAME or package.module:function"
+        "--teacher",
+        required=True,
+        metavar="NAME",
+        help="timm model, a run's folder, torchvision:NAME or package.module:function",
     )
     add_flags(
         teacher, TeacherConfig, "checkpoint", "ema", "random_weights", "num_classes", "input_size", "mean", "std",

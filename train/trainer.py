@@ -45,8 +45,8 @@ from train.recipes.recipe import refuse_absent_paths
 from train.record.checkpoint import CheckpointInfo, checkpoints, read_state, read_weights
 from train.record.continuation import refuse_other_past, refuse_other_run
 from train.record.metrics import import_tracker
-from train.record.timm_folder import write_timm_folder
 from train.record.run_folder import RunRecord, locked, starting_point
+from train.record.timm_folder import write_timm_folder
 from train.speed import Speed
 from train.task import StepResult, TokenLabelTask, TrainingStep
 

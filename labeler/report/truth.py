@@ -18,7 +18,7 @@ from labeler.choose_encoding import Cost, measure
 from labeler.report.charts import bars, curve, scatter
 from labeler.report.figures import Sample, TruthCheck
 from labeler.store.label_store import LabelStore
-from labeler.store.score_code import QUALITIES
+from labeler.store.score_code import QUALITIES, share_of_reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,8 +59,8 @@ def truth_cards(store: LabelStore) -> list[tuple[str, str]]:
     if store.meta.score_kind != "logprob" or not {"kl", "coverage"} <= found.keys():
         return []
     shown = [(f"{found['kl'] / rows:.4f}", "nats lost per cell: KL from the teacher’s full softmax to the store, all")]
-    if found.get("reference_kl"):
-        share = found["compared_kl"] / found["reference_kl"]
+    share = share_of_reference(found.get("compared_kl", 0.0), found.get("reference_kl", 0.0), rows)
+    if share is not None:
         shown.append((f"{share:.2f}", "of what files of five float16 logits per cell lose of these maps"))
     named = "codes and the tail name" if store.meta.tail else "the palette names"
     shown.append((f"{found['coverage'] / rows:.1%}", f"of the probability is of classes that {named}, all"))

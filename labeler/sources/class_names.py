@@ -35,15 +35,15 @@ def imagenet_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def name_classes(
-    keys: tuple[str, ...], num_classes: int, names_file: str | None
+    keys: tuple[str, ...], num_classes: int, names_file: str | None, known: tuple[str, ...] = ()
 ) -> tuple[tuple[str, ...], Mapping[str, int]]:
     """(class names, folder name -> class id) for images whose first folder names their class.
 
-    The folders are matched with the names of `names_file`, with ImageNet's ids where the teacher has 1,000 classes, or
-    in sorted order where there are as many folders as classes. The mapping is empty where none of these fits, and the
-    names are empty where nothing tells them.
+    The folders are matched with the names of `names_file`, else with the `known` ones that the teacher brings, with
+    ImageNet's ids where the teacher has 1,000 classes, or in sorted order where there are as many folders as classes.
+    The mapping is empty where none of these fits, and the names are empty where nothing tells them.
     """
-    names = read_class_names(names_file, num_classes) if names_file else ()
+    names = read_class_names(names_file, num_classes) if names_file else known
     folders = sorted({key.split("/", 1)[0] for key in keys if "/" in key})
     by_name = {name: i for i, name in enumerate(names)}
     if folders and all(folder in by_name for folder in folders):

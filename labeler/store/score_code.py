@@ -16,6 +16,7 @@ import numpy as np
 
 from labeler.base.errors import InputError
 
+LEAST_KL = 1e-5  # nats a cell; less is rounding
 NUM_CODES = 256
 BACKGROUND_STEP, FLOOR = 0.25, -20.0  # nats
 OFFSET_STEP = 0.25  # nats between the offsets of a tail, which are stored as whole numbers of steps
@@ -95,3 +96,11 @@ class ScoreCode:
 
     def _values_of(self, stored: np.ndarray) -> Any:
         return stored.astype(np.float32) if self.values is None else self.values[stored]
+
+
+def share_of_reference(compared_kl: float, reference_kl: float, rows: int) -> float | None:
+    """What labels lose as a share of what the reference's files lose of the same maps.
+
+    Those keep five classes a cell, so of a teacher of five or fewer they lose nothing but rounding: None then.
+    """
+    return compared_kl / reference_kl if reference_kl > LEAST_KL * max(1, rows) else None

@@ -1,7 +1,8 @@
 """The classifier that a teacher is made from: found by name, built, given its weights, with its preprocessing.
 
 Names are timm's (`NAME` or `timm:NAME`, `hf-hub:…`, `local-dir:…`), the folder of a training run, torchvision's
-(`torchvision:NAME`) or a function's (`package.module:function`, called without arguments). Weights come from a checkpoint, else from the library, else (if asked for) from random.
+(`torchvision:NAME`) or a function's (`package.module:function`, called without arguments). Weights come from a
+checkpoint, else from the library, else (if asked for) from random.
 
 Legend: S side of the square input.
 """

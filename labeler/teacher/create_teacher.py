@@ -67,8 +67,10 @@ class LoadedTeacher:
     the logits cost no normalisation, and the mean of a map stays comparable with the classifier's output.
     """
 
-    def __init__(self, dense: DenseMap, info: TeacherInfo, device: torch.device) -> None:
-        self.dense, self.info, self.device = dense, info, device
+    def __init__(
+        self, dense: DenseMap, info: TeacherInfo, device: torch.device, class_names: tuple[str, ...] = ()
+    ) -> None:
+        self.dense, self.info, self.device, self.class_names = dense, info, device, class_names
         # Once for every pixel of a row: three numbers broadcast along the colours would leave CPUs without vectors.
         self._mean, self._std = (
             (255 * torch.tensor(values, device=device)).repeat(info.input_size) for values in (info.mean, info.std)
@@ -139,7 +141,7 @@ def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
         self_test=report.self_test,
         notes=(*built.notes, *report.notes, *compile_notes),
     )
-    teacher = LoadedTeacher(dense, info, place)
+    teacher = LoadedTeacher(dense, info, place, built.class_names)
     if (config.compile or info.autocast != "float32") and not teacher.score_maps(images).isfinite().all():
         raise TeacherError(f"teacher {config.name} overflows in {info.autocast}", remedy="Use autocast float32.")
     return teacher

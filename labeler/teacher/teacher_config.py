@@ -15,7 +15,10 @@ AUTOCASTS = ("auto", "float32", "bfloat16", "float16")
 class TeacherConfig:
     """Which network labels, and how it sees an image. The store's plan keeps all of it in the teacher's record."""
 
-    name: str = option("a timm model, a run's folder, local-dir:DIR, hf-hub:NAME, torchvision:NAME, or package.module:function", affects="recorded")
+    name: str = option(
+        "a timm model, a run's folder, local-dir:DIR, hf-hub:NAME, torchvision:NAME, or package.module:function",
+        affects="recorded",
+    )
     checkpoint: str | None = option(
         "weights, .safetensors or weights-only .pt; without it the library's pretrained ones", None, affects="recorded"
     )
