@@ -143,7 +143,7 @@ def test_a_run_is_not_begun_over_another(run):
     assert run("schedule.steps=2")[0] == 0
     status, error = run("schedule.steps=2")
     assert status == 2
-    assert "holds a run already: got step-00000002. Go on with --resume auto, or choose another folder" in error
+    assert "already contains a run: got step-00000002. Continue it with --resume auto, or" in error
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_a_loss_that_is_not_finite_is_answered_only_with_what_applies(run, poiso
     """No checkpoint that is not there, nothing that is set already."""
     poison({0})
     _, error = run("optimizer.clip_grad=0.5", f"run.precision={precision}")
-    assert "No checkpoint was saved before. Begin again and try a lower optimizer.lr" in error
+    assert "No checkpoint was saved before. Start again and try a lower optimizer.lr" in error
     assert not any(word in error for word in ("--resume", "kept", "model.weights", "clip_grad"))
     assert ("run.precision=float32" in error) == (precision == "bfloat16")
 
@@ -210,7 +210,7 @@ def test_a_step_that_is_not_finite_is_left_out_whole(data, tmp_path, poison, cap
     with caplog.at_level(logging.WARNING, "train"):
         summary = fit(tiny_config(*data, out, **settings))
     assert (summary.steps, summary.skipped) == (6, 2)
-    assert "step 4 left out: loss nan, gradient norm nan (2 in a row)" in caplog.text
+    assert "step 4 skipped: loss nan, gradient norm nan (2 in a row)" in caplog.text
     before, bad, after = weights(out, 2), weights(out, 4), weights(out, 5)
     assert any("running_var" in name for name in before)
     assert all(value.isfinite().all() for value in [*bad.values(), *after.values()])

@@ -70,7 +70,8 @@ def test_a_signal_to_the_launcher_saves_and_stops_all(data, tmp_path):
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
-    assert re.fullmatch(r"error: stopped after step \d+\. --resume auto goes on from there\.", errors.splitlines()[-1])
+    last = errors.splitlines()[-1]
+    assert re.fullmatch(r"error: stopped after step \d+\. --resume auto continues from there\.", last)
 
 
 def test_a_typo_is_told_once_and_no_rank_is_started(capsys):

@@ -67,7 +67,7 @@ def evaluate(
         for batch in bar:
             if not wanted():
                 raise Stopped(
-                    "stopped in an evaluation", remedy="What is trained is saved: --resume auto goes on from there."
+                    "stopped in an evaluation", remedy="What is trained is saved: --resume auto continues from there."
                 )
             right = _right_classes(batch, loader.num_classes, real)
             images = batch.images.contiguous(memory_format=torch.channels_last) if channels_last else batch.images
