@@ -17,7 +17,7 @@ from labeler.base.whole_files import replace_file
 from labeler.report.charts import COLOURS, lay_over, picture
 from pipeline.view import WHOLE
 from scripts.demo_students import Student
-from train.evaluation.single_images import normalized, see
+from train.evaluation.single_images import load_image, normalized
 from train.evaluation.validate import load_trained
 from train.record.curves import draw_comparison
 
@@ -59,7 +59,7 @@ def answers(students: Sequence[Student], images: Path) -> str:
     trained = [load_trained(student.folder) for student in students]
     files = sorted(images.glob("*/*.jpg"))
     files = [files[i] for i in np.sort(np.random.default_rng(0).permutation(len(files))[:PICTURES])]
-    seen = [see(file, trained[0]) for file in files]
+    seen = [load_image(file, trained[0]) for file in files]
     inputs = normalized(seen, trained[0])
     guesses = [one.net(inputs).argmax(1).tolist() for one in trained]
     confidence, classes = trained[-1].net.score_maps(inputs).softmax(1).max(1)

@@ -70,14 +70,14 @@ REFUSED = {
     "other classes": (["model.num_classes=7"], "another number of classes than the network: got 6 in"),
     "batch larger than the data": (["batch_size=13"], "got 12 images, expected 13 or more. Use a smaller batch."),
     "model": (["model.name=vim_tinny"], "got 'vim_tinny'. Did you mean 'vim_tiny'?"),
-    "argument of a model": (["model.args.foo=1"], "got foo, which it does not take. model.args sets patch_size"),
+    "argument of a model": (["model.args.foo=1"], "got foo, which it does not accept. model.args sets patch_size"),
     "images that do not divide into patches": (["model.img_size=33"], "got 33×33 pixels, expected multiples of 8"),
-    "optimizer": (["optimizer.name=adamww"], "optimizer.name is not known: got 'adamww'. Did you mean 'adamw'?"),
+    "optimizer": (["optimizer.name=adamww"], "unknown optimizer.name: got 'adamww'. Did you mean 'adamw'?"),
     "float16 without a GPU": (["precision=float16"], "precision=float16 needs a GPU: expected float32 or bfloat16"),
-    "device": (["run.device=tpu"], "run.device is not known: got 'tpu', expected auto, cpu or cuda"),
+    "device": (["run.device=tpu"], "unknown run.device: got 'tpu', expected auto, cpu or cuda"),
     "crop that shrinks": (["augment.scale=[1, 0.5]"], "scale does not fit: got (1.0, 0.5), expected two shares"),
     "augmentation": (["auto_augment=foo"], "auto_augment is not understood: got 'foo'"),
-    "warm-up longer than the run": (["warmup_epochs=3"], "schedule.steps is too few for warm-up and cooldown"),
+    "warm-up longer than the run": (["warmup_epochs=3"], "schedule.steps is too small for warm-up and cooldown"),
     "checkpoint that is not there": (["--resume", "nowhere"], "there is no checkpoint in 'nowhere'"),
 }
 
@@ -135,7 +135,9 @@ def test_labels_of_changed_images_are_refused(run, data, tmp_path):
 
 def test_a_batch_that_does_not_divide_is_refused_by_each_rank_before_it_waits_for_others(data, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # nobody else is there: joining them would hang
-    with pytest.raises(InputError, match=r"does not divide among the ranks: got 5 on 2\. Use 4, or other ranks"):
+    with pytest.raises(
+        InputError, match=r"does not divide among the ranks: got 5 on 2\. Use 4, or another number of ranks"
+    ):
         fit(tiny_config(*data, tmp_path / "run", **{"run.batch_size": 5}))
 
 
@@ -285,19 +287,19 @@ def test_of_very_many_bad_images_the_first_are_named(run, tmp_path):
 
 
 NEEDS_NO_DATA = {
-    "optimizer": (["optimizer.name=adamww"], "optimizer.name is not known: got 'adamww'. Did you mean 'adamw'?"),
-    "optimizer's settings": (["optimizer.name=fusedadam"], "does not take these settings"),
+    "optimizer": (["optimizer.name=adamww"], "unknown optimizer.name: got 'adamww'. Did you mean 'adamw'?"),
+    "optimizer's settings": (["optimizer.name=fusedadam"], "does not accept these settings"),
     "tracker": (["run.tracker=trackio"], "run.tracker 'trackio' cannot be imported"),
     "validation": (["data.validation=nowhere"], "data.validation: 'nowhere' is not a folder of images"),
     "images": (["data.images=nowhere"], "data.images: 'nowhere' is not a folder of images"),
     "store": (["data.store=nowhere"], "data.store: 'nowhere' is not a label store"),
     "model": (["model.name=demansia_tinny"], "got 'demansia_tinny'. Did you mean 'demansia_tiny'?"),
-    "model like no other": (["model.name=qqqqqq"], "`python -m model list` and timm.list_models() name all"),
+    "model like no other": (["model.name=qqqqqq"], "`python -m model list` and timm.list_models() list all"),
     "precision": (["run.precision=float16"], "precision=float16 needs a GPU"),
     "augmentation": (["auto_augment=foo"], "auto_augment is not understood"),
 }
 NEEDS_THEIR_NUMBER = {
-    "steps": (["schedule.steps=6", "warmup_epochs=3"], "schedule.steps is too few for warm-up and cooldown"),
+    "steps": (["schedule.steps=6", "warmup_epochs=3"], "schedule.steps is too small for warm-up and cooldown"),
     "batch": (["run.batch_size=13"], "there are fewer images than one batch"),
 }
 

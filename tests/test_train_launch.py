@@ -83,9 +83,7 @@ def test_ranks_within_torchrun_are_refused(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     recipe = write_recipe(tiny_config(*data, tmp_path / "run"), tmp_path / "recipe.toml")
     assert main(["fit", str(recipe), "--ranks", "2"]) == 2
-    assert (
-        "--ranks starts the ranks itself: got RANK is set. Leave torchrun or --ranks away." in capsys.readouterr().err
-    )
+    assert "--ranks starts the ranks itself: got RANK is set. Omit torchrun or --ranks." in capsys.readouterr().err
 
 
 def test_what_every_rank_would_say_is_said_by_the_first_and_told_to_torchrun(tmp_path):

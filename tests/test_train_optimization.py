@@ -197,9 +197,9 @@ def test_each_layer_back_learns_more_slowly_with_layer_decay(net):
 
 
 def test_an_optimizer_that_is_not_known_or_does_not_fit_is_refused(net):
-    with pytest.raises(InputError, match=r"optimizer.name is not known: got 'adamwx'. Did you mean 'adamw"):
+    with pytest.raises(InputError, match=r"unknown optimizer.name: got 'adamwx'. Did you mean 'adamw"):
         build_optimizer(net, OptimizerConfig(name="adamwx"))
-    with pytest.raises(InputError, match="optimizer 'adamw' does not take these settings: got Invalid epsilon"):
+    with pytest.raises(InputError, match="optimizer 'adamw' does not accept these settings: got Invalid epsilon"):
         build_optimizer(net, OptimizerConfig(name="adamw").model_copy(update={"eps": -1.0}))
 
 

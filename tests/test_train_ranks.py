@@ -158,7 +158,7 @@ def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(data, tmp_path)
     for ended in forks().fit(recipe, ranks=2):
         assert ended.status == 2
         assert last_line(ended) == (
-            "error: run.batch_size does not divide among the ranks: got 5 on 2. Use 4, or other ranks."
+            "error: run.batch_size does not divide among the ranks: got 5 on 2. Use 4, or another number of ranks."
         )
 
 
