@@ -152,7 +152,7 @@ def test_steps_take_the_place_of_epochs():
 
 def test_steps_that_warm_up_and_cooldown_use_up_are_refused():
     for fields in ({"warmup_epochs": 3}, {"cooldown_epochs": 3}, {"warmup_epochs": 1.5, "cooldown_epochs": 1.5}):
-        with pytest.raises(InputError, match=r"too few .*got 30 steps of 10 an epoch, expected more than 30"):
+        with pytest.raises(InputError, match=r"too small .*got 30 steps, 10 per epoch, expected more than 30"):
             rates(ScheduleConfig(steps=30, **fields), 1.0, epoch_steps=10)
     assert len(rates(ScheduleConfig(steps=31, warmup_epochs=3), 1.0, epoch_steps=10)) == 31
 

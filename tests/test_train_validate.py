@@ -323,7 +323,9 @@ def test_a_file_of_weights_alone_says_what_is_assumed_of_it(cropped, data, tmp_p
     with caplog.at_level("INFO"):
         validate(alone, data[0], backend="reference", device="cpu", progress=False)
     assert "has no record beside it" in caplog.text
-    assert "32×32 pixels, crop_pct 0.9 (center), mean 0.485, 0.456, 0.406, auxiliary head weighs 0.5" in caplog.text
+    assert (
+        "32×32 pixels, crop_pct 0.9 (center), mean 0.485, 0.456, 0.406, weight of the auxiliary head 0.5" in caplog.text
+    )
 
 
 def test_pixels_and_crop_of_an_evaluation_can_be_chosen(cropped, data, tmp_path, capsys):

@@ -73,7 +73,7 @@ def verdict(case: Case, rival: str) -> str:
 
 
 def text(found: dict[str, Any]) -> str:
-    """For a terminal."""
+    """The results as text for a terminal."""
     lines = [found["machine"]["what"] + "; median (lowest – highest)"]
     for name, suite in found["suites"].items():
         lines.append(f"\n{TITLES[name]} ({suite['seconds']} s)")

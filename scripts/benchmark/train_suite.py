@@ -213,7 +213,7 @@ def end_to_end(options: Options, batch: int) -> Result:
     try:
         found, waits = end_to_end_rates(options, batch)
     except RuntimeError as error:
-        print(f"train: no figure from end to end: {error}; its own words are above", file=sys.stderr)
+        print(f"train: no end-to-end figure: {error}; see its output above", file=sys.stderr)
         return Result(left_out={name: str(error)})
     note = note_of(
         f"waiting for data: {100 * max(waits):.1f} % of the time at most",
