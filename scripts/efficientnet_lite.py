@@ -74,7 +74,7 @@ def read_weights(name: str) -> dict[str, Tensor]:
     # The package is found, not imported: none of its code is run.
     found = importlib.util.find_spec(module)
     if found is None or not found.submodule_search_locations:
-        raise TeacherError(f"{package}, which contains the teacher's weights, is not installed", remedy=f"{INSTALL}.")
+        raise TeacherError(f"{package} is not installed; it contains the teacher's weights", remedy=f"{INSTALL}.")
     path = Path(found.submodule_search_locations[0]) / "models" / file_name
     try:
         data = path.read_bytes()

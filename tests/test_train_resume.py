@@ -386,7 +386,7 @@ def test_other_images_are_refused(stopped, tmp_path):
     other = stopped.data.model_copy(update={"images": str(images), "store": str(store)})
     with pytest.raises(MismatchError, match="the saved state belongs to another loader: got fingerprint") as caught:
         fit(stopped.model_copy(update={"data": other}), resume="auto")
-    assert re.search(r"of 12 images, expected .* of 18 images.*or begin with model\.weights=", str(caught.value))
+    assert re.search(r"of 12 images, expected .* of 18 images.*or start anew .* as model\.weights=", str(caught.value))
     tally(31, injected=1)
 
 

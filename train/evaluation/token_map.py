@@ -61,20 +61,20 @@ def draw_map(
     cells = Cells(first.numpy(), (FAINTEST + (1 - FAINTEST) * strength).numpy())
     shares = torch.bincount(first.flatten(), minlength=len(tokens)) / first.numel()
     common = [c for c in shares.argsort(descending=True, stable=True).tolist() if shares[c] > 0]
-    colours = assign_colours(common)
+    colors = assign_colours(common)
     image = Image.fromarray(pixels).resize((PANEL, PANEL), Image.Resampling.BICUBIC)
     lefts = (MARGIN, MARGIN + PANEL + GAP, MARGIN + 2 * (PANEL + GAP))
     top = MARGIN + LINE
     page = Image.new("RGB", (lefts[2] + COLUMN + MARGIN, top + PANEL + 3 * LINE + MARGIN), PAPER)
     page.paste(image, (lefts[0], top))
-    page.paste(tinted(image, cells, WHOLE, colours, OPACITY), (lefts[1], top))
+    page.paste(tinted(image, cells, WHOLE, colors, OPACITY), (lefts[1], top))
     draw = ImageDraw.Draw(page)
     for left, heading in zip(lefts, ("what the network sees", "its token head", "share of the tokens"), strict=True):
         draw.text((left, MARGIN - 4), heading, SOFT, FONT)
     named = [c for c in common if shares[c] > RARE][: PANEL // LINE - 1]
     for i, number in enumerate(named):
         y = top + i * LINE
-        draw.rectangle((lefts[2], y + 3, lefts[2] + SWATCH, y + 3 + SWATCH), colours.get(number, OTHER))
+        draw.rectangle((lefts[2], y + 3, lefts[2] + SWATCH, y + 3 + SWATCH), colors.get(number, OTHER))
         text = f"{shares[number]:.0%} {trained.class_name(number)}"
         draw.text((lefts[2] + SWATCH + 6, y), _cut(draw, text, COLUMN - SWATCH - 6), INK, FONT)
     if len(common) > len(named):
@@ -82,7 +82,7 @@ def draw_map(
     draw.text((lefts[0], top + PANEL + 6), _cut(draw, name, page.width - 2 * MARGIN), INK, FONT)
     text = "image: " + ", ".join(f"{share.name} {share.probability:.1%}" for share in classes)
     draw.text((lefts[0], top + PANEL + 6 + LINE), _cut(draw, text, page.width - 2 * MARGIN), SOFT, FONT)
-    draw_caption(page, lefts[0], top + PANEL + 6 + 2 * LINE, "token", OPACITY, len(common) > len(colours))
+    draw_caption(page, lefts[0], top + PANEL + 6 + 2 * LINE, "token", OPACITY, len(common) > len(colors))
     return page
 
 
