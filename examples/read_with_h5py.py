@@ -1,4 +1,4 @@
-"""Read one image's labels with h5py and numpy alone, as a project would that does not install this package.
+"""Read one image's labels with h5py and numpy only, for projects that do not install this package.
 
 python read_with_h5py.py STORE [KEY]
 """

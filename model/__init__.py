@@ -1,4 +1,4 @@
-"""Backbones and their operators. Imports `labeler.base` alone of the other packages.
+"""Backbones and their operators. Of the other packages, this one imports `labeler.base` only.
 
 `import model` registers `demansia_*`, `vim_*` and `lvvit_*` with timm: `timm.create_model("demansia_tiny")`.
 """

@@ -34,22 +34,22 @@ def _list(options: argparse.Namespace) -> int:
 def _summary(options: argparse.Namespace) -> int:
     from model.summary import summarize
 
-    found = summarize(options.name, tuple(options.resolution), options.num_classes)
-    print(json.dumps(asdict(found)) if options.json else found.text())
+    summary = summarize(options.name, tuple(options.resolution), options.num_classes)
+    print(json.dumps(asdict(summary)) if options.json else summary.text())
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog=program("model"), description="Backbones with a class and a token head.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    summary = commands.add_parser("summary", help="parameters, multiply-adds by part, activation memory")
+    summary = commands.add_parser("summary", help="show parameters, multiply-adds by part and activation memory")
     summary.set_defaults(run=_summary)
     summary.add_argument("name", help="demansia_tiny, vim_small, lvvit_s …, or any timm model")
     summary.add_argument(
         "--resolution", type=int, nargs="+", default=[], metavar="S", help="image sides (default: the model's own)"
     )
     summary.add_argument("--num-classes", type=int, default=1000, help="classes of both heads (%(default)s)")
-    names = commands.add_parser("list", help="the names that this package registers with timm")
+    names = commands.add_parser("list", help="list the names that this package registers with timm")
     names.set_defaults(run=_list)
     for command in (summary, names):
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")

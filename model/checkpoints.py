@@ -1,4 +1,6 @@
-"""Published checkpoints without running code: DeMansia's `.ckpt`, Vim's `.pth`, LV-ViT's `.pth.tar`, `.safetensors`.
+"""Safe loading of published checkpoints: DeMansia's `.ckpt`, Vim's `.pth`, LV-ViT's `.pth.tar`, `.safetensors`.
+
+No code from a file is run.
 
 Legend: C classes; T tokens; L = T + 1 sequence length; D model width; E inner width; N state size; P patch side.
 """
@@ -31,14 +33,23 @@ State = dict[str, torch.Tensor]
 
 
 def load_reference_checkpoint(path: str | Path, model: nn.Module | None = None, ema: bool = False) -> nn.Module:
-    """The model with the weights of a published file, in evaluation mode. Raises ModelError where they do not fit.
+    """Load the weights of a published checkpoint into a model.
 
-    model  what to load into; its resolution may differ from the file's. None: built to fit, for square images
-    ema    the averaged weights: those beside the others in the file, or DeMansia's second file, `…-EMA.ckpt`
+    Vim was also published with overlapping patches, which are not supported. Its files say so in their saved settings;
+    a bare state dict does not, and is refused where both readings are likely, as for 27×27 positions of 16-pixel
+    patches: 432 pixels without overlap, or 224 with half a patch shared. Pass `model` to decide.
 
-    Vim was also published with overlapping patches, which are not supported. Its files say so in their script's
-    settings; a bare state dict does not, and is refused where both readings are likely, as for 27×27 positions of
-    16-pixel patches: 432 pixels side by side, or 224 with half a patch shared. A given `model` settles it.
+    Args:
+        path: the checkpoint file.
+        model: the model to load into; its resolution may differ from the file's. None: built to fit the weights, for
+            square images.
+        ema: load the averaged weights: those in the same file, or in DeMansia's second file, `…-EMA.ckpt`.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ModelError: the file is missing, unsafe, too large or not finite, or its weights do not fit the model.
     """
     file, state, settings = _contents(Path(path), ema)
     net = _built_for(state, settings, file) if model is None else model
@@ -51,7 +62,18 @@ def load_reference_checkpoint(path: str | Path, model: nn.Module | None = None, 
 
 
 def read_state_dict(path: str | Path, ema: bool = False) -> State:
-    """The weights in a file of any model's, under their own names. Raises ModelError where there are none."""
+    """Read the weights of any model from a file.
+
+    Args:
+        path: the checkpoint file.
+        ema: read the averaged weights.
+
+    Returns:
+        The state dict, without prefixes of wrappers.
+
+    Raises:
+        ModelError: the file is missing, unsafe or too large, or holds no weights.
+    """
     return _contents(Path(path), ema)[1]
 
 
@@ -75,7 +97,7 @@ def _contents(file: Path, ema: bool) -> tuple[Path, State, Any]:
 
 
 def _refuse_faults(net: nn.Module, state: State, file: Path) -> None:
-    """Unless the file has every weight of the model, and nothing left over."""
+    """Raises ModelError on missing, unexpected or mis-shaped weights."""
     own = net.state_dict()
     faults = {
         "missing": [key for key in own if key not in state and not key.endswith("num_batches_tracked")],
@@ -88,15 +110,15 @@ def _refuse_faults(net: nn.Module, state: State, file: Path) -> None:
     }
     if any(faults.values()):
         some = {fault: ", ".join(keys[:3]) + ", …" * (len(keys) > 3) for fault, keys in faults.items() if keys}
-        told = [f"{len(faults[fault])} {fault} ({names})" for fault, names in some.items()]
+        lines = [f"{len(faults[fault])} {fault} ({names})" for fault, names in some.items()]
         raise ModelError(
-            f"{file} does not fit {type(net).__name__}: got {'; '.join(told)}, expected each weight once; "
-            "check its size and num_classes, or leave model away"
+            f"{file} does not fit {type(net).__name__}: got {'; '.join(lines)}, expected each weight once; "
+            "check the model's size and num_classes, or omit model="
         )
 
 
 def _refuse_non_finite(net: nn.Module, state: State, file: Path) -> None:
-    """Where a weight would be NaN or infinite in the model, whose type may hold less than the file's."""
+    """Raises ModelError if a weight would be NaN or infinite in the model's dtype, which may be narrower."""
     broken = [
         key for key, own in net.state_dict().items() if key in state and not state[key].to(own.dtype).isfinite().all()
     ]
@@ -104,12 +126,12 @@ def _refuse_non_finite(net: nn.Module, state: State, file: Path) -> None:
         names = ", ".join(broken[:3]) + ", …" * (len(broken) > 3)
         raise ModelError(
             f"{file} has weights that are not finite: got NaN or infinity in {len(broken)} tensors ({names}), expected "
-            "numbers; the training that wrote it has diverged, or the file is damaged; take an earlier one"
+            "numbers; the training diverged, or the file is damaged; use an earlier checkpoint"
         )
 
 
 def _built_for(state: State, settings: Any, file: Path) -> nn.Module:
-    """A model of the family and size that names and shapes tell; `settings` are the training script's, or None."""
+    """Build the model whose family and size fit the weights; `settings` are the training script's, or None."""
     families = {"layers.0.mixer.A_log": _mamba, "blocks.0.attn.qkv.weight": _lvvit}
     family = next((family for name, family in families.items() if name in state), None)
     if family is None or "pos_embed" not in state:
@@ -117,7 +139,7 @@ def _built_for(state: State, settings: Any, file: Path) -> nn.Module:
         raise ModelError(f"{file} is of no known family: got {names}, …, expected DeMansia, Vim or LV-ViT; pass model=")
     try:
         build = family(state, settings, file)
-        with torch.device("meta"):  # shapes from a file are not trusted with memory
+        with torch.device("meta"):  # no memory is allocated for shapes that are not checked yet
             _refuse_faults(build(), state, file)
         return build()
     except ModelError:
@@ -127,12 +149,12 @@ def _built_for(state: State, settings: Any, file: Path) -> nn.Module:
 
 
 def _settings(state: State, patch: int, first: str, blocks: str, trained_at: int | None, file: Path) -> dict[str, Any]:
-    """What every family's constructor wants, from shapes."""
+    """The constructor arguments that all families share, from shapes."""
     length = state["pos_embed"].shape[1]
     side = math.isqrt(length - 1)
     if side**2 != length - 1 or trained_at not in (None, side * patch):
         raise ModelError(
-            f"the positions in {file} do not fit square images cut into patches of {patch}: got {length} positions for "
+            f"{file} does not fit square images of {patch}-pixel patches: got {length} positions for "
             f"{trained_at or 'unknown'} pixels; overlapping patches are not supported; pass model= for other images"
         )
     return {
@@ -147,19 +169,19 @@ def _settings(state: State, patch: int, first: str, blocks: str, trained_at: int
 
 
 def _refuse_overlap(state: State, patch: int, file: Path) -> None:
-    """Where positions are as likely those of overlapping patches, which no shape shows.
+    """Raises ModelError if the positions are probably those of overlapping patches, which no shape shows.
 
-    Vim's overlap by half: s patches in a row are then (s + 1)·P/2 pixels instead of s·P. That is refused where only the
-    overlapping reading is a usual side: 27, 31, 47, 55 or 63 patches of 16; hardly a file without overlap has those.
+    Vim's patches overlap by half: s patches in a row are then (s + 1)·P/2 pixels instead of s·P. A file is refused if
+    only the overlapping reading is a usual image side: 27, 31, 47, 55 or 63 patches of 16 pixels, which are rare
+    without overlap.
     """
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
     overlapping, plain = (side + 1) * patch // 2, side * patch
     if overlapping in TRAINING_SIDES and plain not in TRAINING_SIDES:
         raise ModelError(
-            f"overlapping patches cannot be told from larger images by the file alone: got {side}×{side} positions for "
-            f"patches of {patch} in {file}, expected the settings of its script beside the weights; if it was trained "
-            f"on {plain} pixels, pass model= (built with img_size={plain}); {overlapping} pixels with overlapping "
-            "patches are not supported"
+            f"{file} does not say whether its patches overlap: got {side}×{side} positions for patches of {patch}, "
+            f"expected the training script's settings beside the weights; if it was trained on {plain} pixels, pass "
+            f"model= (built with img_size={plain}); {overlapping} pixels with overlapping patches are not supported"
         )
 
 
@@ -168,36 +190,37 @@ def _mamba(state: State, script: Any, file: Path) -> Callable[[], nn.Module]:
     patch = state["patch_embed.proj.weight"].shape[-1] * (2 if conv else 1)
     first = "patch_embed.conv1.weight" if conv else "patch_embed.proj.weight"
     trained_at = getattr(script, "input_size", None)
-    found = _settings(state, patch, first, "layers", trained_at, file)
+    arguments = _settings(state, patch, first, "layers", trained_at, file)
     if not conv and trained_at is None:
         _refuse_overlap(state, patch, file)
     mixer = "layers.0.mixer."
-    # Vim's script says in the model's name what no shape shows; DeMansia has one form.
+    # In Vim's files the model's name says what no shape shows; DeMansia has only one form.
     name = str(getattr(script, "model", ""))
     name = name if "bimamba" in name else "middle_cls_div2"
-    found |= {
+    arguments |= {
         "d_state": state[mixer + "A_log"].shape[1],
         "d_conv": state[mixer + "conv1d.weight"].shape[2],
-        "expand": len(state[mixer + "A_log"]) // found["embed_dim"],
+        "expand": len(state[mixer + "A_log"]) // arguments["embed_dim"],
         "dt_rank": state[mixer + "dt_proj.weight"].shape[1],
         "bidirectional": mixer + "A_b_log" in state,
         "layer_scale": 1.0 if mixer + "gamma" in state else None,
         "halve": "div2" in name,
         "cls_place": "middle" if re.search("mid(dle_)?cls", name) else "start",
     }
-    size = MAMBA_SIZES.get((found["embed_dim"], found["depth"]))
+    size = MAMBA_SIZES.get((arguments["embed_dim"], arguments["depth"]))
     if timm.is_model(registered := f"{'demansia' if conv else 'vim'}_{size}"):
-        return partial(timm.create_model, registered, **found)
-    return partial(DeMansia, **found) if conv else partial(Vim, stem="patch", **found)
+        return partial(timm.create_model, registered, **arguments)
+    return partial(DeMansia, **arguments) if conv else partial(Vim, stem="patch", **arguments)
 
 
 def _lvvit(state: State, script: Any, file: Path) -> Callable[[], nn.Module]:
     patch = 2 * state["patch_embed.proj.weight"].shape[-1]
-    found = _settings(state, patch, "patch_embed.conv1.weight", "blocks", None, file)
+    arguments = _settings(state, patch, "patch_embed.conv1.weight", "blocks", None, file)
     for name, size in LVVIT_SIZES.items():
-        if (size["embed_dim"], size["depth"]) == (found["embed_dim"], found["depth"]):
-            return partial(timm.create_model, name, **found)
+        if (size["embed_dim"], size["depth"]) == (arguments["embed_dim"], arguments["depth"]):
+            return partial(timm.create_model, name, **arguments)
     raise ModelError(
-        f"no shape in {file} tells how many heads it has and what divides its branches: got width "
-        f"{found['embed_dim']}, {found['depth']} blocks, expected those of {', '.join(LVVIT_SIZES)}; pass model="
+        f"{file} has no known LV-ViT size, so its num_heads and skip_lam are unknown: got width "
+        f"{arguments['embed_dim']}, {arguments['depth']} blocks, expected those of {', '.join(LVVIT_SIZES)}; "
+        "pass model="
     )

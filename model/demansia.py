@@ -1,4 +1,4 @@
-"""DeMansia: Vision Mamba with LV-ViT's stem and token labels. Sizes, registered with timm.
+"""DeMansia: Vision Mamba with LV-ViT's stem and token labels. The sizes below are registered with timm.
 
 | name | width | layers | image | parameters |
 |---|---|---|---|---|
@@ -19,7 +19,7 @@ from model.vision_mamba import VisionMamba
 
 
 class DeMansia(VisionMamba):
-    """`VisionMamba` as DeMansia has it: convolutional stem, class token in the middle, auxiliary head."""
+    """DeMansia: `VisionMamba` with a convolutional stem, the class token in the middle and an auxiliary head."""
 
 
 NAMES = ("demansia_nano", "demansia_tiny", "demansia_small", "demansia_base")
@@ -34,19 +34,23 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> DeMansia:
 
 @register_model
 def demansia_nano(pretrained: bool = False, **kwargs: Any) -> DeMansia:
+    """DeMansia of width 128 with 12 layers; `kwargs` as for `VisionMamba`."""
     return _create("demansia_nano", pretrained, **{"embed_dim": 128, "depth": 12, **kwargs})
 
 
 @register_model
 def demansia_tiny(pretrained: bool = False, **kwargs: Any) -> DeMansia:
+    """DeMansia of width 192 with 24 layers; `kwargs` as for `VisionMamba`."""
     return _create("demansia_tiny", pretrained, **{"embed_dim": 192, "depth": 24, **kwargs})
 
 
 @register_model
 def demansia_small(pretrained: bool = False, **kwargs: Any) -> DeMansia:
+    """DeMansia of width 384 with 24 layers, for 384² pixels; `kwargs` as for `VisionMamba`."""
     return _create("demansia_small", pretrained, **{"img_size": 384, "embed_dim": 384, "depth": 24, **kwargs})
 
 
 @register_model
 def demansia_base(pretrained: bool = False, **kwargs: Any) -> DeMansia:
+    """DeMansia of width 768 with 24 layers; `kwargs` as for `VisionMamba`."""
     return _create("demansia_base", pretrained, **{"embed_dim": 768, "depth": 24, **kwargs})

@@ -1,4 +1,4 @@
-"""Where the features of any timm backbone keep their places: their layout, their grid, and one form for all.
+"""The layout and the grid of any timm backbone's features, and one common layout for all of them.
 
 Legend: B images; D width of the features; h×w token grid, T = h·w tokens. `size` is the height and width of the images.
 """
@@ -20,19 +20,36 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 def token_grid(count: int, size: Size) -> Size | None:
-    """h, w with h·w = count whose shape is nearest to that of an image of `size`; None: none has its shape."""
+    """The grid of `count` tokens whose aspect ratio is nearest to the image's.
+
+    Args:
+        count: number of tokens.
+        size: height, width of the image.
+
+    Returns:
+        h, w with h·w = count; None: no such grid resembles the image's shape.
+    """
     height, width = size
     best, least = None, max(height, width)
     for side in range(1, math.isqrt(max(count, 0)) + 1):
         for h, w in ((side, count // side), (count // side, side)):
-            # A plain comparison, as compilers with sizes that may vary cannot trace min(key=).
+            # A plain comparison: compilers cannot trace min(key=) with dynamic sizes.
             if count % side == 0 and abs(h * width - w * height) < least:
                 best, least = (h, w), abs(h * width - w * height)
     return best
 
 
 def layout(x: Any, owner: Any, size: Size) -> str | None:
-    """ "tokens", "NCHW" or "NHWC", as `owner`, its width or the image's shape say; None: nothing of these."""
+    """The layout of a module's output.
+
+    Args:
+        x: the output.
+        owner: the module, whose `output_fmt` or `num_features` decide where they can.
+        size: height, width of the image, whose shape decides otherwise.
+
+    Returns:
+        "tokens", "NCHW" or "NHWC"; None: none of these.
+    """
     if not isinstance(x, torch.Tensor) or x.ndim not in (3, 4):
         return None
     if x.ndim == 3:
@@ -52,21 +69,29 @@ def layout(x: Any, owner: Any, size: Size) -> str | None:
 
 
 def grid_in(x: torch.Tensor, kind: str | None, size: Size) -> Size | None:
-    """h, w of features of that layout; None for tokens that make no grid of the image's shape."""
+    """h, w of features of layout `kind`; None for tokens that make no grid of the image's shape."""
     if kind == "tokens":
         return token_grid(x.shape[1], size)
     return (x.shape[2], x.shape[3]) if kind == "NCHW" else (x.shape[1], x.shape[2])
 
 
 def to_map(x: torch.Tensor, kind: str | None, size: Size) -> torch.Tensor:
-    """Features of that layout as [B, D, h, w]."""
+    """Features of layout `kind` as [B, D, h, w]."""
     if kind == "tokens":
         return x.mT.unflatten(2, token_grid(x.shape[1], size) or (1, x.shape[1]))
     return x.permute(0, 3, 1, 2) if kind == "NHWC" else x
 
 
 def resample(maps: torch.Tensor, grid: Size | None) -> torch.Tensor:
-    """Maps [B, D, height, width] on another grid: means of areas, or bilinear where it is finer. None: as they are."""
+    """Resample maps to another grid: area means for a coarser grid, bilinear for a finer one.
+
+    Args:
+        maps: [B, D, height, width].
+        grid: h, w; None: unchanged.
+
+    Returns:
+        [B, D, h, w].
+    """
     if grid is None or maps.shape[2:] == grid:
         return maps
     if maps.shape[2] >= grid[0] and maps.shape[3] >= grid[1]:
@@ -75,9 +100,9 @@ def resample(maps: torch.Tensor, grid: Size | None) -> torch.Tensor:
 
 
 class ChangedOutput:
-    """Changes the tensor that a module gives (or the first of several), while a `by` is open.
+    """Changes a module's output tensor, or the first of several, inside `with changed.by(module, change)`.
 
-    Its hook stays on the module, as one that came and went would make torch.compile begin anew with every call.
+    The hook stays on the module: adding and removing it would make torch.compile recompile at every call.
     """
 
     def __init__(self) -> None:
@@ -92,6 +117,7 @@ class ChangedOutput:
 
     @contextmanager
     def by(self, module: nn.Module | None, change: Change) -> Iterator[None]:
+        """Apply `change` to the output of `module` until the context ends."""
         if module is not self.module:
             self._move(module)
         self.change = change
@@ -108,12 +134,12 @@ class ChangedOutput:
 
 @contextmanager
 def evaluation(net: nn.Module) -> Iterator[None]:
-    """While it is open, the module is in evaluation mode; each part goes back to its own mode."""
+    """Put the module in evaluation mode; on exit each submodule returns to the mode it had."""
     modes = [(part, part.training) for part in net.modules()]
     net.eval()
     try:
         yield
     finally:
-        net.train(modes[0][1])  # some modules drop what they cached
+        net.train(modes[0][1])  # some modules drop their caches here
         for part, mode in modes:
             part.training = mode

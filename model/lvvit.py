@@ -1,6 +1,6 @@
-"""LV-ViT: a plain vision transformer with a convolutional stem, trained by token labels. Sizes, registered with timm.
+"""LV-ViT: a plain vision transformer with a convolutional stem, trained with token labels.
 
-Jiang et al., "All Tokens Matter" (2021).
+Jiang et al., "All Tokens Matter" (2021). The sizes below are registered with timm.
 
 Legend: B images; h×w token grid, T = h·w tokens; L = T + 1 sequence length; D model width.
 
@@ -30,7 +30,7 @@ NORM_EPS = 1e-5
 
 
 class Block(nn.Module):
-    """Attention, then two layers on each token, both divided by `skip_lam` before they are added. [B, L, D] -> same."""
+    """Attention and an MLP, each divided by `skip_lam` before it is added to the residual stream."""
 
     def __init__(
         self, dim: int, num_heads: int, mlp_ratio: float, skip_lam: float, drop: float, drop_path: float
@@ -44,19 +44,33 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, L, D] -> [B, L, D]."""
         x = x + self.drop_path(self.attn(self.norm1(x))) / self.skip_lam
         return x + self.drop_path(self.mlp(self.norm2(x))) / self.skip_lam
 
 
 class LVViT(PatchModel):
-    """Patch tokens behind a class token, through attention blocks.
+    """Attention blocks on a class token and patch tokens.
 
-    img_size        side, or (height, width), in pixels; other sizes are refused (see `set_input_size`)
-    skip_lam        what each residual branch is divided by
-    stem_width      channels of the stem's convolutions
-    aux_head        an auxiliary head on every token
-    global_pool     what the class head reads, see `TokenLabelHeads`
-    drop_path_rate  rises linearly to this over the blocks
+    Args:
+        img_size: side, or (height, width), in pixels; other sizes are refused (see `set_input_size`).
+        patch_size: side of a patch in pixels; even.
+        in_chans: channels of the images.
+        num_classes: classes of both heads; 0: no heads.
+        embed_dim: model width D.
+        depth: number of blocks.
+        num_heads: attention heads; they must divide D.
+        mlp_ratio: hidden width of the MLP / D.
+        skip_lam: divisor of each residual branch.
+        stem_width: channels of the stem's convolutions.
+        aux_head: add an auxiliary head on the patch tokens.
+        drop_rate: dropout on the embedded tokens and in the blocks.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 over the blocks.
+        global_pool: input of the class head, see `TokenLabelHeads`.
+
+    Raises:
+        ModelError: embed_dim is not a multiple of num_heads, an unknown global_pool, or an img_size that does not
+            divide into patches.
     """
 
     BLOCKS, NORM = "blocks", "norm"
@@ -80,7 +94,9 @@ class LVViT(PatchModel):
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:
-            raise ModelError(f"the heads do not divide the width: got embed_dim={embed_dim}, num_heads={num_heads}")
+            raise ModelError(
+                f"embed_dim is not a multiple of num_heads: got embed_dim={embed_dim}, num_heads={num_heads}"
+            )
         self.global_pool = check_pool(global_pool)
         self.num_classes, self.embed_dim, self.num_features = num_classes, embed_dim, embed_dim
         self.head_hidden_size, self.in_chans, self.num_prefix_tokens = embed_dim, in_chans, 1
@@ -105,9 +121,9 @@ class LVViT(PatchModel):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Convolutions stay as torch makes them."""
-        for place in (self.cls_token, self.pos_embed):
-            trunc_normal_(place, std=0.02)
+        """Initialize all but the convolutions, which keep torch's initialization."""
+        for parameter in (self.cls_token, self.pos_embed):
+            trunc_normal_(parameter, std=0.02)
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
@@ -115,14 +131,17 @@ class LVViT(PatchModel):
                     nn.init.zeros_(module.bias)
 
     def cls_position(self, length: int) -> int:
+        """Index of the class token: 0."""
         return 0
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that should have no weight decay; timm adds norms and biases."""
         return {"pos_embed", "cls_token"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's groups of parameters, for layer-wise learning rates."""
         stem = r"^cls_token|pos_embed|patch_embed"
         return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
@@ -143,19 +162,23 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> LVViT:
 
 @register_model
 def lvvit_t(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-T, width 240 with 12 blocks; `kwargs` as for `LVViT`."""
     return _create("lvvit_t", pretrained, kwargs)
 
 
 @register_model
 def lvvit_s(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-S, width 384 with 16 blocks; `kwargs` as for `LVViT`."""
     return _create("lvvit_s", pretrained, kwargs)
 
 
 @register_model
 def lvvit_m(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-M, width 512 with 20 blocks; `kwargs` as for `LVViT`."""
     return _create("lvvit_m", pretrained, kwargs)
 
 
 @register_model
 def lvvit_l(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-L, width 768 with 24 blocks; `kwargs` as for `LVViT`."""
     return _create("lvvit_l", pretrained, kwargs)

@@ -1,9 +1,9 @@
-"""The bidirectional Mamba mixer: each token learns from all before it and, by other parameters, from all after it.
+"""The bidirectional Mamba mixer: one scan from the first token to the last, and one, with its own parameters, back.
 
 Legend: B images; L sequence length; D model width; E inner width; N state size; R rank of the step size.
 
-Gu and Dao, "Mamba" (2023); Zhu et al., "Vision Mamba" (2024). Parameters carry the published names: `_b` is the second
-direction, which runs from the last token to the first.
+Gu and Dao, "Mamba" (2023); Zhu et al., "Vision Mamba" (2024). Parameters have the published names: `_b` marks the
+second direction, which runs from the last token to the first.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from model.ops import directional_scan
 DT_MIN, DT_MAX = 1e-3, 0.1  # step sizes at the start of training
 
 
-torch.fx.wrap("directional_scan")  # tracers call it as it is: it looks at shapes and types
+torch.fx.wrap("directional_scan")  # not traced through: it checks shapes and dtypes
 
 
 @torch.fx.wrap
 def widen(x: torch.Tensor) -> torch.Tensor:
-    """In float32 at least."""
+    """Cast to at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.fx.wrap
 def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`F.linear` in at least float32, even under autocast."""
     wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     device = x.device.type
     known = torch.amp.is_autocast_available(device)  # "meta" has none
@@ -40,31 +41,37 @@ def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
 
 
 class ReversedConv1d(nn.Conv1d):
-    """A convolution along the sequence whose first tap is the latest step: its weights turned around."""
+    """A convolution along the sequence with its weights flipped: the first tap belongs to the latest step."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, E, L] -> [B, E, L + padding]."""
         return self._conv_forward(x, self.weight.flip(-1), self.bias)
 
 
 class StepSize(nn.Linear):
-    """A linear layer in float32 at least, whatever its weights, its input and autocast are.
+    """A linear layer that computes in at least float32, for any dtype of weights and input, even under autocast.
 
-    Its bias is near −5, where bfloat16 would round the step size by a few percent.
+    Its bias is near −5, where bfloat16 would change the step size by a few percent.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, L, R] -> [B, L, E]."""
         return wide_linear(x, self.weight, self.bias)
 
 
 class BidirectionalMamba(nn.Module):
-    """[B, L, D] -> [B, L, D].
+    """A Mamba mixer that scans the sequence in both directions.
 
-    d_model, d_state, d_conv, expand  D, N, taps of the causal convolution, E / D
-    dt_rank        R; None: D / 16, rounded up
-    bidirectional  False: forwards only, without the `_b` parameters
-    halve          the mean of both directions, not their sum
-    layer_scale    initial factor of each output channel; None: none
-    backend        of the scan, see `model.ops.selective_scan`
+    Args:
+        d_model: model width D.
+        d_state: state size N.
+        d_conv: taps of the causal convolution.
+        expand: E / D.
+        dt_rank: R; None: D / 16, rounded up.
+        bidirectional: False: forward only, without the `_b` parameters.
+        halve: average the two directions instead of adding them.
+        layer_scale: initial factor of each output channel; None: none.
+        backend: backend of the scan, see `model.ops.selective_scan`.
     """
 
     dt_proj: StepSize
@@ -100,9 +107,9 @@ class BidirectionalMamba(nn.Module):
         self._init_step_sizes(inner)
 
     def _init_step_sizes(self, inner: int) -> None:
-        """So that softplus(bias) is spread evenly, in its logarithm, over DT_MIN to DT_MAX, forwards.
+        """Initialize the forward bias so that log softplus(bias) is uniform between log DT_MIN and log DT_MAX.
 
-        The published models begin the second direction with bias 0; so do these.
+        The second direction starts with bias 0, as in the published models.
         """
         for name in self.directions:
             projection = getattr(self, f"dt_proj{name}")
@@ -114,6 +121,7 @@ class BidirectionalMamba(nn.Module):
             self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[B, L, D] -> [B, L, D]."""
         x, z = self.in_proj(hidden).chunk(2, -1)
         parts = [self._scan_inputs(x, name) for name in self.directions]
         inputs, delta, a, b, c, d = (torch.stack(part) for part in zip(*parts, strict=True))
@@ -132,13 +140,13 @@ class BidirectionalMamba(nn.Module):
         return out if self.gamma is None else out * self.gamma
 
     def _scan_inputs(self, x: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
-        """x [B, L, E] of one direction to u, delta [B, L, E], A [E, N], B and C [B, L, N], D [E].
+        """Of one direction, from x [B, L, E]: u, delta [B, L, E], A [E, N], B and C [B, L, N], D [E].
 
-        Parameters are taken as attributes, as anything may stand in for them: see `torch.func.functional_call`.
+        Parameters are read as attributes, since `torch.func.functional_call` may replace them.
         """
         a_log, skip = getattr(self, f"A{name}_log"), getattr(self, f"D{name}")
         conv1d, x_proj, dt_proj = (getattr(self, f"{part}{name}") for part in ("conv1d", "x_proj", "dt_proj"))
-        # Both conv1d pad both ends: the first L steps have seen what came before them, the last L what comes after.
+        # Both conv1d pad both ends: the first L outputs see the steps before them, the last L the steps after them.
         steps = conv1d(x.mT)
         length = x.shape[1]
         u = F.silu(steps[..., -length:] if name == "_b" else steps[..., :length]).mT

@@ -12,9 +12,18 @@ from labeler.base.errors import ModelError
 
 
 class ConvStem(nn.Module):
-    """Three convolutions at half resolution, then a projection of 8×8 blocks: patches that have seen their neighbours.
+    """Three convolutions at half resolution, then a linear projection of P/2 × P/2 blocks; a patch sees its neighbors.
 
-    Jiang et al., "All Tokens Matter" (2021). [B, in_chans, 16·h, 16·w] -> [B, D, h, w].
+    Jiang et al., "All Tokens Matter" (2021).
+
+    Args:
+        in_chans: channels of the images.
+        embed_dim: model width D.
+        patch_size: P in pixels; even.
+        hidden: channels of the three convolutions.
+
+    Raises:
+        ModelError: an odd patch_size.
     """
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: int = 16, hidden: int = 64) -> None:
@@ -24,7 +33,7 @@ class ConvStem(nn.Module):
         self.patch_size = patch_size
         self.conv1 = nn.Conv2d(in_chans, hidden, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
-        self.act1 = nn.ReLU()  # one each: quantisers and DeepLift tell activations apart by their modules
+        self.act1 = nn.ReLU()  # one module each, as quantizers and DeepLift need
         self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(hidden)
         self.act2 = nn.ReLU()
@@ -34,6 +43,7 @@ class ConvStem(nn.Module):
         self.proj = nn.Conv2d(hidden, embed_dim, patch_size // 2, stride=patch_size // 2)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, in_chans, P·h, P·w] -> [B, D, h, w]."""
         x = self.act1(self.bn1(self.conv1(images)))
         x = self.act2(self.bn2(self.conv2(x)))
         x = self.act3(self.bn3(self.conv3(x)))
@@ -41,7 +51,13 @@ class ConvStem(nn.Module):
 
 
 class PatchProjection(nn.Module):
-    """One linear map of each patch. [B, in_chans, P·h, P·w] -> [B, D, h, w]."""
+    """One linear projection of each patch.
+
+    Args:
+        in_chans: channels of the images.
+        embed_dim: model width D.
+        patch_size: P in pixels.
+    """
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: int = 16) -> None:
         super().__init__()
@@ -49,4 +65,5 @@ class PatchProjection(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, in_chans, P·h, P·w] -> [B, D, h, w]."""
         return self.proj(images)

@@ -1,4 +1,4 @@
-"""What backbones on patches have in common: grids, image sizes, position embeddings and classifiers, with timm's names.
+"""Shared parts of patch backbones: grids, image sizes, position embeddings and classifiers, with timm's names.
 
 Legend: B images; h×w token grid, T = h·w tokens; L = T + 1 sequence length; D model width.
 """
@@ -28,14 +28,14 @@ from model.token_heads import (
     without_token,
 )
 
-torch.fx.wrap("mix_tokens")  # tracers call it as it is: it looks at whether there is a box
+torch.fx.wrap("mix_tokens")  # not traced through: it depends on whether there is a box
 
 POOLS = ("token", "avg", "")
 
 
 @torch.fx.wrap
 def check_images(images: torch.Tensor, in_chans: int, img_size: tuple[int, int], patch: int) -> None:
-    """Raise ModelError where images are not [B, in_chans, *img_size]. Apart, as tools that trace models skip it."""
+    """Raise ModelError unless images are [B, in_chans, *img_size]. A function of its own, so that tracers skip it."""
     if images.ndim != 4 or images.shape[1] != in_chans:
         raise ModelError(f"images do not fit: got {tuple(images.shape)}, expected [B, {in_chans}, height, width]")
     size = (images.shape[2], images.shape[3])
@@ -48,6 +48,7 @@ def check_images(images: torch.Tensor, in_chans: int, img_size: tuple[int, int],
 
 
 def check_patches(size: tuple[int, int], patch: int) -> None:
+    """Raise ModelError unless an image of `size` (height, width) divides into patches of side `patch`."""
     if any(side < patch or side % patch for side in size):
         raise ModelError(
             f"the image does not divide into patches: got {size[0]}×{size[1]} pixels, expected multiples of {patch}"
@@ -55,6 +56,7 @@ def check_patches(size: tuple[int, int], patch: int) -> None:
 
 
 def check_pool(global_pool: str) -> str:
+    """Return `global_pool`. Raises ModelError if it is unknown."""
     if global_pool not in POOLS:
         raise ModelError(
             f"unknown pooling: got global_pool={global_pool!r}, "
@@ -64,10 +66,20 @@ def check_pool(global_pool: str) -> str:
 
 
 class PatchModel(TokenLabelHeads):
-    """Patch tokens and one class token through a row of blocks, [B, L, D] -> same. Subclasses set the attributes below.
+    """A backbone that runs patch tokens and one class token through a list of blocks. Subclasses set the attributes.
 
-    img_size  (height, width) in pixels; grid  (h, w) in tokens; cls_token  [1, 1, D]; pos_embed  [1, L, D], followed by
-    pos_drop; grad_checkpointing; BLOCKS, NORM  the published names of the blocks and of the norm after them
+    Attributes:
+        BLOCKS: name of the attribute that holds the blocks, [B, L, D] -> [B, L, D], as published.
+        NORM: name of the norm after them, as published.
+        img_size: (height, width) in pixels.
+        grid: (h, w) in tokens.
+        in_chans: channels of the images.
+        embed_dim: model width D.
+        patch_embed: images to tokens [B, D, h, w].
+        cls_token: [1, 1, D].
+        pos_embed: [1, L, D], added before `pos_drop`.
+        pos_drop: dropout on the embedded sequence.
+        grad_checkpointing: recompute each block in the backward pass.
     """
 
     BLOCKS: str
@@ -88,20 +100,28 @@ class PatchModel(TokenLabelHeads):
         return size[0] // patch, size[1] // patch
 
     def grid_of(self, images: torch.Tensor) -> tuple[int, int]:
+        """h, w of the token grid. Raises ModelError unless images are [B, in_chans, *img_size]."""
         check_images(images, self.in_chans, self.img_size, self.patch_embed.patch_size)
         return self.grid
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Go on with images of another size; the position embedding is resized."""
+        """Change the image size and resize the position embedding to fit.
+
+        Args:
+            img_size: side, or (height, width), in pixels.
+
+        Raises:
+            ModelError: the size does not divide into patches.
+        """
         size = to_2tuple(img_size)
-        grid, place = self._grid_for(size), self.cls_position(self.pos_embed.shape[1])
-        new_place = self.cls_position(math.prod(grid) + 1)
-        embedding = resize_position_embedding(self.pos_embed.data, self.grid, grid, place, new_place)
+        grid, index = self._grid_for(size), self.cls_position(self.pos_embed.shape[1])
+        new_index = self.cls_position(math.prod(grid) + 1)
+        embedding = resize_position_embedding(self.pos_embed.data, self.grid, grid, index, new_index)
         self.pos_embed = nn.Parameter(embedding, requires_grad=self.pos_embed.requires_grad)
         self.img_size, self.grid = size, grid
 
     def embed(self, images: torch.Tensor, mix: Mix | None = None) -> torch.Tensor:
-        """Images to the sequence [B, L, D] that enters the first layer or block."""
+        """Images [B, in_chans, height, width] to the input [B, L, D] of the first block; `mix`: tokens to swap."""
         self.grid_of(images)
         tokens = mix_tokens(self.patch_embed(images), mix).flatten(2).mT
         sequence = insert_token(tokens, self.cls_token.to(tokens.dtype), self.cls_position(tokens.shape[1] + 1))
@@ -113,7 +133,15 @@ class PatchModel(TokenLabelHeads):
         return block(x)
 
     def forward_features(self, images: torch.Tensor, mix: Mix | None = None) -> torch.Tensor:
-        """Normalised features of all tokens, the class token in its place: [B, L, D]."""
+        """Run all blocks and the norm.
+
+        Args:
+            images: [B, in_chans, height, width].
+            mix: box or mask of the tokens that the images swap; None: no mixing.
+
+        Returns:
+            Normalized features [B, L, D], the class token at `cls_position(L)`.
+        """
         x = self.embed(images, mix)
         for block in getattr(self, self.BLOCKS):
             x = self._run(block, x)
@@ -129,27 +157,52 @@ class PatchModel(TokenLabelHeads):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """timm's: features after the blocks of `indices`, as maps [B, D, h, w] ("NCHW") or tokens [B, T, D] ("NLC")."""
+        """Features after chosen blocks, with timm's interface.
+
+        Args:
+            x: images [B, in_chans, height, width].
+            indices: the blocks, or how many of the last ones; None: all.
+            return_prefix_tokens: return pairs of features and class token [B, 1, D].
+            norm: apply the norm to the intermediate features too.
+            stop_early: do not run the blocks after the last one of `indices`.
+            output_fmt: "NCHW" for maps [B, D, h, w], "NLC" for tokens [B, T, D].
+            intermediates_only: return only the list of intermediate features.
+
+        Returns:
+            (final features [B, L, D], list of intermediate features), or the list alone.
+
+        Raises:
+            ModelError: an unknown `output_fmt`, or images that do not fit.
+        """
         if output_fmt not in ("NCHW", "NLC"):
-            raise ModelError(f'output_fmt is not known: got {output_fmt!r}, expected "NCHW" or "NLC"')
+            raise ModelError(f'unknown output_fmt: got {output_fmt!r}, expected "NCHW" or "NLC"')
         blocks, last_norm = getattr(self, self.BLOCKS), getattr(self, self.NORM)
         wanted, last = feature_take_indices(len(blocks), indices)
-        grid, found = self.grid_of(x), []
+        grid, intermediates = self.grid_of(x), []
         x = self.embed(x)
         for i, block in enumerate(blocks[: last + 1] if stop_early else blocks):
             x = self._run(block, x)
             if i in wanted:
                 total = last_norm(x) if norm else x
-                place = self.cls_position(total.shape[1])
-                tokens = without_token(total, place)
+                index = self.cls_position(total.shape[1])
+                tokens = without_token(total, index)
                 tokens = tokens.mT.unflatten(2, grid) if output_fmt == "NCHW" else tokens
-                found.append((tokens, total[:, place : place + 1]) if return_prefix_tokens else tokens)
-        return found if intermediates_only else (last_norm(x), found)
+                intermediates.append((tokens, total[:, index : index + 1]) if return_prefix_tokens else tokens)
+        return intermediates if intermediates_only else (last_norm(x), intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """timm's: drop the blocks that `indices` do not need."""
+        """Remove the blocks that `indices` do not need, with timm's interface.
+
+        Args:
+            indices: the blocks to keep features of, or how many of the last ones.
+            prune_norm: replace the last norm by Identity.
+            prune_head: remove the heads.
+
+        Returns:
+            The indices of the blocks whose features are kept.
+        """
         blocks = getattr(self, self.BLOCKS)
         wanted, last = feature_take_indices(len(blocks), indices)
         setattr(self, self.BLOCKS, blocks[: last + 1])
@@ -160,10 +213,16 @@ class PatchModel(TokenLabelHeads):
         return wanted
 
     def get_classifier(self) -> nn.Module:
+        """The class head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New class and auxiliary heads; 0: none. `global_pool` as in `TokenLabelHeads`; None: as it is."""
+        """Replace the class and auxiliary heads.
+
+        Args:
+            num_classes: classes of both heads; 0: remove them.
+            global_pool: as in `TokenLabelHeads`; None: unchanged.
+        """
         if global_pool is not None:
             self.global_pool = check_pool(global_pool)
         self.num_classes = num_classes
@@ -179,13 +238,25 @@ class PatchModel(TokenLabelHeads):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turn activation checkpointing of the blocks on or off."""
         self.grad_checkpointing = enable
 
 
 def fit_position_embedding(state: Mapping[str, torch.Tensor], model: PatchModel) -> dict[str, torch.Tensor]:
-    """A state dict whose position embedding has the model's grid.
+    """Resize the position embedding of a state dict to the model's grid.
 
-    A state dict does not tell its grid: one of another length is taken for a square image's, an equal length for equal.
+    A state dict does not record its grid. If the length is the model's, the grid is taken to be the model's too;
+    otherwise the image is taken to have been square.
+
+    Args:
+        state: weights, perhaps with a "pos_embed" [1, L, D].
+        model: the model that they are for.
+
+    Returns:
+        A copy of `state` that fits.
+
+    Raises:
+        ModelError: the position embedding is not that of a square image.
     """
     fitted = dict(state)
     embedding = fitted.get("pos_embed")
@@ -193,7 +264,9 @@ def fit_position_embedding(state: Mapping[str, torch.Tensor], model: PatchModel)
         side = math.isqrt(embedding.shape[1] - 1)
         if side * side != embedding.shape[1] - 1:
             raise ModelError(
-                f"pos_embed of {embedding.shape[1] - 1} tokens is not of a square image; got no grid for it"
+                "pos_embed cannot be resized: its grid is unknown",
+                got=f"{embedding.shape[1] - 1} tokens",
+                expected="a square number",
             )
         old, new = (model.cls_position(n) for n in (embedding.shape[1], model.pos_embed.shape[1]))
         fitted["pos_embed"] = resize_position_embedding(embedding, (side, side), model.grid, old, new)
@@ -205,7 +278,16 @@ def untrained_cfg(
     first_conv: str = "patch_embed.conv1",
     classifier: str | tuple[str, ...] = ("head", "aux_head"),
 ) -> dict[str, Any]:
-    """timm's entry for a model that has no weights to fetch; evaluated on `side`² pixels."""
+    """timm's configuration of a model without weights to download.
+
+    Args:
+        side: image side in pixels.
+        first_conv: name of the first convolution.
+        classifier: names of the heads.
+
+    Returns:
+        An entry of timm's `default_cfgs`.
+    """
     return {
         "url": "",
         "num_classes": 1000,
@@ -222,7 +304,17 @@ def untrained_cfg(
 
 
 def build_patch_model(model_cls: type[PatchModel], variant: str, pretrained: bool, **kwargs: Any) -> Any:
-    """timm's construction of a registered name: weights with their positions resized, `features_only`."""
+    """Build a registered model as timm does, with resized position embeddings and `features_only`.
+
+    Args:
+        model_cls: the model's class.
+        variant: its registered name.
+        pretrained: load pretrained weights.
+        kwargs: for the constructor and `build_model_with_cfg`.
+
+    Returns:
+        The model, or its feature extractor with `features_only`.
+    """
     return build_model_with_cfg(
         model_cls,
         variant,

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-adds by part, and the memory of its activations by resolution.
+"""The cost of a model: parameters, multiply-adds by part, and activation memory by resolution.
 
 Legend: B images.
 """
@@ -19,10 +19,13 @@ from model.wrapper import create_backbone
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image at one resolution.
+    """Cost of one image at one resolution.
 
-    macs         part of the model -> multiply-adds of a forward pass; a product and a sum count as one
-    activations  bytes that autograd keeps for the backward pass in float32, without the parameters
+    Attributes:
+        resolution: image side in pixels.
+        tokens: patch tokens; 0: the model has no token grid.
+        macs: part of the model -> multiply-adds of a forward pass; a product and a sum count as one.
+        activations: bytes that autograd keeps for the backward pass in float32, without the parameters.
     """
 
     resolution: int
@@ -33,13 +36,20 @@ class Cost:
 
 @dataclass(frozen=True)
 class Summary:
-    """parameters by part, and the cost at each resolution."""
+    """Parameters of a model and its cost at each resolution.
+
+    Attributes:
+        name: the model's name.
+        parameters: part of the model -> number of parameters.
+        costs: one entry for each resolution.
+    """
 
     name: str
     parameters: dict[str, int]
     costs: tuple[Cost, ...]
 
     def text(self) -> str:
+        """The summary as lines of text."""
         total = sum(self.parameters.values())
         lines = [f"{self.name}: {total:,} parameters"]
         lines += [f"  {part:14}{count:>14,}" for part, count in self.parameters.items()]
@@ -54,7 +64,16 @@ class Summary:
 
 
 def summarize(name: str, resolutions: tuple[int, ...] | None = None, num_classes: int = 1000) -> Summary:
-    """Measured by running a model with random weights on one image of each resolution (default: its own)."""
+    """Measure a model by running it, with random weights, at each resolution.
+
+    Args:
+        name: a name for `timm.create_model`.
+        resolutions: image sides in pixels; None: the model's own.
+        num_classes: classes of both heads.
+
+    Returns:
+        Parameters and costs, for one image.
+    """
     net: Any = create_backbone(name, num_classes=num_classes)
     own = net.default_cfg["input_size"][1] if hasattr(net, "default_cfg") else 224
     costs = tuple(_cost(name, side, num_classes) for side in resolutions or (own,))
@@ -62,10 +81,10 @@ def summarize(name: str, resolutions: tuple[int, ...] | None = None, num_classes
 
 
 def _parameters(net: nn.Module) -> dict[str, int]:
-    found: dict[str, int] = defaultdict(int)
+    counts: dict[str, int] = defaultdict(int)
     for name, parameter in net.named_parameters():
-        found[name.split(".", 1)[0]] += parameter.numel()
-    return dict(found)
+        counts[name.split(".", 1)[0]] += parameter.numel()
+    return dict(counts)
 
 
 def _cost(name: str, side: int, num_classes: int) -> Cost:
@@ -89,18 +108,18 @@ def _cost(name: str, side: int, num_classes: int) -> Cost:
 
 
 def _macs_by_part(counts: dict[str, dict[Any, int]], root: str) -> dict[str, int]:
-    """Multiply-adds of both images by the model's direct children, scans apart; flop counters count two for each."""
-    found: dict[str, int] = defaultdict(int)
+    """Multiply-adds of both images by direct child of the model, scans apart; a multiply-add counts as two flops."""
+    macs: dict[str, int] = defaultdict(int)
     for path, by_operator in counts.items():
         parts = path.split(".")
         if parts[0] == root and (len(parts) == 2 or (len(parts) == 3 and parts[1] in ("layers", "blocks"))):
-            found[parts[1]] += sum(flops for operator, flops in by_operator.items() if not _is_scan(operator)) // 2
+            macs[parts[1]] += sum(flops for operator, flops in by_operator.items() if not _is_scan(operator)) // 2
     everything = counts.get("Global", {})
     scans = sum(flops for operator, flops in everything.items() if _is_scan(operator)) // 2
-    missing = sum(everything.values()) // 2 - sum(found.values()) - scans
+    missing = sum(everything.values()) // 2 - sum(macs.values()) - scans
     if missing > 0:
-        found["other"] = missing
-    return {**found, "scan": scans} if scans else dict(found)
+        macs["other"] = missing
+    return {**macs, "scan": scans} if scans else dict(macs)
 
 
 def _is_scan(operator: Any) -> bool:
@@ -108,7 +127,10 @@ def _is_scan(operator: Any) -> bool:
 
 
 def fvcore_handles() -> dict[str, Any]:
-    """For `fvcore.nn.FlopCountAnalysis(net, images).set_op_handle(**fvcore_handles())`: the scan's multiply-adds."""
+    """Handles that let fvcore count the scan's multiply-adds.
+
+    Use: `fvcore.nn.FlopCountAnalysis(net, images).set_op_handle(**fvcore_handles())`.
+    """
 
     def handle(inputs: list[Any], outputs: list[Any]) -> int:
         shapes = [value.type().sizes() for value in inputs[:3]]

@@ -1,4 +1,4 @@
-"""What token-labeled models have in common: token mixing, position embedding, a class head and a head on tokens.
+"""Shared parts of token-labeled models: token mixing, position embeddings, a class head and an auxiliary token head.
 
 Legend: B images; C classes; h×w token grid, T = h·w tokens; L = T + 1 sequence length; D model width.
 """
@@ -17,7 +17,7 @@ Logits = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 class TokenBox(Protocol):
-    """Tokens y0 ≤ y < y1, x0 ≤ x < x1 of the grid, which show the partner: image B−1−b for image b."""
+    """A rectangle of tokens, y0 ≤ y < y1 and x0 ≤ x < x1, that is taken from the partner: image B−1−b for image b."""
 
     @property
     def y0(self) -> int: ...
@@ -29,12 +29,24 @@ class TokenBox(Protocol):
     def x1(self) -> int: ...
 
 
-# A mask, bool [h, w], says the same as a box. Compilers make one graph for all masks, but many for the sides of a box.
+# A mask, bool [h, w], can stand for a box. Compilers need one graph for all masks, but many for the sides of a box.
 Mix = TokenBox | torch.Tensor
 
 
 def mix_mask(mix: Mix, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """bool [h, w]: the tokens of the grid that show the partner. Raises ModelError where `mix` does not fit it."""
+    """Turn a mix box or mask into a mask of the tokens that are taken from the partner.
+
+    Args:
+        mix: a box on the grid, or a mask, bool [h, w].
+        grid: h, w of the token grid.
+        device: where the mask is needed.
+
+    Returns:
+        bool [h, w]: True where the token is the partner's.
+
+    Raises:
+        ModelError: `mix` does not fit the grid.
+    """
     if isinstance(mix, torch.Tensor):
         if mix.shape != grid or mix.dtype != torch.bool:
             raise ModelError(
@@ -52,7 +64,15 @@ def mix_mask(mix: Mix, grid: tuple[int, int], device: torch.device) -> torch.Ten
 
 
 def mix_tokens(tokens: torch.Tensor, mix: Mix | None) -> torch.Tensor:
-    """Tokens [B, D, h, w] with each image's partner where it is mixed; the given tensor is left as it is."""
+    """Replace the mixed tokens of each image by its partner's.
+
+    Args:
+        tokens: [B, D, h, w]; not modified.
+        mix: box or mask of the mixed tokens; None: no mixing.
+
+    Returns:
+        The mixed tokens, [B, D, h, w].
+    """
     if mix is None:
         return tokens
     grid = (tokens.shape[-2], tokens.shape[-1])
@@ -60,37 +80,54 @@ def mix_tokens(tokens: torch.Tensor, mix: Mix | None) -> torch.Tensor:
 
 
 def insert_token(tokens: torch.Tensor, token: torch.Tensor, position: int) -> torch.Tensor:
-    """Tokens [B, T, D] and one token [1, 1, D] to [B, T + 1, D], with it at `position`."""
+    """Insert `token` [1, 1, D] into `tokens` [B, T, D] at `position`. Returns [B, T + 1, D]."""
     return torch.cat([tokens[:, :position], token.expand(tokens.shape[0], -1, -1), tokens[:, position:]], 1)
 
 
 def without_token(sequence: torch.Tensor, position: int) -> torch.Tensor:
-    """[B, L, D] -> [B, L − 1, D] without the token at `position`."""
+    """Remove the token at `position` from `sequence` [B, L, D]. Returns [B, L − 1, D]."""
     return torch.cat([sequence[:, :position], sequence[:, position + 1 :]], 1)
 
 
 def resize_position_embedding(
-    embedding: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], old_place: int, new_place: int
+    embedding: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], old_index: int, new_index: int
 ) -> torch.Tensor:
-    """[1, L, D] of one grid to another, bicubic; the class token's entry moves from `old_place` to `new_place`."""
-    if old_grid == new_grid and old_place == new_place:
+    """Resize a position embedding to another grid (bicubic).
+
+    Args:
+        embedding: [1, L, D], the class token's entry included.
+        old_grid: h, w of the grid that it was made for.
+        new_grid: h, w of the grid that it is needed for.
+        old_index: where the class token's entry stands in `embedding`.
+        new_index: where it stands in the result.
+
+    Returns:
+        [1, L, D] for the new grid.
+    """
+    if old_grid == new_grid and old_index == new_index:
         return embedding
-    cls, grid = embedding[:, old_place : old_place + 1], without_token(embedding, old_place)
+    cls, grid = embedding[:, old_index : old_index + 1], without_token(embedding, old_index)
     planes = grid.mT.reshape(1, -1, *old_grid)
     if old_grid != new_grid:
         resized = F.interpolate(planes.float(), new_grid, mode="bicubic", antialias=True, align_corners=False)
         planes = resized.to(embedding.dtype)
-    return insert_token(planes.flatten(2).mT, cls, new_place)
+    return insert_token(planes.flatten(2).mT, cls, new_index)
 
 
 class TokenLabelHeads(nn.Module):
-    """A class head on one token and an auxiliary head on all others.
+    """A class head on the class token and an auxiliary head on all other tokens.
 
-    Subclasses set `head` and `aux_head` (Linear, or Identity where num_classes is 0; aux_head may be None), and give
+    Subclasses set `head` and `aux_head` (Linear, or Identity where num_classes is 0; aux_head may be None), and define
     `forward_features(images, mix)` -> [B, L, D] and `cls_position(length)`.
 
-    aux_weight   in evaluation, how much each class's largest auxiliary logit over the tokens adds to its class logit
-    global_pool  what the class head reads: "token" the class token, "avg" the mean of the others, "" every token
+    Attributes:
+        head: the class head.
+        aux_head: the auxiliary head; None: the model has none.
+        aux_weight: weight of the auxiliary logits in evaluation: each class's largest one over the tokens is added to
+            its class logit with this factor.
+        num_classes: number of classes of both heads; 0: no heads.
+        global_pool: input of the class head: "token" for the class token, "avg" for the mean of the other tokens, ""
+            for every token.
     """
 
     head: nn.Module
@@ -100,29 +137,40 @@ class TokenLabelHeads(nn.Module):
     global_pool: str
 
     def cls_position(self, length: int) -> int:
+        """Index of the class token in a sequence of `length` tokens."""
         raise NotImplementedError
 
     def forward_features(self, images: torch.Tensor, mix: Mix | None = None) -> torch.Tensor:
+        """Features [B, L, D] of images [B, in_chans, height, width]; `mix`: the tokens that the images swap."""
         raise NotImplementedError
 
     def pool(self, features: torch.Tensor) -> torch.Tensor:
-        """What the class head reads of features [B, L, D]: [B, D], or all of it where `global_pool` is ""."""
-        place = self.cls_position(features.shape[1])
+        """Pool features [B, L, D] for the class head: [B, D], or all of them where `global_pool` is ""."""
+        index = self.cls_position(features.shape[1])
         if self.global_pool == "token":
-            return features[:, place]
-        return without_token(features, place).mean(1) if self.global_pool == "avg" else features
+            return features[:, index]
+        return without_token(features, index).mean(1) if self.global_pool == "avg" else features
 
     def token_logits(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Class logits [B, C] and auxiliary logits [B, T, C] (None without an auxiliary head) of features [B, L, D]."""
+        """Apply both heads to features [B, L, D].
+
+        Returns:
+            Class logits [B, C] and auxiliary logits [B, T, C]; None for the latter without an auxiliary head.
+        """
         cls = self.head(self.pool(features))
         if self.aux_head is None:
             return cls, None
         return cls, self.aux_head(without_token(features, self.cls_position(features.shape[1])))
 
     def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> Logits:
-        """[B, L, D] -> in training (class logits, auxiliary logits), in evaluation one [B, C].
+        """Apply the heads to features [B, L, D].
 
-        pre_logits  the pooled features [B, D] instead
+        Args:
+            features: what `forward_features` returned.
+            pre_logits: return the pooled features [B, D] instead of logits.
+
+        Returns:
+            In training (class logits [B, C], auxiliary logits [B, T, C]); in evaluation one tensor [B, C].
         """
         if pre_logits:
             return self.pool(features)
@@ -134,19 +182,37 @@ class TokenLabelHeads(nn.Module):
         return cls + self.aux_weight * aux.amax(1) if self.aux_weight else cls
 
     def forward(self, images: torch.Tensor, mix: Mix | None = None) -> Logits:
-        """Images [B, in_chans, height, width]; `mix`: the box or mask [h, w] of tokens that a batch's images swap."""
+        """Run the model.
+
+        Args:
+            images: [B, in_chans, height, width].
+            mix: box or mask [h, w] of the tokens that the images of the batch swap; None: no mixing.
+
+        Returns:
+            In training (class logits [B, C], auxiliary logits [B, T, C]); in evaluation one tensor [B, C].
+        """
         return self.forward_head(self.forward_features(images, mix))
 
     def score_maps(self, images: torch.Tensor) -> torch.Tensor:
-        """Auxiliary logits as a map [B, C, h, w]: a trained model is a teacher of its own."""
+        """Auxiliary logits as a map, so that a trained model can be a teacher.
+
+        Args:
+            images: [B, in_chans, height, width].
+
+        Returns:
+            [B, C, h, w].
+
+        Raises:
+            ModelError: the model has no auxiliary head.
+        """
         features = self.forward_features(images)
         _, aux = self.token_logits(features)
         if aux is None or not self.num_classes:
             raise ModelError(
-                "this model has no auxiliary head, so no scores of its tokens; build it with aux_head=True"
+                "this model has no auxiliary head, so no scores for its tokens; build it with aux_head=True"
             )
         return aux.mT.unflatten(2, self.grid_of(images))
 
     def grid_of(self, images: torch.Tensor) -> tuple[int, int]:
-        """h, w of the token grid of images [B, in_chans, height, width]. Raises ModelError where they do not fit."""
+        """h, w of the token grid for images [B, in_chans, height, width]. Raises ModelError if they do not fit."""
         raise NotImplementedError

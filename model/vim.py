@@ -11,7 +11,7 @@ from model.vision_mamba import VisionMamba
 
 
 class Vim(VisionMamba):
-    """`VisionMamba` as Vim has it: one projection per patch, no auxiliary head."""
+    """Vim: `VisionMamba` with one linear projection per patch and no auxiliary head."""
 
 
 NAMES = ("vim_tiny", "vim_small", "vim_base")
@@ -26,14 +26,17 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> Vim:
 
 @register_model
 def vim_tiny(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim of width 192 with 24 layers; `kwargs` as for `VisionMamba`."""
     return _create("vim_tiny", pretrained, **{"embed_dim": 192, "depth": 24, **kwargs})
 
 
 @register_model
 def vim_small(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim of width 384 with 24 layers; `kwargs` as for `VisionMamba`."""
     return _create("vim_small", pretrained, **{"embed_dim": 384, "depth": 24, **kwargs})
 
 
 @register_model
 def vim_base(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim of width 768 with 24 layers; `kwargs` as for `VisionMamba`."""
     return _create("vim_base", pretrained, **{"embed_dim": 768, "depth": 24, **kwargs})

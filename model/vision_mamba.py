@@ -1,4 +1,4 @@
-"""Vision Mamba as a backbone with timm's interface; `vim` and `demansia` name its sizes.
+"""Vision Mamba as a backbone with timm's interface; `model.vim` and `model.demansia` register its sizes.
 
 Legend: B images; h×w token grid, T = h·w tokens; L = T + 1 sequence length; D model width.
 """
@@ -27,14 +27,15 @@ torch.fx.wrap("widen")
 
 
 class SumNorm(nn.RMSNorm):
-    """RMSNorm of what blocks have added up so far, in the type of its weights."""
+    """RMSNorm of the residual stream, computed in the dtype of its weights."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, L, D] -> [B, L, D] in the weights' dtype."""
         return super().forward(x.to(self.weight.dtype))
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), added up in float32 at least. [B, L, D] -> same."""
+    """x + mixer(norm(x)), with the sum in at least float32."""
 
     def __init__(self, dim: int, drop_path: float, **mixer: Any) -> None:
         super().__init__()
@@ -43,19 +44,37 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, L, D] -> [B, L, D]."""
         return widen(x) + self.drop_path(self.mixer(self.norm(x)))
 
 
 class VisionMamba(PatchModel):
-    """Patch tokens with a class token in their middle, through bidirectional Mamba mixers.
+    """Bidirectional Mamba layers on patch tokens and a class token.
 
-    img_size        side, or (height, width), in pixels; other sizes are refused (see `set_input_size`)
-    stem            "conv": LV-ViT's, "patch": one projection
-    aux_head        an auxiliary head on every token
-    cls_place       "middle" or "start" of the sequence
-    global_pool     what the class head reads, see `TokenLabelHeads`
-    drop_path_rate  rises linearly to this over the layers
-    d_state to backend  see `BidirectionalMamba`
+    Args:
+        img_size: side, or (height, width), in pixels; other sizes are refused (see `set_input_size`).
+        patch_size: side of a patch in pixels.
+        in_chans: channels of the images.
+        num_classes: classes of both heads; 0: no heads.
+        embed_dim: model width D.
+        depth: number of layers.
+        stem: "conv" for LV-ViT's convolutional stem, "patch" for one linear projection.
+        aux_head: add an auxiliary head on the patch tokens.
+        cls_place: position of the class token: "middle" or "start" of the sequence.
+        drop_rate: dropout on the embedded tokens.
+        drop_path_rate: stochastic depth of the last layer; it rises linearly from 0 over the layers.
+        global_pool: input of the class head, see `TokenLabelHeads`.
+        d_state: see `BidirectionalMamba`, as for the arguments below.
+        d_conv: taps of the causal convolution.
+        expand: E / D.
+        dt_rank: rank of the step size; None: D / 16, rounded up.
+        bidirectional: scan in both directions.
+        halve: average the two directions instead of adding them.
+        layer_scale: initial factor of each output channel; None: none.
+        backend: backend of the scan, see `model.ops.selective_scan`.
+
+    Raises:
+        ModelError: an unknown stem, cls_place or global_pool, or an img_size that does not divide into patches.
     """
 
     BLOCKS, NORM = "layers", "norm_f"
@@ -86,7 +105,7 @@ class VisionMamba(PatchModel):
         super().__init__()
         self.num_classes, self.embed_dim, self.num_features = num_classes, embed_dim, embed_dim
         self.head_hidden_size, self.in_chans, self.cls_place = embed_dim, in_chans, cls_place
-        self.num_prefix_tokens = 0  # the class token is in the middle: `without_token` takes it out
+        self.num_prefix_tokens = 0  # the class token is in the middle; `without_token` removes it
         self.grad_checkpointing = False
         stems = {"conv": ConvStem, "patch": PatchProjection}
         if stem not in stems or cls_place not in ("middle", "start"):
@@ -121,8 +140,8 @@ class VisionMamba(PatchModel):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        for place in (self.cls_token, self.pos_embed):
-            trunc_normal_(place, std=0.02)
+        for parameter in (self.cls_token, self.pos_embed):
+            trunc_normal_(parameter, std=0.02)
         for module in self.patch_embed.modules():
             if isinstance(module, nn.Conv2d):
                 lecun_normal_(module.weight)
@@ -133,21 +152,23 @@ class VisionMamba(PatchModel):
                 trunc_normal_(head.weight, std=0.02)
                 nn.init.zeros_(head.bias)
         for layer in cast(list[Block], self.layers):
-            # As in GPT-2: the sum over all layers starts with the variance of one.
+            # As in GPT-2: at the start the sum over all layers has the variance of one layer.
             layer.mixer.out_proj.weight.data.div_(math.sqrt(len(self.layers)))
 
     def cls_position(self, length: int) -> int:
+        """Index of the class token in a sequence of `length` tokens."""
         return (length - 1) // 2 if self.cls_place == "middle" else 0
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters whose decay would hurt: states, skips, positions; timm adds norms and biases."""
+        """Names of the parameters that should have no weight decay: A, D, positions; timm adds norms and biases."""
         marked = ("A_log", "A_b_log", "D", "D_b")
         states = {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in marked}
         return states | {"pos_embed", "cls_token"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's groups of parameters, for layer-wise learning rates."""
         return {
             "stem": r"^cls_token|pos_embed|patch_embed",
             "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],

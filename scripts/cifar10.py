@@ -46,7 +46,7 @@ from train.record.continuation import differences
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
-NETWORK = 1  # raise it with any change that gives other weights: a stored teacher of another number is trained anew
+NETWORK = 1  # increase with any change that affects the weights: stored teachers of another number are trained again
 RECIPE = "cifar10_nano"
 ARMS = {text.replace(" ", "-"): (text, overrides.split()) for text, overrides in demo_students.ARMS.items()}
 
@@ -61,14 +61,14 @@ def teacher() -> nn.Module:
 
 
 def unpack(archive: Path, out: Path) -> dict[str, Any]:
-    """The archive's images below the folder `out`, whole or not at all; what it was. Raises InputError where unfit."""
+    """Unpack the archive's images to `out`, completely or not at all. Raises InputError if it is not CIFAR-10."""
     try:
         with zipfile.ZipFile(archive) as file:
             images = [info for info in file.infolist() if info.filename.endswith(".jpg")]
-            found = {tuple(info.filename.split("/")[:-1]) for info in images}
-            if found != {(split, name) for split in ("train", "test") for name in CLASSES}:
+            folders = {tuple(info.filename.split("/")[:-1]) for info in images}
+            if folders != {(split, name) for split in ("train", "test") for name in CLASSES}:
                 raise InputError(
-                    f"{archive} does not hold CIFAR-10", got=f"images in {len(found)} folders",
+                    f"{archive} is not an archive of CIFAR-10", got=f"images in {len(folders)} folders",
                     expected="train/CLASS/*.jpg and test/CLASS/*.jpg of its ten classes",
                 )  # fmt: skip
             source = {"images": len(images), "checksum": sum(info.CRC for info in images)}
@@ -81,12 +81,12 @@ def unpack(archive: Path, out: Path) -> dict[str, Any]:
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{archive} cannot be unpacked", got=error, expected="a .zip file of images") from None
     if json.loads((out / "source.json").read_text()) != source:
-        raise InputError(f"{out} holds other images", remedy="Choose another --out.")
+        raise InputError(f"{out} contains other images", remedy="Choose another --out.")
     return source
 
 
 def train_teacher(images: Path, out: Path, source: dict[str, Any], steps: int, bfloat16: bool) -> TeacherReport:
-    """Train on `images`/train, test on `images`/test, write the weights to `out`; kept if they are there already."""
+    """Train on `images`/train, test on `images`/test and write the weights to `out`, unless they exist already."""
     settings = {"network": NETWORK, "source": source, "steps": steps, "bfloat16": bfloat16}
     if (report := stored_report(out, settings)) is not None:
         return report
@@ -104,7 +104,7 @@ def train_teacher(images: Path, out: Path, source: dict[str, Any], steps: int, b
 
 
 def label(images: Path, checkpoint: str, store: Path, before: dict[str, Any]) -> dict[str, Any]:
-    """Label and verify; the summary of the labeling, which is `before` where nothing was left to do."""
+    """Label and verify. Returns the labeling's summary, or `before` if nothing was left to do."""
     names = store.with_name("classes.txt")
     names.write_text("\n".join(CLASSES) + "\n")
     who = ["--teacher", "scripts.cifar10:teacher", "--checkpoint", checkpoint, "--class-names", str(names)]
@@ -115,7 +115,7 @@ def label(images: Path, checkpoint: str, store: Path, before: dict[str, Any]) ->
 
 
 def train_arm(arm: str, seed: int, out: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Train one student; the summary of its run, from its folder where it is finished."""
+    """Train one student. Returns the summary of its run, read from its folder if it is finished."""
     folder = out / f"{arm}-{seed}"
     settings = [
         f"data.images={out / 'images' / 'train'}",
@@ -133,7 +133,7 @@ def train_arm(arm: str, seed: int, out: Path, overrides: Sequence[str]) -> dict[
 
 
 def command(package: ModuleType, arguments: list[str]) -> dict[str, Any]:
-    """Run a package's command line; the JSON object that it prints. Ends the script where it fails."""
+    """Run a package's command line. Returns the JSON object that it prints; exits the script if it fails."""
     run: Callable[[list[str]], int] = package.main
     name = package.__name__.removesuffix(".__main__")
     print(f"$ python -m {name} {shlex.join(arguments)}", flush=True)
@@ -145,7 +145,7 @@ def command(package: ModuleType, arguments: list[str]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results for people."""
+    """The results as text."""
     taught, labels = results["teacher"], results["labels"]
     lines = [
         f"teacher: {taught['test_accuracy']:.2%} of the test images right, {taught['seconds']:.0f} s of training",
@@ -163,7 +163,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All of it; results are written after every part."""
+    """Run everything; results are written after each part."""
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     written = out / "results.json"
@@ -185,13 +185,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.cifar10", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help=".zip file of train/CLASS/*.jpg and test/CLASS/*.jpg")
-    parser.add_argument("--out", type=Path, default=Path("runs/cifar10"))
-    parser.add_argument("--steps", type=int, help="of each student (default: the recipe's)")
-    parser.add_argument("--teacher-steps", type=int, default=2000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--arms", choices=ARMS, nargs="*", default=list(ARMS), help="none: teacher and labels alone")
-    parser.add_argument("--bfloat16", action="store_true", help="train the teacher in it: fast where the CPU has AMX")
-    parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="section.key=value")
+    parser.add_argument("--out", type=Path, default=Path("runs/cifar10"), help="output folder (%(default)s)")
+    parser.add_argument("--steps", type=int, help="training steps of each student (default: the recipe's)")
+    parser.add_argument("--teacher-steps", type=int, default=2000, help="training steps of the teacher (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="random seeds of the students")
+    parser.add_argument(
+        "--arms", choices=ARMS, nargs="*", default=list(ARMS), help="students to train; none: only teacher and labels"
+    )
+    parser.add_argument("--bfloat16", action="store_true", help="train the teacher in bfloat16: fast on CPUs with AMX")
+    parser.add_argument(
+        "--set", dest="overrides", nargs="+", default=[], metavar="section.key=value", help="overrides of the recipe"
+    )
     options = parser.parse_args(arguments)
     try:
         results = run(options)

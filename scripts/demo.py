@@ -2,7 +2,7 @@
 
     python -m scripts.demo --out demo        (this is `make demo`)
 
-About seven minutes on two CPU cores; run again, it keeps what is done. Everything it writes is below --out.
+Takes about seven minutes on two CPU cores; a second run keeps finished parts. All files are written below --out.
 """
 
 from __future__ import annotations
@@ -27,51 +27,56 @@ INPUT = "--image-size 64 --patch 8"
 
 
 def main() -> int:
+    """Run the demo from the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--train", type=int, default=2000, help="scenes to label")
-    parser.add_argument("--test", type=int, default=1000, help="scenes to test the teacher on")
-    parser.add_argument("--teacher-steps", type=int, default=400)
-    parser.add_argument("--student-steps", type=int, default=400)
-    parser.add_argument("--tta", choices=("flip", "none"), default="flip", help="of the teacher's maps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="output folder (%(default)s)")
+    parser.add_argument("--train", type=int, default=2000, help="number of scenes to label (%(default)s)")
+    parser.add_argument("--test", type=int, default=1000, help="number of scenes to test on (%(default)s)")
+    parser.add_argument("--teacher-steps", type=int, default=400, help="training steps of the teacher (%(default)s)")
+    parser.add_argument("--student-steps", type=int, default=400, help="training steps per student (%(default)s)")
+    parser.add_argument(
+        "--tta", choices=("flip", "none"), default="flip", help="test-time augmentation of the teacher (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
     options = parser.parse_args()
     started = time.perf_counter()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
 
-    heading(1, "scenes: textured objects of ten classes, with the class of every pixel kept aside")
+    heading(1, "scenes: textured objects of ten classes, and the true class of every pixel for later checks")
     scenes = generate_scenes(out / "scenes", options.train, options.test, options.seed, progress=True)
 
-    heading(2, "teacher: a small timm network, trained on the image labels alone")
+    heading(2, "teacher: a small timm network, trained on image labels only")
     teacher = train_teacher(scenes.root, out / "teacher.safetensors", options.teacher_steps, progress=True)
     print(f"test accuracy {teacher.test_accuracy:.1%} after {teacher.seconds:.0f} s of training")
 
     images, store, page = scenes.root / "train", out / "labels", out / "report.html"
-    heading(3, "labels: the teacher's map of every image, by two Ray workers")
-    who = (
+    heading(3, "labels: the teacher's map of every image, computed by two Ray workers")
+    teacher_options = (
         f"--teacher {TEACHER} --checkpoint {quoted(teacher.checkpoint)} --tta {options.tta} "
         f"--class-names {quoted(scenes.root / 'classes.txt')}"
     )
-    summary = json.loads(command("labeler", f"label {quoted(images)} --store {quoted(store)} {who} --workers 2 --json"))
+    summary = json.loads(
+        command("labeler", f"label {quoted(images)} --store {quoted(store)} {teacher_options} --workers 2 --json")
+    )
 
-    heading(4, "verify: every bit, every image, and some rows labeled again")
+    heading(4, "verify: the whole store, all images, and some rows by labeling them again")
     verified = json.loads(
         command("labeler", f"verify {quoted(store)} --images {quoted(images)} --relabel 50 --trusted --json")
     )
 
-    heading(5, "batches: images and maps cropped together; one drawn, an epoch timed")
+    heading(5, "batches: crop images and maps together; draw one batch and time an epoch")
     picture = out / "batch.png"
     command("pipeline", f"view {quoted(images)} --store {quoted(store)} --out {quoted(picture)} {INPUT} --mix image")
     loader_rate = time_epoch(images, store)
 
-    heading(6, "students: one network, trained in three ways on the same scenes")
+    heading(6, "students: the same network, trained in three ways on the same scenes")
     students = train_students(out, options.seed, options.student_steps)
 
     heading(7, "report")
     truth = scenes.root / "truth" / "train"
     report_options = f"--truth {quoted(truth)} --sample {options.train} --title 'Scenes, labeled' --json"
-    told = json.loads(
+    report = json.loads(
         command("labeler", f"report {quoted(store)} --images {quoted(images)} --out {quoted(page)} {report_options}")
     )
     add_students(page, students, scenes.root)
@@ -84,7 +89,7 @@ def main() -> int:
         "kl": summary["kl"],
         "first_kept": summary["first_kept"],
         "problems": len(verified["problems"]),
-        "map_accuracy": told["truth"]["right"],
+        "map_accuracy": report["truth"]["right"],
         "loader_images_per_s": loader_rate,
         "student_accuracy": {student.arm: student.accuracy for student in students},
         "student_images_per_s": {student.arm: student.images_per_s for student in students},
@@ -96,11 +101,12 @@ def main() -> int:
 
 
 def quoted(path: Path) -> str:
+    """The path, quoted for a shell."""
     return shlex.quote(str(path))
 
 
 def time_epoch(images: Path, store: Path) -> float:
-    """Images per second of one epoch of 64-pixel crops with RandAugment and token targets."""
+    """Loader speed in images per second, over one epoch of 64-pixel crops with RandAugment and token targets."""
     config = LoaderConfig(
         str(images), str(store), batch_size=32, image_size=64, grid=(8, 8), auto_augment="rand-m9-mstd0.5-inc1",
         mix="token", cache="ram",

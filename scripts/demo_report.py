@@ -1,4 +1,4 @@
-"""What the demo's report says of the students: their accuracy, curves, and answers laid over unseen scenes.
+"""The students' part of the demo's report: their accuracy, curves, and predictions drawn over test scenes.
 
 Legend: B images; C classes; h×w token grid.
 """
@@ -17,7 +17,7 @@ from labeler.base.whole_files import replace_file
 from labeler.report.charts import COLOURS, lay_over, picture
 from pipeline.view import WHOLE
 from scripts.demo_students import Student
-from train.evaluation.single_images import normalized, see
+from train.evaluation.single_images import load_image, normalized
 from train.evaluation.validate import load_trained
 from train.record.curves import draw_comparison
 
@@ -25,7 +25,7 @@ PICTURES, SIDE = 16, 170
 
 
 def add_students(page: Path, students: Sequence[Student], scenes: Path) -> None:
-    """Put the comparison above the first chapter of the labeler's report."""
+    """Insert the comparison before the first chapter of the labeler's report."""
     curves = page.with_name("students.png")
     draw_comparison({student.arm: student.folder for student in students}, curves)
     rows = "".join(
@@ -55,30 +55,30 @@ def picture_of(path: Path) -> str:
 
 @torch.inference_mode()
 def answers(students: Sequence[Student], images: Path) -> str:
-    """Some scenes of every class with each student's answer."""
+    """HTML of some test scenes with each student's prediction."""
     trained = [load_trained(student.folder) for student in students]
     files = sorted(images.glob("*/*.jpg"))
     files = [files[i] for i in np.sort(np.random.default_rng(0).permutation(len(files))[:PICTURES])]
-    seen = [see(file, trained[0]) for file in files]
-    inputs = normalized(seen, trained[0])
+    pixels = [load_image(file, trained[0]) for file in files]
+    inputs = normalized(pixels, trained[0])
     guesses = [one.net(inputs).argmax(1).tolist() for one in trained]
     confidence, classes = trained[-1].net.score_maps(inputs).softmax(1).max(1)
     names = trained[0].class_names
-    shown = []
+    parts = []
     for b, file in enumerate(files):
         truth = trained[0].class_folders[file.parent.name]
-        image = Image.fromarray(seen[b]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        image = Image.fromarray(pixels[b]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         tints = np.array(COLOURS, np.uint8)[classes[b].numpy()]
         overlay = lay_over(image, tints, 0.15 + 0.75 * confidence[b].numpy(), WHOLE)
-        told = "".join(
+        lines = "".join(
             f"<div>{'✓' if guess[b] == truth else '✗'} {escape(student.arm)}: {escape(names[guess[b]])}</div>"
             for student, guess in zip(students, guesses, strict=True)
         )
         count = classes[b].flatten().bincount()
         present = [c for c in count.argsort(descending=True).tolist()[:3] if count[c]]
         legend = "".join(f'<span><i style="background:rgb{COLOURS[c]}"></i>{escape(names[c])}</span>' for c in present)
-        shown.append(
+        parts.append(
             f'<div class="map"><div class="pair">{picture(image)}{picture(overlay)}</div>'
-            f'<div class="legend">{legend}</div><div class="name">is <b>{escape(names[truth])}</b>{told}</div></div>'
+            f'<div class="legend">{legend}</div><div class="name">is <b>{escape(names[truth])}</b>{lines}</div></div>'
         )
-    return "".join(shown)
+    return "".join(parts)

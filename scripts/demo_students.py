@@ -2,7 +2,7 @@
 
     python -m scripts.demo_students demo --seeds 0 1 2        (after `make demo`, which runs seed 0)
 
-All arms have the same network, images, crops, steps and seed; only what the loss is told differs. The middle arm is the
+All arms have the same network, images, crops, steps and seed; only the targets differ. The middle arm is the
 control: it has a loss on every token, as token labels do, but no map. A run that is there already is kept.
 """
 
@@ -27,7 +27,7 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Student:
-    """One arm's run: its folder, top-1 on unseen scenes after the last step, and training images per second."""
+    """One arm's run: its folder, top-1 on the test scenes after the last step, and speed in images per second."""
 
     arm: str
     folder: Path
@@ -45,36 +45,36 @@ def train_student(demo: Path, arm: str, seed: int, steps: int) -> Student:
     data = {"images": demo / "scenes" / "train", "store": demo / "labels", "validation": demo / "scenes" / "test"}
     where = " ".join(f"data.{name}={shlex.quote(str(path))}" for name, path in data.items())
     how = f"{where} run.out={shlex.quote(str(folder))} run.seed={seed} schedule.steps={steps} {ARMS[arm]}"
-    found = json.loads(command("train", f"fit demo {how.strip()} --resume auto --json"))
+    summary = json.loads(command("train", f"fit demo {how.strip()} --resume auto --json"))
     speeds = [json.loads(line)["images_per_s"] for line in (folder / "speed.jsonl").read_text().splitlines()]
-    return Student(arm, folder, found["top1"], statistics.median(speeds))
+    return Student(arm, folder, summary["top1"], statistics.median(speeds))
 
 
 def command(package: str, arguments: str) -> str:
-    """Run one command of a package as a user would; its standard output. Ends the demo where it fails."""
+    """Run a package's command as a user would. Returns its standard output; exits the demo if it fails."""
     print(f"$ python -m {package} {arguments}", flush=True)
     done = subprocess.run([sys.executable, "-m", package, *shlex.split(arguments)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"the demo stopped: `{package} {arguments.split()[0]}` ended with status {done.returncode}")
+        raise SystemExit(f"the demo stopped: `{package} {arguments.split()[0]}` failed with status {done.returncode}")
     return done.stdout
 
 
 def table(students: Sequence[Sequence[Student]]) -> str:
-    """One line for each arm: mean and spread over seeds, given as one list of arms for each seed."""
+    """One line for each arm: mean and standard deviation over seeds; the argument has one list of arms per seed."""
     lines = []
     for same in zip(*students, strict=True):
-        found = [student.accuracy for student in same]
-        spread = f" ± {statistics.stdev(found):.1%}" if len(found) > 1 else ""
-        each = f"  ({', '.join(f'{value:.1%}' for value in found)})" if len(found) > 1 else ""
-        lines.append(f"{same[0].arm:28} {statistics.mean(found):.1%}{spread}{each}")
+        values = [student.accuracy for student in same]
+        spread = f" ± {statistics.stdev(values):.1%}" if len(values) > 1 else ""
+        each = f"  ({', '.join(f'{value:.1%}' for value in values)})" if len(values) > 1 else ""
+        lines.append(f"{same[0].arm:28} {statistics.mean(values):.1%}{spread}{each}")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("demo", type=Path, help="folder that `make demo` wrote")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds, one run per arm each")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of each run (%(default)s)")
     options = parser.parse_args()
     print(table([train_students(options.demo, seed, options.steps) for seed in options.seeds]))
 

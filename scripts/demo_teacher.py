@@ -1,4 +1,4 @@
-"""The demo's teacher: a small timm ResNet of stride 8, trained on the scenes' image labels in about a minute.
+"""The teacher of the demo: a small timm ResNet of stride 8, trained on the scenes' image labels in about a minute.
 
     python -m scripts.demo_teacher SCENES OUT.safetensors --steps 400
 
@@ -35,12 +35,12 @@ LABEL_SIDE, TRAIN_SIDE = 80, 64
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 SMALLEST_CROP = 0.5  # of the scene's area; such a crop nearly always holds most of the largest object
 BATCH, RATE, DECAY, SMOOTHING = 64, 8e-3, 0.05, 0.1
-RECIPE = 2  # raise it with any change that gives other weights: a stored teacher of another number is trained anew
+RECIPE = 2  # increase with any change that affects the weights: stored teachers of another number are trained again
 
 
 @dataclass(frozen=True)
 class TeacherReport:
-    """Where the weights are, and what the training reached; `seconds` and `images_per_s` are of the training alone."""
+    """The file of weights and the result of the training; `seconds` and `images_per_s` are of the training only."""
 
     checkpoint: str
     test_accuracy: float
@@ -64,7 +64,7 @@ def scene_teacher() -> nn.Module:
 
 
 def described(model: ResNet, side: int) -> ResNet:
-    """The model with what the labeler asks of a teacher: its input's size and colours."""
+    """The model with the attributes that the labeler needs of a teacher: input size, mean and std."""
     model.pretrained_cfg = model.default_cfg = {
         "input_size": (3, side, side),
         "mean": MEAN,
@@ -85,7 +85,7 @@ def train_teacher(scenes: Path, out: Path, steps: int, progress: bool, seed: int
     scenes, out = Path(scenes), Path(out)
     if steps < 2 or out.suffix != ".safetensors":
         got = f"{steps} steps, file {out.name}"
-        raise InputError("the teacher cannot be trained so", got=got, expected="2 steps or more, a .safetensors file")
+        raise InputError("the teacher cannot be trained", got=got, expected="2 steps or more, a .safetensors file")
     settings = {"recipe": RECIPE, "scenes": _complete_set(scenes), "steps": steps, "seed": seed}
     if (report := stored_report(out, settings)) is not None:
         return report
@@ -109,7 +109,7 @@ def load_split(
     side: int = LABEL_SIDE,
     classes: Sequence[str] = CLASSES,
 ) -> tuple[Tensor, Tensor]:
-    """All images of a split as the teacher sees them: pixels uint8 [N, 3, S, S] and labels int64 [N]."""
+    """All images of a split at the teacher's input size: pixels uint8 [N, 3, S, S] and labels int64 [N]."""
     files = sorted(folder.glob("*/*.jpg"))
     pixels = np.empty((len(files), 3, side, side), np.uint8)
     for i, file in enumerate(tqdm(files, title, disable=not progress, unit="img")):
@@ -119,7 +119,7 @@ def load_split(
 
 
 def random_crops(pixels: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Random resized crops, half of them mirrored: uint8 [B, 3, S, S] to float [B, 3, side, side] in 0..255."""
+    """Random resized crops, half of them flipped: uint8 [B, 3, S, S] to float [B, 3, side, side] in 0..255."""
 
     def draw(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(len(pixels), generator=generator)
@@ -150,7 +150,7 @@ def fit_teacher(
     side: int = TRAIN_SIDE,
     bfloat16: bool = False,
 ) -> None:
-    """Train `model` on random crops of `side` pixels; `bfloat16` in its forward pass, for CPUs that compute in it."""
+    """Train `model` on random crops of `side` pixels; `bfloat16`: in its forward pass, for CPUs that support it."""
     optimizer = create_optimizer_v2(model, opt="adamw", lr=RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.2)
     order = torch.empty(0, dtype=torch.int64)
@@ -173,7 +173,7 @@ def fit_teacher(
 
 @torch.inference_mode()
 def top1(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
-    """Share of the images whose class is the model's first."""
+    """Top-1 accuracy of the model."""
     guesses = torch.cat([model(_normalised(part)).argmax(1) for part in pixels.split(100)])
     return (guesses == labels).double().mean().item()
 
@@ -184,12 +184,14 @@ def _complete_set(scenes: Path) -> dict:
     except (OSError, ValueError):
         recorded = {}
     if not recorded.get("complete"):
-        raise InputError(f"{scenes} holds no complete set of scenes", remedy=f"Run python -m scripts.scenes {scenes}.")
+        raise InputError(
+            f"{scenes} does not contain a complete set of scenes", remedy=f"Run python -m scripts.scenes {scenes}."
+        )
     return recorded
 
 
 def stored_report(out: Path, settings: dict) -> TeacherReport | None:
-    """The report in `out`, if that holds a teacher of these settings."""
+    """The report in `out`, if that file is a teacher with these settings."""
     try:
         with safe_open(out, "pt") as file:
             kept = file.metadata() or {}
@@ -201,7 +203,7 @@ def stored_report(out: Path, settings: dict) -> TeacherReport | None:
 
 
 def store_teacher(model: nn.Module, out: Path, settings: dict, report: TeacherReport) -> None:
-    """Write weights, settings and report, or nothing, to the .safetensors file `out`."""
+    """Write weights, settings and report to the .safetensors file `out`, completely or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -211,10 +213,10 @@ def store_teacher(model: nn.Module, out: Path, settings: dict, report: TeacherRe
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.demo_teacher", description="Train the demo's teacher.")
-    parser.add_argument("scenes", type=Path, help="folder that scripts.scenes wrote")
+    parser.add_argument("scenes", type=Path, help="folder written by scripts.scenes")
     parser.add_argument("out", type=Path, help=".safetensors file to write")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=400, help="training steps (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
     options = parser.parse_args()
     try:
         report = train_teacher(options.scenes, options.out, options.steps, True, options.seed)

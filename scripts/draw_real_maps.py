@@ -3,7 +3,7 @@
     python -m labeler label PHOTOS --store labels --teacher scripts.efficientnet_lite:lite2 --input-size 448
     python -m scripts.draw_real_maps PHOTOS labels --out docs/real-maps.jpg
 
-Each cell has the colour of its most probable class, the stronger the surer; a legend says how sure the surest cell is.
+Each cell has the color of its most probable class, the stronger the more probable; the legend has its maximum.
 
 Legend: C classes; H×W map grid.
 """
@@ -83,7 +83,7 @@ def draw(photos: Path, store: LabelStore, keys: Sequence[str]) -> Image.Image:
 
 
 def tints(p: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[tuple[int, float]]]:
-    """How a map p [C, H, W] is shown: colours uint8 [H, W, 3], strengths [H, W], and the classes that have a colour.
+    """The tints of a map p [C, H, W]: colors uint8 [H, W, 3], strengths [H, W], and the classes that have a color.
 
     Each class comes with its probability in its surest cell. They are those that hold the most probability in cells
     where they come first, the largest first; cells of other classes are grey.
@@ -107,7 +107,7 @@ def _class_names(store: LabelStore) -> Sequence[str]:
 
 
 def _jpeg(page: Image.Image) -> bytes:
-    """The picture in at most MOST_BYTES, as good as that allows; text stays crisp without chroma subsampling."""
+    """The picture as JPEG of at most MOST_BYTES, in the best quality that fits; text needs no chroma subsampling."""
     for quality in range(92, 40, -4):
         file = io.BytesIO()
         page.save(file, "JPEG", quality=quality, subsampling=0, optimize=True)
@@ -119,9 +119,11 @@ def _jpeg(page: Image.Image) -> bytes:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.draw_real_maps", description=__doc__.splitlines()[0])
     parser.add_argument("photos", type=Path, help="folder of photographs")
-    parser.add_argument("store", type=Path, help="their labels")
+    parser.add_argument("store", type=Path, help="label store of the photographs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "real-maps.jpg")
-    parser.add_argument("--keys", nargs="+", metavar="KEY", help="these, from left to right (default: all)")
+    parser.add_argument(
+        "--keys", nargs="+", metavar="KEY", help="photographs to draw, from left to right (default: all)"
+    )
     options = parser.parse_args(arguments)
     try:
         store = LabelStore(options.store)

@@ -53,10 +53,10 @@ def lite2() -> nn.Module:
 
 
 def teacher(name: str) -> nn.Module:
-    """One of `DIGESTS` for evaluation; its `pretrained_cfg`, timm's own, tells the labeler size, mean and std.
+    """One of `DIGESTS`, in evaluation mode; its `pretrained_cfg`, timm's own, has input size, mean and std.
 
     Raises:
-        TeacherError: where its package is missing, or holds other weights.
+        TeacherError: its package is missing, or contains other weights.
     """
     model = timm.create_model(f"tf_efficientnet_{name}")
     model.load_state_dict(renamed(read_weights(name), model.state_dict()))
@@ -74,7 +74,7 @@ def read_weights(name: str) -> dict[str, Tensor]:
     # The package is found, not imported: none of its code is run.
     found = importlib.util.find_spec(module)
     if found is None or not found.submodule_search_locations:
-        raise TeacherError(f"{package} is not installed, which holds the teacher's weights", remedy=f"{INSTALL}.")
+        raise TeacherError(f"{package} is not installed; it contains the teacher's weights", remedy=f"{INSTALL}.")
     path = Path(found.submodule_search_locations[0]) / "models" / file_name
     try:
         data = path.read_bytes()

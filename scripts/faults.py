@@ -1,4 +1,4 @@
-"""The matrix of faults: runs the tests that inject them, prints what held, and writes `docs/reliability.md`.
+"""The fault matrix: runs the tests that inject faults, prints which rows passed, and writes `docs/reliability.md`.
 
     python -m scripts.faults            full counts (this is `make faults`; about ten minutes on two CPU cores)
     python -m scripts.faults --quick    the counts of the ordinary suite; writes no page
@@ -79,7 +79,7 @@ ROWS = {
 
 
 class Recorder:
-    """A pytest plugin: which tests show which row, and how each ended."""
+    """A pytest plugin that records which tests belong to which row, and their outcomes."""
 
     def __init__(self) -> None:
         self.rows: dict[str, list[int]] = {}
@@ -106,7 +106,7 @@ class Recorder:
 
 
 def outcome(tests: list[tuple[str, str, str]]) -> str:
-    """ "held", or what stands in the way."""
+    """ "held", or why not."""
     failed = [test for test, how, _ in tests if how == "failed"]
     skipped = [reason for _, how, reason in tests if how == "skipped"]
     if failed:
@@ -160,9 +160,9 @@ def page(outcomes: dict[int, str], by_row: dict[int, Counter[str]], told: str, t
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="reduced counts; print only")
+    parser.add_argument("--quick", action="store_true", help="reduced counts; only print the result")
     parser.add_argument(
-        "--row", type=int, action="append", choices=ROWS, metavar="N", help="only these rows; print only"
+        "--row", type=int, action="append", choices=ROWS, metavar="N", help="run only these rows; only print the result"
     )
     options = parser.parse_args()
     recorder, started = Recorder(), time.perf_counter()
@@ -191,7 +191,7 @@ def main() -> int:
 
 
 class _OnlyRows:
-    """Leaves the tests of other rows out."""
+    """Deselect the tests of other rows."""
 
     def __init__(self, rows: list[int]) -> None:
         self._rows = set(rows)

@@ -261,7 +261,7 @@ class RecipeTarget:
 
 
 class ImageListTarget:
-    """Lists of images: every key that comes out must be a file below the root."""
+    """Image lists: every resulting key must be a file below the root."""
 
     WORDS = (b"../", b"/etc/passwd", b"\0", b"\\", b"//", b"./", b"\n", b"\r\n", b"\xff", b"\xe2\x80\xa8",
              b"class0/img000.jpg", b"CLASS0/IMG000.JPG", b"out/secret.jpg", b" ", b"\xc2\x85", b"A" * 300)  # fmt: skip
@@ -297,7 +297,7 @@ class ImageListTarget:
 
 
 class CheckpointTarget:
-    """A training checkpoint with its digests repaired, and published files of which some carry code."""
+    """A training checkpoint with repaired digests, and published files, some of which contain code."""
 
     WORDS = (b"cos\nsystem\n", b"cbuiltins\nbytearray\n", b"ctorch\nTensor\n", b"R", b"b", b"\x81", b"\x93", b"(",
              b"t", b"]", b"}", b"u", b"Q", b"\x8a\x08\0\0\0\0\0\0\0\x10", b"ccollections\nOrderedDict\n", b"q\0",
@@ -365,7 +365,7 @@ class CheckpointTarget:
                 (self.folder / other).write_bytes(content)
 
     def _mutated(self, data: bytes) -> bytes:
-        """Mostly in the pickle of an archive, with the archive's own checksums made to fit."""
+        """Mutate mostly the pickle of an archive, and repair the archive's own checksums."""
         if not zipfile.is_zipfile(io.BytesIO(data)):
             # The header of a safetensors file is where damage has meaning.
             head = min(len(data), 2000)
@@ -423,7 +423,7 @@ def _too_long(number: int, frame: object) -> None:
 
 
 def fuzz(name: str, minutes: float, seed: int, kept: Path) -> int:
-    """Try for so long; the number of tries that went wrong, each with its input and trace in `kept`."""
+    """Fuzz for some time. Returns how many inputs caused unexpected errors; these are written to `kept`."""
     wrong, tries, seen = 0, 0, Counter[str]()
     signal.signal(signal.SIGALRM, _too_long)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
@@ -452,9 +452,11 @@ def fuzz(name: str, minutes: float, seed: int, kept: Path) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.fuzz", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("target", choices=("store", "recipe", "image-list", "checkpoint"))
-    parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kept", type=Path, default=Path("runs/fuzz"), help="where inputs that went wrong are put")
+    parser.add_argument("--minutes", type=float, default=5, help="how long to run (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
+    parser.add_argument(
+        "--kept", type=Path, default=Path("runs/fuzz"), help="folder for inputs that cause unexpected errors"
+    )
     options = parser.parse_args(arguments)
     return int(fuzz(options.target, options.minutes, options.seed, options.kept) > 0)
 

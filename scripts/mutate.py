@@ -1,4 +1,6 @@
-"""Changes the code in small ways and counts which of them the tests notice: `python -m scripts.mutate --count 40`.
+"""Mutation testing: makes small changes to the code and counts which the tests notice.
+
+    python -m scripts.mutate --count 40
 
 A change is one operator, comparison, constant or condition of a core file (`mutate.toml` names them and their tests).
 The work is done on a copy of the working tree; nothing of the tree itself is touched. A change that passes its file's
@@ -41,7 +43,7 @@ SKIPPED_ARGUMENTS = {"strict", "non_blocking", "remedy", "got", "expected"}
 
 @dataclasses.dataclass(frozen=True)
 class Mutation:
-    """The `number`-th change of a file; `name` says what becomes what, and in which function."""
+    """The `number`-th change of a file; `name` contains the function, the old code and the new code."""
 
     file: str
     number: int
@@ -70,7 +72,7 @@ def places(node: ast.AST, scope: str = "") -> Iterator[tuple[ast.AST, str]]:
 
 
 def change(node: ast.AST) -> bool:
-    """Changes a node in place; False where there is nothing to change."""
+    """Change a node in place. Returns False if there is nothing to change."""
     if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
         node.ops[0] = SWAPS[type(node.ops[0])]()
     elif isinstance(node, (ast.BinOp, ast.AugAssign, ast.BoolOp)) and type(node.op) in SWAPS:
@@ -125,7 +127,7 @@ def mutated(source: str, number: int) -> str:
 
 
 def copy_tree(target: Path) -> None:
-    """The files that git tracks or would, as they are now; not what lies beside the tree."""
+    """Copy the files that git tracks, and untracked files that it does not ignore, as they are now."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0"):
         if name and (ROOT / name).is_file():
@@ -154,7 +156,7 @@ def tests_pass(tree: Path, tests: list[str], timeout: float) -> str:
 def run(
     chosen: list[Mutation], tests: dict[str, list[str]], timeout: float, unchecked: bool
 ) -> Iterator[tuple[Mutation, str]]:
-    """Each change and "caught", "survived" or "timeout", which counts as caught: the tests would hang."""
+    """Each change with "caught", "survived" or "timeout"; a timeout counts as caught, as the tests would hang."""
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         tree = Path(folder) / "main"
         copy_tree(tree)
@@ -174,14 +176,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.mutate", description="How many small changes do tests notice?"
     )
-    parser.add_argument("--files", nargs="*", help="of those in scripts/mutate.toml; default: all")
-    parser.add_argument("--count", type=int, default=40, help="changes, drawn over all files (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
-    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="of a change's tests (%(default)s)")
-    parser.add_argument("--unchecked", action="store_true", help="the tests are known to pass: do not run them first")
-    parser.add_argument("--only", metavar="TEXT", help="changes whose name has this text")
+    parser.add_argument("--files", nargs="*", help="files of scripts/mutate.toml to change (default: all)")
+    parser.add_argument("--count", type=int, default=40, help="number of changes, drawn from all files (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the draw (%(default)s)")
+    parser.add_argument(
+        "--timeout", type=float, default=300, metavar="S", help="time limit for the tests of a change (%(default)s)"
+    )
+    parser.add_argument(
+        "--unchecked", action="store_true", help="do not check first that the tests pass without changes"
+    )
+    parser.add_argument("--only", metavar="TEXT", help="only changes whose name contains TEXT")
     parser.add_argument("--list", action="store_true", help="print the changes and run nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes to FILE")
     return parser.parse_args(arguments)
 
 
@@ -192,14 +198,14 @@ def main(arguments: list[str] | None = None) -> int:
     files = options.files or sorted(tests)
     if unknown := [file for file in files if file not in tests]:
         raise SystemExit(f"no tests are known: got {', '.join(unknown)}, expected files of {TABLE.name}")
-    found = [mutation for file in files for mutation in mutations(file, (ROOT / file).read_text())]
-    names = {mutation.key for mutation in found}
+    everything = [mutation for file in files for mutation in mutations(file, (ROOT / file).read_text())]
+    names = {mutation.key for mutation in everything}
     for change in reasons:
         if change.split(": ")[0] in files and change not in names:
-            print(f"{TABLE.name} lists a change that is no more, as its line was changed: {change}")
-    found = [mutation for mutation in found if options.only is None or options.only in mutation.key]
-    chosen = random.Random(options.seed).sample(found, min(options.count, len(found)))
-    print(f"{len(chosen)} of {len(found)} changes in {len(files)} files", flush=True)
+            print(f"{TABLE.name} lists a change that no longer exists, as its line has changed: {change}")
+    matches = [mutation for mutation in everything if options.only is None or options.only in mutation.key]
+    chosen = random.Random(options.seed).sample(matches, min(options.count, len(matches)))
+    print(f"{len(chosen)} of {len(matches)} changes in {len(files)} files", flush=True)
     if options.list:
         print("\n".join(mutation.key for mutation in sorted(chosen, key=lambda m: (m.file, m.number))))
         return 0

@@ -1,4 +1,4 @@
-"""Scenes for the demo: textured objects on a cluttered background, with the true class of every pixel kept aside.
+"""Scenes for the demo: textured objects on a cluttered background, and the true class of every pixel.
 
 The class is the texture alone; shape, colour, scale, place and direction are nuisance. A scene holds two or three
 objects of different classes, one of them `LARGEST` times the size of the others; its class is the image's label.
@@ -37,7 +37,7 @@ CONTRAST = 0.35  # least difference in lightness, in 0..1, between the two
 SCRAPS = (10, 20)  # pieces of clutter
 GRAIN = 0.015  # spread of the noise of single pixels, in 0..1
 BACKGROUND = 255  # in the truth
-RENDERER = 2  # raise it with any change to the pictures: a stored set of another number is made anew
+RENDERER = 2  # increase with any change to the pictures: stored sets of another number are rendered again
 SPLITS = ("train", "test")
 
 Plane = np.ndarray  # float32 [h, w]
@@ -54,7 +54,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneSet:
-    """A complete set on disk. `train` and `test` are numbers of pictures."""
+    """A complete set on disk; `train` and `test` are its numbers of pictures."""
 
     root: Path
     train: int
@@ -128,7 +128,7 @@ def _rings(u: Plane, v: Plane, soft: float) -> Plane:
 
 
 def _scales(u: Plane, v: Plane, soft: float) -> Plane:
-    """Rows of discs, each half over the one before, that grow lighter towards their rims."""
+    """Rows of overlapping discs that get lighter towards their rims."""
     u, v, soft = u / 1.4, v / 1.4, soft / 1.4
     pattern = np.zeros_like(u)
     first = np.floor(v / 0.5)
@@ -162,11 +162,11 @@ TEXTURES: dict[str, Callable[[Plane, Plane, float], Plane]] = {
 }
 CLASSES = tuple(sorted(TEXTURES))
 
-COLOURS = (
+COLORS = (
     "f2efe6 e9dcc3 f6d55c f2b134 f28e6b e4572e c8443f e07a9a b35a8f 7c5295 5b6ee1 3a7ca5 2f4b7c 6ec5e9 4fb0ae 2a9d8f "
     "7bb662 4c8c4a 2e5e4e a67c52 7a5230 8d99ae 5c677d 22263a"
 )
-PALETTE = np.array([[int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)] for colour in COLOURS.split()], np.float32)
+PALETTE = np.array([[int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)] for color in COLORS.split()], np.float32)
 LIGHTNESS = PALETTE @ np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -181,16 +181,16 @@ def render_scene(rng: np.random.Generator, label: int | None = None) -> Scene:
     image = _background(rng, height, width)
     truth = np.full((height, width), BACKGROUND, np.uint8)
     for (top, left, cover), class_id in zip(layout, classes, strict=True):
-        place = (slice(top, top + len(cover)), slice(left, left + len(cover)))
-        image[place] += cover[..., None] * (_paint(rng, CLASSES[class_id], len(cover)) - image[place])
-        truth[place][cover >= 0.5] = class_id
+        box = (slice(top, top + len(cover)), slice(left, left + len(cover)))
+        image[box] += cover[..., None] * (_paint(rng, CLASSES[class_id], len(cover)) - image[box])
+        truth[box][cover >= 0.5] = class_id
     image *= 1 + 0.08 * _noise(rng, height, width, 3)[..., None]
     image += GRAIN * rng.standard_normal(image.shape, dtype=np.float32)
     return Scene((255 * np.clip(image, 0, 1)).astype(np.uint8), truth, int(classes[0]))
 
 
 def _layout(rng: np.random.Generator, count: int, height: int, width: int) -> list[tuple[int, int, Plane]] | None:
-    """Top, left and coverage of every object, the largest first, none touching another; None where they did not fit."""
+    """Top, left and coverage of each object, the largest first, without overlap; None: they did not fit."""
     size = rng.uniform(0.42, 0.52) * min(height, width)
     taken = np.zeros((height, width), bool)
     placed: list[tuple[int, int, Plane]] = []
@@ -236,7 +236,7 @@ def _edge(rng: np.random.Generator) -> Callable[[Plane], Plane]:
 
 
 def _paint(rng: np.random.Generator, name: str, side: int) -> np.ndarray:
-    """float32 [side, side, 3] in 0..1: a texture at a random scale, direction and place, in two colours that differ."""
+    """float32 [side, side, 3] in 0..1: a texture of random scale, direction and offset, in two distinct colors."""
     turn = rng.uniform(-np.pi, np.pi) if rng.random() < TURNED else rng.uniform(-UPRIGHT, UPRIGHT)
     period, shift = rng.uniform(*PERIOD), rng.uniform(0, 10, 2)
     y, x = np.mgrid[:side, :side].astype(np.float32) / np.float32(period)
@@ -256,9 +256,9 @@ def _noise(rng: np.random.Generator, height: int, width: int, cells: int) -> Pla
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """float32 [height, width, 3] in 0..1: two muted colours melting into each other, strewn with flat scraps."""
-    colours = PALETTE[rng.integers(len(PALETTE), size=12)]
-    muted = 0.55 * colours + 0.45 * colours.mean(axis=1, keepdims=True)
+    """float32 [height, width, 3] in 0..1: a blend of two muted colors with flat patches on it."""
+    colors = PALETTE[rng.integers(len(PALETTE), size=12)]
+    muted = 0.55 * colors + 0.45 * colors.mean(axis=1, keepdims=True)
     melt = _ramp(_noise(rng, height, width, 4), 3.0)[..., None]
     ground = 255 * (muted[1] + melt * (muted[0] - muted[1]))
     # Drawn at twice the size and halved: the drawing routines do not smooth edges themselves.
@@ -368,12 +368,12 @@ def _write_scene(out: Path, seed: int, job: tuple[str, int]) -> None:
 
 
 def _recorded(out: Path) -> dict | None:
-    """What `out` says that it holds. A folder of other things is refused: some of them would be replaced."""
+    """The record of the set in `out`. Raises InputError for a folder of other things, which might be replaced."""
     record = out / "scenes.json"
     if not record.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(
             f"{out} holds something else than scenes",
-            remedy="Name a new or empty folder; the scenes would replace its train, test and truth folders.",
+            remedy="Choose a new or empty folder; the scenes would replace its train, test and truth folders.",
         )
     try:
         return json.loads(record.read_text())
@@ -393,16 +393,16 @@ def _all_there(found: SceneSet) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.scenes", description="Generate the scenes of the demo.")
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--train", type=int, default=2000, help="pictures to train on (%(default)s)")
-    parser.add_argument("--test", type=int, default=1000, help="pictures to test on (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    parser.add_argument("--train", type=int, default=2000, help="number of training pictures (%(default)s)")
+    parser.add_argument("--test", type=int, default=1000, help="number of test pictures (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
+    parser.add_argument("--workers", type=int, help="number of processes (default: one per core)")
     options = parser.parse_args()
     try:
         made = generate_scenes(options.out, options.train, options.test, options.seed, True, options.workers)
     except InputError as error:
         parser.exit(error.exit_status, f"{error}\n")
-    print(f"{made.train} scenes to train on and {made.test} to test on in {made.root}")
+    print(f"{made.train} training scenes and {made.test} test scenes in {made.root}")
 
 
 if __name__ == "__main__":

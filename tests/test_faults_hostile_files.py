@@ -352,7 +352,7 @@ def with_state(checkpoint: Path, copy: Path, data: bytes, model: dict | None = N
 def test_a_checkpoint_whose_record_describes_no_model_is_refused(checkpoint, tmp_path, model):
     folder = with_state(checkpoint, tmp_path / "copy", (checkpoint / "state.pt").read_bytes(), model)
     info = check_checkpoint(folder)
-    with pytest.raises(IntegrityError, match=r"describes no model: got model\.\w+: "):
+    with pytest.raises(IntegrityError, match=r"does not describe a model: got model\.\w+: "):
         restore_network(info, read_weights(folder, info))
 
 

@@ -167,7 +167,7 @@ def test_another_grid_takes_means_or_interpolates():
 
 
 def test_a_backbone_without_a_place_to_mix_says_what_to_do():
-    with pytest.raises(ModelError, match=r'ResNet has no place to swap tokens.*mix="image"'):
+    with pytest.raises(ModelError, match=r'ResNet cannot mix tokens.*mix="image"'):
         built("test_resnet")(torch.randn(2, 3, 64, 64), box(0, 0, 1, 1))
     with pytest.raises(ModelError, match="leaves the grid"):
         built("vit_tiny_patch16_224")(torch.randn(2, 3, 64, 64), box(0, 0, 5, 1))
@@ -239,7 +239,7 @@ def test_bad_use_is_refused():
         token_label("resnet5000")
     with pytest.raises(ModelError, match="no class head: got num_classes=0"):
         token_label("test_resnet", num_classes=0)
-    with pytest.raises(ModelError, match="no timm backbone"):
+    with pytest.raises(ModelError, match="not a timm backbone"):
         token_label(nn.Linear(3, 3))
     with pytest.raises(ModelError, match=r"got \['depth'\]"):
         token_label(timm.create_model("test_resnet"), depth=3)

@@ -65,11 +65,11 @@ def test_an_archive_of_other_images_is_refused(archive, tmp_path, capsys):
     other = tmp_path / "other.zip"
     with zipfile.ZipFile(other, "w") as file:
         file.writestr("train/cat/0.jpg", b"")
-    for path, message in ((other, "does not hold CIFAR-10"), (tmp_path / "none.zip", "cannot be unpacked")):
+    for path, message in ((other, "is not an archive of CIFAR-10"), (tmp_path / "none.zip", "cannot be unpacked")):
         with pytest.raises(SystemExit, match="2"):
             main(["--data", str(path), "--out", str(tmp_path / "out")])
         assert message in capsys.readouterr().err
     unpack(archive, tmp_path / "images")
     (tmp_path / "images" / "source.json").write_text("{}")
-    with pytest.raises(Exception, match="holds other images"):
+    with pytest.raises(Exception, match="contains other images"):
         unpack(archive, tmp_path / "images")

@@ -267,7 +267,7 @@ def test_the_teacher_learns(made: SceneSet, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_teacher_refuses_what_it_cannot_use(made: SceneSet, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no complete set"):
+    with pytest.raises(InputError, match="not contain a complete set"):
         train_teacher(tmp_path, tmp_path / "t.safetensors", steps=3, progress=False)
     with pytest.raises(InputError, match=r"t\.pt"):
         train_teacher(made.root, tmp_path / "t.pt", steps=3, progress=False)

@@ -70,14 +70,14 @@ REFUSED = {
     "other classes": (["model.num_classes=7"], "another number of classes than the network: got 6 in"),
     "batch larger than the data": (["batch_size=13"], "got 12 images, expected 13 or more. Use a smaller batch."),
     "model": (["model.name=vim_tinny"], "got 'vim_tinny'. Did you mean 'vim_tiny'?"),
-    "argument of a model": (["model.args.foo=1"], "got foo, which it does not take. model.args sets patch_size"),
+    "argument of a model": (["model.args.foo=1"], "got foo, which it does not accept. model.args sets patch_size"),
     "images that do not divide into patches": (["model.img_size=33"], "got 33×33 pixels, expected multiples of 8"),
-    "optimizer": (["optimizer.name=adamww"], "optimizer.name is not known: got 'adamww'. Did you mean 'adamw'?"),
+    "optimizer": (["optimizer.name=adamww"], "unknown optimizer.name: got 'adamww'. Did you mean 'adamw'?"),
     "float16 without a GPU": (["precision=float16"], "precision=float16 needs a GPU: expected float32 or bfloat16"),
-    "device": (["run.device=tpu"], "run.device is not known: got 'tpu', expected auto, cpu or cuda"),
+    "device": (["run.device=tpu"], "unknown run.device: got 'tpu', expected auto, cpu or cuda"),
     "crop that shrinks": (["augment.scale=[1, 0.5]"], "scale does not fit: got (1.0, 0.5), expected two shares"),
     "augmentation": (["auto_augment=foo"], "auto_augment is not understood: got 'foo'"),
-    "warm-up longer than the run": (["warmup_epochs=3"], "schedule.steps is too few for warm-up and cooldown"),
+    "warm-up longer than the run": (["warmup_epochs=3"], "schedule.steps is too small for warm-up and cooldown"),
     "checkpoint that is not there": (["--resume", "nowhere"], "there is no checkpoint in 'nowhere'"),
 }
 
@@ -135,7 +135,9 @@ def test_labels_of_changed_images_are_refused(run, data, tmp_path):
 
 def test_a_batch_that_does_not_divide_is_refused_by_each_rank_before_it_waits_for_others(data, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # nobody else is there: joining them would hang
-    with pytest.raises(InputError, match=r"does not divide among the ranks: got 5 on 2\. Use 4, or other ranks"):
+    with pytest.raises(
+        InputError, match=r"does not divide among the ranks: got 5 on 2\. Use 4, or another number of ranks"
+    ):
         fit(tiny_config(*data, tmp_path / "run", **{"run.batch_size": 5}))
 
 
@@ -143,7 +145,7 @@ def test_a_run_is_not_begun_over_another(run):
     assert run("schedule.steps=2")[0] == 0
     status, error = run("schedule.steps=2")
     assert status == 2
-    assert "holds a run already: got step-00000002. Go on with --resume auto, or choose another folder" in error
+    assert "already contains a run: got step-00000002. Continue it with --resume auto, or" in error
 
 
 @pytest.fixture
@@ -189,7 +191,7 @@ def test_a_loss_that_is_not_finite_is_answered_only_with_what_applies(run, poiso
     """No checkpoint that is not there, nothing that is set already."""
     poison({0})
     _, error = run("optimizer.clip_grad=0.5", f"run.precision={precision}")
-    assert "No checkpoint was saved before. Begin again and try a lower optimizer.lr" in error
+    assert "No checkpoint was saved before. Start again and try a lower optimizer.lr" in error
     assert not any(word in error for word in ("--resume", "kept", "model.weights", "clip_grad"))
     assert ("run.precision=float32" in error) == (precision == "bfloat16")
 
@@ -210,7 +212,7 @@ def test_a_step_that_is_not_finite_is_left_out_whole(data, tmp_path, poison, cap
     with caplog.at_level(logging.WARNING, "train"):
         summary = fit(tiny_config(*data, out, **settings))
     assert (summary.steps, summary.skipped) == (6, 2)
-    assert "step 4 left out: loss nan, gradient norm nan (2 in a row)" in caplog.text
+    assert "step 4 skipped: loss nan, gradient norm nan (2 in a row)" in caplog.text
     before, bad, after = weights(out, 2), weights(out, 4), weights(out, 5)
     assert any("running_var" in name for name in before)
     assert all(value.isfinite().all() for value in [*bad.values(), *after.values()])
@@ -285,19 +287,19 @@ def test_of_very_many_bad_images_the_first_are_named(run, tmp_path):
 
 
 NEEDS_NO_DATA = {
-    "optimizer": (["optimizer.name=adamww"], "optimizer.name is not known: got 'adamww'. Did you mean 'adamw'?"),
-    "optimizer's settings": (["optimizer.name=fusedadam"], "does not take these settings"),
+    "optimizer": (["optimizer.name=adamww"], "unknown optimizer.name: got 'adamww'. Did you mean 'adamw'?"),
+    "optimizer's settings": (["optimizer.name=fusedadam"], "does not accept these settings"),
     "tracker": (["run.tracker=trackio"], "run.tracker 'trackio' cannot be imported"),
     "validation": (["data.validation=nowhere"], "data.validation: 'nowhere' is not a folder of images"),
     "images": (["data.images=nowhere"], "data.images: 'nowhere' is not a folder of images"),
     "store": (["data.store=nowhere"], "data.store: 'nowhere' is not a label store"),
     "model": (["model.name=demansia_tinny"], "got 'demansia_tinny'. Did you mean 'demansia_tiny'?"),
-    "model like no other": (["model.name=qqqqqq"], "`python -m model list` and timm.list_models() name all"),
+    "model like no other": (["model.name=qqqqqq"], "`python -m model list` and timm.list_models() list all"),
     "precision": (["run.precision=float16"], "precision=float16 needs a GPU"),
     "augmentation": (["auto_augment=foo"], "auto_augment is not understood"),
 }
 NEEDS_THEIR_NUMBER = {
-    "steps": (["schedule.steps=6", "warmup_epochs=3"], "schedule.steps is too few for warm-up and cooldown"),
+    "steps": (["schedule.steps=6", "warmup_epochs=3"], "schedule.steps is too small for warm-up and cooldown"),
     "batch": (["run.batch_size=13"], "there are fewer images than one batch"),
 }
 

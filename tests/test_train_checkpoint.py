@@ -237,7 +237,7 @@ def test_code_in_a_training_state_is_refused_and_not_run(run, tmp_path, containe
     else:
         data = pickle.dumps(hostile)
     replace_content(newest(run), "state.pt", data)
-    with pytest.raises(IntegrityError, match=r"state\.pt is no file of plain values: .* Nothing of it was run\."):
+    with pytest.raises(IntegrityError, match=r"state\.pt is not plain data: .* None of its code was run\."):
         fit(run, resume="auto")
     assert not canary.exists()
     torch.load(tmp_path / "hostile.pt", weights_only=False) if container == "torch" else pickle.loads(data)
@@ -320,7 +320,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_no_training(
     fit(config)
     [message] = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert re.fullmatch(
-        r"the checkpoint \S+/step-00000004 cannot be written: the disk is full; training goes on, "
+        r"the checkpoint \S+/step-00000004 cannot be written: the disk is full; training continues, "
         r"and the newest one kept is \S+/step-00000003",
         message,
     )
@@ -365,7 +365,7 @@ def test_on_a_real_small_disk_training_ends_with_its_older_checkpoints_whole(kil
     if ended.status == 77:
         pytest.skip("no small file system can be mounted here")
     assert ended.status == 1, ended.errors
-    assert "the disk is full; training goes on" in ended.errors
+    assert "the disk is full; training continues" in ended.errors
     assert "step-00000009 cannot be written: got the disk is full" in ended.errors
     assert "Traceback" not in ended.errors
     assert not list(kept.rglob(".tmp-*"))
@@ -383,7 +383,7 @@ def test_a_limit_on_the_size_of_files_is_told_as_what_it_is(killed, tmp_path):
     limit = (newest(killed) / "weights.safetensors").stat().st_size - 1
     [ended] = forks().fit(recipe, file_size=limit)
     assert ended.status == 1
-    assert "the file is too large; training goes on, and there is no older one" in ended.errors
+    assert "the file is too large; training continues, and there is no older one" in ended.errors
     assert re.search(r"error: the checkpoint \S+ cannot be written: got the file is too large\.", ended.errors)
     assert "Traceback" not in ended.errors
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
@@ -409,7 +409,7 @@ def test_what_is_saved_after_a_damaged_one_is_not_removed_in_its_favour(tmp_path
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(InputError, match="there is no checkpoint in"):
         train.record.checkpoint.find_checkpoint(tmp_path)
-    with pytest.raises(IntegrityError, match=r"is no checkpoint: got no checkpoint\.json"):
+    with pytest.raises(IntegrityError, match=r"is not a checkpoint: got no checkpoint\.json"):
         check_checkpoint(tmp_path)
     assert newest_checkpoint(tmp_path) is None
 

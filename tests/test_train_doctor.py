@@ -64,7 +64,7 @@ def test_it_speaks_though_torch_itself_is_broken(tmp_path):
     lines = {line.split()[0]: line for line in done.stdout.splitlines()}
     assert "cannot be imported (OSError: libtorch_cpu.so: undefined symbol)" in lines["torch"]
     assert version("h5py") in lines["h5py"]
-    assert "cannot be told: OSError: libtorch_cpu.so" in lines["cuda"]
+    assert "check failed: OSError: libtorch_cpu.so" in lines["cuda"]
     assert [line for line in done.stdout.splitlines() if not line.startswith(" ")] == SECTIONS
 
 
@@ -75,7 +75,7 @@ def test_each_check_that_fails_is_one_line_and_the_others_go_on(monkeypatch):
     for name in ("_cores", "_memory", "_automatic_loader", "_gpus", "_scan"):
         monkeypatch.setattr(doctor, name, failing)
     found = doctor.diagnose()
-    told = "cannot be told: RuntimeError: first line"
+    told = "check failed: RuntimeError: first line"
     assert found["gpus"] == {"cuda": told}
     assert found["machine"]["cores"] == found["machine"]["memory"] == found["image loading"]["auto"] == told
     assert set(found["selective scan"].values()) == {"cpu" if not torch.cuda.is_available() else "triton", told}

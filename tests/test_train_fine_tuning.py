@@ -299,7 +299,7 @@ def test_how_a_run_began_is_no_part_of_what_it_is(data, tmp_path):
         train.fit(tiny_config(*data, tmp_path / "run", **how), "auto")
         found = outcome(tmp_path / "run")
         assert found == whole
-    with pytest.raises(InputError, match=r"model\.args\.checkpoint_path is no file: got '.*begin\.pth'"):
+    with pytest.raises(InputError, match=r"model\.args\.checkpoint_path is not a file: got '.*begin\.pth'"):
         train.fit(tiny_config(*data, tmp_path / "next", **begun))
 
 

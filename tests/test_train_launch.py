@@ -70,7 +70,8 @@ def test_a_signal_to_the_launcher_saves_and_stops_all(data, tmp_path):
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
-    assert re.fullmatch(r"error: stopped after step \d+\. --resume auto goes on from there\.", errors.splitlines()[-1])
+    last = errors.splitlines()[-1]
+    assert re.fullmatch(r"error: stopped after step \d+\. --resume auto continues from there\.", last)
 
 
 def test_a_typo_is_told_once_and_no_rank_is_started(capsys):
@@ -82,9 +83,7 @@ def test_ranks_within_torchrun_are_refused(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     recipe = write_recipe(tiny_config(*data, tmp_path / "run"), tmp_path / "recipe.toml")
     assert main(["fit", str(recipe), "--ranks", "2"]) == 2
-    assert (
-        "--ranks starts the ranks itself: got RANK is set. Leave torchrun or --ranks away." in capsys.readouterr().err
-    )
+    assert "--ranks starts the ranks itself: got RANK is set. Omit torchrun or --ranks." in capsys.readouterr().err
 
 
 def test_what_every_rank_would_say_is_said_by_the_first_and_told_to_torchrun(tmp_path):

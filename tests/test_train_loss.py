@@ -422,7 +422,7 @@ def test_bad_input_is_named() -> None:
         ((cls_logits, aux_logits[:, :9]), batch, r"got \(4, 9, 23\), expected \(4, 12, 23\).*grid"),
         ((cls_logits, aux_logits), odd, r"tokens do not fit their grid.*grid="),
         ((cls_logits, aux_logits), outside, "mix box leaves the token grid"),
-        ((cls_logits[:, :5], aux_logits[..., :5]), batch, r"targets name a class that the logits lack.*below 5"),
+        ((cls_logits[:, :5], aux_logits[..., :5]), batch, r"the targets name a class that the logits lack.*below 5"),
         ((cls_logits, aux_logits), make_batch(grows), "scores requires a gradient"),
         (
             (cls_logits, aux_logits),
@@ -432,13 +432,13 @@ def test_bad_input_is_named() -> None:
         ((cls_logits, aux_logits), tails["length"], r"tail_offsets does not fit the logits: got \(4, 2\)"),
         ((cls_logits, aux_logits), tails["grows"], "tail_offsets requires a gradient"),
         ((cls_logits, aux_logits), tails["beyond"], r"a class that the logits lack: got class \d\d, expected below 23"),
-        ((cls_logits, aux_logits.int()), batch, "logits are not usable: got torch.int32"),
+        ((cls_logits, aux_logits.int()), batch, "logits cannot be used: got torch.int32"),
     ):
         with pytest.raises(InputError, match=message):
             loss(outputs, data)  # type: ignore[arg-type]
     assert TokenLabelLoss(grid=GRID)((cls_logits, aux_logits), odd).isfinite()
     parts = targets.classes, targets.token_scores, targets.token_background
-    with pytest.raises(InputError, match="a tail is classes and offsets: got only one of them"):
+    with pytest.raises(InputError, match="a tail needs tail_classes and tail_offsets: got only one of them"):
         token_cross_entropy(aux_logits, *parts, 0.1, tail_classes=beyond)
     wrong = ({"smoothing": 1.0}, {"dense_weight": -1.0}, {"cls_weight": math.nan}, {"temperature": 0.0})
     for options in wrong:

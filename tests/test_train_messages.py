@@ -89,11 +89,11 @@ def test_new_heads_are_told_only_where_trained_ones_are_lost(data, tmp_path, cap
         fit(tiny_config(*data, tmp_path / "fresh", **settings))
         assert "new heads" not in caplog.text
         fit(tiny_config(*data, tmp_path / "begun", **settings, **{"model.weights": str(tmp_path / "seven.pth")}))
-    assert "new heads for 6 classes, in place of trained ones for 7" in caplog.text
+    assert "new heads for 6 classes replace trained ones for 7" in caplog.text
 
 
 def test_missing_averages_name_the_flags_that_asked_for_them(data, run, tmp_path):
-    with pytest.raises(InputError, match=r"no averaged weights.*Take its plain weights, without --ema or"):
+    with pytest.raises(InputError, match=r"no averaged weights.*Use its plain weights, without --ema or"):
         load_trained(run, ema=True)
     settings = {"model.weights": str(checkpoints(run)[0]), "model.weights_ema": True}
     with pytest.raises(InputError, match=r"without --ema or model\.weights_ema"):
@@ -114,13 +114,11 @@ def test_another_model_is_told_how_to_take_a_recipes_arguments_back(data, tmp_pa
     """Whoever changes model.name alone keeps the patch size and width of the recipe's own model."""
     ours = (f"data.images={data[0]}", "data.store=none", "data.token_labels=false", f"run.out={tmp_path / 'run'}")
     error = refusal(capsys, "fit", "demo", *ours, "model.name=test_resnet")
-    assert "got patch_size, which it does not take" in error
-    assert (
-        "model.args sets patch_size, embed_dim, depth, d_state, expand; model.args={} takes all of them back." in error
-    )
+    assert "got patch_size, which it does not accept" in error
+    assert "model.args sets patch_size, embed_dim, depth, d_state, expand; model.args={} unsets all of them." in error
     assert error.count("got ") == 1
     shorter = ("model.args={}", "steps=1", "warmup_epochs=0", "batch_size=4", "device=cpu", "data.validation=none")
     assert main(["fit", "demo", *ours, "model.name=test_resnet", *shorter, "--quiet"]) == 0
     other = ("model.name=inception_v3", "model.args={}", "drop_path_rate=0.1", f"run.out={tmp_path / 'other'}")
     error = refusal(capsys, "fit", "demo", *ours, *other)
-    assert "got drop_path_rate, which it does not take. Set model.drop_path_rate=0." in error
+    assert "got drop_path_rate, which it does not accept. Set model.drop_path_rate=0." in error

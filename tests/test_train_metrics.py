@@ -12,7 +12,7 @@ from tiny_runs import shown, tiny_config, tiny_data
 from train import TrainConfig, fit
 from train.errors import Stopped
 from train.evaluation.evaluate import Accuracy
-from train.evaluation.single_images import normalized, see
+from train.evaluation.single_images import load_image, normalized
 from train.evaluation.validate import load_trained
 from train.ranks.distributed import Ranks
 from train.record.checkpoint import checkpoints
@@ -62,7 +62,7 @@ def test_the_loss_of_an_evaluation_is_the_cross_entropy_and_stands_in_the_rows(d
         paths = sorted(data[0].rglob("*.*g"))
         labels = torch.tensor([trained.class_folders[path.parent.name] for path in paths])
         with torch.inference_mode():
-            logits = trained.net(normalized([see(path, trained) for path in paths], trained))
+            logits = trained.net(normalized([load_image(path, trained) for path in paths], trained))
         assert row[name] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-3)
 
 

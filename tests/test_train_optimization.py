@@ -152,7 +152,7 @@ def test_steps_take_the_place_of_epochs():
 
 def test_steps_that_warm_up_and_cooldown_use_up_are_refused():
     for fields in ({"warmup_epochs": 3}, {"cooldown_epochs": 3}, {"warmup_epochs": 1.5, "cooldown_epochs": 1.5}):
-        with pytest.raises(InputError, match=r"too few .*got 30 steps of 10 an epoch, expected more than 30"):
+        with pytest.raises(InputError, match=r"too small .*got 30 steps, 10 per epoch, expected more than 30"):
             rates(ScheduleConfig(steps=30, **fields), 1.0, epoch_steps=10)
     assert len(rates(ScheduleConfig(steps=31, warmup_epochs=3), 1.0, epoch_steps=10)) == 31
 
@@ -197,9 +197,9 @@ def test_each_layer_back_learns_more_slowly_with_layer_decay(net):
 
 
 def test_an_optimizer_that_is_not_known_or_does_not_fit_is_refused(net):
-    with pytest.raises(InputError, match=r"optimizer.name is not known: got 'adamwx'. Did you mean 'adamw"):
+    with pytest.raises(InputError, match=r"unknown optimizer.name: got 'adamwx'. Did you mean 'adamw"):
         build_optimizer(net, OptimizerConfig(name="adamwx"))
-    with pytest.raises(InputError, match="optimizer 'adamw' does not take these settings: got Invalid epsilon"):
+    with pytest.raises(InputError, match="optimizer 'adamw' does not accept these settings: got Invalid epsilon"):
         build_optimizer(net, OptimizerConfig(name="adamw").model_copy(update={"eps": -1.0}))
 
 

@@ -25,7 +25,7 @@ from model.vim import Vim
 from pipeline.view import FAINTEST, GAP, LINE, MARGIN, MIDDLE, assign_colours
 from train.__main__ import main
 from train.evaluation.predict import ClassShare, Prediction, predict
-from train.evaluation.single_images import normalized, see
+from train.evaluation.single_images import load_image, normalized
 from train.evaluation.token_map import OPACITY, PANEL, draw_map
 from train.evaluation.validate import Trained, load_trained
 from train.loaders import evaluation_loader
@@ -91,7 +91,7 @@ def test_the_network_sees_the_pixels_of_the_evaluation(run, tmp_path, crop_pct, 
     trained = load_trained(run)
     trained.transform.update({"crop_pct": crop_pct, "crop_mode": crop_mode, "std": [0.2, 0.3, 0.4]})
     expected = loaded(images, trained)
-    inputs = normalized([see(Path(path), trained) for path in files(images)], trained)
+    inputs = normalized([load_image(Path(path), trained) for path in files(images)], trained)
     # The same bytes; only their normalisation is in another order, which rounds differently in float32.
     assert (inputs - expected).abs().max() < 1e-5
     with torch.inference_mode():
@@ -115,9 +115,9 @@ def test_images_are_turned_in_evaluation_as_they_were_in_training(data, tmp_path
     train.fit(tiny_config(turned.parents[1], tmp_path / "labels", tmp_path / "run", **settings))
     trained = load_trained(tmp_path / "run")
     upright = dataclasses.replace(trained, transform={**trained.transform, "orientation": "exif"})
-    assert np.array_equal(see(turned, trained), see(plain, trained))
-    assert not np.array_equal(see(turned, upright), see(plain, upright))
-    inputs = normalized([see(Path(path), trained) for path in files(turned.parents[1])], trained)
+    assert np.array_equal(load_image(turned, trained), load_image(plain, trained))
+    assert not np.array_equal(load_image(turned, upright), load_image(plain, upright))
+    inputs = normalized([load_image(Path(path), trained) for path in files(turned.parents[1])], trained)
     assert (inputs - loaded(turned.parents[1], trained)).abs().max() < 1e-5
 
 
@@ -223,7 +223,7 @@ def test_a_picture_shows_the_token_head_on_the_evaluations_image(run, data, tmp_
         written = tmp_path / "maps" / f"{Path(path).stem}.map.png"
         assert f"  map: {written}" in told
         classes = predicted(run, [path])[0].classes
-        expected = draw_map(see(Path(path), trained), tokens[i], classes, Path(path).name, trained)
+        expected = draw_map(load_image(Path(path), trained), tokens[i], classes, Path(path).name, trained)
         found = np.asarray(Image.open(written)).astype(int)
         # Strengths that a rounding error moves over the next whole level.
         assert np.abs(found - np.asarray(expected)).max() <= 2

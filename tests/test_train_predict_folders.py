@@ -176,8 +176,10 @@ def test_an_interrupted_run_leaves_no_part_of_a_table(run, data, tmp_path):
 def test_predictions_come_while_later_images_are_not_yet_read(run, data, monkeypatch):
     """At most the batch in hand and two more: the first answer cannot have waited for all, nor all be in memory."""
     paths = [str(path) for path in data[0].rglob("*.jpg")][:4] * 25
-    read, see = [], single_images.see
-    monkeypatch.setattr(single_images, "see", lambda path, trained: read.append(path) or see(path, trained))
+    read, load_image = [], single_images.load_image
+    monkeypatch.setattr(
+        single_images, "load_image", lambda path, trained: read.append(path) or load_image(path, trained)
+    )
     found = predict(run, paths, device="cpu", batch_size=4, progress=False)
     for i in range(1, 30):
         next(found)
@@ -209,5 +211,5 @@ def test_pictures_of_a_folder_lie_as_its_images(run, mixed, tmp_path, capsys, mo
     monkeypatch.chdir(mixed)  # the usual folder for pictures would lie among the images
     assert main(command(run, ".", "--map")) == 2
     told = capsys.readouterr()
-    assert "pictures would lie among the images" in told.err
+    assert "pictures would be written among the images" in told.err
     assert not (mixed / "predictions").exists()

@@ -48,7 +48,7 @@ def test_what_is_left_out_is_said_at_the_beginning(data, tmp_path, capsys):
     assert int(trained[2].replace(",", "")) == 2 * (16 + 1) * 6  # the class head and the token head: 16 wide, 6 classes
     assert work == (
         "12 images, no token labels, 3 steps of 4 (2 at a time) an epoch, 1 steps; "
-        "no evaluation, as data.validation is not set"
+        "no evaluation (data.validation is not set)"
     )
     assert "average" not in place
 
@@ -96,7 +96,7 @@ def test_loss_rate_and_speed_fit_on_eighty_columns(monkeypatch, step, steps):
     with os.fdopen(terminal, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
         with Progress(True, Ranks(0, 1, torch.device("cpu")), step, steps) as progress:
-            progress.tell_steps("", ["loss 4.3346", "lr 1.55e-05", "1,020 images/s", "4% waiting for data"], [])
+            progress.report_steps("", ["loss 4.3346", "lr 1.55e-05", "1,020 images/s", "4% waiting for data"], [])
         shown = b""
         while not shown.endswith(b"\n"):  # a bar that is done
             shown += os.read(ours, 1 << 16)

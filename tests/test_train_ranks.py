@@ -100,7 +100,7 @@ def test_a_signal_to_one_rank_stops_both_with_everything_saved(undisturbed, reci
     for number, step in ((signal.SIGTERM, 2), (signal.SIGINT, 4)):
         for ended in forks().fit(recipe, "--resume", "auto", ranks=2, blow=replace(blow, number=number)):
             assert ended.status == 143, ended.errors
-            assert last_line(ended) == f"error: stopped after step {step}. --resume auto goes on from there."
+            assert last_line(ended) == f"error: stopped after step {step}. --resume auto continues from there."
     for ended in forks().fit(recipe, "--resume", "auto", ranks=2):
         assert ended.status == 0, ended.errors
     assert outcome(tmp_path / "run") == outcome(Path(undisturbed.run.out))
@@ -148,7 +148,7 @@ def test_where_the_first_rank_is_refused_the_second_does_not_wait(recipe, tmp_pa
     with locked(tmp_path / "run"):
         first, second = forks().fit(recipe, ranks=2)
     assert (first.status, second.status) == (2, 1)
-    assert last_line(first).startswith("error: another process trains in ")
+    assert last_line(first).startswith("error: another process is training in ")
     assert last_line(second).startswith("error: another rank is gone")
     assert second.seconds < 60
 
@@ -158,7 +158,7 @@ def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(data, tmp_path)
     for ended in forks().fit(recipe, ranks=2):
         assert ended.status == 2
         assert last_line(ended) == (
-            "error: run.batch_size does not divide among the ranks: got 5 on 2. Use 4, or other ranks."
+            "error: run.batch_size does not divide among the ranks: got 5 on 2. Use 4, or another number of ranks."
         )
 
 

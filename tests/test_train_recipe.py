@@ -30,17 +30,17 @@ FOUND_IN_FILE = {
         "[model]\nname = 'x'\n[data]\nimagess = 'i'",
         "unknown key 'data.imagess' (1 more). Did you mean 'images'?",
     ),
-    "missing section": ("", "model is missing (1 more). Give it as [model] there."),
-    "missing key": ("[model]\n[data]\nimages = 'i'\nstore = 's'", "model.name is missing. Give it there, or as"),
+    "missing section": ("", "model is missing (1 more). Add a section [model]."),
+    "missing key": ("[model]\n[data]\nimages = 'i'\nstore = 's'", "model.name is missing. Add it there, or pass"),
     "missing store": ("[model]\nname = 'x'\n[data]\nimages = 'i'", "label the images first, or set data.token_labels"),
     "value for a section": ("loss = 3\n" + VALID, "loss: got 3, expected a section"),
-    "number as text": (VALID + '[optimizer]\nlr = "1e-3"', "got '1e-3', expected a number. Leave the quotes away."),
-    "count as text": (VALID + '[run]\nkeep = "2"', "got '2', expected a whole number. Leave the quotes away."),
+    "number as text": (VALID + '[optimizer]\nlr = "1e-3"', "got '1e-3', expected a number. Remove the quotes."),
+    "count as text": (VALID + '[run]\nkeep = "2"', "got '2', expected a whole number. Remove the quotes."),
     "text as number": (VALID + "[run]\nout = 3", "run.out: got 3, expected text in quotes"),
     "fraction of a count": (VALID + "[run]\nbatch_size = 1.5", "run.batch_size: got 1.5, expected a whole number"),
     "number as a switch": (VALID + "[run]\ncompile = 1", "run.compile: got 1, expected true or false"),
     "switch as a number": (VALID + "[optimizer]\nlr = true", "optimizer.lr: got True, expected a number"),
-    "date": (VALID + "[run]\nout = 1979-05-27", "got a date or a time, which no setting is"),
+    "date": (VALID + "[run]\nout = 1979-05-27", "got a date or a time, which no setting takes"),
     "choice": (VALID + "[schedule]\nkind = 'cosin'", "got 'cosin', expected 'cosine', 'restarts' or 'constant'"),
     "short list": (VALID + "[augment]\nscale = [0.5]", "augment.scale: got [0.5], expected 2 values"),
     "long list": (VALID + "[augment]\nscale = [0.1, 0.5, 1]", "got [0.1, 0.5, 1], expected 2 values"),
@@ -56,37 +56,37 @@ FOUND_IN_FILE = {
     "average that never moves": (VALID + "[ema]\ndecay = 1.0", "ema.decay: got 1.0, expected less than 1"),
     "seed beyond torch's": (VALID + f"[run]\nseed = {1 << 63}", "run.seed: got 9223372036854775808, expected less"),
     "more threads than any machine has": (VALID + "[run]\nthreads = 5000", "run.threads: got 5000, expected less than"),
-    "zero byte": (VALID + '[run]\nout = "a\\u0000b"', "out holds a zero byte; give a path or a name"),
+    "zero byte": (VALID + '[run]\nout = "a\\u0000b"', "out contains a zero byte; give a path or a name"),
     "empty text": (VALID + "[run]\nout = ''", "out is empty; give a path or a name"),
     "long number": (VALID + f"[run]\nseed = {'9' * 5000}", "Exceeds the limit"),
     "nothing to learn": (VALID + "[loss]\ndense_weight = 0\ncls_weight = 0", "are both 0: nothing would be learned"),
     "lowest rate above the highest": (VALID + "[schedule]\nmin_lr = 1.0", "min_lr 1 is above optimizer.lr 0.001"),
     "warm-up without end": (VALID + "[schedule]\nwarmup_epochs = 300", "warmup_epochs is 300 of 300 epochs"),
-    "half a pair": (VALID + "[run]\nmicro_batch = 3", "run.micro_batch is 3; make it even: images mix in pairs"),
+    "half a pair": (VALID + "[run]\nmicro_batch = 3", "run.micro_batch is 3; make it even: images are mixed in pairs"),
     "key twice": (
         VALID + "[optimizer]\nlr = 1\nlr = 2\n",
         "is not a TOML file: got Cannot overwrite a value (at line 8",
     ),
-    "deep list": (f"x = {'[' * 5000}", "got too deep nesting"),
-    "deep section": (f"{VALID}[run.{'.'.join('a' * 3000)}]", "got too deep nesting"),
+    "deep list": (f"x = {'[' * 5000}", "got nesting that is too deep"),
+    "deep section": (f"{VALID}[run.{'.'.join('a' * 3000)}]", "got nesting that is too deep"),
 }
 FOUND_IN_OVERRIDE = {
     "bad=1": "no section has a key 'bad'. Did you mean 'backend'?",
     "optimizer.lrr=1": "override 'optimizer.lrr=1': unknown key 'optimizer.lrr'. Did you mean 'lr'?",
     "optimzer.lr=1": "override 'optimzer.lr=1': unknown section 'optimzer'. Did you mean 'optimizer'?",
-    "optimizer.lr='1e-3'": "optimizer.lr: got '1e-3', expected a number. Leave the quotes away.",
+    "optimizer.lr='1e-3'": "optimizer.lr: got '1e-3', expected a number. Remove the quotes.",
     "optimizer.lr=1e-3x": "optimizer.lr: got '1e-3x', expected a number",
     "run.compile=True": "run.compile: got 'True', expected true or false",
     f"run.seed={'9' * 5000}": "run.seed: got '9999",
     f"run.seed={'[' * 5000}": "run.seed: got '[[[[",
     "name=vim_tiny": "an override needs its section: got 'name', expected model.name or optimizer.name",
-    "model=vim_tiny": "an override names a section only: got 'model', expected model.key=value",
+    "model=vim_tiny": "an override names only a section: got 'model', expected model.key=value",
     "model.name.x=1": "got 'model.name.x=1', expected name to be a section",
     "optimizer.lr": "got 'optimizer.lr', expected section.key=value",
     "optimizer.=1": "got 'optimizer.=1', expected section.key=value",
     "=": "got '=', expected section.key=value",
     "run.out=\udcff": "an override is not UTF-8: got 'run.out=\\udcff'",
-    f"{'a.' * 3000}b=1": "got too deep nesting",
+    f"{'a.' * 3000}b=1": "got nesting that is too deep",
 }
 
 
@@ -133,7 +133,7 @@ def test_a_file_that_is_no_text_or_too_large_is_refused(recipe):
 def test_a_missing_recipe_is_answered_with_the_nearest_name():
     for wrong in ("demansia_tinny", "demansia-tiny", "recipes/demansia_tyny.toml"):
         found = refusal(wrong)
-        assert f"there is no such recipe: got {wrong!r}" in found
+        assert f"no such recipe: got {wrong!r}" in found
         assert "Did you mean 'demansia_tiny'?" in found
     assert "Did you mean" not in refusal("xyz")
 
@@ -317,7 +317,7 @@ def test_a_packaged_recipe_trains_plainly_and_its_absent_paths_do_not_block_othe
     with caplog.at_level("WARNING"):
         other = load_recipe("cifar10_nano", ["images=mine", "token_labels=false"])
     assert (other.data.store, other.data.validation) == (None, None)
-    assert "data.validation runs/cifar10/images/test does not exist: nothing is evaluated" in caplog.text
+    assert "data.validation runs/cifar10/images/test does not exist: no evaluation" in caplog.text
     assert "data.store is missing; label the images first" in refusal("cifar10_nano", ["data.images=mine"])
     (tmp_path / "runs/cifar10/images/test").mkdir(parents=True)
     assert load_recipe("cifar10_nano", ["data.images=mine", "token_labels=false"]).data.validation is not None
@@ -341,7 +341,7 @@ def test_malformed_quotes_are_refused(recipe, text):
     for key in ("run.out", "model.args.act_layer", "schedule.kind"):
         found = refusal(recipe, [f"{key}={text}"])
         assert "quotes of override" in found
-        assert "Leave them away, or use single quotes" in found
+        assert "Remove them, or use single quotes" in found
 
 
 def test_a_whole_section_of_arguments_can_be_given(recipe):
@@ -349,7 +349,7 @@ def test_a_whole_section_of_arguments_can_be_given(recipe):
 
 
 def test_a_backslash_that_quotes_would_make_a_line_break_is_refused(recipe):
-    assert "holds a control character: got 'runs\\new'" in refusal(recipe, ['run.out="runs\\new"'])
+    assert "contains a control character: got 'runs\\new'" in refusal(recipe, ['run.out="runs\\new"'])
     assert load_recipe(recipe, ["run.out='runs\\new'"]).run.out == "runs\\new"
 
 

@@ -199,7 +199,8 @@ def test_the_command_stops_at_sigterm_with_143_and_goes_on_where_it_stopped(data
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
     assert "Traceback" not in errors
-    found = re.fullmatch(r"error: stopped after step (\d+). --resume auto goes on from there.", errors.splitlines()[-1])
+    last = errors.splitlines()[-1]
+    found = re.fullmatch(r"error: stopped after step (\d+). --resume auto continues from there.", last)
     assert found, errors
     assert (tmp_path / "run" / "checkpoints" / f"step-{int(found[1]):08d}").is_dir()
     assert len(read_rows(tmp_path / "run")) == int(found[1]) < 100
@@ -233,7 +234,7 @@ def test_going_back_to_a_named_checkpoint_gives_up_the_later_ones(config, tmp_pa
     assert all(int(path.name[-8:]) <= stop_at for path in checkpoints(tmp_path / "run", "best")), best
     fit(config, resume="auto")
     assert outcome(tmp_path / "run") == expected
-    with pytest.raises(InputError, match="holds another run than the one to go on from"):
+    with pytest.raises(InputError, match="contains another run than the one to continue from"):
         fit(config, resume=tmp_path / "copy")
 
 
@@ -385,7 +386,7 @@ def test_other_images_are_refused(stopped, tmp_path):
     other = stopped.data.model_copy(update={"images": str(images), "store": str(store)})
     with pytest.raises(MismatchError, match="the saved state belongs to another loader: got fingerprint") as caught:
         fit(stopped.model_copy(update={"data": other}), resume="auto")
-    assert re.search(r"of 12 images, expected .* of 18 images.*or begin with model\.weights=", str(caught.value))
+    assert re.search(r"of 12 images, expected .* of 18 images.*or start anew .* as model\.weights=", str(caught.value))
     tally(31, injected=1)
 
 
@@ -398,7 +399,7 @@ def test_another_class_count_is_refused(tmp_path):
 
 
 def test_a_folder_that_holds_a_run_is_refused_without_resume(stopped):
-    with pytest.raises(InputError, match=r"holds a run already: got step-00000004. Go on with --resume auto"):
+    with pytest.raises(InputError, match=r"already contains a run: got step-00000004. Continue it with --resume auto"):
         fit(stopped)
 
 
@@ -408,7 +409,7 @@ def test_a_second_process_in_the_same_folder_is_refused(stopped, tmp_path):
         [ended] = forks().fit(recipe, "--resume", "auto")
     assert ended.status == 2
     assert re.fullmatch(
-        r"error: another process trains in '.*'\. Wait for it, or choose another run\.out\.\n", ended.errors
+        r"error: another process is training in '.*'\. Wait for it, or choose another run\.out\.\n", ended.errors
     )
     [ended] = forks().fit(recipe, "--resume", "auto")
     assert ended.status == 0, ended.errors

@@ -63,7 +63,7 @@ def test_a_recipe_is_listed_with_its_values_and_what_they_replace(capsys, name):
 def test_a_value_beside_the_default_is_told():
     told = listing(load_recipe("demansia_tiny"))
     assert "\n  epochs = 310 " in told
-    assert "length of the run without" in told
+    assert "length of the run in" in told
     assert "(default 300)" in told
 
 

@@ -26,7 +26,7 @@ from labeler.base.errors import InputError
 from labeler.sources.class_names import imagenet_names
 from model.demansia import DeMansia
 from train.__main__ import main
-from train.evaluation.single_images import normalized, see
+from train.evaluation.single_images import load_image, normalized
 from train.evaluation.validate import Trained, load_trained, validate
 from train.network import build_network
 from train.record.metrics import read_rows
@@ -49,7 +49,7 @@ def first_five(trained: Trained, path: Path) -> list[int]:
     """The answer to one image alone."""
     with torch.inference_mode():
         return (
-            trained.net(normalized([see(path, trained)], trained))[0]
+            trained.net(normalized([load_image(path, trained)], trained))[0]
             .topk(min(5, trained.net.num_classes))
             .indices.tolist()
         )
@@ -136,7 +136,7 @@ def test_real_labels_count_for_images_in_tar_shards(run, tmp_path, real_labels):
 def test_real_labels_that_fit_nothing_are_refused(run, data, tmp_path, capsys):
     path = tmp_path / "real.json"
     cases = {"[[0], [1]]": "no image to evaluate", "[[0], [6]]": "lists of classes below 6", "{}": "list of lists"}
-    cases |= {"[[0": "no file of ReaL labels", "[[true]]": "list of lists"}
+    cases |= {"[[0": "not a file of ReaL labels", "[[true]]": "list of lists"}
     for content, expected in cases.items():
         path.write_text(content)
         assert expected in refusal(capsys, 2, run, data[0], "--real", path)
@@ -286,7 +286,7 @@ def test_weights_of_another_model_than_the_record_says_are_refused(run, data, tm
 
     real, deeper = network._create, {"patch_size": 8, "embed_dim": 16, "depth": 2, "d_state": 4}
     monkeypatch.setattr(network, "_create", lambda c, *more: real(c.model_copy(update={"args": deeper}), *more))
-    assert "the weights of a checkpoint are not those of its model 'demansia_nano'" in refusal(capsys, 4, run, data[0])
+    assert "the checkpoint's weights do not fit its model 'demansia_nano'" in refusal(capsys, 4, run, data[0])
 
 
 def test_only_square_inputs_are_validated(tmp_path):
@@ -322,20 +322,22 @@ def test_a_file_of_weights_alone_says_what_is_assumed_of_it(cropped, data, tmp_p
     alone = Path(shutil.copy(cropped / "weights.safetensors", tmp_path / "alone.safetensors"))
     with caplog.at_level("INFO"):
         validate(alone, data[0], backend="reference", device="cpu", progress=False)
-    assert "no record lies beside" in caplog.text
-    assert "32×32 pixels, crop_pct 0.9 (center), mean 0.485, 0.456, 0.406, auxiliary head weighs 0.5" in caplog.text
+    assert "has no record beside it" in caplog.text
+    assert (
+        "32×32 pixels, crop_pct 0.9 (center), mean 0.485, 0.456, 0.406, weight of the auxiliary head 0.5" in caplog.text
+    )
 
 
 def test_pixels_and_crop_of_an_evaluation_can_be_chosen(cropped, data, tmp_path, capsys):
     trained = load_trained(cropped, img_size=64, crop_pct=1.0)
     assert (trained.side, trained.transform["crop_pct"]) == (64, 1.0)
-    assert see(next(data[0].rglob("*.*g")), trained).shape == (64, 64, 3)
+    assert load_image(next(data[0].rglob("*.*g")), trained).shape == (64, 64, 3)
     images = ["--images", str(data[0]), "--device", "cpu", "--backend", "reference", "--quiet"]
     assert main(["validate", str(cropped), *images, "--img-size", "64", "--crop-pct", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 13
     assert main(["predict", str(cropped), str(next(data[0].rglob("*.*g"))), "--img-size", "64", "--quiet"]) == 0
     capsys.readouterr()
-    assert "crop_pct is no share of the image: got 1.5" in refusal(capsys, 2, cropped, data[0], "--crop-pct", 1.5)
-    assert "cannot see 33×33 pixels: the image does not divide into patches: got 33×33" in refusal(
+    assert "crop_pct is out of range: got 1.5" in refusal(capsys, 2, cropped, data[0], "--crop-pct", 1.5)
+    assert "cannot take 33×33 pixels: the image does not divide into patches: got 33×33" in refusal(
         capsys, 2, cropped, data[0], "--img-size", 33
     )

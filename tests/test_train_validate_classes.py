@@ -17,7 +17,7 @@ from tiny_runs import tiny_config, tiny_data
 
 import train
 from train.__main__ import main
-from train.evaluation.single_images import normalized, see
+from train.evaluation.single_images import load_image, normalized
 from train.evaluation.tally import class_accuracies
 from train.evaluation.validate import Validation, load_trained, validate
 
@@ -51,7 +51,7 @@ def found(run, data) -> Validation:
 def first_five(run: Path, path: Path) -> list[int]:
     trained = load_trained(run)
     with torch.inference_mode():
-        return trained.net(normalized([see(path, trained)], trained))[0].topk(5).indices.tolist()
+        return trained.net(normalized([load_image(path, trained)], trained))[0].topk(5).indices.tolist()
 
 
 def pairs(answers: Answers) -> Counter:

@@ -1,7 +1,7 @@
 """Loss, training loop, evaluation and checkpoints. Imports `pipeline` and `model`.
 
-Importing this package loads no torch, so that `python -m train doctor` can speak where torch is broken; each name below
-is fetched when it is first used.
+Importing this package does not import torch, so that `python -m train doctor` works where torch is broken; each name
+below is imported when it is first used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The command line: `python -m train fit | validate | predict | doctor | recipes`.
 
-Exit status: 0 all done; 1 the run stopped half-way (`--resume auto` goes on); 2 bad input or usage; 3 done, but some
-images were left out; 4 stored data or a checkpoint is damaged; 130 interrupted while it started, or at `predict`; 143
-stopped by a signal, with everything saved.
+Exit status: 0 all done; 1 the run failed half-way (`--resume auto` continues it); 2 bad input or usage; 3 done, but
+some images were left out; 4 stored data or a checkpoint is damaged; 130 interrupted during startup, or in `predict`;
+143 stopped by a signal, with everything saved.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from labeler.base.errors import InputError, TokenLabelError
 HEAD_START_S = 2.0
 PICTURES = Path("predictions")
 LEFT_OUT = 3
-EMA = "the averaged weights, or not (default: what was better where the checkpoint says so)"
-PREDICT = "the classes of images, and of their tokens; those that cannot be read are named, and the exit status is 3"
-CSV = "also a table with timm's columns, whole or not at all: filename, and index, label, prob (_0, _1 … where N > 1)"
+EMA = "use the averaged weights, or not (default: the better ones, if the checkpoint records both accuracies)"
+PREDICT = "classify images, and with --map their tokens; unreadable images are reported, and the exit status is 3"
+CSV = "also write a table with timm's columns: filename, and index, label, prob (_0, _1 … if N > 1)"
 BACKENDS = ("auto", "dali", "reference")
 
 
@@ -60,7 +60,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 
 def _first_rank_first(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Most errors are those of all ranks: the others wait a moment, in which a launcher ends them after the first."""
+    """Let the first rank fail first: most errors occur in all ranks, and a launcher then ends the others."""
 
     def run_then_wait(options: argparse.Namespace) -> int:
         try:
@@ -68,14 +68,14 @@ def _first_rank_first(run: Callable[[argparse.Namespace], int]) -> Callable[[arg
         except TokenLabelError as error:
             if os.environ.get("RANK", "0") != "0":
                 time.sleep(HEAD_START_S)
-            _tell_torchrun(str(error))
+            _write_torchrun_error(str(error))
             raise
 
     return run_then_wait
 
 
-def _tell_torchrun(text: str) -> None:
-    """The line that torchrun's own summary shows as the cause; it reads it from this file, in this form."""
+def _write_torchrun_error(text: str) -> None:
+    """Write the line that torchrun shows as the cause in its summary, to the file and in the form that it expects."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         detail = {"py_callstack": text, "timestamp": str(int(time.time()))}
@@ -84,7 +84,7 @@ def _tell_torchrun(text: str) -> None:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """argparse takes no overrides after a flag by itself."""
+    """Parse the arguments; argparse alone does not accept overrides after a flag."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command == "fit":
@@ -97,7 +97,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _as_override(command: str, flag: str) -> str:
-    """How a flag that other programs have is said here."""
+    """A hint for a flag of other programs that is a setting here."""
     from train.recipes.config import SECTIONS
 
     key = flag.lstrip("-").partition("=")[0].replace("-", "_")
@@ -115,17 +115,17 @@ def _fit(options: argparse.Namespace) -> int:
         from train.ranks.launch import launch
 
         return launch(options.arguments, options.ranks)
-    from train.trainer import fit  # after all that can be refused without it: torch takes seconds
+    from train.trainer import fit  # after the checks that do not need it: importing torch takes seconds
 
-    return _tell(fit(config, options.resume), options)
+    return _print(fit(config, options.resume), options)
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from train.evaluation.results import check_places, write_validation
+    from train.evaluation.results import check_result_files, write_validation
     from train.evaluation.validate import validate
 
-    check_places(options.out, options.matrix)
-    found = validate(
+    check_result_files(options.out, options.matrix)
+    validation = validate(
         options.checkpoint,
         options.images,
         ema=options.ema,
@@ -138,22 +138,22 @@ def _validate(options: argparse.Namespace) -> int:
         progress=not options.quiet,
     )
     if os.environ.get("RANK", "0") != "0":
-        return 0  # the first rank speaks for all
-    write_validation(found, options.out, options.matrix)
+        return 0  # only the first rank prints
+    write_validation(validation, options.out, options.matrix)
     if options.json:
-        told = asdict(found)
-        wanted = {"per_class": len(found.per_class) if options.per_class else 0, "confusions": options.confusions}
+        values = asdict(validation)
+        wanted = {"per_class": len(validation.per_class) if options.per_class else 0, "confusions": options.confusions}
         for name, most in wanted.items():
-            parts = told.pop(name)
-            told |= {name: parts[:most]} if most else {}
-        print(json.dumps(told))
+            parts = values.pop(name)
+            values |= {name: parts[:most]} if most else {}
+        print(json.dumps(values))
     else:
-        print(found.text(options.per_class, options.confusions))
+        print(validation.text(options.per_class, options.confusions))
     return 0
 
 
-def _tell(result: Any, options: argparse.Namespace) -> int:
-    """Under torchrun the first rank speaks for all; it alone knows what the others did."""
+def _print(result: Any, options: argparse.Namespace) -> int:
+    """Print a result; under torchrun only on the first rank, which has the results of all."""
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(asdict(result)) if options.json else result.text())
     return 0
@@ -167,8 +167,8 @@ def _predict(options: argparse.Namespace) -> int:
 
     if options.out is not None and not options.map:
         raise InputError("--out is the folder for the pictures of --map", remedy="Give both, or neither.")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ends by way of `with`, so that no part of a file is left
-    found = predict(
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # an exception, so that `with` removes unfinished files
+    predictions = predict(
         options.checkpoint,
         options.images,
         top=options.top,
@@ -184,7 +184,7 @@ def _predict(options: argparse.Namespace) -> int:
     count = left_out = 0
     say = tqdm.write if sys.stdout.isatty() else print  # not into the bar
     with prediction_table(options.csv) as add:
-        for one in found:
+        for one in predictions:
             count += 1
             add(one)
             if one.problem is not None:
@@ -201,8 +201,8 @@ def _predict(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from train.doctor import diagnose, text
 
-    found = diagnose()
-    print(json.dumps(found) if options.json else text(found))
+    findings = diagnose()
+    print(json.dumps(findings) if options.json else text(findings))
     return 0
 
 
@@ -212,8 +212,8 @@ def _recipes(options: argparse.Namespace) -> int:
 
     if options.recipe is not None:
         config, path = load_recipe(options.recipe), recipe_path(options.recipe)
-        told = {"recipe": str(options.recipe), "file": str(path), "settings": setting_rows(config)}
-        print(json.dumps(told) if options.json else f"{path}\n\n{listing(config)}")
+        values = {"recipe": str(options.recipe), "file": str(path), "settings": setting_rows(config)}
+        print(json.dumps(values) if options.json else f"{path}\n\n{listing(config)}")
         return 0
     if options.json:
         print(json.dumps({"recipes": list(recipe_names()), "settings": setting_rows()}))
@@ -227,70 +227,84 @@ def _recipes(options: argparse.Namespace) -> int:
 def _all_settings() -> str:
     from train.recipes.listing import listing
 
-    return f"settings (the section may be left away where only one has the key; key=none unsets)\n\n{listing()}"
+    return f"settings (the section may be omitted if only one has the key; key=none unsets)\n\n{listing()}"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog=program("train"), description="Training with token labels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    fit = add_command(commands, "fit", _fit, "train as a recipe says; under torchrun with several ranks")
-    fit.add_argument("recipe", help="a .toml file, or the name of one of `python -m train recipes`")
+    fit = add_command(commands, "fit", _fit, "train a model by a recipe; under torchrun with several ranks")
+    fit.add_argument("recipe", help="a .toml file, or a name from `python -m train recipes`")
     fit.add_argument(
         "overrides",
         nargs="*",
         default=[],
         metavar="section.key=value",
-        help="other values than the recipe's; all keys stand below",
+        help="settings that replace the recipe's; all of them are listed below",
     )
-    fit.add_argument("--resume", metavar="auto|PATH", help="go on from the run's newest checkpoint, or from this one")
+    fit.add_argument("--resume", metavar="auto|PATH", help="continue from the run's newest checkpoint, or from PATH")
     fit.add_argument(
-        "--ranks", type=at_least(1), metavar="N", help="start so many processes on this machine, one for each GPU"
+        "--ranks", type=at_least(1), metavar="N", help="start N processes on this machine, one for each GPU"
     )
     plain_help = fit.format_help
     fit.format_help = lambda: f"{plain_help()}\n{_all_settings()}"  # type: ignore[method-assign]
-    validate = add_command(commands, "validate", _validate, "top-1 and top-5 accuracy on a folder of images")
+    validate = add_command(commands, "validate", _validate, "measure top-1 and top-5 accuracy on a folder of images")
     validate.add_argument("checkpoint", type=Path, help="a run's folder, one of its checkpoints, or a published file")
-    validate.add_argument("--images", type=Path, required=True, help="folder of class folders; with --real, any")
-    validate.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
-    validate.add_argument("--real", type=Path, metavar="real.json", help="ImageNet-ReaL labels instead of the folders'")
-    validate.add_argument("--batch-size", type=int, default=64)
     validate.add_argument(
-        "--backend", choices=BACKENDS, default="auto", help="decodes and resizes; reference: as timm does, bit for bit"
+        "--images", type=Path, required=True, help="folder of class folders; with --real, any folder of images"
+    )
+    validate.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
+    validate.add_argument(
+        "--real", type=Path, metavar="real.json", help="use ImageNet-ReaL labels instead of the class folders"
+    )
+    validate.add_argument("--batch-size", type=int, default=64, help="images at a time, per rank (%(default)s)")
+    validate.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="library that decodes and resizes; reference: as timm does, bit for bit",
     )
     validate.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    validate.add_argument("--per-class", action="store_true", help="also each class's accuracy, the worst first")
+    validate.add_argument("--per-class", action="store_true", help="also print each class's accuracy, the worst first")
     validate.add_argument(
-        "--confusions", type=at_least(1), default=0, metavar="N", help="also the N most frequent confusions"
+        "--confusions", type=at_least(1), default=0, metavar="N", help="also print the N most frequent confusions"
     )
-    text = ".json: all of this, whole; .csv: a line for each class"
+    text = "write the results to a file; .json: everything; .csv: one line per class"
     validate.add_argument("--out", type=Path, metavar="FILE", help=text)
-    text = "the whole confusion matrix: a line for each true class, a column for each answer"
+    text = "write the confusion matrix: one line per true class, one column per prediction"
     validate.add_argument("--matrix", type=Path, metavar="FILE.csv", help=text)
-    predict = add_command(
-        commands, "predict", _predict, PREDICT, "print a JSON object for each image, in a line of its own"
-    )
+    predict = add_command(commands, "predict", _predict, PREDICT, "print one JSON object per line, for each image")
     predict.add_argument("checkpoint", type=Path, help="as for validate")
     predict.add_argument(
-        "images", nargs="+", metavar="PATH", help="an image, a folder, or - for paths on standard input, one a line"
+        "images", nargs="+", metavar="PATH", help="an image, a folder, or - for paths on standard input, one per line"
     )
-    predict.add_argument("--top", type=int, default=5, metavar="N", help="classes of each image (%(default)s)")
+    predict.add_argument("--top", type=int, default=5, metavar="N", help="classes to print per image (%(default)s)")
     predict.add_argument("--csv", type=Path, metavar="FILE", help=CSV)
-    predict.add_argument("--batch-size", type=at_least(1), default=32, metavar="B", help="(%(default)s)")
-    predict.add_argument("--map", action="store_true", help="draw each image's tokens as its auxiliary head sees them")
-    predict.add_argument("--out", type=Path, metavar="DIR", help=f"folder for these pictures ({PICTURES})")
+    predict.add_argument(
+        "--batch-size", type=at_least(1), default=32, metavar="B", help="images at a time (%(default)s)"
+    )
+    predict.add_argument("--map", action="store_true", help="draw the auxiliary head's class of each token")
+    predict.add_argument("--out", type=Path, metavar="DIR", help=f"folder for the pictures of --map ({PICTURES})")
     predict.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
     predict.add_argument("--device", default="auto", help="cpu, cuda or auto")
     for command in (validate, predict):
-        command.add_argument("--img-size", type=at_least(1), metavar="N", help="side of the input (as in training)")
-        command.add_argument("--crop-pct", type=float, metavar="SHARE", help="of the crop (as in training)")
-    text = "what of this machine can be used, and why the rest cannot"
+        command.add_argument(
+            "--img-size", type=at_least(1), metavar="N", help="side of the input in pixels (default: as in training)"
+        )
+        command.add_argument(
+            "--crop-pct",
+            type=float,
+            metavar="SHARE",
+            help="the crop's share of the image's shorter side (default: as in training)",
+        )
+    text = "show which parts of this machine can be used, and why others cannot"
     doctor = commands.add_parser("doctor", help=text, description=text)
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    text = "list the recipes that come with the package, or every setting of one with its default and meaning"
+    text = "list the packaged recipes, or all settings of one with their defaults and meanings"
     recipes = commands.add_parser("recipes", help=text, description=text)
     recipes.set_defaults(run=_recipes)
-    recipes.add_argument("recipe", nargs="?", metavar="RECIPE", help="the name of one of them, or a .toml file")
+    recipes.add_argument("recipe", nargs="?", metavar="RECIPE", help="name of a packaged recipe, or a .toml file")
     recipes.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser
 

@@ -1,6 +1,6 @@
-"""`token-labeling COMMAND`: every command of the four packages in one program.
+"""`token-labeling COMMAND`: the commands of all four packages in one program.
 
-It does not look for packages in the working folder first, so it works beside a `model.py` or `train.py` of the user's.
+It does not search the working folder for packages first, so a user's own `model.py` or `train.py` there does no harm.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from labeler.base.errors import InputError, did_you_mean
 from labeler.base.version import __version__
 
 PROGRAM = "token-labeling"
-# Group -> command -> its package, the command's name there, and what it does.
+# Group -> command -> its package, the command's name there, and its help.
 COMMANDS: dict[str, dict[str, tuple[str, str, str]]] = {
     "label images": {
         "label": ("labeler", "label", "run a teacher over images and store its class-score maps; again: resume"),
-        "verify": ("labeler", "verify", "check every bit of a store, and that it fits its images"),
-        "report": ("labeler", "report", "write one HTML page about a store"),
-        "import-token-labels": ("labeler", "import-token-labels", "TokenLabeling and ReLabel files to a store"),
-        "view": ("pipeline", "view", "draw one training batch: do images and labels agree?"),
+        "verify": ("labeler", "verify", "check that a store is undamaged and fits its images"),
+        "report": ("labeler", "report", "write an HTML page about a store"),
+        "import-token-labels": ("labeler", "import-token-labels", "convert TokenLabeling and ReLabel files to a store"),
+        "view": ("pipeline", "view", "draw a training batch, to see whether images and labels agree"),
     },
     "train": {
-        "fit": ("train", "fit", "train as a recipe says"),
-        "recipes": ("train", "recipes", "list the recipes, or every setting of one"),
-        "validate": ("train", "validate", "top-1 and top-5 accuracy on a folder of images"),
-        "predict": ("train", "predict", "the classes of images, and of their tokens"),
+        "fit": ("train", "fit", "train a model by a recipe"),
+        "recipes": ("train", "recipes", "list the recipes, or all settings of one"),
+        "validate": ("train", "validate", "measure top-1 and top-5 accuracy on a folder of images"),
+        "predict": ("train", "predict", "classify images, and with --map their tokens"),
     },
     "look around": {
         "models": ("model", "list", "list the models that this package adds to timm"),
-        "summary": ("model", "summary", "parameters, operations and memory of a model"),
-        "doctor": ("train", "doctor", "what of this machine can be used, and why the rest cannot"),
-        "completion": ("", "", "print what a shell needs to complete commands: bash, zsh or tcsh"),
+        "summary": ("model", "summary", "show parameters, operations and memory of a model"),
+        "doctor": ("train", "doctor", "show which parts of this machine can be used, and why others cannot"),
+        "completion": ("", "", "print the completion script for a shell: bash, zsh or tcsh"),
     },
 }
 EXAMPLES = """examples:
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: there is no command {given[0]!r}. {remedy}", file=sys.stderr)
         return InputError.exit_status
     command_line.front_door = PROGRAM
-    if os.getcwd() not in sys.path:  # behind all others: for teachers that are functions of the user's
+    if os.getcwd() not in sys.path:  # last: for teachers that are the user's own functions
         sys.path.append(os.getcwd())
     package, command, _ = known[given[0]]
     if not package:
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def help_text() -> str:
-    """All commands by group, with examples."""
+    """The help text: all commands by group, with examples."""
     width = max(len(name) for group in COMMANDS.values() for name in group)
     lines = [
         f"usage: {PROGRAM} COMMAND …",
@@ -85,12 +85,12 @@ def help_text() -> str:
     ]
     for group, commands in COMMANDS.items():
         lines += [f"{group}:", *(f"  {name:{width}}  {text}" for name, (_, _, text) in commands.items()), ""]
-    lines += [EXAMPLES, f"`{PROGRAM} COMMAND --help` tells a command's options; `{PROGRAM} --version` the version."]
+    lines += [EXAMPLES, f"`{PROGRAM} COMMAND --help` lists a command's options; `{PROGRAM} --version` the version."]
     return "\n".join(lines)
 
 
 def _completion(arguments: Sequence[str]) -> int:
-    """Print the script for a shell, made by shtab from the parsers of all commands."""
+    """Print a shell's completion script, made by shtab from the parsers of all commands."""
     try:
         import shtab
     except ImportError:

@@ -1,6 +1,6 @@
-"""`doctor`: what of this machine the project can use, and why the rest cannot be used.
+"""`doctor`: which parts of this machine can be used, and why others cannot.
 
-Every check stands alone: one that fails says so in its own line. Nothing heavy is imported outside of a check.
+Each check is independent: one that fails is reported in its own line. Heavy packages are only imported within a check.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from labeler.base.cores import usable_cores
 
 Findings = dict[str, str]
 
-# How it is imported -> how it is installed.
+# Module -> package to install.
 NEEDED = {
     "torch": "torch",
     "torchvision": "torchvision",
@@ -37,11 +37,15 @@ OPTIONAL = {
     "mamba_ssm": ("mamba-ssm", "one more scan backend, on a GPU; pip install 'token-labeling[mamba]'"),
 }
 SCANS = ("reference", "cpu", "triton", "mamba_ssm")
-TOLERANCE = 1e-4  # of a scan's results, which are around 1, between two backends in float32
+TOLERANCE = 1e-4  # relative, between the results of two scan backends in float32
 
 
 def diagnose() -> dict[str, Findings]:
-    """Sections of checks, and what each of them found, in words."""
+    """Run all checks.
+
+    Returns:
+        Section -> check -> finding, as text.
+    """
     return {
         "machine": _all({"python": _python, "platform": platform.platform, "cores": _cores, "memory": _memory}),
         "packages": _each(_package, NEEDED),
@@ -52,12 +56,12 @@ def diagnose() -> dict[str, Findings]:
     }
 
 
-def text(found: dict[str, Findings]) -> str:
-    """For people: one line for each check."""
-    width = max(len(name) for checks in found.values() for name in checks)
+def text(findings: dict[str, Findings]) -> str:
+    """The findings of `diagnose` as text, one line for each check."""
+    width = max(len(name) for checks in findings.values() for name in checks)
     lines = []
-    for section, checks in found.items():
-        lines += [section, *(f"  {name:{width}}  {told}" for name, told in checks.items())]
+    for section, checks in findings.items():
+        lines += [section, *(f"  {name:{width}}  {finding}" for name, finding in checks.items())]
     return "\n".join(lines)
 
 
@@ -74,7 +78,7 @@ def _guarded(check: Callable[[], str]) -> str:
         with warnings.catch_warnings(action="ignore"):
             return check()
     except (Exception, SystemExit) as error:  # whatever is broken on this machine
-        return f"cannot be told: {_told(error)}"
+        return f"check failed: {_reason(error)}"
 
 
 def _guarded_section(name: str, check: Callable[[], Findings]) -> Findings:
@@ -82,10 +86,10 @@ def _guarded_section(name: str, check: Callable[[], Findings]) -> Findings:
         with warnings.catch_warnings(action="ignore"):
             return check()
     except (Exception, SystemExit) as error:
-        return {name: f"cannot be told: {_told(error)}"}
+        return {name: f"check failed: {_reason(error)}"}
 
 
-def _told(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     first = (str(error).strip().splitlines() or [""])[0][:300]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
@@ -119,10 +123,10 @@ def _package(name: str) -> str:
     except ModuleNotFoundError as error:
         if not version and (name == error.name or name.startswith(f"{error.name}.")):
             return f"not installed; pip install {project}"
-        return f"{version}, cannot be imported ({_told(error)})"
+        return f"{version}, cannot be imported ({_reason(error)})"
     except (Exception, SystemExit) as error:  # a build for another system fails in many ways
-        return f"{version}, cannot be imported ({_told(error)}); pip install --force-reinstall {project}"
-    return str(getattr(module, "__version__", version or "version not known"))
+        return f"{version}, cannot be imported ({_reason(error)}); pip install --force-reinstall {project}"
+    return str(getattr(module, "__version__", version or "unknown version"))
 
 
 def _gpus() -> Findings:
@@ -130,13 +134,13 @@ def _gpus() -> Findings:
 
     if not torch.cuda.is_available():
         return {"cuda": f"off: {_why_no_cuda()}"}
-    found = {"cuda": f"on, {torch.version.cuda or torch.version.hip}"}
+    findings = {"cuda": f"on, {torch.version.cuda or torch.version.hip}"}
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
         major, minor = torch.cuda.get_device_capability(i)
         name = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
-        found[f"cuda:{i}"] = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-    return found
+        findings[f"cuda:{i}"] = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    return findings
 
 
 def _why_no_cuda() -> str:
@@ -150,7 +154,7 @@ def _why_no_cuda() -> str:
     try:
         torch.cuda.init()
     except Exception as error:
-        return _told(error).removeprefix("RuntimeError: ")
+        return _reason(error).removeprefix("RuntimeError: ")
     return f"torch finds no GPU{'' if visible is None else f' (CUDA_VISIBLE_DEVICES={visible!r})'}"
 
 
@@ -168,7 +172,7 @@ def _automatic_scan() -> str:
 
 
 def _scan(name: str) -> str:
-    """Runs a small scan, and compares it with the reference."""
+    """Run a small scan and compare it with the reference."""
     import torch
 
     from labeler.base.errors import BackendError
@@ -211,7 +215,7 @@ def _dali_loader() -> str:
     try:
         import pipeline.dali_loader  # noqa: F401
     except Exception as error:
-        return f"does not run: {_told(error)}; set data.backend=reference"
+        return f"does not run: {_reason(error)}; set data.backend=reference"
     return f"runs (on {'GPU' if _scan_device() == 'cuda' else 'CPU'})"
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong in training, beside what `labeler.base.errors` names."""
+"""Errors of training, in addition to those of `labeler.base.errors`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from labeler.base.errors import TokenLabelError
 
 
 class TrainError(TokenLabelError):
-    """A training run could not go on; its checkpoints are kept and `--resume auto` goes on from the newest."""
+    """A training run cannot continue; its checkpoints are kept, and `--resume auto` continues from the newest."""
 
     exit_status = 1
 
 
 class NonFiniteError(TrainError):
-    """The loss is NaN or infinite."""
+    """The loss or its gradient is NaN or infinite."""
 
 
 class Stopped(TokenLabelError):
-    """A signal asked the run to stop; everything is saved."""
+    """A signal stopped the run; everything is saved."""
 
     exit_status = 143

@@ -1,4 +1,4 @@
-"""A recipe's loaders: training batches on the network's token grid, and the images of its evaluation."""
+"""A recipe's loaders: training batches on the network's token grid, and evaluation images."""
 
 from __future__ import annotations
 
@@ -17,13 +17,27 @@ from train.recipes.config import TrainConfig
 
 
 def training_loader(config: TrainConfig, net: TokenLabelHeads, ranks: Ranks) -> TokenLabelLoader:
-    """Raises InputError, MismatchError or IntegrityError where images, labels, network and settings do not fit."""
+    """Create the loader of training batches.
+
+    Args:
+        config: the recipe.
+        net: the network, for its token grid.
+        ranks: the ranks that train together.
+
+    Returns:
+        The loader of this rank's part of each batch.
+
+    Raises:
+        InputError: images, labels or settings cannot be used.
+        MismatchError: images, labels and network do not fit each other.
+        IntegrityError: the label store is damaged.
+    """
     augment, data = config.augment, config.data
 
     def check(epoch_steps: int) -> None:
         refuse_too_few_steps(config.schedule, epoch_steps)
 
-    mean, std = _colours(config, net)
+    mean, std = _color_stats(config, net)
     return create_loader(
         LoaderConfig(
             images=data.images,
@@ -53,12 +67,12 @@ def training_loader(config: TrainConfig, net: TokenLabelHeads, ranks: Ranks) -> 
 
 
 def images_per_rank(config: TrainConfig, ranks: int) -> int:
-    """Each rank's part of a step's batch. Raises InputError where it does not divide."""
+    """Images of one rank per step. Raises InputError if the batch does not divide among the ranks."""
     share, rest = divmod(config.run.batch_size, ranks)
     if rest:
         raise InputError(
             "run.batch_size does not divide among the ranks", got=f"{config.run.batch_size} on {ranks}",
-            remedy=f"Use {share * ranks or ranks}, or other ranks.",
+            remedy=f"Use {share * ranks or ranks}, or another number of ranks.",
         )  # fmt: skip
     return share
 
@@ -66,7 +80,21 @@ def images_per_rank(config: TrainConfig, ranks: int) -> int:
 def validation_loader(
     config: TrainConfig, net: TokenLabelHeads, ranks: Ranks, training: TokenLabelLoader, folders: Mapping[str, int]
 ) -> TokenLabelLoader | None:
-    """The images of `data.validation`; folders: name -> class id, as in training."""
+    """Create the loader of the images of `data.validation`.
+
+    Args:
+        config: the recipe.
+        net: the network, for its token grid.
+        ranks: the ranks that train together.
+        training: the loader of training batches.
+        folders: folder name -> class id, as in training.
+
+    Returns:
+        The loader; None: the recipe has no validation images.
+
+    Raises:
+        InputError: the images cannot be used.
+    """
     if config.data.validation is None:
         return None
     with blamed_on("data.validation"):
@@ -87,7 +115,7 @@ def validation_loader(
 
 @contextmanager
 def blamed_on(setting: str) -> Iterator[None]:
-    """Errors of images and stores say which setting names them."""
+    """Add the name of a setting to errors of images and stores."""
     try:
         yield
     except (InputError, IntegrityError) as error:
@@ -110,9 +138,28 @@ def evaluation_loader(
     progress: bool = True,
     image_list: str | None = None,
 ) -> TokenLabelLoader:
-    """Every image once, resized and cropped as timm does. transform: as `transform_of` gives it.
+    """Create a loader that yields every image once, resized and cropped as timm does.
 
-    class_folders  name -> class id, as in training; of ImageNet's the rest is known as well; None: all folders, sorted
+    Args:
+        images: folder of images, or .tar file.
+        image_size: side of the square input in pixels.
+        grid: h, w of the token grid.
+        num_classes: number of classes.
+        class_folders: folder name -> class id, as in training; if they are ImageNet's, its other folders are known too.
+            None: all folders, sorted.
+        transform: from `transform_of`.
+        ranks: the ranks that share the images.
+        batch_size: images of one rank at a time.
+        backend: as in `pipeline.LoaderConfig`, as for the arguments below.
+        threads: CPU threads that decode.
+        progress: show progress.
+        image_list: file with the keys of the images to use.
+
+    Returns:
+        The loader.
+
+    Raises:
+        InputError: the images cannot be used.
     """
     if class_folders is not None:
         class_folders = with_the_rest_of_imagenet(class_folders, num_classes)
@@ -144,14 +191,23 @@ def evaluation_loader(
 
 
 def transform_of(config: TrainConfig, net: TokenLabelHeads, orientation: str) -> dict[str, Any]:
-    """How the images of an evaluation reach the network: mean, std, crop_pct, crop_mode, training's orientation."""
-    mean, std = _colours(config, net)
+    """The preprocessing of evaluation images.
+
+    Args:
+        config: the recipe.
+        net: the network, for its usual mean and std.
+        orientation: how training images are oriented.
+
+    Returns:
+        mean, std, crop_pct, crop_mode and orientation.
+    """
+    mean, std = _color_stats(config, net)
     crop = {"crop_pct": config.augment.crop_pct, "crop_mode": config.augment.crop_mode}
     return {"mean": list(mean), "std": list(std), "orientation": orientation, **crop}
 
 
 def class_folders(loader: TokenLabelLoader) -> dict[str, int]:
-    """Folder name -> class id, as the training images have it; empty where they lie in no folders."""
+    """Folder name -> class id of the training images; empty if they are not in folders."""
     samples = loader.samples
     keys = map(samples.key, range(len(samples)))
     return {key.split("/", 1)[0]: int(c) for key, c in zip(keys, samples.labels, strict=True) if "/" in key and c >= 0}
@@ -162,17 +218,15 @@ def _grid(net: Any) -> tuple[int, int]:
 
 
 def _mix(wanted: str, net: Any) -> str:
-    """Where the images of a batch are mixed: a wrapped backbone may have no place to swap tokens."""
-    has_place = getattr(net, "mix_scale", True) is not None
-    if wanted == "token" and not has_place:
-        raise InputError(
-            "this model has no place to swap tokens", got='augment.mix="token"', expected='"image" or "auto"'
-        )
-    return ("token" if has_place else "image") if wanted == "auto" else wanted
+    """How batches are mixed, as a wrapped backbone may be unable to mix tokens."""
+    mixes_tokens = getattr(net, "mix_scale", True) is not None
+    if wanted == "token" and not mixes_tokens:
+        raise InputError("this model cannot mix tokens", got='augment.mix="token"', expected='"image" or "auto"')
+    return ("token" if mixes_tokens else "image") if wanted == "auto" else wanted
 
 
-def _colours(config: TrainConfig, net: Any) -> tuple[Any, Any]:
-    """Mean and deviation that images are normalised with."""
+def _color_stats(config: TrainConfig, net: Any) -> tuple[Any, Any]:
+    """Mean and standard deviation for the normalization of images."""
     usual = getattr(net, "pretrained_cfg", None) or {}
     return (
         config.augment.mean or tuple(usual.get("mean", IMAGENET_MEAN)),

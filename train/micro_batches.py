@@ -1,7 +1,7 @@
-"""A batch in parts that keep its pairs, so that parts one after the other give the whole batch's gradient.
+"""Split a batch into micro-batches that keep its pairs, so that their gradients add up to that of the whole batch.
 
-Image b mixes with image B−1−b. A part takes images from both ends alike, so each image's partner is in its part, at the
-same place counted from the other end.
+Image b is mixed with image B−1−b. A part takes the same number of images from both ends, so each image's partner is in
+the same part, at the same index counted from the other end.
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ from pipeline.labels.targets import TokenTargets
 
 
 def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
-    """Parts of at most `size` images; None: the batch itself. Their means count by their lengths.
+    """Split a batch.
 
-    Where images mix, parts hold an even number, so that `size` is 2 or more.
+    Args:
+        batch: the batch.
+        size: most images of a part; None: do not split. For a mixed batch it must be 2 or more, and parts have an even
+            number of images.
+
+    Returns:
+        The parts; their mean losses are weighted by their lengths.
     """
     if size is None or size >= len(batch):
         return [batch]

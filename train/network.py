@@ -1,4 +1,4 @@
-"""The network of a recipe, and the weights that it begins with."""
+"""The network of a recipe and its initial weights."""
 
 from __future__ import annotations
 
@@ -25,9 +25,17 @@ log = logging.getLogger("train")
 
 
 def build_network(config: ModelConfig, dense_weight: float = 1.0) -> TokenLabelHeads:
-    """The model with its beginning weights, on the CPU; `set_classes` follows when the classes of the data are known.
+    """Build the model with its initial weights, on the CPU. Call `set_classes` when the data's classes are known.
 
-    Raises InputError where settings or weights do not fit.
+    Args:
+        config: the recipe's section `model`.
+        dense_weight: weight of the token loss; 0 also changes the default of `aux_weight` to 0.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: settings or weights do not fit.
     """
     net = _create(config, config.num_classes, config.img_size) if config.weights is None else _from_weights(config)
     net.aux_weight = config.aux_weight if config.aux_weight is not None else (0.5 if dense_weight else 0.0)
@@ -37,49 +45,77 @@ def build_network(config: ModelConfig, dense_weight: float = 1.0) -> TokenLabelH
 
 
 def as_checkpointed(config: ModelConfig, info: CheckpointInfo) -> ModelConfig:
-    """The same model without what it began with: a checkpoint's weights take that place."""
+    """The configuration of the same model without initial weights, as a checkpoint's are loaded.
+
+    Args:
+        config: the recipe's section `model`.
+        info: the checkpoint's record.
+
+    Returns:
+        The configuration, with the checkpoint's number of classes.
+    """
     return _blank(config).model_copy(update={"weights": None, "num_classes": info.num_classes})
 
 
 def _blank(config: ModelConfig) -> ModelConfig:
-    """The same model with weights that are drawn."""
+    """The configuration of the same model with random weights."""
     args = {key: value for key, value in config.args.items() if key not in BEGINNING}
     return config.model_copy(update={"args": {**args, "pretrained": False}})
 
 
 def set_classes(net: TokenLabelHeads, num_classes: int, config: ModelConfig) -> None:
-    """New heads where the model has other classes than the data; said where trained ones are lost."""
+    """Replace the heads if their number of classes is not that of the data; logged if they were trained.
+
+    Args:
+        net: the model.
+        num_classes: classes of the data.
+        config: the recipe's section `model`.
+    """
     if net.num_classes != num_classes:
         if config.weights is not None or any(config.args.get(key) for key in BEGINNING):
-            log.info("new heads for %d classes, in place of trained ones for %d", num_classes, net.num_classes)
+            log.info("new heads for %d classes replace trained ones for %d", num_classes, net.num_classes)
         net.reset_classifier(num_classes)  # type: ignore[operator]
 
 
 def restore_network(info: CheckpointInfo, state: dict[str, torch.Tensor]) -> TokenLabelHeads:
-    """The model of a checkpoint, in evaluation mode."""
+    """Rebuild the model of a checkpoint, in evaluation mode.
+
+    Args:
+        info: the checkpoint's record.
+        state: its weights.
+
+    Returns:
+        The model.
+
+    Raises:
+        IntegrityError: the record or the weights are not those of a model.
+    """
     try:
         settings = ModelConfig.model_validate(info.model)
     except ValidationError as error:
         fault = error.errors()[0]
         got = f"{'.'.join(map(str, ('model', *fault['loc'])))}: {fault['msg']}"
-        raise IntegrityError("a checkpoint's record describes no model", got=got) from None
+        raise IntegrityError("the checkpoint's record does not describe a model", got=got) from None
     config = as_checkpointed(settings, info)
     net = _create(config, config.num_classes, config.img_size)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
         got = " ".join(str(error).split())[:200]
-        raise IntegrityError(
-            f"the weights of a checkpoint are not those of its model {config.name!r}", got=got
-        ) from None
+        raise IntegrityError(f"the checkpoint's weights do not fit its model {config.name!r}", got=got) from None
     net.aux_weight = info.aux_weight
     return net.eval()
 
 
 def train_mode(net: nn.Module, config: ModelConfig) -> None:
-    """Training mode; what is frozen stays in evaluation mode."""
+    """Set training mode; frozen parts stay in evaluation mode.
+
+    Args:
+        net: the model.
+        config: the recipe's section `model`.
+    """
     net.train(config.train == "all")
-    net.training = True  # both outputs, also where all else is frozen
+    net.training = True  # so that it returns both outputs, even if everything else is frozen
     if config.freeze_statistics:
         for module in net.modules():
             if isinstance(module, (_BatchNorm, BatchNormAct2d)):
@@ -87,16 +123,16 @@ def train_mode(net: nn.Module, config: ModelConfig) -> None:
 
 
 def _create(config: ModelConfig, num_classes: int | None, img_size: int) -> TokenLabelHeads:
-    if not timm.is_model(config.name) and ":" not in config.name:  # which stands in names of hubs and folders
+    if not timm.is_model(config.name) and ":" not in config.name:  # "hf-hub:…" and "local-dir:…" are not in timm's list
         names = timm.list_models()
-        remedy = did_you_mean(config.name, names) or "`python -m model list` and timm.list_models() name all."
-        raise InputError("model.name is not known", got=repr(config.name), remedy=remedy)
+        remedy = did_you_mean(config.name, names) or "`python -m model list` and timm.list_models() list all."
+        raise InputError("unknown model.name", got=repr(config.name), remedy=remedy)
     kwargs: dict[str, Any] = dict(config.args)
     if config.drop_path_rate:
         kwargs["drop_path_rate"] = config.drop_path_rate
     begin = kwargs.get("checkpoint_path")
     if begin and not Path(str(begin)).is_file():
-        raise InputError("model.args.checkpoint_path is no file", got=repr(begin))
+        raise InputError("model.args.checkpoint_path is not a file", got=repr(begin))
     try:
         return token_label(config.name, num_classes, img_size=img_size, **kwargs)
     except ModelError as error:
@@ -105,21 +141,21 @@ def _create(config: ModelConfig, num_classes: int | None, img_size: int) -> Toke
         got = (str(error).strip().splitlines() or [type(error).__name__])[0]
         remedy = "See model.args, model.img_size and model.drop_path_rate."
         if unknown := re.search(r"unexpected keyword argument '(\w+)'", got):
-            got, remedy = f"{unknown[1]}, which it does not take", _without(unknown[1], config)
+            got, remedy = f"{unknown[1]}, which it does not accept", _without(unknown[1], config)
         raise InputError(
             f"model {config.name!r} cannot be built with these settings", got=got, remedy=remedy
         ) from None  # fmt: skip
 
 
 def _without(argument: str, config: ModelConfig) -> str:
-    """How a setting is taken back, also one that the recipe of another model has made."""
+    """How to unset a setting, which may come from a recipe for another model."""
     if argument not in config.args:
         return f"Set model.{argument}=0."
-    return f"model.args sets {', '.join(config.args)}; model.args={{}} takes all of them back."
+    return f"model.args sets {', '.join(config.args)}; model.args={{}} unsets all of them."
 
 
 def _from_weights(config: ModelConfig) -> TokenLabelHeads:
-    """Built as the weights are, loaded, and only then brought to the recipe's resolution and classes."""
+    """Build the model to fit the weights, load them, and then change to the recipe's resolution and classes."""
     path = Path(str(config.weights))
     config = _blank(config)
     state, classes, side, described = _begin_with(path, config)
@@ -133,7 +169,7 @@ def _from_weights(config: ModelConfig) -> TokenLabelHeads:
             got=f"{len(missing)} weights missing, {len(wrong)} of another name or shape "
             f"({', '.join([*missing, *wrong][:3])})",
             expected="the weights of the same model",
-            remedy=f"Set model.name and model.args to what was trained there: {described}.",
+            remedy=f"Set model.name and model.args to those of the weights: {described}.",
         )
     net.load_state_dict(state, strict=False)
     if side != config.img_size:
@@ -145,18 +181,18 @@ def _from_weights(config: ModelConfig) -> TokenLabelHeads:
 
 
 def _refuse_other_shapes(net: nn.Module, built: nn.Module, side: int) -> None:
-    """A checkpoint tells how to build its model: one that was resized must have the shapes of one built at its size."""
-    found, expected = ({key: tuple(t.shape) for key, t in one.state_dict().items()} for one in (net, built))
-    if wrong := [key for key in expected if found.get(key) != expected[key]]:
+    """Raise an error unless a resized model has the shapes of one built at that size, as a checkpoint rebuilds it."""
+    shapes, expected = ({key: tuple(t.shape) for key, t in one.state_dict().items()} for one in (net, built))
+    if wrong := [key for key in expected if shapes.get(key) != expected[key]]:
         raise InputError(
             f"this model cannot be trained at another resolution than its weights', {side}×{side}",
-            got=f"{wrong[0]} {found.get(wrong[0])}", expected=f"{expected[wrong[0]]}, as when built at that size",
+            got=f"{wrong[0]} {shapes.get(wrong[0])}", expected=f"{expected[wrong[0]]}, as when built at that size",
             remedy=f"Use model.img_size={side}, or a model without windows.",
         )  # fmt: skip
 
 
 def _begin_with(path: Path, config: ModelConfig) -> tuple[dict[str, torch.Tensor], int, int, str]:
-    """Weights, their class count, their resolution, and of which model they are, in words."""
+    """The weights, their number of classes, their resolution, and a description of their model."""
     ema = config.weights_ema
     recorded = checkpoint_of(path)
     if path.is_dir() or recorded:
@@ -179,14 +215,14 @@ def _begin_with(path: Path, config: ModelConfig) -> tuple[dict[str, torch.Tensor
 
 
 def _is_ours(name: str) -> bool:
-    """Whether the model is this project's; all others are timm's, inside of `model.TokenLabeled`."""
+    """Whether the model is one of `model`; all others are timm's, wrapped in `TokenLabeled`."""
     return timm.is_model(name) and timm.model_entrypoint(name).__module__.partition(".")[0] == "model"
 
 
 def _of_timm(state: dict[str, torch.Tensor], config: ModelConfig) -> tuple[dict[str, torch.Tensor], int, int, str]:
-    """As `_begin_with`, for a state dict of the backbone alone, or of the whole network, whose size no file tells."""
+    """As `_begin_with`, for a state dict of the backbone or of the whole network, which does not record its size."""
     described = f"of a model with {', '.join([*state][:3])}, …"
-    if not any(key.startswith("backbone.") for key in state):  # VOLO has an auxiliary head of its own
+    if not any(key.startswith("backbone.") for key in state):  # VOLO has its own auxiliary head
         state = {key if key.startswith("aux_head.") else f"backbone.{key}": value for key, value in state.items()}
     net = _create(config, None, config.img_size)
     usual = getattr(net, "pretrained_cfg", None) or {}
@@ -200,7 +236,7 @@ def _of_timm(state: dict[str, torch.Tensor], config: ModelConfig) -> tuple[dict[
 
 
 def _fits(state: dict[str, torch.Tensor], net: TokenLabelHeads) -> bool:
-    """Whether all shapes are those of the network, its first dimensions aside: heads may be of other classes."""
+    """Whether all shapes fit the network except for the first dimension, as heads may have other classes."""
     own = {key: value.shape[1:] for key, value in net.state_dict().items()}
     return all(own.get(key) == value.shape[1:] for key, value in state.items())
 

@@ -1,4 +1,4 @@
-"""Optimizer and learning rate of a recipe, from timm's parts."""
+"""Optimizer and learning rate of a recipe, made with timm."""
 
 from __future__ import annotations
 
@@ -17,14 +17,22 @@ LOOKAHEAD = "lookahead_"
 
 
 def build_optimizer(net: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Raises InputError where timm does not know the optimizer, or it does not take the settings.
+    """Create the optimizer.
 
-    `lookahead_` before a name lets the slow weights of Lookahead follow it.
+    Args:
+        net: the network.
+        config: the recipe's section `optimizer`. The prefix `lookahead_` of a name wraps the optimizer in Lookahead.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        InputError: timm does not know the optimizer, or it does not accept the settings.
     """
     names = list_optimizers()
     if config.name.removeprefix(LOOKAHEAD) not in names:
         remedy = did_you_mean(config.name, names, or_all=True)
-        raise InputError("optimizer.name is not known", got=repr(config.name), remedy=remedy)
+        raise InputError("unknown optimizer.name", got=repr(config.name), remedy=remedy)
     extra: dict[str, Any] = {}
     if config.betas is not None:
         extra["betas"] = config.betas
@@ -42,7 +50,7 @@ def build_optimizer(net: nn.Module, config: OptimizerConfig) -> torch.optim.Opti
             **extra,
         )
     except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
-        raise InputError(f"optimizer {config.name!r} does not take these settings", got=error) from None
+        raise InputError(f"optimizer {config.name!r} does not accept these settings", got=error) from None
     if config.decay_all:
         for group in optimizer.param_groups:
             group["weight_decay"] = config.weight_decay
@@ -50,20 +58,26 @@ def build_optimizer(net: nn.Module, config: OptimizerConfig) -> torch.optim.Opti
 
 
 def refuse_too_few_steps(config: ScheduleConfig, epoch_steps: int) -> None:
-    """Raises InputError where warm-up and cooldown leave none of `schedule.steps`."""
+    """Raise InputError if warm-up and cooldown use up all of `schedule.steps`."""
     others = config.warmup_epochs + config.cooldown_epochs
     if config.steps is not None and config.steps / epoch_steps <= others:
         raise InputError(
-            "schedule.steps is too few for warm-up and cooldown",
-            got=f"{config.steps} steps of {epoch_steps} an epoch",
+            "schedule.steps is too small for warm-up and cooldown",
+            got=f"{config.steps} steps, {epoch_steps} per epoch",
             expected=f"more than {others * epoch_steps:g}",
         )
 
 
 class LearningRate:
-    """Sets the learning rate of every parameter group before a step; it depends on the step's number alone.
+    """Sets the learning rate of all parameter groups before each step; it depends only on the step's number.
 
-    Raises InputError where warm-up and cooldown leave none of `schedule.steps`.
+    Args:
+        optimizer: the optimizer.
+        config: the recipe's section `schedule`.
+        epoch_steps: steps per epoch.
+
+    Raises:
+        InputError: warm-up and cooldown use up all of `schedule.steps`.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: ScheduleConfig, epoch_steps: int) -> None:
@@ -88,7 +102,7 @@ class LearningRate:
         self._base, self._lowest = list(self._scheduler.base_values), config.min_lr
 
     def set(self, step: int) -> float:
-        """For the step after `step` others. The highest of the groups' rates."""
+        """Set the rates for the step that follows `step` others. Returns the highest rate of all groups."""
         if self._constant and step >= self._scheduler.warmup_t:
             self._scheduler.update_groups(self._base)
         elif step >= self._cosine_steps and not self._constant:
@@ -99,4 +113,5 @@ class LearningRate:
 
 
 def total_steps(config: ScheduleConfig, epoch_steps: int) -> int:
+    """Steps of the whole run, with `epoch_steps` steps per epoch."""
     return config.steps or max(1, round((config.epochs + config.cooldown_epochs) * epoch_steps))

@@ -1,4 +1,4 @@
-"""What a run tells people on stderr: what it is, how its steps go, and each evaluation."""
+"""Progress of a run on stderr: its settings, its steps and its evaluations."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ from train.recipes.config import TrainConfig
 
 log = logging.getLogger("train")
 
-# Short: on 80 columns tqdm cuts off what is too long, also in the middle of a number.
+# Short: on 80 columns tqdm cuts off the rest, even in the middle of a number.
 BAR = "step {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class Progress:
-    """Of the first rank; the others are silent.
+    """Progress of the first rank; the others print nothing.
 
-    With `wanted` single steps are told, too: on a terminal by a bar; elsewhere, as in the log of a batch job, by a line
-    every `run.log_every` steps, where a bar would be a line of megabytes.
+    With `wanted`, single steps are shown too: on a terminal as a bar; elsewhere, as in the log of a batch job, as a
+    line every `run.log_every` steps, since a bar would become a line of megabytes.
+
+    Args:
+        wanted: show single steps.
+        ranks: the ranks that train together.
+        step: steps done before.
+        steps: steps of the whole run.
     """
 
     def __init__(self, wanted: bool, ranks: Ranks, step: int, steps: int) -> None:
@@ -43,17 +49,24 @@ class Progress:
         self._bar.close()
 
     def advance(self) -> None:
+        """Count one step."""
         self._bar.update(1)
 
-    def tell_steps(self, where: str, values: Sequence[str], left: Sequence[str]) -> None:
-        """How the latest steps went, beside the bar, which knows what is left, or as a line."""
+    def report_steps(self, where: str, values: Sequence[str], left: Sequence[str]) -> None:
+        """Show how the latest steps went.
+
+        Args:
+            where: step and epoch.
+            values: loss, learning rate and speed.
+            left: remaining time, for a line; the bar shows its own.
+        """
         if self.on_terminal:
             self._bar.set_postfix_str(", ".join(values))
         elif self._wanted:
             self.say(f"{where}: {', '.join([*values, *left])}")
 
     def say(self, line: str) -> None:
-        """One line for people, above the bar or in a log."""
+        """Print one line, above the bar or in a log."""
         if self._wanted:
             tqdm.write(line, sys.stderr)
         elif self._speaks:
@@ -69,7 +82,20 @@ def opening(
     precision: torch.dtype,
     steps: int,
 ) -> list[str]:
-    """What begins, in three lines: model, images and steps, device and output."""
+    """The run's settings in three lines: model; images and steps; device and output.
+
+    Args:
+        config: the recipe.
+        net: the network.
+        loader: the training images.
+        validation: the images of the evaluation; None: no evaluation.
+        ranks: the ranks that train together.
+        precision: of the forward pass.
+        steps: steps of the whole run.
+
+    Returns:
+        Three lines.
+    """
     run, data = config.run, config.data
     sizes = [(p.numel(), p.requires_grad) for p in net.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
@@ -79,26 +105,35 @@ def opening(
     if run.micro_batch is not None and run.micro_batch < loader.config.batch_size:
         batch += f" ({run.micro_batch:,} at a time)"
     every = "epoch" if run.eval_every == 1 else f"{run.eval_every:,} epochs"
-    tested = "no evaluation, as data.validation is not set"
+    tested = "no evaluation (data.validation is not set)"
     if validation is not None:
         tested = f"evaluated every {every} on {len(validation.samples):,} images"
-    place = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type
-    place = place if ranks.world_size == 1 else f"{ranks.world_size:,} ranks, {place}"
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type
+    device = device if ranks.world_size == 1 else f"{ranks.world_size:,} ranks, {device}"
     average = "" if config.ema.decay is None else f", moving average {config.ema.decay:g}"
     return [
         f"{config.model.name}, {total:,} parameters{'' if trained == total else f', {trained:,} of them trained'}, "
         f"{side}×{side} pixels, {grid[0]}×{grid[1]} tokens, {loader.num_classes:,} classes",
         f"{len(loader.samples):,} images, {labels}, {len(loader):,} steps of {batch} an epoch, {steps:,} steps; "
         f"{tested}",
-        f"{place}, {str(precision).removeprefix('torch.')}; {config.optimizer.name}, lr {config.optimizer.lr:g}"
+        f"{device}, {str(precision).removeprefix('torch.')}; {config.optimizer.name}, lr {config.optimizer.lr:g}"
         f"{average}; {run.out}",
     ]
 
 
 def evaluation_text(row: dict[str, Any], train_loss: float | None, best: float) -> list[str]:
-    """The parts of an evaluation's line; row: as in `metrics.jsonl`."""
-    told = [] if train_loss is None else [f"train loss {train_loss:.4f}"]
-    told += [f"evaluation loss {row['loss']:.4f}"] if "loss" in row else []
-    told += [f"top-1 {row['top1']:.2%}", f"top-5 {row['top5']:.2%}"]
-    told += [f"moving average {row['ema_top1']:.2%}"] if "ema_top1" in row else []
-    return [*told, f"best {best:.2%}"]
+    """The parts of an evaluation's line.
+
+    Args:
+        row: the evaluation's row of `metrics.jsonl`.
+        train_loss: the latest training loss; None: unknown.
+        best: best top-1 of the run so far.
+
+    Returns:
+        Losses and accuracies, as text.
+    """
+    parts = [] if train_loss is None else [f"train loss {train_loss:.4f}"]
+    parts += [f"evaluation loss {row['loss']:.4f}"] if "loss" in row else []
+    parts += [f"top-1 {row['top1']:.2%}", f"top-5 {row['top5']:.2%}"]
+    parts += [f"moving average {row['ema_top1']:.2%}"] if "ema_top1" in row else []
+    return [*parts, f"best {best:.2%}"]

@@ -1,4 +1,4 @@
-"""How fast a run goes, and how much of its time it waits for data."""
+"""Training speed, and the share of time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -10,51 +10,56 @@ from pipeline.batch import Batch
 
 
 class Speed:
-    """Seconds of training steps and of waiting for their batches; `step_images` of all ranks go into a step."""
+    """Measures the time of training steps and of waiting for their batches.
+
+    Args:
+        step_images: images per step, over all ranks.
+    """
 
     def __init__(self, step_images: int) -> None:
         self._images, self._began = step_images, time.perf_counter()
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
-        self._told = (0, 0.0, 0.0)
+        self._last = (0, 0.0, 0.0)
         self._pause = 0.0
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches; what happens between two of them counts as the first one's step."""
+        """Yield the batches; the time until the next one is requested counts as the step of this one."""
         while True:
-            asked = time.perf_counter()
+            start = time.perf_counter()
             batch = next(batches, None)
             if batch is None:
                 return
-            came, self._pause = time.perf_counter(), 0.0
+            arrived, self._pause = time.perf_counter(), 0.0
             yield batch
             self._steps += 1
-            self._waited += came - asked
-            self._seconds += time.perf_counter() - asked - self._pause
+            self._waited += arrived - start
+            self._seconds += time.perf_counter() - start - self._pause
 
     @property
     def steps(self) -> int:
-        """That this process has done."""
+        """Steps done in this process."""
         return self._steps
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done within does not count."""
-        started = time.perf_counter()
+        """Do not count the time spent in this context."""
+        start = time.perf_counter()
         yield
-        self._pause += time.perf_counter() - started
+        self._pause += time.perf_counter() - start
 
     def since_last(self) -> tuple[float, float]:
-        """Images per second and share of waiting, since this was asked before."""
+        """Images per second and share of waiting since the previous call."""
         now = self._steps, self._seconds, self._waited
-        steps, seconds, waited = (new - old for new, old in zip(now, self._told, strict=True))
-        self._told = now
+        steps, seconds, waited = (new - old for new, old in zip(now, self._last, strict=True))
+        self._last = now
         return self._rates(int(steps), seconds, waited)
 
     def overall(self) -> tuple[float, float]:
+        """Images per second and share of waiting, of all steps of this process."""
         return self._rates(self._steps, self._seconds, self._waited)
 
     def seconds(self) -> float:
-        """Since the beginning, everything included."""
+        """Seconds since this object was created, everything included."""
         return time.perf_counter() - self._began
 
     def _rates(self, steps: int, seconds: float, waited: float) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""One step of training: a batch through network and loss, its gradient, and the weights' update.
+"""One training step: forward pass, loss, backward pass and weight update.
 
 Legend: B images; C classes; T tokens.
 """
@@ -24,12 +24,18 @@ from train.loss.token_label_loss import TokenLabelLoss
 from train.micro_batches import micro_batches
 from train.ranks.distributed import Ranks
 
-DROP_STREAM = 3  # of random numbers; `pipeline.order` and `pipeline.augment.draws` use others
-SMALLEST_SCALE = 1.0  # of float16 losses; needing less means that the gradients themselves are infinite
+DROP_STREAM = 3  # random stream of drop path; `pipeline.order` and `pipeline.augment.draws` use others
+SMALLEST_SCALE = 1.0  # of float16 losses; if it has to be smaller, the gradients themselves are infinite
 
 
 class TokenLabelTask(TrainingTask):
-    """timm's task for a network with a token head: `task(batch)` gives its loss and outputs."""
+    """timm's TrainingTask for a network with a token head: `task(batch)` returns its loss and outputs.
+
+    Args:
+        net: the network; it is moved to `device`.
+        loss: the criterion.
+        device: where to train.
+    """
 
     def __init__(self, net: TokenLabelHeads, loss: TokenLabelLoss, device: torch.device) -> None:
         super().__init__(device=device, verbose=False)
@@ -38,11 +44,13 @@ class TokenLabelTask(TrainingTask):
         self.compiled = False
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **kwargs: Any) -> nn.Module:
+        """Run the network through torch.compile; arguments as there."""
         compiled: Any = torch.compile(self.trainable_module, backend=backend, mode=mode, **kwargs)
         self.trainable_module, self.compiled = compiled, True
         return self.trainable_module
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **kwargs: Any) -> TokenLabelTask:
+        """Wrap the network in DistributedDataParallel; arguments as there."""
         from torch.nn.parallel import DistributedDataParallel
 
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **kwargs)
@@ -50,12 +58,13 @@ class TokenLabelTask(TrainingTask):
 
     @property
     def network(self) -> TokenLabelHeads:
-        """The network itself, without what compiles or distributes it."""
+        """The network itself, without the wrappers of torch.compile and DistributedDataParallel."""
         return unwrap_model(self.trainable_module)
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Returns "loss", a scalar, and "output", what the network returned for the batch."""
         mix: Any = batch.token_mix
-        if mix is not None and self.compiled:  # a mask: the sides of each box would be compiled anew
+        if mix is not None and self.compiled:  # as a mask: a box would be recompiled for each size
             mix = mix.mask(self.network.grid).view(self.network.grid).to(batch.images.device)
         output = self.trainable_module(batch.images, mix=mix)
         return {"loss": self.criterion(output, batch), "output": output}
@@ -63,18 +72,36 @@ class TokenLabelTask(TrainingTask):
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over all ranks' images; norm of the gradients before clipping; done: False where it was left out."""
+    """Result of a training step.
+
+    Attributes:
+        loss: mean over the images of all ranks.
+        norm: norm of the gradients before clipping.
+        done: False: the step was skipped.
+        stop: some rank was asked to stop.
+    """
 
     loss: float
     norm: float
     done: bool
-    stop: bool  # some rank was asked to stop
+    stop: bool
 
 
 class TrainingStep:
-    """Accumulates a batch's gradient over micro-batches, clips it, and updates weights and their average.
+    """Accumulates a batch's gradient over micro-batches, clips it, and updates the weights and their moving average.
 
-    A step whose loss or gradient is not finite changes nothing: the update is left out and statistics are put back.
+    A step whose loss or gradient is not finite changes nothing: the update is skipped and BatchNorm's statistics are
+    restored.
+
+    Args:
+        task: network and criterion.
+        optimizer: its optimizer.
+        ranks: the ranks that train together.
+        seed: of the random numbers within the step.
+        micro_batch: images at a time; None: the whole batch.
+        clip_grad: largest norm of the gradient; None: no clipping.
+        precision: of the forward pass.
+        channels_last: use channels-last memory format.
     """
 
     def __init__(
@@ -95,17 +122,29 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision == torch.float16)
 
     def run(self, batch: Batch, step: int, stop: Callable[[], bool] = lambda: False) -> StepResult:
-        """The step after `step` others. `stop` is asked when its gradients are there."""
+        """Do one step.
+
+        Args:
+            batch: this rank's part of the batch.
+            step: number of steps before this one.
+            stop: whether this rank was asked to stop; called after the backward pass.
+
+        Returns:
+            Loss, gradient norm, and whether the step was done or a rank wants to stop.
+
+        Raises:
+            TrainError: the GPU is out of memory.
+        """
         self._seed(step)
         buffers = [buffer.clone() for buffer in self.task.network.buffers()]
         self.optimizer.zero_grad(set_to_none=True)
         loss = None
         with suppress(torch.OutOfMemoryError):
             loss = self._accumulate(batch)
-        if loss is None:  # not before the error is gone: its traceback holds the pass's activations
+        if loss is None:  # only here, after the error is gone: its traceback holds the activations
             raise self._out_of_memory(batch)
-        told = torch.stack([loss.double(), loss.new_tensor(float(stop()), dtype=torch.float64)])
-        mean, stops = self.ranks.sum(told).tolist()
+        values = torch.stack([loss.double(), loss.new_tensor(float(stop()), dtype=torch.float64)])
+        mean, stops = self.ranks.sum(values).tolist()
         mean /= self.ranks.world_size
         self.scaler.unscale_(self.optimizer)
         largest = math.inf if self.clip_grad is None else self.clip_grad
@@ -119,12 +158,12 @@ class TrainingStep:
                 for buffer, before in zip(self.task.network.buffers(), buffers, strict=True):
                     buffer.copy_(before)
         self._update_scale(done)
-        # A float16 gradient that overflowed is mended by a smaller scale, and no fault of the loss.
+        # A float16 gradient that overflowed needs a smaller scale; the loss is fine.
         scaled = not done and math.isfinite(mean) and self._can_scale_down()
         return StepResult(mean, norm, done or scaled, stops > 0)
 
     def _accumulate(self, batch: Batch) -> torch.Tensor:
-        """Gradients of the whole batch; its loss."""
+        """Accumulate the gradients of the whole batch. Returns its loss."""
         parts = micro_batches(batch, self.micro_batch)
         total = torch.zeros((), device=self.ranks.device)
         for part, context in zip(parts, self._contexts(len(parts)), strict=True):
@@ -133,15 +172,15 @@ class TrainingStep:
         return total
 
     def _backward(self, part: Batch, share: float) -> torch.Tensor:
-        """Adds a part's gradient; its share of the loss."""
+        """Add a part's gradient. Returns its share of the loss."""
         with torch.autocast(self.ranks.device.type, self.precision, enabled=self.precision != torch.float32):
             loss = self.task(self._laid_out(part))["loss"] * share
         self.scaler.scale(loss).backward()
         return loss.detach()
 
     def _out_of_memory(self, batch: Batch) -> TrainError:
-        """Says how many images at a time would fit: half as many, again and again, until a pass goes through."""
-        self.task.trainable_module = self.task.network  # other ranks wait elsewhere: nothing must be exchanged
+        """An error that says how many images fit, found by halving their number until a pass succeeds."""
+        self.task.trainable_module = self.task.network  # no communication: the other ranks wait elsewhere
         tried = size = min(self.micro_batch or len(batch), len(batch))
         while size > 2:
             size = max(2, size // 4 * 2)  # even: mixed pairs stay together
@@ -151,13 +190,13 @@ class TrainingStep:
                     self._backward(micro_batches(batch, size)[0], 1.0)
             except torch.OutOfMemoryError:
                 continue
-            remedy = f"run.micro_batch={size} fits, and gives the same gradient; so may run.grad_checkpointing=true."
+            remedy = f"run.micro_batch={size} fits, with the same gradient; run.grad_checkpointing=true may fit too."
             return TrainError("the GPU is out of memory", got=f"{tried} images at a time", remedy=remedy)
         remedy = "Not even two images fit: use a smaller model, or run.grad_checkpointing=true."
         return TrainError("the GPU is out of memory", got=f"{tried} images at a time", remedy=remedy)
 
     def _contexts(self, count: int) -> Iterator[AbstractContextManager]:
-        """Ranks exchange gradients once, with the last micro-batch."""
+        """For each micro-batch, a context in which only the last one exchanges gradients between ranks."""
         for i in range(count):
             yield self.task.no_sync() if i < count - 1 else nullcontext()
 
@@ -167,7 +206,7 @@ class TrainingStep:
         return replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
 
     def _seed(self, step: int) -> None:
-        """Dropped paths depend on seed, step and rank alone, so that no generator's state needs keeping."""
+        """Drop path depends only on seed, step and rank, so that no generator state has to be saved."""
         words = np.random.SeedSequence([DROP_STREAM, self.seed, step, self.ranks.rank]).generate_state(2, np.uint32)
         torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 

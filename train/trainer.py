@@ -1,4 +1,4 @@
-"""`fit`: a recipe to a trained model, with checkpoints that resume bit for bit on a CPU.
+"""`fit`: train a model by a recipe, with checkpoints that resume bit for bit on a CPU.
 
 A run's folder holds `config.toml`, `metrics.jsonl` and `.csv`, `speed.jsonl`, `curves.png`, `checkpoints/`,
 `tensorboard/` and, at the end, `summary.json` and `timm/`, which timm and the labeler read.
@@ -55,12 +55,21 @@ log = logging.getLogger("train")
 
 @dataclass(frozen=True)
 class FitSummary:
-    """
-    top1, ema_top1  of the last evaluation, best of all, which was at best_step; −1 where there was none
-    images_per_s    of this process's part of the run, over all ranks, evaluations aside; where nothing was left to do,
-                    of the process that finished it, as are data_wait and seconds
-    data_wait       share of that time without a batch to work on
-    skipped         steps left out for a loss that was not finite
+    """Result of a run.
+
+    Attributes:
+        folder: the run's folder.
+        steps: steps done.
+        epochs: epochs done.
+        top1: accuracy of the last evaluation; −1: there was none.
+        ema_top1: the same for the moving average of the weights.
+        best: best accuracy of all evaluations; −1: there was none.
+        images_per_s: training speed over all ranks, without evaluations, measured in this process. If nothing was left
+            to do, that of the process that finished the run; so are `data_wait` and `seconds`.
+        data_wait: share of that time spent waiting for data.
+        seconds: duration of this process's part of the run.
+        skipped: steps skipped because loss or gradient were not finite.
+        best_step: step of the best evaluation; −1: there was none.
     """
 
     folder: str
@@ -76,6 +85,7 @@ class FitSummary:
     best_step: int = -1
 
     def text(self) -> str:
+        """The summary in one line."""
         ema = f", of the moving average {self.ema_top1:.2%}" if self.ema_top1 >= 0 else ""
         best = f"best {self.best:.2%} at step {self.best_step:,}"
         accuracy = f"top-1 {self.top1:.2%}{ema}, {best}" if self.top1 >= 0 else "no evaluation"
@@ -86,14 +96,23 @@ class FitSummary:
 
 
 def fit(config: TrainConfig, resume: str | Path | None = None) -> FitSummary:
-    """Train as `config` says. Under torchrun every rank calls it; the first one writes.
+    """Train a model. Under torchrun every rank calls this; only the first one writes files.
 
-    resume  None: begin; "auto": from the newest whole checkpoint in the run's folder, if there is one; or from a
-            checkpoint or a run by its folder
-    Raises InputError and MismatchError before any work where something does not fit, NonFiniteError where the loss is
-    not finite, Stopped when a signal asked for it and everything is saved.
+    Args:
+        config: the recipe.
+        resume: None: start a new run; "auto": continue from the newest valid checkpoint in the run's folder, if there
+            is one; or the folder of a checkpoint or of a run to continue from.
+
+    Returns:
+        Accuracy, speed and number of steps.
+
+    Raises:
+        InputError: settings, images or labels cannot be used; raised before any work.
+        MismatchError: the checkpoint, the labels or the images do not fit; raised before any work.
+        NonFiniteError: the loss or the gradient is not finite.
+        Stopped: a signal stopped the run; everything is saved.
     """
-    # Refused by each rank alone, before it waits for the others.
+    # Checked by each rank before it waits for the others.
     images_per_rank(config, world_size())
     refuse_absent_paths(config)
     import_tracker(config.run.tracker)
@@ -106,28 +125,28 @@ def fit(config: TrainConfig, resume: str | Path | None = None) -> FitSummary:
 
 
 class Trainer:
-    """One run, ready to go on from `step`."""
+    """One run, ready to continue from `step`. Arguments as for `fit`."""
 
     def __init__(self, config: TrainConfig, ranks: Ranks, resume: str | Path | None = None) -> None:
         self.config, self.ranks, self.folder = config, ranks, Path(config.run.out)
-        found = starting_point(self.folder, resume)
-        self.source = None if found is None else found[0]
+        start = starting_point(self.folder, resume)
+        self.source = None if start is None else start[0]
         self.went_back = resume is not None and str(resume) != "auto"
-        if found is not None:
-            refuse_other_run(config, found[1], ranks)
-        self.threads = set_threads(config.run.threads or (None if found is None else found[1].threads))
+        if start is not None:
+            refuse_other_run(config, start[1], ranks)
+        self.threads = set_threads(config.run.threads or (None if start is None else start[1].threads))
         self.precision = DTYPES[pick_precision(config.run.precision, ranks.device)]
         if self.precision == torch.float16 and ranks.device.type == "cpu":
             raise InputError("run.precision=float16 needs a GPU", expected="float32 or bfloat16 on a CPU")
-        torch.manual_seed(config.run.seed)  # beginning weights are the same on all ranks
-        begun = config.model if found is None else as_checkpointed(config.model, found[1])
-        net = build_network(begun, config.loss.dense_weight)
-        build_optimizer(net, config.optimizer)  # refused before any image is looked for; heads may change below
+        torch.manual_seed(config.run.seed)  # the same initial weights on all ranks
+        model = config.model if start is None else as_checkpointed(config.model, start[1])
+        net = build_network(model, config.loss.dense_weight)
+        build_optimizer(net, config.optimizer)  # checks the settings before any image is read; heads may change below
         self.loader = training_loader(config, net, ranks)
-        if found is not None:
-            refuse_other_past(config, found[1], len(self.loader))
-        set_classes(net, self.loader.num_classes, begun)
-        # Every checkpoint tells them; finding the folders takes a pass over all images.
+        if start is not None:
+            refuse_other_past(config, start[1], len(self.loader))
+        set_classes(net, self.loader.num_classes, model)
+        # Computed once, as it takes a pass over all images; every checkpoint records it.
         self.class_folders = class_folders(self.loader)
         self.transform = transform_of(config, net, self.loader.samples.orientation)
         self.validation = validation_loader(config, net, ranks, self.loader, self.class_folders)
@@ -135,8 +154,8 @@ class Trainer:
         self.step = self.skipped = 0
         self._loss_sum, self._loss_steps, self._bad_in_a_row = 0.0, 0, 0
         self._prepare(net)
-        if found is not None:
-            self._restore(*found)
+        if start is not None:
+            self._restore(*start)
 
     def _prepare(self, net: Any) -> None:
         config, ranks = self.config, self.ranks
@@ -167,11 +186,12 @@ class Trainer:
 
     @property
     def ema(self) -> torch.nn.Module | None:
+        """The network with averaged weights; None: the recipe has no moving average."""
         return self.task.trainable_module_ema.module if self.task.has_ema() else None
 
     def run(self) -> FitSummary:
-        """From where it stands to the last step."""
-        again = self.step > 0 and self._evaluation_due()  # the process before may have ended in its middle
+        """Train from the current step to the last one."""
+        again = self.step > 0 and self._evaluation_due()  # the previous process may have ended during it
         self.record = None
         if self.ranks.first:
             self.record = RunRecord(self.folder, self.config, self.step, self.source, self.went_back, again)
@@ -210,7 +230,7 @@ class Trainer:
         if evaluate_first:
             self._evaluate(signals)
         if self.step == self.steps and not checkpoints(self.folder):
-            self._save(must=True)  # a finished run that goes on into another folder
+            self._save(must=True)  # a finished run that is continued in another folder
         train_mode(self.task.network, self.config.model)
         for batch in self.speed.timed(self._batches()):
             rate = self.rate.set(self.step)
@@ -218,12 +238,12 @@ class Trainer:
             result = self.train_step.run(batch, self.step, lambda: signals.requested is not None)
             self.step += 1
             self._note(result, rate)
-            self._tell_speed(result.loss, rate)
+            self._report_speed(result.loss, rate)
             evaluation = self._evaluation_due()
             if result.stop or evaluation or self._save_due():
                 self._save(must=result.stop or self.step == self.steps)
             if result.stop:
-                raise Stopped(f"stopped after step {self.step}", remedy="--resume auto goes on from there.")
+                raise Stopped(f"stopped after step {self.step}", remedy="--resume auto continues from there.")
             if evaluation:
                 with self.speed.paused():
                     self._evaluate(signals)
@@ -237,7 +257,7 @@ class Trainer:
                     return
 
     def _note(self, result: StepResult, rate: float) -> None:
-        """Keep the step's loss for the next row of metrics. Raises NonFiniteError after too many bad ones in a row."""
+        """Add the step's loss to the next row of metrics. Raises NonFiniteError after too many bad steps in a row."""
         if result.done:
             self._bad_in_a_row = 0
             self._loss_sum, self._loss_steps = self._loss_sum + result.loss, self._loss_steps + 1
@@ -249,23 +269,23 @@ class Trainer:
                     f"loss or gradient is not finite at step {self.step}", got=bad,
                     remedy=_what_to_try(self.config, self.precision),
                 )  # fmt: skip
-            log.warning("step %d left out: %s (%d in a row)", self.step, bad, self._bad_in_a_row)
+            log.warning("step %d skipped: %s (%d in a row)", self.step, bad, self._bad_in_a_row)
         if self.step % self.config.run.log_every and self.step != self.steps:
             return
         if self.record is not None and self._loss_steps:
             values = {"loss": self._loss_sum / self._loss_steps, "lr": rate}
-            if math.isfinite(result.norm):  # JSON has no word for the others
+            if math.isfinite(result.norm):  # JSON has no NaN
                 values["grad_norm"] = result.norm
             self.record.metrics.add({"kind": "train", "step": self.step, "epoch": self._epoch(), **values})
         self._loss_sum, self._loss_steps = 0.0, 0
 
-    def _tell_speed(self, loss: float, lr: float) -> None:
+    def _report_speed(self, loss: float, lr: float) -> None:
         self.progress.advance()
         if self.step % self.config.run.log_every and self.step != self.steps:
             return
         rate, wait = self.speed.since_last()
-        told = [f"loss {loss:.4f}", f"lr {lr:.2e}", f"{rate:,.0f} images/s", f"{wait:.0%} waiting for data"]
-        self.progress.tell_steps(self._where(), told, self._left())
+        values = [f"loss {loss:.4f}", f"lr {lr:.2e}", f"{rate:,.0f} images/s", f"{wait:.0%} waiting for data"]
+        self.progress.report_steps(self._where(), values, self._left())
         if self.record is not None:
             memory = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else 0
             row = {"step": self.step, "images_per_s": rate, "data_wait": wait, "gpu_memory_gb": memory / 1e9}
@@ -277,7 +297,7 @@ class Trainer:
     def _save_due(self) -> bool:
         run = self.config.run
         if run.save_every is None and self.validation is not None:
-            return self.step == self.steps  # each evaluation is saved before, too
+            return self.step == self.steps  # a checkpoint is also saved before each evaluation
         return self.step == self.steps or self.step % (run.save_every or run.eval_every * len(self.loader)) == 0
 
     def _evaluation_due(self) -> bool:
@@ -290,7 +310,7 @@ class Trainer:
         if self.ema is not None:
             networks["ema_"] = self.ema
         with blamed_on("data.validation"):
-            found = evaluate(
+            accuracies = evaluate(
                 networks,
                 self.validation,
                 self.ranks,
@@ -302,32 +322,32 @@ class Trainer:
         train_mode(self.task.network, self.config.model)
         if self.record is None:
             return
-        values = {f"{name}{key}": getattr(a, key) for name, a in found.items() for key in ("top1", "top5")}
+        values = {f"{name}{key}": getattr(a, key) for name, a in accuracies.items() for key in ("top1", "top5")}
         better = max(values["top1"], values.get("ema_top1", -1.0)) > self.record.best()
-        losses = {f"{name}loss": a.loss for name, a in found.items() if math.isfinite(a.loss)}  # a word that JSON has
+        losses = {f"{name}loss": a.loss for name, a in accuracies.items() if math.isfinite(a.loss)}  # JSON has no NaN
         row = {
             "kind": "eval",
             "step": self.step,
             "epoch": self._epoch(),
             **values,
             **losses,
-            "images": found[""].images,
+            "images": accuracies[""].images,
         }
         self.record.metrics.add(row)
-        self._tell_evaluation(row)
+        self._report_evaluation(row)
         if better:
             self._save(best=values)
 
-    def _tell_evaluation(self, row: dict[str, Any]) -> None:
+    def _report_evaluation(self, row: dict[str, Any]) -> None:
         assert self.record is not None
         train = [one["loss"] for one in self.record.metrics.rows if one["kind"] == "train"]
-        told = evaluation_text(row, train[-1] if train else None, self.record.best())
+        parts = evaluation_text(row, train[-1] if train else None, self.record.best())
         left = self._left()
-        told += [f"{self.speed.overall()[0]:,.0f} images/s", *left] if left else []
-        self.progress.say(f"{self._where()}: {', '.join(told)}")
+        parts += [f"{self.speed.overall()[0]:,.0f} images/s", *left] if left else []
+        self.progress.say(f"{self._where()}: {', '.join(parts)}")
 
     def _left(self) -> list[str]:
-        """The time that all steps left take, as the speed so far says; nothing where that is not known, or none are."""
+        """The estimated time for the remaining steps; empty if unknown, or if none remain."""
         rate, _ = self.speed.overall()
         if not rate or self.step == self.steps:
             return []
@@ -383,7 +403,7 @@ class Trainer:
             self.step, self.skipped, self._bad_in_a_row = info.step, state["skipped"], state["bad_in_a_row"]
             self._loss_sum, self._loss_steps = state["loss_sum"], state["loss_steps"]
         except MismatchError as error:
-            remedy = "Resume with the images, labels and settings of then, or begin with model.weights= of that run."
+            remedy = "Resume with the same images, labels and settings, or start anew with that run as model.weights=."
             raise MismatchError(error.problem, got=error.got, expected=error.expected, remedy=remedy) from None
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise _unfit(folder, error) from None
@@ -420,25 +440,25 @@ def _read_summary(folder: Path) -> FitSummary | None:
 
 
 def _unfit(folder: Path, error: Exception) -> IntegrityError:
-    """The checkpoint is whole, and yet not what such a run saves."""
+    """The error for a checkpoint that is undamaged but not of such a run."""
     got = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return IntegrityError(f"{folder} holds no state of this run", got=got, remedy="Resume from another checkpoint.")
 
 
 def _what_to_try(config: TrainConfig, precision: torch.dtype) -> str:
-    """After a loss that is not finite: only what this run has not done yet."""
+    """Advice after a loss that is not finite: only what this run has not tried yet."""
     tries = ["a lower optimizer.lr", "a longer schedule.warmup_epochs"]
     clip = config.optimizer.clip_grad
     if clip is None or clip > 1:
         tries.append("optimizer.clip_grad=1")
     if precision != torch.float32:
         tries.append("run.precision=float32")
-    told = f"try {', '.join(tries[:-1])} or {tries[-1]}."
+    advice = f"try {', '.join(tries[:-1])} or {tries[-1]}."
     older = checkpoints(Path(config.run.out))
     if not older:
-        return f"No checkpoint was saved before. Begin again and {told}"
+        return f"No checkpoint was saved before. Start again and {advice}"
     allowed = max(3, 2 * config.run.skip_non_finite)
     return (
-        f"{older[0]} is kept: --resume auto run.skip_non_finite={allowed} goes on from there and leaves out up to "
-        f"{allowed} such steps in a row. Or begin in a new run.out, perhaps with model.weights= of it, and {told}"
+        f"{older[0]} is kept: --resume auto run.skip_non_finite={allowed} continues from there and skips up to "
+        f"{allowed} such steps in a row. Or start in a new run.out, perhaps with model.weights= of it, and {advice}"
     )

@@ -4,15 +4,15 @@ Legend: K directions, B batch, L length, E inner width, N state size. u, delta, 
 B, C [K, B, L, N]; D, delta_bias [K, E] or None; saved [⌈L/8⌉, K, B, N, E]. Each direction, in its
 running order of time:
 
-    dt = delta + delta_bias, through softplus if asked
+    dt = delta + delta_bias, or softplus of it
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t
     y_t = C_t · h_t + D u_t
 
-Time is cut into chunks of 8 steps, whose states [8, K, B, N, E] stay in the cache through all passes over them; time
-comes first and E last, so that a step is one long vectorised operation for all directions and images. Only the state
-before each chunk is kept and the backward computes the rest again, which is faster than fetching it
-from memory: forward 30 ms and backward 80 ms against 106 and 196 in one chunk (B 8, L 197, E 384, N 16, two directions,
-two cores; measured on a first version; chunks of 4 took 20 % longer, of 16 4 %).
+Time is split into chunks of 8 steps, whose states [8, K, B, N, E] stay in the cache through all passes over them; time
+comes first and E last, so that a step is one long vectorized operation for all directions and images. Only the state
+before each chunk is saved, and the backward pass recomputes the others, which is faster than reading them from memory:
+forward 30 ms and backward 80 ms instead of 106 and 196 in one chunk (B 8, L 197, E 384, N 16, two directions, two
+cores; measured on a first version; chunks of 4 took 20 % longer, of 16 4 %).
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ class Steps(NamedTuple):
     A: torch.Tensor  # [K, 1, N, E]
     B: torch.Tensor  # [L, K, B, N]
     C: torch.Tensor  # [L, K, B, N]
-    lowest: float | None  # where to cut dt · A off, if it comes so low
+    lowest: float | None  # lower bound to clamp dt · A to; None: it never gets that low
 
 
 class WorkSpace(NamedTuple):
-    """Room for a chunk. Views of its steps are made once: a step's arithmetic takes little longer than making one."""
+    """Buffer for a chunk. The views of its steps are created once, as creating one takes almost as long as a step."""
 
     all: torch.Tensor  # [8, K, B, N, E]
     each: tuple[torch.Tensor, ...]
 
     @classmethod
     def like(cls, saved: torch.Tensor) -> WorkSpace:
+        """A buffer for states like those in `saved` [⌈L/8⌉, K, B, N, E]."""
         room = saved.new_empty(CHUNK, *saved.shape[1:])
         return cls(room, room.unbind())
 
@@ -75,7 +76,7 @@ def forward(
     delta_softplus: bool,
     reverse: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y in u's type, and the state before each chunk, for `backward`."""
+    """y in u's dtype, and the state before each chunk, for `backward`."""
     dtype = state_dtype(u, delta, A, B, C, D, delta_bias)
     saved = torch.empty(saved_shape(u, A), dtype=dtype)
     saved[:1] = 0
@@ -107,13 +108,13 @@ def backward(
     delta_softplus: bool,
     reverse: Sequence[bool],
 ) -> Gradients:
-    """Gradients of u, delta, A, B, C, D and delta_bias, each in its input's type; None for what was None."""
+    """Gradients of u, delta, A, B, C, D and delta_bias, each in its input's dtype; None for an input that is None."""
     dtype = saved.dtype
     with flushed_denormals():
         us, steps, raw = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, reverse, dtype)
         gy = _to_steps(grad_y, reverse, dtype)
         gdt, gdtu, gA, gB, gC = _reverse_recurrence(gy, steps, saved)
-        # dt reaches the result by the decay and by dt · u; u by dt · u and by D.
+        # dt enters through the decay and dt · u; u through dt · u and D.
         gdt.addcmul_(gdtu, us)
         gu = gdtu.mul_(steps.dt)
         if D is not None:
@@ -132,7 +133,7 @@ def backward(
 
 
 def _run_chunk(steps: Steps, now: slice, before: torch.Tensor, decay: WorkSpace, states: WorkSpace) -> int:
-    """From the state before the chunk, fills `decay` with exp(dt A) and `states` with h; returns the steps."""
+    """Fill `decay` with exp(dt A) and `states` with h, from the state before the chunk. Returns the number of steps."""
     dt, b, dtu = steps.dt[now], steps.B[now], steps.dtu[now]
     n = len(dt)
     decays = decay.all[:n]
@@ -147,7 +148,7 @@ def _run_chunk(steps: Steps, now: slice, before: torch.Tensor, decay: WorkSpace,
 
 
 def _reverse_recurrence(gy: torch.Tensor, steps: Steps, saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Gradients of dt (by the decay alone), dt · u, A [K, B, N, E], B and C, time first.
+    """Gradients of dt (through the decay only), dt · u, A [K, B, N, E], B and C, time first.
 
     With g_t the gradient of h_t: g_t = C_t gy_t + exp(dt_{t+1} A) g_{t+1}, from the last step to the first.
     """
@@ -194,7 +195,7 @@ def _prepare(
         raw.add_(delta_bias.to(dtype).unsqueeze(1))
     dt = F.softplus(raw) if delta_softplus else raw
     a = A.to(dtype).mT.contiguous().unsqueeze(1)
-    # Below this, exp gives denormal numbers, three times slower for nothing: the last normal number is as good as zero.
+    # Below this, exp returns denormal numbers, which are three times slower; the last normal number is as good as 0.
     lowest = math.log(2 * torch.finfo(dtype).tiny)
     low = dt.numel() > 0 and float(dt.amax() * a.amin()) < lowest
     steps = Steps(dt, dt * us, a, _to_steps(B, reverse, dtype), _to_steps(C, reverse, dtype), lowest if low else None)
@@ -218,7 +219,7 @@ def _from_steps(x: torch.Tensor, reverse: Sequence[bool], dtype: torch.dtype) ->
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    """[n, K, B, N, E] as a batch of matrices [n·K·B, N, E]; a view, as are the two below."""
+    """[n, K, B, N, E] as a batch of matrices [n·K·B, N, E]; a view, like the two below."""
     return x.flatten(0, 2)
 
 
@@ -231,16 +232,16 @@ def _columns(x: torch.Tensor) -> torch.Tensor:
 
 
 def _drop_tiny(state: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """States that have all but died out become zero, before they turn denormal and stay so for many steps."""
+    """Set tiny states to zero, before they become denormal and stay so for many steps."""
     return torch.hardshrink(state, 1e6 * torch.finfo(state.dtype).tiny, out=out)
 
 
 @contextmanager
 def flushed_denormals() -> Iterator[None]:
-    """Denormal numbers count as zero in this thread, then as before.
+    """Treat denormal numbers as zero in this thread; on exit restore the previous setting.
 
-    The setting is the processor's, for each thread: torch's other threads got theirs from whoever started them, and
-    nothing here can reach them. The two cut-offs above keep nearly all denormals away from those.
+    The processor has one setting per thread. Those of torch's other threads were set when they were started and cannot
+    be changed here; the two cut-offs above keep nearly all denormals away from them.
     """
     smallest = sys.float_info.min
     already = smallest * 0.5 == 0.0

@@ -1,10 +1,10 @@
-"""The hand-written scans as operators of torch: compiled, differentiated, mapped over samples, and counted.
+"""The hand-written scans as torch operators, for torch.compile, autograd, `torch.func` and flop counters.
 
 Legend: K directions, B batch, L length, E inner width, N state size, V samples of `torch.vmap`. u, delta, y
 [K, B, L, E]; A [K, E, N]; B, C [K, B, L, N]; D, delta_bias [K, E] or None; reverse  K times 0 or 1.
 
 token_labeling::scan_cpu, scan_triton and their `_backward` are opaque to compilers and tracers. Inside transforms of
-`torch.func` an autograd.Function stands in for them, as torch's operators do not know how to be differentiated there.
+`torch.func`, where custom operators cannot be differentiated, an autograd.Function replaces them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from labeler.base.errors import ModelError
 from model.ops import scan_cpu as cpu_kernels
 from model.ops.scan_reference import state_dtype
 
-# Per step, channel and state: decay times state, plus input times B; then times C into the output. With the product and
-# the sum of each counted apart, as flop counters do.
+# Per step, channel and state: decay times state, plus input times B; then times C into the output. Products and sums
+# count separately, as in flop counters.
 FLOPS_PER_STATE = 6
 TENSORS = 7  # u, delta, A, B, C, D, delta_bias
 
@@ -47,7 +47,7 @@ def transforms_are_active() -> bool:
 
 
 def scan_flops(u: Sequence[int], delta: Sequence[int], A: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of a forward pass over tensors of these shapes."""
+    """Flops of a forward pass over tensors of these shapes."""
     directions, batch, length, width = u
     return FLOPS_PER_STATE * directions * batch * length * width * A[2]
 
@@ -55,10 +55,10 @@ def scan_flops(u: Sequence[int], delta: Sequence[int], A: Sequence[int], *_: Any
 def _register(
     name: str, kernels: Callable[[], Any], saved_like: Callable[..., torch.Tensor], saved_directions: int
 ) -> Callable[..., torch.Tensor]:
-    """scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse) -> y, by a module's `forward` and `backward`.
+    """Register scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse) -> y with a module's kernels.
 
-    The module is looked up at the call, so that registering imports no vendor library. `saved_directions` is the
-    dimension of K in what `forward` saves.
+    `kernels` returns the module; it is called at the first use, so that registering imports no vendor library.
+    `saved_directions` is the dimension of K in the tensor that `forward` saves.
     """
 
     @torch.library.custom_op(f"token_labeling::{name}", mutates_args=())
@@ -126,7 +126,7 @@ def _register(
 def _for_transforms(
     operator: Callable[..., Any], operator_backward: Callable[..., Any], saved_directions: int
 ) -> Callable[..., Any]:
-    """The same scan as `operator`, for `grad`, `vmap` and their like."""
+    """The same scan as `operator`, for `torch.func.grad`, `vmap` and similar transforms."""
 
     class Scan(torch.autograd.Function):
         @staticmethod
@@ -144,7 +144,7 @@ def _for_transforms(
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
-            """Samples become directions, each with parameters of its own."""
+            """Samples become directions, each with its own parameters."""
             *tensors, delta_softplus, reverse = inputs
             folded = [_fold(x, dim, info.batch_size, 0) for x, dim in zip(tensors, in_dims, strict=False)]
             y, saved = Scan.apply(*folded, delta_softplus, tuple(reverse) * info.batch_size)
@@ -165,10 +165,10 @@ def _for_transforms(
         def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
             *tensors, delta_softplus, reverse = inputs
             given = zip(tensors, in_dims, [0] * (1 + TENSORS) + [saved_directions], strict=False)
-            folded = [_fold(x, dim, info.batch_size, place) for x, dim, place in given]
-            found = ScanBackward.apply(*folded, delta_softplus, tuple(reverse) * info.batch_size)
+            folded = [_fold(x, dim, info.batch_size, k_dim) for x, dim, k_dim in given]
+            gradients = ScanBackward.apply(*folded, delta_softplus, tuple(reverse) * info.batch_size)
             shape = (info.batch_size, len(reverse))
-            return tuple(gradient.unflatten(0, shape) for gradient in found), (0,) * len(found)
+            return tuple(gradient.unflatten(0, shape) for gradient in gradients), (0,) * len(gradients)
 
     return Scan.apply
 
@@ -180,20 +180,20 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) ->
 
 
 def _gradients(ctx: Any, grad_y: torch.Tensor | None, run: Callable[..., Sequence[torch.Tensor]]) -> tuple:
-    """What `run` gives for the tensors that `_keep` kept, with None for what was None."""
+    """Gradients of the tensors that `_keep` saved, None for those that were None."""
     if grad_y is None:
         return (None,) * (TENSORS + 2)
     *tensors, saved = ctx.saved_tensors
-    found = iter(run(grad_y, *tensors, saved, ctx.delta_softplus, ctx.reverse))
-    return *(None if tensor is None else next(found) for tensor in tensors), None, None
+    gradients = iter(run(grad_y, *tensors, saved, ctx.delta_softplus, ctx.reverse))
+    return *(None if tensor is None else next(gradients) for tensor in tensors), None, None
 
 
-def _fold(x: torch.Tensor | None, dim: int | None, samples: int, place: int) -> torch.Tensor | None:
-    """[…, K, …] with a dimension of V samples, or without one, as [..., V·K, …], where K is dimension `place`."""
+def _fold(x: torch.Tensor | None, dim: int | None, samples: int, k_dim: int) -> torch.Tensor | None:
+    """Fold V samples (in dimension `dim`; None: x is shared) into dimension `k_dim`: […, K, …] to […, V·K, …]."""
     if x is None:
         return None
-    many = x.movedim(dim, place) if dim is not None else torch.stack([x] * samples, place)
-    return many.flatten(place, place + 1)
+    many = x.movedim(dim, k_dim) if dim is not None else torch.stack([x] * samples, k_dim)
+    return many.flatten(k_dim, k_dim + 1)
 
 
 def _no_second_derivatives(ctx: Any, *_: Any) -> Any:

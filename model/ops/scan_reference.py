@@ -1,9 +1,9 @@
-"""The selective scan as one reads it: a loop over time, differentiated by autograd. What fast backends must equal.
+"""The reference selective scan: a loop over time, differentiated by autograd. Fast backends must equal it.
 
 Legend: K directions, B batch, L length, E inner width, N state size. u, delta, y [K, B, L, E]; A [K, E, N];
 B, C [K, B, L, N]; D, delta_bias [K, E] or None. Each direction, in its own running order of time:
 
-    dt = delta + delta_bias, through softplus if asked
+    dt = delta + delta_bias, or softplus of it
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t
     y_t = C_t · h_t + D u_t
 """
@@ -27,7 +27,22 @@ def scan_reference(
     delta_softplus: bool = False,
     reverse: Sequence[bool] = (False,),
 ) -> torch.Tensor:
-    """y in u's type; the state is float32, or float64 where an input is."""
+    """The scan, step by step; shapes as in the legend.
+
+    Args:
+        u: input.
+        delta: step sizes.
+        A: negative.
+        B: input weights.
+        C: output weights.
+        D: skip connection; None: none.
+        delta_bias: added to delta; None: none.
+        delta_softplus: apply softplus to the sum.
+        reverse: for each direction, whether it runs from the last step to the first.
+
+    Returns:
+        y in u's dtype; the state is float32, or float64 if an input is.
+    """
     dtype = state_dtype(u, delta, A, B, C, D, delta_bias)
     steps = [_running_order(tensor.to(dtype), reverse).unbind(2) for tensor in (u, delta, B, C)]
     h = torch.zeros_like(A, dtype=dtype).unsqueeze(1)
@@ -55,10 +70,10 @@ def scan_by_doubling(
     delta_softplus: bool = False,
     reverse: Sequence[bool] = (False,),
 ) -> torch.Tensor:
-    """The same for exported graphs: about log2 L rounds of plain operators in place of L steps.
+    """`scan_reference` for exported graphs: about log2 L rounds of plain operators instead of L steps.
 
-    After round r, `state` holds what the last 2^r steps brought to each step, `decay` how much they keep of what was
-    before them (Hillis and Steele, 1986).
+    After round r, `state` holds the contribution of the last 2^r steps to each step, and `decay` the factor by which
+    they shrink the state before them (Hillis and Steele, 1986).
     """
     dtype = state_dtype(u, delta, A, B, C, D, delta_bias)
     u_run, dt, b, c = (_running_order(tensor.to(dtype), reverse) for tensor in (u, delta, B, C))
@@ -89,9 +104,9 @@ def last_state(
     delta_softplus: bool = False,
     reverse: bool = False,
 ) -> torch.Tensor:
-    """h after the last step in running order, [K, B, E, N]: what each step brought, times what was kept of it since.
+    """h after the last step in running order, [K, B, E, N]: each step's contribution times its decay since then.
 
-    All steps at once, so its memory is that of L states.
+    All steps at once, so it needs the memory of L states.
     """
     dtype = state_dtype(u, delta, A, B, delta_bias)
     dt = delta.to(dtype)
@@ -106,7 +121,7 @@ def last_state(
 
 
 def state_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """float64 if one of the tensors is, else float32: states of half precision would forget small steps."""
+    """float64 if one of the tensors is, else float32: a half-precision state would lose small steps."""
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
 

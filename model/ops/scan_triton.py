@@ -3,12 +3,12 @@
 Legend: K directions, B batch, L length, E inner width, N state size. u, delta, y [K, B, L, E]; A [K, E, N];
 B, C [K, B, L, N]; D, delta_bias [K, E] or None; saved [K, B, ⌈L/16⌉, E, N]. For each direction, in its order of time:
 
-    dt = delta + delta_bias, through softplus if asked
+    dt = delta + delta_bias, or softplus of it
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t
     y_t = C_t · h_t + D u_t
 
-Kernels compute in float32 and store in the tensors' types. Sums across programs are torch's over float32 shares, never
-atomic additions: a gradient is the same bits every time.
+Kernels compute in float32 and store in the tensors' dtypes. Sums across programs are torch sums of float32 partial
+results, never atomic additions: gradients are reproducible bit for bit.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import os
 import torch
 
 CHUNK = 16  # steps between saved states
-PART = 4  # steps whose states the backward keeps in registers; divides CHUNK
-# States of one program, which is one warp and so never waits for another: 32 or 16 of them for each thread. A thread of
-# the forward holds A and the state, one of the backward 2·PART + 4 values per state, which fills its 255 registers.
+PART = 4  # steps whose states the backward kernel keeps in registers; divides CHUNK
+# States of one program, which is one warp and so never waits for another: 32 or 16 of them per thread. A thread of the
+# forward kernel holds A and the state, one of the backward kernel 2·PART + 4 values per state, filling 255 registers.
 FORWARD_STATES = 1024
 BACKWARD_STATES = 512
 
@@ -32,7 +32,7 @@ Gradients = tuple[
 
 
 def is_available() -> tuple[bool, str]:
-    """Whether the kernels can run in this process, and where, or why not."""
+    """Whether the kernels can run in this process, and on what, or why not."""
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -41,7 +41,7 @@ def is_available() -> tuple[bool, str]:
         return True, torch.cuda.get_device_name()
     return (
         False,
-        "torch sees no CUDA device (TRITON_INTERPRET=1, set before the start, runs the kernels slowly on a CPU)",
+        "torch finds no CUDA device (TRITON_INTERPRET=1, set before Python starts, runs the kernels slowly on a CPU)",
     )
 
 
@@ -56,7 +56,7 @@ def forward(
     delta_softplus: bool,
     reverse: tuple[bool, ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [K, B, L, E] in u's type, and the states that the backward starts from, float32 [K, B, ⌈L/16⌉, E, N]."""
+    """y [K, B, L, E] in u's dtype, and the states before each chunk for `backward`, float32 [K, B, ⌈L/16⌉, E, N]."""
     from model.ops.scan_triton_kernels import scan_forward
 
     u, delta, A, B, C = (tensor.contiguous() for tensor in (u, delta, A, B, C))
@@ -87,7 +87,7 @@ def backward(
     delta_softplus: bool,
     reverse: tuple[bool, ...],
 ) -> Gradients:
-    """Gradients of u, delta, A, B, C, D and delta_bias, in the type of what each belongs to; None for what was None."""
+    """Gradients of u, delta, A, B, C, D and delta_bias, each in its input's dtype; None for an input that is None."""
     from model.ops.scan_triton_kernels import scan_backward
 
     grad_y, u, delta, A, B, C = (tensor.contiguous() for tensor in (grad_y, u, delta, A, B, C))
@@ -123,14 +123,14 @@ def backward(
 
 
 def _launch(width: int, states: int, program_states: int) -> tuple[int, dict[str, int]]:
-    """How many programs share the channels of an image, and the constants of the launch."""
+    """The number of programs that share an image's channels, and the constants of the launch."""
     block_n = 1 << (states - 1).bit_length()
     block_e = max(8, min(128, program_states // block_n))
     return math.ceil(width / block_e), {"CHUNK": CHUNK, "BLOCK_E": block_e, "BLOCK_N": block_n, "num_warps": 1}
 
 
 def _reverse(reverse: tuple[bool, ...]) -> tuple[int, int]:
-    """Which directions run back, as bits that repeat after so many of them: an integer has too few for many groups."""
+    """The reversed directions as bits, and their period: many groups would not fit into an integer without it."""
     count = len(reverse)
     period = next(n for n in range(1, count + 1) if count % n == 0 and reverse == reverse[:n] * (count // n))
     return sum(1 << k for k, backwards in enumerate(reverse[:period]) if backwards), period

@@ -23,7 +23,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def softplus(x):
-    """max(x, 0) + log(1 + z) with z = exp(−|x|): no overflow, and above 20 it is x itself, as in torch.
+    """max(x, 0) + log(1 + z) with z = exp(−|x|): no overflow, and exactly x above 20, as in torch.
 
     log(1 + z) would lose the digits of a small z, and small steps matter. It is 2·atanh(s) with s = z / (2 + z) ≤ 1/3;
     the first term of the series that is left out is below 2^-26 of the sum.
@@ -38,14 +38,14 @@ def softplus(x):
 
 @triton.jit
 def sigmoid(x):
-    """The slope of softplus; the exponent is never positive, so that both ends keep their digits."""
+    """The derivative of softplus; the exponent is never positive, so that both ends stay precise."""
     z = tl.exp2(-tl.abs(x) * LOG2_E)
     return tl.where(x >= 0, 1.0, z) / (1.0 + z)
 
 
 @triton.jit
 def per_channel(pointer, k, E, e):
-    """[BLOCK_E] of a [K, E] tensor, or zeros where there is none."""
+    """[BLOCK_E] of a [K, E] tensor, or zeros if there is none."""
     if pointer is None:
         return tl.zeros(e.shape, tl.float32)
     return tl.load(pointer + k * E + e, mask=e < E, other=0.0).to(tl.float32)
@@ -136,7 +136,7 @@ def scan_backward(
     a_log2 = tl.load(A + k * E * N + tile, mask=in_tile, other=0.0).to(tl.float32) * LOG2_E
     skip = per_channel(D, k, E, e)
     shift = per_channel(bias, k, E, e)
-    gh = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)  # what later steps ask of the state
+    gh = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)  # gradient of the state from later steps
     ga = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     gskip = tl.zeros([BLOCK_E], tl.float32)
     gshift = tl.zeros([BLOCK_E], tl.float32)
@@ -158,7 +158,7 @@ def scan_backward(
         raws = ()
         dts = ()
         for i in tl.static_range(PART):
-            # Beyond L the last row is read again: nothing asks for the states after it.
+            # Beyond L the last row is read again; the states after it are not used.
             row = first + min(start + i, L - 1) * stride
             x = tl.load(u + row * E + e, mask=in_e, other=0.0).to(tl.float32)
             raw = tl.load(delta + row * E + e, mask=in_e, other=0.0).to(tl.float32) + shift
@@ -172,7 +172,7 @@ def scan_backward(
             h = decay * h + b[:, None] * (dt * x)[None, :]
 
         for i in tl.static_range(PART - 1, -1, -1):
-            # Beyond L nothing is read but zeros, and nothing is written: those gradients are zero.
+            # Beyond L only zeros are read and nothing is written: those gradients are zero.
             exists = start + i < L
             row = first + min(start + i, L - 1) * stride
             to_e = e < tl.where(exists, E, 0)

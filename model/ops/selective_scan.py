@@ -1,4 +1,4 @@
-"""The selective scan: which backend computes it, and checks of its inputs.
+"""The selective scan: checks of its inputs and the choice of a backend.
 
 Legend: K directions, B batch, L length, E inner width, N state size, G groups of channels that share B and C.
 
@@ -9,8 +9,8 @@ Legend: K directions, B batch, L length, E inner width, N state size, G groups o
 | triton    | GPU, or a CPU with TRITON_INTERPRET=1 | one fused kernel each for forward and backward; not float64 |
 | mamba_ssm | GPU | the kernels of the mamba-ssm package, one direction at a time; not float64 |
 
-"auto" takes triton on a GPU that can run it, cpu on a CPU, else reference; the environment variable TOKEN_LABELING_SCAN
-names what "auto" shall mean instead. A compiled model keeps the choice that was made when it was traced.
+"auto" means triton on a GPU that can run it, cpu on a CPU, and reference otherwise; the environment variable
+TOKEN_LABELING_SCAN overrides "auto". A compiled model keeps the choice that was made when it was traced.
 """
 
 from __future__ import annotations
@@ -55,29 +55,46 @@ def selective_scan(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """One scan with mamba_ssm's arguments.
 
-    u, delta, z and the result  [B, E, L]; A  [E, N], negative; D, delta_bias  [E]
-    B, C  [B, N, L]; in groups [B, G, N, L], where channel e uses group e // (E / G); or [E, N], the same at every step
-    z  the result is times silu(z)
-    return_last_state  also the state after the last step, [B, E, N], in the state's type
+    Dtypes as in `directional_scan`. Complex tensors, which mamba_ssm accepts, are refused.
 
-    Types as in `directional_scan`. Complex tensors, which mamba_ssm knows, are refused.
+    Args:
+        u: input, [B, E, L].
+        delta: step sizes, [B, E, L].
+        A: [E, N], negative.
+        B: [B, N, L]; in groups [B, G, N, L], where channel e uses group e // (E / G); or [E, N], the same at every
+            step.
+        C: as B.
+        D: skip connection, [E]; None: none.
+        z: gate, [B, E, L]: the result is multiplied by silu(z); None: no gate.
+        delta_bias: added to delta, [E]; None: none.
+        delta_softplus: apply softplus to delta + delta_bias.
+        reverse: scan from the last step to the first.
+        backend: "auto" or one of `BACKENDS`.
+        return_last_state: also return the state after the last step.
+
+    Returns:
+        The result [B, E, L]; with `return_last_state`, also the state [B, E, N] in the state's dtype.
+
+    Raises:
+        ModelError: shapes, dtypes or devices do not fit, or the backend is unknown.
+        BackendError: the backend cannot run here.
     """
     rates = {
         name: RATES.get(x.dim(), RATES[3]) if isinstance(x, torch.Tensor) else RATES[3]
         for name, x in (("B", B), ("C", C))
     }
     sizes = _check_sizes({**CHANNELS_SECOND, **rates}, u=u, A=A, delta=delta, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
-    # A rate that each channel has for itself makes each channel a group.
+    # With [E, N], each channel has its own B or C: each channel is a group.
     groups = sizes["E"] if 2 in (B.dim(), C.dim()) else sizes.get("G", 1)
     if groups < 1 or sizes["E"] % groups or groups % sizes.get("G", 1):
         raise ModelError("E must be a multiple of the groups of B and C", got=f"E = {sizes['E']}, G = {sizes['G']}")
 
     def directions(x: torch.Tensor) -> torch.Tensor:
-        """[B, G·n, L] to [G, B, L, n]: a group is to the scan what a direction is, channels with their own B and C."""
+        """[B, G·n, L] to [G, B, L, n]: a group acts as a direction: channels with their own B and C."""
         return x.unflatten(1, (groups, -1)).permute(1, 0, 3, 2)
 
     def rate(x: torch.Tensor) -> torch.Tensor:
-        """B or C of any form to [G, B, L, N]."""
+        """B or C of any layout to [G, B, L, N]."""
         if x.dim() == 2:
             return x[:, None, None].expand(-1, sizes["B"], sizes["L"], -1)
         x = x if x.dim() == 4 else x.unsqueeze(1)
@@ -111,9 +128,29 @@ def directional_scan(
     reverse: Sequence[bool] = (False,),
     backend: str = "auto",
 ) -> torch.Tensor:
-    """K scans at once, channel-last: u, delta and the result [K, B, L, E]; A [K, E, N], negative; B, C [K, B, L, N];
-    D, delta_bias [K, E]. A direction with `reverse` runs from the last step to the first; its result is in the original
-    order. Types may differ: the result has u's; the state is float32, or float64 where one of the tensors is.
+    """K scans at once, channel-last.
+
+    Dtypes may differ: the result has u's; the state is float32, or float64 if one of the tensors is.
+
+    Args:
+        u: input, [K, B, L, E].
+        delta: step sizes, [K, B, L, E].
+        A: [K, E, N], negative.
+        B: [K, B, L, N].
+        C: [K, B, L, N].
+        D: skip connection, [K, E]; None: none.
+        delta_bias: added to delta, [K, E]; None: none.
+        delta_softplus: apply softplus to delta + delta_bias.
+        reverse: for each direction, whether it runs from the last step to the first; its result is in the original
+            order.
+        backend: "auto" or one of `BACKENDS`.
+
+    Returns:
+        [K, B, L, E].
+
+    Raises:
+        ModelError: shapes, dtypes or devices do not fit, or the backend is unknown.
+        BackendError: the backend cannot run here.
     """
     sizes = _check_sizes(DIRECTIONAL, u=u, A=A, delta=delta, B=B, C=C, D=D, delta_bias=delta_bias)
     if len(reverse) != sizes["K"]:
@@ -122,7 +159,7 @@ def directional_scan(
         )
     double = state_dtype(u, delta, A, B, C, D, delta_bias) == torch.float64
     if torch.compiler.is_exporting() and backend in ("auto", "reference"):
-        # Of operators that every runtime knows, and few of them.
+        # Few operators, and only those that every runtime knows.
         return scan_by_doubling(u, delta, A, B, C, D, delta_bias, bool(delta_softplus), [bool(b) for b in reverse])
     name = choose_backend(backend, u.device.type, double)
     scan = {"reference": scan_reference, "cpu": scan_cpu, "triton": scan_triton, "mamba_ssm": _scan_mamba_ssm}[name]
@@ -131,7 +168,20 @@ def directional_scan(
 
 @torch.compiler.assume_constant_result  # called by the compiler while it traces, which cannot trace logs and imports
 def choose_backend(backend: str, device: str, double: bool = False) -> str:
-    """The backend for tensors on this device, `double` if one is float64; BackendError where a named one cannot run."""
+    """Choose the scan backend.
+
+    Args:
+        backend: "auto" or one of `BACKENDS`.
+        device: type of the tensors' device, "cpu" or "cuda".
+        double: whether one of the tensors is float64.
+
+    Returns:
+        One of `BACKENDS`.
+
+    Raises:
+        ModelError: the backend is unknown.
+        BackendError: the named backend cannot run here.
+    """
     asked, why = backend, "it was asked for"
     if backend == "auto" and os.environ.get(VARIABLE):
         asked, why = os.environ[VARIABLE], f"{VARIABLE} names it"
@@ -145,7 +195,7 @@ def choose_backend(backend: str, device: str, double: bool = False) -> str:
     elif problem := _obstacle(asked, device, double):
         raise BackendError(
             f"the scan backend {asked!r} cannot be used ({why}): {problem}",
-            remedy='backend="auto" takes what runs here, backend="reference" runs everywhere',
+            remedy='backend="auto" chooses one that runs here, backend="reference" runs everywhere',
         )
     if asked not in _announced:
         _announced.add(asked)
@@ -165,7 +215,7 @@ def _automatic(device: str, double: bool) -> tuple[str, str]:
 def _obstacle(name: str, device: str, double: bool) -> str | None:
     """Why a backend cannot run on tensors of this device; None if it can."""
     if name == "cpu" and device != "cpu":
-        return f"the tensors are on {device}, not on a CPU"
+        return f"the tensors are on {device}, not on the CPU"
     if name in ("triton", "mamba_ssm") and double:
         return "it computes in float32 and a tensor is float64"
     if name == "triton":
@@ -176,10 +226,10 @@ def _obstacle(name: str, device: str, double: bool) -> str | None:
         if not available:
             return why
         if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-            return f"the tensors are on {device}; move them to a GPU, or set TRITON_INTERPRET=1 before the start"
+            return f"the tensors are on {device}; move them to a GPU, or set TRITON_INTERPRET=1 before Python starts"
     if name == "mamba_ssm":
         if device != "cuda":
-            return f"the tensors are on {device} and mamba-ssm runs on a GPU only"
+            return f"the tensors are on {device}, and mamba-ssm needs a GPU"
         try:
             _mamba_ssm()
         except Exception as error:  # builds for another torch or driver fail in many ways
@@ -208,7 +258,7 @@ def _scan_mamba_ssm(
     delta_softplus: bool,
     reverse: Sequence[bool],
 ) -> torch.Tensor:
-    """mamba_ssm knows [B, E, L], one direction and one type for u, delta, B and C: turn, flip and cast for it."""
+    """Transpose, flip and cast for mamba_ssm: [B, E, L], one direction, and one dtype for u, delta, B and C."""
     outputs = []
     for k, backwards in enumerate(reverse):
         steps = [(x[k].flip(1) if backwards else x[k]).to(u.dtype).mT.contiguous() for x in (u, delta, B, C)]
@@ -221,20 +271,20 @@ def _scan_mamba_ssm(
 
 
 def _check_sizes(layout: dict[str, str], **tensors: torch.Tensor | None) -> dict[str, int]:
-    """The size behind each letter of the layout; ModelError where two tensors, in this order, do not agree on one."""
+    """The size of each letter of the layout. Raises ModelError if the tensors, in this order, do not agree."""
     sizes: dict[str, int] = {}
     for name, tensor in tensors.items():
         if tensor is None and name in ("D", "z", "delta_bias"):
             continue
         axes = layout[name].split()
         if not isinstance(tensor, torch.Tensor):
-            raise ModelError(f"{name} is not a tensor", got=type(tensor).__name__, expected=_shape_told(axes, sizes))
+            raise ModelError(f"{name} is not a tensor", got=type(tensor).__name__, expected=_shape_text(axes, sizes))
         fits = tensor.dim() == len(axes)
         if not fits or any(sizes.setdefault(axis, tensor.shape[i]) != tensor.shape[i] for i, axis in enumerate(axes)):
-            told = _shape_told(axes, sizes)
-            raise ModelError(f"the shape of {name} does not fit", got=list(tensor.shape), expected=told)
+            shape = _shape_text(axes, sizes)
+            raise ModelError(f"the shape of {name} does not fit", got=list(tensor.shape), expected=shape)
         if not tensor.is_floating_point():
-            raise ModelError(f"the type of {name} does not fit", got=tensor.dtype, expected="a floating-point type")
+            raise ModelError(f"the dtype of {name} does not fit", got=tensor.dtype, expected="a floating-point dtype")
         if tensors["u"] is not None and tensor.device != tensors["u"].device:
             raise ModelError(f"{name} is on another device than u", got=tensor.device, expected=tensors["u"].device)
     if not sizes["L"] or not sizes["N"]:
@@ -242,6 +292,6 @@ def _check_sizes(layout: dict[str, str], **tensors: torch.Tensor | None) -> dict
     return sizes
 
 
-def _shape_told(axes: list[str], sizes: dict[str, int]) -> str:
-    """Only for messages: a size that is written down is no longer dynamic to the compiler."""
+def _shape_text(axes: list[str], sizes: dict[str, int]) -> str:
+    """For messages only: a size in a string is no longer dynamic to the compiler."""
     return f"[{', '.join(f'{axis} = {sizes[axis]}' if axis in sizes else axis for axis in axes)}]"

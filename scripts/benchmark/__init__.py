@@ -1,1 +1,1 @@
-"""How fast each part is, against what one would use instead: `python -m scripts.benchmark`."""
+"""Benchmarks of each part against its alternatives: `python -m scripts.benchmark`."""

@@ -1,18 +1,18 @@
-"""How fast each part is on this machine, against what one would use instead.
+"""Benchmarks of each part on this machine, against its alternatives.
 
     python -m scripts.benchmark                              # every suite: about an hour on two cores
-    python -m scripts.benchmark store loss --quick           # a look: a few minutes, nothing is written
-    python -m scripts.benchmark --images PHOTOS              # a folder of photographs of yours in place of drawn ones
-    python -m scripts.benchmark store --images PHOTOS --teacher NAME --checkpoint FILE       # of a real teacher's maps
-    python -m scripts.benchmark --device cuda                # every suite but store
-    python -m scripts.benchmark --render                     # docs/benchmarks.md again, without measuring
+    python -m scripts.benchmark store loss --quick           # a quick look: a few minutes, no files are written
+    python -m scripts.benchmark --images PHOTOS              # with your photographs instead of drawn images
+    python -m scripts.benchmark store --images PHOTOS --teacher NAME --checkpoint FILE      # with a real teacher's maps
+    python -m scripts.benchmark --device cuda                # every suite except store
+    python -m scripts.benchmark --render                     # write docs/benchmarks.md again, without measuring
 
-Suites: store, labeler, loader, targets, loss, scan, model, train. No device changes what store measures, so with
---device cuda it runs only where it is named. Results go to benchmarks/<machine>.json, a suite that is run again in
-place of what it found before, and from all such files to docs/benchmarks.md and its plots. Leave the machine alone
+Suites: store, labeler, loader, targets, loss, scan, model, train. The device does not matter for store, so with
+--device cuda it only runs if it is named. Results are written to benchmarks/<machine>.json, where a suite replaces its
+earlier results, and from all such files to docs/benchmarks.md and its plots. Do not use the machine for anything else
 meanwhile: torch's threads wait for each other, so one more busy process makes small operations many times slower. Exit
-status: 0, also where cases were left out because the machine lacks what they need; 1 where a suite failed, the others
-are kept; 2 bad usage; 130 interrupted.
+status: 0 done, even if the machine lacks what some cases need; 1 a suite failed, the results of the others are kept; 2
+bad usage; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -45,15 +45,19 @@ def main() -> int:
     none = "none: all of them, with --device cuda all but store"
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"any of {', '.join(SUITES)}; {none}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller sizes; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="run fewer rounds with smaller sizes; write no files")
     parser.add_argument("--images", type=Path, help="a folder of photographs (default: drawn ones)")
-    parser.add_argument("--teacher", default=Options.teacher, help="a real one: `store` measures its maps of --images")
-    parser.add_argument("--checkpoint", type=Path, help="the teacher's weights (default: those that come with it)")
-    parser.add_argument("--rows", type=int, default=Options.rows, help="of the largest store in `store` (%(default)s)")
+    parser.add_argument(
+        "--teacher", default=Options.teacher, help="a real teacher: `store` measures its maps of --images"
+    )
+    parser.add_argument("--checkpoint", type=Path, help="the teacher's weights (default: its pretrained weights)")
+    parser.add_argument(
+        "--rows", type=int, default=Options.rows, help="rows of the largest store in `store` (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of results (default: benchmarks)")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the table and plots (default: docs)")
     parser.add_argument("--scratch", type=Path, help="folder for temporary files, 15 GB in a full run of `store`")
-    parser.add_argument("--render", action="store_true", help="write the table and plots from results that are there")
+    parser.add_argument("--render", action="store_true", help="only write the table and plots, from existing results")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     refuse_impossible(parser, options)
@@ -67,11 +71,11 @@ def main() -> int:
         try:
             found["suites"][suite] = measured(suite, options)
         except RuntimeError as error:
-            print(f"{suite} failed: {error}; its own words are above", file=sys.stderr)
+            print(f"{suite} failed: {error}; see its output above", file=sys.stderr)
             failed.append(suite)
             continue
         except KeyboardInterrupt:
-            print(f"{suite} interrupted; what was measured before it is kept", file=sys.stderr)
+            print(f"{suite} interrupted; earlier results are kept", file=sys.stderr)
             return 130
         if not options.quick:
             keep(found, options.out)
@@ -112,7 +116,7 @@ def refuse_impossible(parser: argparse.ArgumentParser, options: argparse.Namespa
 
 
 def measured(suite: str, options: argparse.Namespace) -> dict[str, Any]:
-    """A suite's result as plain values, from a process of its own: what it leaves behind touches no other."""
+    """A suite's result as plain values, from a separate process, so that suites do not affect each other."""
     started = time.monotonic()
     found = in_own_process(
         "scripts.benchmark.__main__:run_suite", suite, options.device, options.quick,
@@ -154,7 +158,7 @@ def run_suite(
 
 
 def keep(found: dict[str, Any], folder: Path) -> None:
-    """The suites of this run into the machine's file, in place of what they found before."""
+    """Write this run's suites to the machine's file; they replace their earlier results."""
     path = folder / f"{found['machine']['name']}.json"
     known = (json.loads(path.read_text())["suites"] if path.exists() else {}) | found["suites"]
     suites = {name: known[name] for name in SUITES if name in known}

@@ -62,7 +62,7 @@ CODING, PASS = "encode_maps, default settings", f"forward pass of {NETWORK}"
 
 
 def bare_forward(device: str, seconds: float, batch: int, cores: int, keep: bool) -> float:
-    """Images per second of the network alone. keep: freed memory."""
+    """Images per second of the network alone; `keep`: keep freed memory."""
     if keep:
         keep_freed_memory()
     torch.set_num_threads(cores)
@@ -127,12 +127,12 @@ def plain_loop(images: str, device: str, batch: int, cores: int) -> float:
 
 
 def _precision(device: str) -> torch.autocast:
-    """The labeler's own: bf16 on a GPU."""
+    """The labeler's precision: bfloat16 on a GPU."""
     return torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
 
 
 def coding_times(device: str, batch: int, cores: int, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of coding a batch's maps, and of the pass that makes them."""
+    """Milliseconds of encoding a batch's maps, and of the forward pass that computes them."""
     keep_freed_memory()
     torch.set_num_threads(cores)
     teacher = create_teacher(TeacherConfig(NETWORK, random_weights=True, flip=False), device)

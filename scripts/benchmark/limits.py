@@ -1,4 +1,4 @@
-"""How fast a machine could be at best: measured rates of its parts, and what a scan or a step needs of each.
+"""The speed limits of a machine: measured rates of its parts, and what a scan or a training step needs of each.
 
 Each phase is given the limit of its own bottleneck and the phases are added up, as if nothing overlapped and nothing
 else cost time; no program reaches that.
@@ -78,7 +78,7 @@ def _per_second_on_gpu(each_cycle: int) -> float:
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
-    """The fastest tenth of many calls: what the machine can do, not what it usually does."""
+    """The fastest tenth of many calls: the best that the machine can do."""
     call()
     times = []
     until = time.perf_counter() + 1.5

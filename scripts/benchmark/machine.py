@@ -1,4 +1,4 @@
-"""What a machine is, in words that say nothing of whose it is."""
+"""A description of the machine that does not identify its owner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measuring in turns: every figure stands beside its rivals' from the same run, round by round.
+"""Measuring in turns: each figure is measured beside its rivals' in the same run, round by round.
 
 A side is a function that does its work once and returns one figure. `take_turns` warms every side up, then lets them
 alternate, so that whatever else the machine does hits all of them alike; ratios are formed within a round.
@@ -30,16 +30,18 @@ KEPT = {"cpu": "freed memory kept on all sides, as `fit` does", "cuda": ""}
 
 @dataclass(frozen=True)
 class Options:
-    """What a suite is run with.
+    """Options of a suite.
 
-    device   "cpu" or "cuda"
-    quick    fewer rounds and smaller sizes: a look, not a result
-    images   a folder of photographs, drawn ones where none was given
-    scratch  a folder for what a suite writes, removed afterwards
-    cores    that this process may use
-    drawn    whether the images are drawn ones, of which a real teacher can say nothing
-    teacher  name of a real teacher, for the maps of `store`; checkpoint: its weights, where the name does not give them
-    rows     of the largest store whose growth `store` measures
+    Attributes:
+        device: "cpu" or "cuda".
+        quick: fewer rounds and smaller sizes, for a quick look.
+        images: folder of photographs, or of drawn images if none was given.
+        scratch: folder for temporary files, removed afterwards.
+        cores: CPU cores that this process may use.
+        drawn: whether the images are drawn ones, which mean nothing to a real teacher.
+        teacher: name of a real teacher, for the maps of `store`.
+        checkpoint: its weights; None: those that belong to the name.
+        rows: rows of the largest store whose growth `store` measures.
     """
 
     device: str
@@ -63,14 +65,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """One figure of a suite with its rivals'.
+    """One figure of a suite with those of its rivals.
 
-    name       what is done, with its sizes: "random rows, batches of 100"
-    unit       of all values: "µs/row", "images/s", "ms", "MB"
-    values     side -> a value per round; ours is the first side, round i of all sides ran one after the other
-    more_is_better  of the unit
-    sought     rival -> how many times better ours is meant to be
-    note       what a reader must know to read it right
+    Attributes:
+        name: what is measured, with its sizes: "random rows, batches of 100".
+        unit: unit of all values: "µs/row", "images/s", "ms", "MB".
+        values: side -> one value per round; ours is the first side, and the sides take turns in each round.
+        more_is_better: whether larger values are better.
+        sought: rival -> how many times better ours should be.
+        note: what a reader must know to interpret it.
     """
 
     name: str
@@ -85,14 +88,14 @@ class Case:
         return next(iter(self.values))
 
     def advantage(self, rival: str) -> list[float]:
-        """Lowest, median and highest of how many times better ours was than the rival beside it."""
+        """Lowest, median and highest ratio by which ours was better than the rival in the same round."""
         pairs = zip(self.values[self.ours], self.values[rival], strict=True)
         return spread([ours / other if self.more_is_better else other / ours for ours, other in pairs])
 
 
 @dataclass(frozen=True)
 class Growth:
-    """How a figure grows: side -> [(x, value)]. `logarithmic`: both axes."""
+    """The growth of a figure with x: `points`: side -> [(x, value)]; `logarithmic`: both axes."""
 
     name: str
     x: str
@@ -104,10 +107,14 @@ class Growth:
 
 @dataclass(frozen=True)
 class Curves:
-    """A picture of y against x; the cases beside it hold the figures.
+    """A plot of y against x; the figures are in the result's cases.
 
-    lines   side -> [(x, y)], joined
-    marks   the same, as single points
+    Attributes:
+        name: title of the plot.
+        x: label of the x axis.
+        y: label of the y axis.
+        lines: side -> [(x, y)], drawn as lines.
+        marks: side -> [(x, y)], drawn as points.
     """
 
     name: str
@@ -119,7 +126,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Result:
-    """What a suite found; left_out: name of a case -> why it could not be measured here."""
+    """The result of a suite; left_out: name of a case -> why it could not be measured here."""
 
     cases: list[Case] = field(default_factory=list)
     growths: list[Growth] = field(default_factory=list)
@@ -128,20 +135,20 @@ class Result:
 
 
 def note_of(*parts: str) -> str:
-    """A note of those parts that say something."""
+    """Join the parts that are not empty to a note."""
     return "; ".join(part for part in parts if part)
 
 
 def take_turns(sides: Mapping[str, Callable[[], float]], rounds: int, warmups: int = 1) -> dict[str, list[float]]:
-    """Each side's figures, one per round."""
+    """Measure all sides in turns. Returns each side's figures, one per round."""
     for _ in range(warmups):
         for side in sides.values():
             side()
-    found: dict[str, list[float]] = {name: [] for name in sides}
+    figures: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
-            found[name].append(side())
-    return found
+            figures[name].append(side())
+    return figures
 
 
 def milliseconds(call: Callable[[], Any], device: str = "cpu", times: int = 1) -> Callable[[], float]:
@@ -163,7 +170,7 @@ def per_second(images: int, side: Callable[[], float]) -> Callable[[], float]:
 
 
 def free_gpu(device: str) -> None:
-    """Give what torch holds in reserve to the processes that are started next."""
+    """Release torch's cached memory for the processes that are started next."""
     if device == "cuda":
         import torch
 
@@ -238,7 +245,7 @@ def extra_memory(call: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def _keep_nothing_freed() -> None:
-    """Freed tensors leave the process at once from here on; by default malloc keeps some megabytes for later."""
+    """From now on return freed memory to the system at once; by default malloc keeps some megabytes."""
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, MMAPS_BY_DEFAULT)
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
@@ -246,7 +253,7 @@ def _keep_nothing_freed() -> None:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now."""
+    """Resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 

@@ -32,7 +32,7 @@ IMAGES, QUICK_IMAGES, BATCH = 150, 24, 25
 NAME, GRID = "maps of a real teacher", (14, 14)
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 CELLS, TOKENS, SHARE = "in cells", "on tokens of random crops", "share of the reference's"
-# What was found with a prototype before the format was built (design, section 3): side of the map -> mark -> bytes of a
+# Measured with a prototype before the format was implemented: side of the map -> mark -> bytes of a
 # row, share of the reference's KL in cells and on tokens.
 PROTOTYPE = {
     14: {"levels 16, no tail": (1457, 0.67, 0.73), "levels 16, tail 128": (1707, 0.56, 0.59),
@@ -44,7 +44,7 @@ PROTOTYPE = {
 
 @dataclass(frozen=True)
 class Found:
-    """What one setting gave.
+    """The result of one setting.
 
     row, files     bytes of an image: of rows alone, and of all files
     cells, tokens  KL from the teacher as a share of the reference's

@@ -111,7 +111,7 @@ def rival_reader(path_of: Callable[[int], Path]) -> Callable[[np.ndarray], list[
 
 
 def key_of(row: int) -> str:
-    """As ImageNet's, sorted as the rows are."""
+    """Keys like ImageNet's, sorted like the rows."""
     folder = f"n{row // 1000:08d}"
     return f"{folder}/{folder}_{row:08d}.JPEG"
 

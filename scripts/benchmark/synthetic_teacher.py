@@ -14,7 +14,7 @@ CELL = 8  # pixels
 
 
 class SyntheticTeacher(nn.Module):
-    """Class scores of each 8×8 cell are a fixed linear function of its colour: a full-sized map for almost no time."""
+    """The class scores of each 8×8 cell are a fixed linear function of its color: a full-size map at almost no cost."""
 
     num_classes = CLASSES
 

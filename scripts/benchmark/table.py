@@ -50,7 +50,7 @@ def left_out(suite: dict[str, Any]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Three digits that count; all of those before the point."""
+    """Three significant digits, and all digits before the decimal point."""
     return f"{value:,.0f}" if abs(value) >= 99.95 or value == 0 else f"{value:#.3g}".rstrip(".")
 
 
@@ -60,7 +60,7 @@ def cell(values: list[float]) -> str:
 
 
 def compared(case: Case, side: str) -> str:
-    """How many times better ours is; of a limit, the part that it reaches."""
+    """How many times better ours is; for a limit, the share of it that ours reaches."""
     return cell(case.advantage(side)) + (" of it" if side == "limit" else "")
 
 
@@ -73,7 +73,7 @@ def verdict(case: Case, rival: str) -> str:
 
 
 def text(found: dict[str, Any]) -> str:
-    """For a terminal."""
+    """The results as text for a terminal."""
     lines = [found["machine"]["what"] + "; median (lowest – highest)"]
     for name, suite in found["suites"].items():
         lines.append(f"\n{TITLES[name]} ({suite['seconds']} s)")
@@ -94,7 +94,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def render(results: Path, docs: Path) -> None:
-    """docs/benchmarks.md and plots for each suite that has growths or curves, from every file of results."""
+    """Write docs/benchmarks.md, and plots for each suite that has growths or curves, from all result files."""
     from scripts.benchmark.plots import draw_curves, draw_growths
 
     machines = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]

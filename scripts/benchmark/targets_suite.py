@@ -104,7 +104,7 @@ class TargetInputs:
 
 
 def largest_difference(inputs: TargetInputs) -> float:
-    """Between any two probabilities of the sides, of tokens and of whole crops."""
+    """Largest difference between two probabilities of the sides, of tokens and of whole crops."""
     ours, (tokens, whole) = inputs.ours(), inputs.rival()
     pairs = ((ours.dense_tokens(CLASSES).mT, tokens), (ours.dense_cls(CLASSES), whole))
     return max(float((one - other).abs().max()) for one, other in pairs)

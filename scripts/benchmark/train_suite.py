@@ -109,7 +109,7 @@ def step_case(options: Options, batch: int, precision: torch.dtype) -> Case:
 
 
 def that_fit(steps: dict[str, Callable[[], object]], device: str) -> tuple[dict[str, Callable[[], object]], list[str]]:
-    """The steps that a GPU has memory for, each taken once, and what to say of the others."""
+    """The steps that fit into the GPU's memory, each run once, and notes about the others."""
     fitting, missing = {}, []
     for name, step in steps.items():
         try:
@@ -192,7 +192,7 @@ def full_batch_case(options: Options) -> Case:
 
 
 def full_batch_rates(options: Options, batch: int) -> dict[str, list[float]] | None:
-    """None where memory does not suffice."""
+    """None: out of memory."""
     try:
         data = synthetic_batch(batch, SIDE, device=options.device)
         step = our_step(demansia(options.device), data, torch.bfloat16)
@@ -213,7 +213,7 @@ def end_to_end(options: Options, batch: int) -> Result:
     try:
         found, waits = end_to_end_rates(options, batch)
     except RuntimeError as error:
-        print(f"train: no figure from end to end: {error}; its own words are above", file=sys.stderr)
+        print(f"train: no end-to-end figure: {error}; see its output above", file=sys.stderr)
         return Result(left_out={name: str(error)})
     note = note_of(
         f"waiting for data: {100 * max(waits):.1f} % of the time at most",

@@ -1,1 +1,1 @@
-"""What `make docs` adds to MkDocs: the help of every command, pages from outside docs/, docstrings as lists."""
+"""Extensions of MkDocs for `make docs`: the help of every command, pages from outside docs/, lists in docstrings."""

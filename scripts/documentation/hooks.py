@@ -1,4 +1,4 @@
-"""MkDocs hooks: pages that stand elsewhere are included, links that leave docs/ follow them, commands print their help.
+"""MkDocs hooks: include pages from elsewhere, adapt links that leave docs/, and insert the help of all commands.
 
 Links in docs/ are written as they work on GitHub. One to a file outside docs/ leads to the page that includes it; where
 there is none, the site shows its text alone.
@@ -29,7 +29,7 @@ HELP = "<!-- help of every command -->"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The page's text with what belongs in it, and links that lead somewhere on the site."""
+    """The page's text with its includes, and with links that work on the site."""
     here = Path("docs") / page.file.src_uri
     if found := re.search(r"^<!-- include: (\S+) -->$", markdown, re.M):
         source = Path(os.path.normpath(here.parent / found[1]))
@@ -43,7 +43,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """The site must work without a network: nothing is loaded from elsewhere."""
+    """Raise ValueError if a page loads anything from another server, as the site must work offline."""
     if found := OUTSIDE.search(output):
         raise ValueError(f"{page.file.src_uri} loads something from another server: {found[0]}")
     return output

@@ -1,1 +1,1 @@
-"""What a trained model answers: accuracy on a folder, classes of single images."""
+"""Evaluation of a trained model: accuracy on a folder, classes of single images."""

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy, exact over ranks, and the loss.
+"""Top-1 and top-5 accuracy and loss, exact over ranks.
 
 Legend: B images; C classes.
 """
@@ -28,9 +28,13 @@ RealLabels = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of `images` whose class is the first, or among the first five, of the model's answer.
+    """Accuracy of a model.
 
-    loss  mean cross-entropy with the true class; NaN with ReaL labels, where several are right
+    Attributes:
+        top1: share of the images whose true class is the most probable one.
+        top5: share of the images whose true class is among the five most probable ones.
+        images: number of images.
+        loss: mean cross-entropy with the true class; NaN with ReaL labels, where several classes may be right.
     """
 
     top1: float
@@ -51,11 +55,25 @@ def evaluate(
     wanted: Callable[[], bool] = lambda: True,
     tally: Tally | None = None,
 ) -> dict[str, Accuracy]:
-    """Accuracy of several networks in one pass over the images; they are left in evaluation mode.
+    """Evaluate several networks in one pass over the images; they stay in evaluation mode.
 
-    real    file name -> classes that are right (ImageNet-ReaL); images with none do not count
-    wanted  asked before every batch; False raises Stopped
-    tally   is told of every image, for a single network
+    Args:
+        networks: name -> network.
+        loader: the images.
+        ranks: the ranks that share the images.
+        precision: of the forward pass.
+        channels_last: use channels-last memory format.
+        real: file name -> right classes (ImageNet-ReaL); images without any do not count. None: the true classes.
+        progress: show a progress bar.
+        wanted: called before every batch; False raises Stopped.
+        tally: collects every image's result, for a single network.
+
+    Returns:
+        Name -> accuracy over all ranks.
+
+    Raises:
+        Stopped: `wanted` returned False.
+        InputError: no image has a known class.
     """
     for net in networks.values():
         ranks.share_buffers(net)
@@ -67,7 +85,7 @@ def evaluate(
         for batch in bar:
             if not wanted():
                 raise Stopped(
-                    "stopped in an evaluation", remedy="What is trained is saved: --resume auto goes on from there."
+                    "stopped during an evaluation", remedy="All steps are saved: --resume auto continues from there."
                 )
             right = _right_classes(batch, loader.num_classes, real)
             images = batch.images.contiguous(memory_format=torch.channels_last) if channels_last else batch.images
@@ -90,7 +108,16 @@ def evaluate(
 
 
 def count_right(logits: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """int64 [3]: images right at first, right within five, and that count; `right` bool [B, C]: which classes are."""
+    """Count right answers.
+
+    Args:
+        logits: [B, C].
+        right: bool [B, C]: the right classes.
+
+    Returns:
+        int64 [3]: images whose first class is right, those with a right class among the first five, and those that have
+        a right class.
+    """
     first = logits.topk(min(5, logits.shape[1])).indices
     hits = right.gather(1, first)
     return torch.stack([hits[:, 0].sum(), hits.any(1).sum(), right.any(1).sum()])
@@ -108,19 +135,31 @@ def _right_classes(batch: Batch, count: int, real: RealLabels | None) -> torch.T
 
 
 def read_real_labels(path: Path, num_classes: int, names: tuple[str, ...] | None = None) -> RealLabels:
-    """ImageNet-ReaL's `real.json`: for each validation image a list of right classes, in the order of their names."""
+    """Read ImageNet-ReaL's `real.json`: a list of right classes for each validation image, in the order of names.
+
+    Args:
+        path: the file.
+        num_classes: number of classes.
+        names: file names of the images; None: those of the ImageNet validation set.
+
+    Returns:
+        File name -> right classes.
+
+    Raises:
+        InputError: the file cannot be read, or is not such a file.
+    """
     try:
         content: Any = json.loads(path.read_text())
     except OSError as error:
         raise InputError(f"the ReaL labels {str(path)!r} cannot be read", got=error) from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no file of ReaL labels", got=error) from None
+        raise InputError(f"{path} is not a file of ReaL labels", got=error) from None
     fits = isinstance(content, list) and all(
         isinstance(entry, list) and all(type(c) is int and 0 <= c < num_classes for c in entry) for entry in content
     )
     if not fits:
         raise InputError(
-            f"{path} is no file of ReaL labels", expected=f"a list of lists of classes below {num_classes}"
+            f"{path} is not a file of ReaL labels", expected=f"a list of lists of classes below {num_classes}"
         )
     names = names or tuple(f"ILSVRC2012_val_{i + 1:08d}.JPEG" for i in range(len(content)))
     return {name: tuple(entry) for name, entry in zip(names, content, strict=True)}

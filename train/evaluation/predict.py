@@ -1,4 +1,4 @@
-"""`predict`: the most probable classes of images, and where the network's own token head sees them.
+"""`predict`: the most probable classes of images, and maps of the token head's classes.
 
 Legend: B images; C classes; S input side; h×w token grid.
 """
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from labeler.base.errors import InputError
 from labeler.sources.images import BadImage
-from train.evaluation.single_images import ClassShare, list_images, normalized, printable, seen_ahead
+from train.evaluation.single_images import ClassShare, list_images, load_batches, normalized, printable
 from train.evaluation.token_map import draw_map, picture_names, write_picture
 from train.evaluation.validate import Trained, load_trained
 from train.ranks.distributed import joined_ranks
@@ -28,11 +28,13 @@ log = logging.getLogger("train")
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network says of an image.
+    """Prediction for an image.
 
-    classes  the most probable ones, from the first on; none where the image cannot be used
-    map      the picture, None where none was asked for
-    problem  why the image cannot be used, else None
+    Attributes:
+        image: the image's path.
+        classes: the most probable classes, in descending order; empty if the image cannot be used.
+        map: path of the picture of its tokens; None: not requested.
+        problem: why the image cannot be used; None: it can.
     """
 
     image: str
@@ -41,6 +43,7 @@ class Prediction:
     problem: str | None = None
 
     def text(self) -> str:
+        """The prediction as lines of text."""
         if self.problem is not None:
             return f"{self.image}: left out, {self.problem}"
         lines = [self.image, *(f"  {share.probability:7.2%}  {share.name}" for share in self.classes)]
@@ -62,15 +65,31 @@ def predict(
     lines: Iterable[str] = (),
     progress: bool = True,
 ) -> Iterator[Prediction]:
-    """The classes of images, one after the other as they are found; of all that came before nothing is kept.
+    """Classify images, one after another; results are not kept in memory.
 
-    images  files and folders; "-" stands for the paths in `lines`
-    top     how many classes, from the most probable on
-    img_size, crop_pct  as `load_trained`
-    maps    folder for a picture of each image's tokens, tinted by the classes of the auxiliary head
-    threads that decode images; None for one per core
-    Raises InputError at the call where a path is not there, or where maps are wanted of a model without that head. An
-    image that cannot be used is no error: its prediction says why.
+    An image that cannot be used is no error: its prediction says why.
+
+    Args:
+        checkpoint: as for `load_trained`.
+        images: files and folders; "-" stands for the paths in `lines`.
+        top: how many classes to return, 1 or more.
+        ema: as for `load_trained`.
+        maps: folder for a picture of each image's tokens, tinted by the classes of the auxiliary head; None: no
+            pictures.
+        device: "auto", "cpu" or "cuda".
+        img_size: as for `load_trained`.
+        crop_pct: as for `load_trained`.
+        batch_size: images at a time.
+        threads: threads that decode images; None: one per core.
+        lines: paths, one per line.
+        progress: show a progress bar if there is more than one batch.
+
+    Returns:
+        An iterator over predictions, in the order of the images.
+
+    Raises:
+        InputError: raised at the call: a path does not exist, or maps are requested from a model without an auxiliary
+            head.
     """
     if top < 1:
         raise InputError("--top must be 1 or more", got=top)
@@ -80,46 +99,46 @@ def predict(
     if maps is not None:
         _refuse_without_head(trained)
     _ = trained.side  # refuses what is not square
-    found = list_images(images, lines)
-    pictures = itertools.repeat(None) if maps is None else picture_names(Path(maps), found)
-    trained.tell_assumptions()
+    files = list_images(images, lines)
+    pictures = itertools.repeat(None) if maps is None else picture_names(Path(maps), files)
+    trained.log_assumptions()
 
-    def answered() -> Iterator[Prediction]:
-        named = zip(found, pictures, strict=False)
-        with joined_ranks(device) as ranks, _bar(len(found), progress and len(found) > batch_size) as bar:
+    def predictions() -> Iterator[Prediction]:
+        named = zip(files, pictures, strict=False)
+        with joined_ranks(device) as ranks, _bar(len(files), progress and len(files) > batch_size) as bar:
             net = trained.net.to(ranks.device)
-            for seen in seen_ahead(found, trained, batch_size, threads):
-                shown = [one for one in seen if not isinstance(one, BadImage)]
-                answers = iter(_answers(net, shown, trained, ranks.device, maps is not None))
-                for one, (image, picture) in zip(seen, named, strict=False):
+            for loaded in load_batches(files, trained, batch_size, threads):
+                usable = [one for one in loaded if not isinstance(one, BadImage)]
+                outputs = iter(_run(net, usable, trained, ranks.device, maps is not None))
+                for one, (image, picture) in zip(loaded, named, strict=False):
                     name = printable(image.path)
                     if isinstance(one, BadImage):
                         yield Prediction(name, (), problem=str(one))
                         continue
-                    p, tokens = next(answers)
+                    p, tokens = next(outputs)
                     classes = _first(p, top, trained)
                     if picture is not None:
                         write_picture(picture, draw_map(one, tokens, classes, Path(image.key).name, trained))
                     yield Prediction(name, classes, None if picture is None else printable(picture))
-                bar.update(len(seen))
+                bar.update(len(loaded))
 
-    return answered()
-
-
-def _bar(count: int, shown: bool) -> Any:
-    return tqdm(desc="images", total=count, unit=" images", leave=False, disable=not shown)
+    return predictions()
 
 
-def _answers(
-    net: Any, shown: Sequence[np.ndarray], trained: Trained, device: torch.device, maps: bool
+def _bar(count: int, show_progress: bool) -> Any:
+    return tqdm(desc="images", total=count, unit=" images", leave=False, disable=not show_progress)
+
+
+def _run(
+    net: Any, images: Sequence[np.ndarray], trained: Trained, device: torch.device, maps: bool
 ) -> Iterable[tuple[torch.Tensor, Any]]:
-    """Of each image its probabilities [C] and those of its tokens [C, h, w], None unless wanted; float32 on the CPU."""
-    if not shown:
+    """For each image its probabilities [C] and, with `maps`, those of its tokens [C, h, w]; float32 on the CPU."""
+    if not images:
         return []
-    inputs, dtype = normalized(shown, trained).to(device), trained.dtype(device)
+    inputs, dtype = normalized(images, trained).to(device), trained.dtype(device)
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         logits = net(inputs)
-        tokens = net.score_maps(inputs).float().softmax(1).cpu() if maps else [None] * len(shown)
+        tokens = net.score_maps(inputs).float().softmax(1).cpu() if maps else [None] * len(images)
     return zip(logits.float().softmax(1).cpu(), tokens, strict=True)
 
 
@@ -133,9 +152,9 @@ def _first(probabilities: torch.Tensor, top: int, trained: Trained) -> tuple[Cla
 
 def _refuse_without_head(trained: Trained) -> None:
     if trained.net.aux_head is None:
-        raise InputError(f"{trained.name} has no auxiliary head, so no map of its tokens", remedy="Do without --map.")
+        raise InputError(f"{trained.name} has no auxiliary head, so no map of its tokens", remedy="Omit --map.")
     if not trained.dense_trained:
         log.warning(
-            "%s was trained without its auxiliary head (loss.dense_weight=0): --map shows an untrained head",
+            "%s was trained without its auxiliary head (loss.dense_weight=0): --map draws an untrained head",
             trained.name,
         )

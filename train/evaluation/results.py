@@ -1,4 +1,4 @@
-"""Files of results: predictions as a table; an evaluation as JSON, as a table of its classes, as a confusion matrix."""
+"""Result files: predictions as a table; an evaluation as JSON, a table of classes, or a confusion matrix."""
 
 from __future__ import annotations
 
@@ -23,9 +23,18 @@ if TYPE_CHECKING:
 
 @contextmanager
 def prediction_table(path: Path | None) -> Iterator[Callable[[Prediction], None]]:
-    """A function that adds a prediction's line to a CSV file, which is there at the end of the block, or never.
+    """Write predictions to a CSV file, which appears only when the context ends without an error.
 
-    The columns are those of timm's `inference.py`. An image that was left out has no line. No path: nothing is written.
+    The columns are those of timm's `inference.py`. An image that was left out has no line.
+
+    Args:
+        path: the file; None: nothing is written.
+
+    Yields:
+        A function that adds a prediction.
+
+    Raises:
+        InputError: the file cannot be written.
     """
     if path is None:
         yield lambda _: None
@@ -53,19 +62,19 @@ def _columns(top: int) -> list[str]:
 
 
 def _fields(one: Prediction) -> tuple[list[object], ...]:
-    found = one.classes
-    return [c.id for c in found], [c.name for c in found], [f"{c.probability:.6g}" for c in found]
+    classes = one.classes
+    return [c.id for c in classes], [c.name for c in classes], [f"{c.probability:.6g}" for c in classes]
 
 
-def check_places(out: Path | None, matrix: Path | None) -> None:
-    """Raises InputError, before any work, where `write_validation` could not write."""
+def check_result_files(out: Path | None, matrix: Path | None) -> None:
+    """Raise InputError, before any work, if `write_validation` could not write these files."""
     if out is not None and out.suffix not in (".json", ".csv"):
-        raise InputError("--out is of no known kind", got=str(out), expected="a name that ends in .json or .csv")
+        raise InputError("--out has an unknown extension", got=str(out), expected="a name that ends in .json or .csv")
     if matrix is not None and matrix.suffix != ".csv":
-        raise InputError("--matrix is of no known kind", got=str(matrix), expected="a name that ends in .csv")
+        raise InputError("--matrix has an unknown extension", got=str(matrix), expected="a name that ends in .csv")
     for path in (out, matrix):
         if path is not None:
-            _check(path, "file of results")
+            _check(path, "result file")
 
 
 def _check(path: Path, what: str) -> None:
@@ -76,26 +85,33 @@ def _check(path: Path, what: str) -> None:
     if path.is_dir():
         raise InputError(f"the {what} {str(path)!r} cannot be written", got="a folder of that name")
     if not os.access(path.parent, os.W_OK):
-        raise InputError(f"the {what} {str(path)!r} cannot be written", got="a folder without permission to write")
+        raise InputError(f"the {what} {str(path)!r} cannot be written", got="a folder without write permission")
 
 
-def write_validation(found: Validation, out: Path | None, matrix: Path | None) -> None:
+def write_validation(validation: Validation, out: Path | None, matrix: Path | None) -> None:
+    """Write the results of an evaluation.
+
+    Args:
+        validation: the results.
+        out: .json for everything, .csv for a table of classes; None: not written.
+        matrix: .csv for the confusion matrix; None: not written.
+    """
     if out is not None and out.suffix == ".json":
-        replace_file(out, json.dumps(asdict(found), indent=1, ensure_ascii=False).encode() + b"\n")
+        replace_file(out, json.dumps(asdict(validation), indent=1, ensure_ascii=False).encode() + b"\n")
     elif out is not None:
         names = tuple(ClassAccuracy.__dataclass_fields__)
-        _write_rows(out, [names, *(tuple(asdict(one).values()) for one in found.per_class)])
+        _write_rows(out, [names, *(tuple(asdict(one).values()) for one in validation.per_class)])
     if matrix is not None:
-        _write_rows(matrix, confusion_matrix(found))
+        _write_rows(matrix, confusion_matrix(validation))
 
 
-def confusion_matrix(found: Validation) -> list[list[object]]:
-    """Counts with their headings; a row for each true class, a column for each answer, of all classes that occur."""
-    counts = {(one.id, one.taken_for_id): one.images for one in found.confusions}
-    names = {one.id: one.name for one in found.per_class} | {
-        one.taken_for_id: one.taken_for for one in found.confusions
+def confusion_matrix(validation: Validation) -> list[list[object]]:
+    """Counts with headings: a row for each true class and a column for each prediction, of all classes that occur."""
+    counts = {(one.id, one.taken_for_id): one.images for one in validation.confusions}
+    names = {one.id: one.name for one in validation.per_class} | {
+        one.taken_for_id: one.taken_for for one in validation.confusions
     }
-    for one in found.per_class:
+    for one in validation.per_class:
         counts[one.id, one.id] = round(one.top1 * one.images)
     order = sorted(names)
     rows: list[list[object]] = [[f"{a} {names[a]}", *(counts.get((a, b), 0) for b in order)] for a in order]

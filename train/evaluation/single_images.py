@@ -1,4 +1,4 @@
-"""Images that belong to no data set: what a command line names, and what the network sees of them.
+"""Single images, outside of a data set: files named on a command line, and the network's input for them.
 
 Legend: B images; S input side.
 """
@@ -31,7 +31,13 @@ STANDARD_INPUT = "-"
 
 @dataclass(frozen=True)
 class ClassShare:
-    """A class of an answer, and its probability."""
+    """A class and its probability.
+
+    Attributes:
+        id: class id.
+        name: its name.
+        probability: 0 to 1.
+    """
 
     id: int
     name: str
@@ -39,11 +45,12 @@ class ClassShare:
 
 
 class ImageFile(NamedTuple):
-    """An image to look at.
+    """An image file.
 
-    folder   the folder that it was found in; "" where it was named itself
-    key      its path below that folder
-    problem  why it cannot be opened, where that is known already
+    Attributes:
+        folder: the folder that was searched; "": the file was named itself.
+        key: its path below that folder.
+        problem: why it cannot be opened, if that is known already.
     """
 
     folder: str
@@ -52,54 +59,74 @@ class ImageFile(NamedTuple):
 
     @property
     def path(self) -> str:
+        """The file's path."""
         return str(image_path(Path(self.folder), self.key)) if self.folder else self.key
 
 
 def list_images(paths: Iterable[str | Path], lines: Iterable[str] = ()) -> list[ImageFile]:
-    """Image files as they are named, and all below each folder, in the labeler's order. No more than names are kept.
+    """List image files as they are named, and all images below each folder, in the labeler's order.
 
-    lines  stand for the path "-": a path in each
-    Raises InputError for a path that is not there, and for a folder without images.
+    Args:
+        paths: files and folders; "-" stands for the paths in `lines`.
+        lines: paths, one per line.
+
+    Returns:
+        The files; only names are kept.
+
+    Raises:
+        InputError: a path does not exist, or a folder contains no images.
     """
-    found: list[ImageFile] = []
+    files: list[ImageFile] = []
     for path in paths:
         if str(path) == STANDARD_INPUT:
             named = [ImageFile("", line) for line in (line.rstrip("\r\n") for line in lines) if line]
             if not named:
-                raise InputError("no image is named on standard input", expected="a path in each line")
-            found += named
+                raise InputError("no image is named on standard input", expected="one path per line")
+            files += named
         elif os.path.isdir(path):
             images = find_images(path)
-            found += [ImageFile(str(path), key, images.problems.get(i)) for i, key in enumerate(images.keys)]
+            files += [ImageFile(str(path), key, images.problems.get(i)) for i, key in enumerate(images.keys)]
         else:
             try:
                 os.stat(path)
             except OSError as error:
                 raise InputError(f"the image {printable(path)!r} cannot be read", got=error.strerror) from None
-            found.append(ImageFile("", str(path)))
-    return found
+            files.append(ImageFile("", str(path)))
+    return files
 
 
-def seen_ahead(
+def load_batches(
     images: Sequence[ImageFile], trained: Trained, batch_size: int, threads: int | None = None
 ) -> Iterator[list[np.ndarray | BadImage]]:
-    """For each batch of images what `see` says of them, decoded while the network is at work on the one before.
+    """Load images with `load_image` in batches, each while the network works on the previous one.
 
-    At most three batches of pixels exist at a time. threads: None for one per core.
+    At most three batches of pixels are in memory at a time.
+
+    Args:
+        images: the files.
+        trained: the model, for its preprocessing.
+        batch_size: images per batch.
+        threads: threads that decode; None: one per core.
+
+    Yields:
+        For each batch, pixels uint8 [S, S, 3] of each image, or why it cannot be used.
+
+    Raises:
+        TrainError: this machine cannot read an image.
     """
 
-    def look(image: ImageFile) -> np.ndarray | BadImage:
+    def load(image: ImageFile) -> np.ndarray | BadImage:
         if image.problem is not None:
             return BadImage(image.problem)
         try:
-            return see(image.path, trained)
+            return load_image(image.path, trained)
         except BadImage as error:
             return error
 
     def batches() -> Iterator[list[np.ndarray | BadImage]]:
         with ThreadPoolExecutor(threads or usable_cores(), "decoder") as pool:
             for start in range(0, len(images), batch_size):
-                yield list(pool.map(look, images[start : start + batch_size]))
+                yield list(pool.map(load, images[start : start + batch_size]))
 
     ahead = Ahead(batches(), depth=1)
     try:
@@ -108,20 +135,29 @@ def seen_ahead(
         ahead.close()
 
 
-def see(path: str | Path, trained: Trained) -> np.ndarray:
-    """uint8 [S, S, 3]: what the network sees of an image file, resized and cropped as in the evaluation.
+def load_image(path: str | Path, trained: Trained) -> np.ndarray:
+    """Load an image file, resized and cropped as in the evaluation.
 
-    Raises BadImage where it is no image that can be decoded, TrainError where this machine is to blame.
+    Args:
+        path: the file.
+        trained: the model, for its preprocessing.
+
+    Returns:
+        uint8 [S, S, 3].
+
+    Raises:
+        BadImage: the file is not an image that can be decoded.
+        TrainError: this machine cannot read the file.
     """
     try:
         data = Path(path).read_bytes()
     except ValueError as error:  # a name that no file can have
         raise BadImage(f"cannot be read: {error}") from None
     except OSError as error:
-        why = told(OSError(error.errno, error.strerror))
+        reason = told(OSError(error.errno, error.strerror))
         if error.errno in OF_THE_MACHINE:
-            raise TrainError(f"the image {printable(path)!r} cannot be read on this machine", got=why) from None
-        raise BadImage(f"cannot be read: {why}") from None
+            raise TrainError(f"the image {printable(path)!r} cannot be read on this machine", got=reason) from None
+        raise BadImage(f"cannot be read: {reason}") from None
     check_header(data, 1, LabelerConfig.max_pixels)
     try:
         image = open_rgb(data, trained.transform["orientation"])
@@ -133,12 +169,12 @@ def see(path: str | Path, trained: Trained) -> np.ndarray:
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1)))
 
 
-def normalized(shown: Sequence[np.ndarray], trained: Trained) -> torch.Tensor:
-    """float32 [B, 3, S, S]: the network's input."""
+def normalized(images: Sequence[np.ndarray], trained: Trained) -> torch.Tensor:
+    """Images uint8 [S, S, 3] to the network's input, float32 [B, 3, S, S]."""
     mean, std = (torch.tensor(trained.transform[name]).view(3, 1, 1) for name in ("mean", "std"))
-    return (torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2) / 255 - mean) / std
+    return (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255 - mean) / std
 
 
 def printable(path: str | Path) -> str:
-    """A name that can be printed, also where its bytes are no text."""
+    """A path as text that can be printed, even if its bytes are not valid UTF-8."""
     return str(path).encode("utf-8", "backslashreplace").decode()

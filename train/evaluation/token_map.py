@@ -1,4 +1,4 @@
-"""Pictures of what the token head of a network says of single images, and where they are kept.
+"""Pictures of the token head's classes for single images, and the files that they are written to.
 
 Legend: C classes; S input side; h×w token grid.
 """
@@ -43,54 +43,69 @@ OPACITY = 0.6
 
 
 def draw_map(
-    shown: np.ndarray, tokens: torch.Tensor, classes: Sequence[ClassShare], name: str, trained: Trained
+    pixels: np.ndarray, tokens: torch.Tensor, classes: Sequence[ClassShare], name: str, trained: Trained
 ) -> Image.Image:
-    """What the network sees beside the same with each token tinted by its most probable class, and these classes.
+    """Draw the network's input, beside it the same with each token tinted by its most probable class, and a legend.
 
-    shown   uint8 [S, S, 3]
-    tokens  float32 [C, h, w]: probabilities of the auxiliary head
+    Args:
+        pixels: the network's input before normalization, uint8 [S, S, 3].
+        tokens: probabilities of the auxiliary head, float32 [C, h, w].
+        classes: the most probable classes of the image.
+        name: the image's name.
+        trained: the model, for its class names.
+
+    Returns:
+        The picture.
     """
     strength, first = tokens.max(0)
     cells = Cells(first.numpy(), (FAINTEST + (1 - FAINTEST) * strength).numpy())
     shares = torch.bincount(first.flatten(), minlength=len(tokens)) / first.numel()
     common = [c for c in shares.argsort(descending=True, stable=True).tolist() if shares[c] > 0]
-    colours = assign_colours(common)
-    image = Image.fromarray(shown).resize((PANEL, PANEL), Image.Resampling.BICUBIC)
+    colors = assign_colours(common)
+    image = Image.fromarray(pixels).resize((PANEL, PANEL), Image.Resampling.BICUBIC)
     lefts = (MARGIN, MARGIN + PANEL + GAP, MARGIN + 2 * (PANEL + GAP))
     top = MARGIN + LINE
     page = Image.new("RGB", (lefts[2] + COLUMN + MARGIN, top + PANEL + 3 * LINE + MARGIN), PAPER)
     page.paste(image, (lefts[0], top))
-    page.paste(tinted(image, cells, WHOLE, colours, OPACITY), (lefts[1], top))
+    page.paste(tinted(image, cells, WHOLE, colors, OPACITY), (lefts[1], top))
     draw = ImageDraw.Draw(page)
     for left, heading in zip(lefts, ("what the network sees", "its token head", "share of the tokens"), strict=True):
         draw.text((left, MARGIN - 4), heading, SOFT, FONT)
     named = [c for c in common if shares[c] > RARE][: PANEL // LINE - 1]
     for i, number in enumerate(named):
         y = top + i * LINE
-        draw.rectangle((lefts[2], y + 3, lefts[2] + SWATCH, y + 3 + SWATCH), colours.get(number, OTHER))
+        draw.rectangle((lefts[2], y + 3, lefts[2] + SWATCH, y + 3 + SWATCH), colors.get(number, OTHER))
         text = f"{shares[number]:.0%} {trained.class_name(number)}"
         draw.text((lefts[2] + SWATCH + 6, y), _cut(draw, text, COLUMN - SWATCH - 6), INK, FONT)
     if len(common) > len(named):
         draw.text((lefts[2], top + len(named) * LINE), f"and {len(common) - len(named)} more classes", SOFT, FONT)
     draw.text((lefts[0], top + PANEL + 6), _cut(draw, name, page.width - 2 * MARGIN), INK, FONT)
-    told = "image: " + ", ".join(f"{share.name} {share.probability:.1%}" for share in classes)
-    draw.text((lefts[0], top + PANEL + 6 + LINE), _cut(draw, told, page.width - 2 * MARGIN), SOFT, FONT)
-    draw_caption(page, lefts[0], top + PANEL + 6 + 2 * LINE, "token", OPACITY, len(common) > len(colours))
+    text = "image: " + ", ".join(f"{share.name} {share.probability:.1%}" for share in classes)
+    draw.text((lefts[0], top + PANEL + 6 + LINE), _cut(draw, text, page.width - 2 * MARGIN), SOFT, FONT)
+    draw_caption(page, lefts[0], top + PANEL + 6 + 2 * LINE, "token", OPACITY, len(common) > len(colors))
     return page
 
 
 def picture_names(folder: Path, images: Sequence[ImageFile]) -> Iterator[Path]:
-    """A file for each image's picture, all different, and none of them one of the images.
+    """Choose a file for each image's picture, all different, and none of them one of the images.
 
-    Below `folder` they lie as the images below the folder that they were found in.
-    Raises InputError where they would lie among images that a folder stands for: they would be taken for images next.
+    Args:
+        folder: folder for the pictures; below it they are arranged as the images in the folder that was searched.
+        images: the images.
+
+    Returns:
+        An iterator over the files, in the order of the images.
+
+    Raises:
+        InputError: `folder` is below a folder of images: the next run would take the pictures for images.
     """
-    place = folder.resolve()
-    for walked in {image.folder for image in images} - {""}:
-        if place.is_relative_to(Path(walked).resolve()):
+    target = folder.resolve()
+    for searched in {image.folder for image in images} - {""}:
+        if target.is_relative_to(Path(searched).resolve()):
             raise InputError(
-                "pictures would lie among the images", got=f"{printable(folder)!r} below {printable(walked)!r}",
-                remedy="Give --out a folder elsewhere: the next run would take them for images.",
+                "pictures would be written among the images",
+                got=f"{printable(folder)!r} below {printable(searched)!r}",
+                remedy="Choose an --out elsewhere: the next run would take the pictures for images.",
             )  # fmt: skip
     return _names(folder, images)
 
@@ -107,6 +122,7 @@ def _names(folder: Path, images: Sequence[ImageFile]) -> Iterator[Path]:
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
+    """Write a picture as PNG. Raises InputError if that is impossible."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     try:

@@ -30,13 +30,17 @@ log = logging.getLogger("train")
 
 @dataclass(frozen=True)
 class Trained:
-    """A model ready to answer, with what it needs to know of images and classes.
+    """A trained model with its preprocessing and classes.
 
-    transform      mean, std, crop_pct, crop_mode, orientation
-    class_folders  folder name -> class id; empty: told by the images' folders
-    dense_trained  whether its auxiliary head was part of the loss
-    precision      of its forward passes on a GPU
-    recorded       whether a checkpoint's record says all this; otherwise it is assumed
+    Attributes:
+        net: the model, in evaluation mode.
+        name: where it was loaded from.
+        transform: mean, std, crop_pct, crop_mode, orientation.
+        class_names: one for each class, or empty.
+        class_folders: folder name -> class id; empty: all folders of the images, sorted.
+        dense_trained: whether the auxiliary head was trained.
+        precision: of the forward pass on a GPU.
+        recorded: whether all this was read from a checkpoint's record; otherwise it is assumed.
     """
 
     net: TokenLabelHeads
@@ -48,31 +52,31 @@ class Trained:
     precision: str = "float32"
     recorded: bool = True
 
-    def tell_assumptions(self) -> None:
-        """A file of weights alone does not say how it was evaluated, and another way gives another accuracy."""
+    def log_assumptions(self) -> None:
+        """Log the assumed preprocessing, which a file of weights does not record but its accuracy depends on."""
         if not self.recorded:
             crop = f"crop_pct {self.transform['crop_pct']:g} ({self.transform['crop_mode']})"
             mean = ", ".join(f"{value:g}" for value in self.transform["mean"])
             log.info(
-                "no record lies beside %s, so this is assumed: %d×%d pixels, %s, mean %s, auxiliary head weighs %g; "
+                "%s has no record beside it; assumed: %d×%d pixels, %s, mean %s, weight of the auxiliary head %g; "
                 "--img-size and --crop-pct change the first two",
                 self.name, self.side, self.side, crop, mean, self.net.aux_weight,
             )  # fmt: skip
 
     def dtype(self, device: torch.device) -> torch.dtype:
-        """That its forward passes are computed in: as in training on a GPU, float32 on a CPU."""
+        """The dtype of its forward pass: as in training on a GPU, float32 on a CPU."""
         return torch.float32 if device.type == "cpu" else DTYPES[pick_precision(self.precision, device)]
 
     @property
     def side(self) -> int:
-        """Of the square input, in pixels. Raises InputError where it is not square."""
+        """Side of the square input in pixels. Raises InputError if it is not square."""
         height, width = cast(tuple[int, int], self.net.img_size)
         if height != width:
-            raise InputError("only models of square inputs can be used", got=f"{height}×{width}")
+            raise InputError("only models with square inputs can be used", got=f"{height}×{width}")
         return height
 
     def class_name(self, number: int) -> str:
-        """Its name, else its folder's, else its number."""
+        """The name of class `number`; else that of its folder; else "class <number>"."""
         if number < len(self.class_names):
             return self.class_names[number]
         return next((folder for folder, c in self.class_folders.items() if c == number), f"class {number}")
@@ -80,11 +84,16 @@ class Trained:
 
 @dataclass(frozen=True)
 class Validation:
-    """What an evaluation found.
+    """Result of an evaluation.
 
-    per_class   each class that has images, the worst first
-    confusions  each pair of true class and wrong answer that occurs, the most frequent first
-    several     images of `images` with several right classes (ImageNet-ReaL), which stand in neither
+    Attributes:
+        top1: share of the images whose true class is the most probable one.
+        top5: share of the images whose true class is among the five most probable ones.
+        images: number of images.
+        checkpoint: what was evaluated.
+        per_class: each class that has images, the worst first.
+        confusions: each pair of true class and wrong prediction that occurs, the most frequent first.
+        several: number of images with several right classes (ImageNet-ReaL), which count in neither of these two.
     """
 
     top1: float
@@ -96,10 +105,18 @@ class Validation:
     several: int = 0
 
     def text(self, per_class: bool = False, most: int = 0) -> str:
-        """most: how many of the confusions."""
+        """The result as lines of text.
+
+        Args:
+            per_class: include each class's accuracy.
+            most: how many of the confusions to include.
+
+        Returns:
+            The text.
+        """
         lines = [f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%} of {self.images:,} images; {self.checkpoint}"]
         if self.several and (per_class or most):
-            lines.append(f"{self.several:,} images have several right classes and stand in no line below")
+            lines.append(f"{self.several:,} images have several right classes and are not included below")
         if per_class:
             lines += [" top-1    top-5   images  class"]
             lines += [f"{one.top1:7.2%}  {one.top5:7.2%}  {one.images:7,}  {one.name}" for one in self.per_class]
@@ -112,20 +129,31 @@ class Validation:
 def load_trained(
     path: str | Path, ema: bool | None = None, img_size: int | None = None, crop_pct: float | None = None
 ) -> Trained:
-    """A run's folder, one of its checkpoints, a file in one, or a published DeMansia, Vim or LV-ViT file.
+    """Load a trained model.
 
-    ema       the averaged weights; None: as the file's name says, or where the checkpoint says that they were better
-    img_size  side in pixels; crop_pct  share of it that the evaluation's crop keeps; None: as in training
-    Raises InputError or IntegrityError where it is none of these, or damaged.
+    Args:
+        path: a run's folder, one of its checkpoints, a file of weights in one, or a published DeMansia, Vim or LV-ViT
+            file.
+        ema: load the averaged weights; None: if the file is theirs, or if they had the better accuracy.
+        img_size: side of the input in pixels; None: as in training.
+        crop_pct: share of the image's shorter side that the evaluation's crop keeps, above 0, up to 1; None: as in
+            training.
+
+    Returns:
+        The model with its preprocessing.
+
+    Raises:
+        InputError: it is none of these, or does not fit the arguments.
+        IntegrityError: the checkpoint is damaged.
     """
     if crop_pct is not None and not 0 < crop_pct <= 1:
-        raise InputError("crop_pct is no share of the image", got=crop_pct, expected="more than 0, up to 1")
+        raise InputError("crop_pct is out of range", got=crop_pct, expected="more than 0, up to 1")
     trained = _load(Path(path), ema)
     if img_size is not None and img_size != trained.side:
         try:
             trained.net.set_input_size(img_size)  # type: ignore[operator]
         except (ModelError, AssertionError, RuntimeError, ValueError) as error:
-            raise InputError(f"{trained.name} cannot see {img_size}×{img_size} pixels", got=error) from None
+            raise InputError(f"{trained.name} cannot take {img_size}×{img_size} pixels", got=error) from None
     return trained if crop_pct is None else replace(trained, transform={**trained.transform, "crop_pct": crop_pct})
 
 
@@ -153,7 +181,7 @@ def _load(path: Path, ema: bool | None) -> Trained:
         "crop_pct": usual.get("crop_pct", 0.9), "crop_mode": usual.get("crop_mode", "center"),
         "orientation": "exif",
     }  # fmt: skip
-    # What was published with 1,000 classes has ImageNet's, in their usual order.
+    # Published models with 1,000 classes have ImageNet's, in their usual order.
     names = list(imagenet_names()[1]) if net.num_classes == IMAGENET_CLASSES else []
     return Trained(net, str(path), transform, names, {}, recorded=False)
 
@@ -171,17 +199,33 @@ def validate(
     crop_pct: float | None = None,
     progress: bool = True,
 ) -> Validation:
-    """Accuracy of a checkpoint on a folder of class folders, class by class too; under torchrun exact over all ranks.
+    """Evaluate a checkpoint on a folder of class folders; under torchrun the images are shared by all ranks.
 
-    real     ImageNet-ReaL's `real.json`, for the validation images of ImageNet, in class folders or in none
-    backend  as `pipeline.LoaderConfig`
-    img_size, crop_pct  as `load_trained`
+    Args:
+        checkpoint: as for `load_trained`.
+        images: folder of class folders, or .tar files.
+        ema: as for `load_trained`.
+        real: ImageNet-ReaL's `real.json`, for the validation images of ImageNet, with or without class folders; None:
+            the class folders are the true classes.
+        batch_size: images of one rank at a time.
+        backend: as in `pipeline.LoaderConfig`.
+        device: "auto", "cpu" or "cuda".
+        img_size: as for `load_trained`.
+        crop_pct: as for `load_trained`.
+        progress: show a progress bar.
+
+    Returns:
+        Accuracy over all ranks, in total and by class.
+
+    Raises:
+        InputError: the checkpoint or the images cannot be used.
+        IntegrityError: the checkpoint is damaged.
     """
     trained = load_trained(checkpoint, ema, img_size, crop_pct)
     labels = None if real is None else read_real_labels(Path(real), trained.net.num_classes)
     with joined_ranks(device) as ranks:
         net: Any = trained.net.to(ranks.device)
-        shown = progress and ranks.first
+        show_progress = progress and ranks.first
         settings: dict[str, Any] = {
             "image_size": trained.side,
             "grid": tuple(net.grid),
@@ -190,41 +234,43 @@ def validate(
             "ranks": ranks,
             "batch_size": batch_size,
             "backend": backend,
-            "progress": shown,
+            "progress": show_progress,
         }
         loader = _loader(trained, Path(images), settings, labels is None)
         if ranks.first:
-            trained.tell_assumptions()
+            trained.log_assumptions()
         precision = trained.dtype(ranks.device)
         tally = Tally()
-        found = evaluate({"": net}, loader, ranks, precision=precision, real=labels, progress=shown, tally=tally)[""]
-        seen = tally.merged(ranks)
+        accuracy = evaluate(
+            {"": net}, loader, ranks, precision=precision, real=labels, progress=show_progress, tally=tally
+        )[""]
+        rows = tally.merged(ranks)
     return Validation(
-        found.top1,
-        found.top5,
-        found.images,
+        accuracy.top1,
+        accuracy.top5,
+        accuracy.images,
         trained.name,
-        class_accuracies(seen, trained.class_name),
-        confusions(seen, trained.class_name),
-        int((seen[:, 0] == SEVERAL).sum()),
+        class_accuracies(rows, trained.class_name),
+        confusions(rows, trained.class_name),
+        int((rows[:, 0] == SEVERAL).sum()),
     )
 
 
-def _loader(trained: Trained, images: Path, settings: dict[str, Any], folders_tell: bool) -> TokenLabelLoader:
-    """folders_tell: the true classes are those of the folders; otherwise images may lie anywhere below `images`."""
+def _loader(trained: Trained, images: Path, settings: dict[str, Any], by_folder: bool) -> TokenLabelLoader:
+    """`by_folder`: the folders are the true classes; otherwise images may be anywhere below `images`."""
     packed = images.suffix == ".tar" or any(images.glob("*.tar"))
-    if not folders_tell and not packed:
+    if not by_folder and not packed:
         return _unlabeled_loader(images, settings)
     return evaluation_loader(str(images), class_folders=trained.class_folders or None, **settings)
 
 
 def _unlabeled_loader(images: Path, settings: dict[str, Any]) -> TokenLabelLoader:
-    """Images of unknown classes. The loader wants one for each: seen from one folder up, all have the same."""
+    """Images of unknown classes. The loader needs a class for each: from the parent folder, all have the same one."""
     root = images.resolve()
-    found = find_images(root)
+    listing = find_images(root)
     if root.name == "":
-        raise InputError("the root folder is no folder of images")
+        raise InputError("the root folder cannot be the folder of images")
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as listed:
-        listed.writelines(f"{root.name}/{key}\n" for key in found.keys)
+        listed.writelines(f"{root.name}/{key}\n" for key in listing.keys)
         listed.flush()
         return evaluation_loader(str(root.parent), class_folders={root.name: 0}, image_list=listed.name, **settings)

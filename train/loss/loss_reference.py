@@ -1,20 +1,20 @@
-"""The token-labeling loss with dense targets: plain, slow, and what `train.loss.token_label_loss` is tested against.
+"""The token-labeling loss with dense targets: plain, slow, and the reference for `train.loss.token_label_loss`.
 
 Legend: B images; C classes; P palette size; h×w token grid, T = h·w.
 
-Design section 6; Jiang et al., "All Tokens Matter" (2021). Smoothing s turns a distribution p into on·p + off with
-off = s/C and on = 1 − s + off, as the published code does, so a target sums to on + C·off = 1 + off.
+Jiang et al., "All Tokens Matter" (2021). Smoothing s turns a distribution p into on·p + off with off = s/C and
+on = 1 − s + off, as the published code does, so a target sums to on + C·off = 1 + off.
 
-`ground_truth` blends the true class into the class target, never into the tokens' targets. What it does was read off
-the published loss values (rows with `ground_truth` of shared/fixtures/token_targets.json). With t the true class's
-smoothed one-hot vector (1 − s + off at the class, off elsewhere), before anything is mixed:
+`ground_truth` blends the true class into the class target, never into the tokens' targets. The rule was inferred from
+loss values of the published code (tests/fixtures/token_targets.xz). With t the true class's smoothed one-hot vector
+(1 − s + off at the class, off elsewhere), before mixing:
 
     own class target = u·soft + (1 − u)·t,    u = TEACHER_RIGHT = 0.5   where the teacher's top class is the true one
                                               u = TEACHER_WRONG = 0.9   where it is not
 
-in every such row of TokenLabeling, to 5e-8. DeMansia's rows have 0.6 and 1.0 in place of 0.5 and 0.9: there the true
-class is left out exactly where it would correct the teacher. Rows with a hard target do not change. We follow
-TokenLabeling. An image without a known label keeps its soft target.
+This matches all values of TokenLabeling to 5e-8. DeMansia's code has 0.6 and 1.0 instead of 0.5 and 0.9: it drops the
+true class exactly where it would correct the teacher. Hard targets do not change. We follow TokenLabeling. An image
+without a known label keeps its soft target.
 """
 
 from __future__ import annotations
@@ -39,9 +39,19 @@ def dense_token_label_loss(
     smoothing: float = 0.1,
     ground_truth: bool = False,
 ) -> torch.Tensor:
-    """cls_weight · class loss + dense_weight · mean over tokens, for outputs (cls_logits [B, C], aux_logits [B, T, C]).
+    """cls_weight · class loss + dense_weight · mean token loss.
 
-    grid  h, w: what the mix box is drawn on
+    Args:
+        outputs: (cls_logits [B, C], aux_logits [B, T, C]).
+        batch: targets, labels and mix box.
+        grid: h, w of the tokens, on which the mix box lies.
+        dense_weight: weight of the token loss.
+        cls_weight: weight of the class loss.
+        smoothing: label smoothing of all targets.
+        ground_truth: blend true labels into the class targets.
+
+    Returns:
+        A scalar in float32, or float64 for float64 logits.
     """
     dtype = torch.float64 if outputs[0].dtype == torch.float64 else torch.float32
     cls_logits, aux_logits = (logits.to(dtype) for logits in outputs)
@@ -59,16 +69,18 @@ def dense_token_label_loss(
 
 
 def cross_entropy(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of logits [..., C] with targets [..., C]. Returns [...]."""
     return -(target * logits.log_softmax(-1)).sum(-1)
 
 
 def smoothed(target: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Label smoothing of targets [..., C]."""
     off = smoothing / target.shape[-1]
     return target * (1 - smoothing + off) + off
 
 
 def blend_truth(soft: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Class targets [B, C] with the true classes [B] blended in, as the module's docstring says."""
+    """Blend the true classes [B] into class targets [B, C], as the module's docstring says."""
     classes = soft.shape[1]
     truth = F.one_hot(labels.clamp(min=0), classes).to(soft.dtype) * (1 - smoothing) + smoothing / classes
     share = torch.where(soft.argmax(1) == labels, TEACHER_RIGHT, TEACHER_WRONG).to(soft.dtype)

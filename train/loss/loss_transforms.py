@@ -1,6 +1,6 @@
-"""The cross-entropy of tokens inside transforms of `torch.func`, where torch's own operators cannot be differentiated.
+"""The token cross-entropy inside transforms of `torch.func`, where custom operators cannot be differentiated.
 
-Legend: V samples of `torch.vmap`. The operators stand in `train.loss.token_cross_entropy`.
+Legend: V samples of `torch.vmap`. The operators are in `train.loss.token_cross_entropy`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import torch
 
 
 def no_second_derivative(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError("token_cross_entropy has no second derivative (create_graph); train.loss.loss_reference has")
+    """Raise RuntimeError; for the place of a backward pass."""
+    raise RuntimeError(
+        "token_cross_entropy has no second derivative (create_graph); use train.loss.loss_reference instead"
+    )
 
 
 def _each(apply: Callable[..., Any], info: Any, in_dims: tuple, inputs: tuple) -> list[Any]:
-    """Of V samples, one after another."""
+    """The results for V samples, computed one after another."""
     samples = range(info.batch_size)
     return [
         apply(*(x if dim is None else x.select(dim, v) for x, dim in zip(inputs, in_dims, strict=True)))
@@ -27,7 +30,7 @@ def _each(apply: Callable[..., Any], info: Any, in_dims: tuple, inputs: tuple) -
 class TransformedLoss(torch.autograd.Function):
     """apply(logits, classes, scores, background, weight, smoothing, partner, tail_classes, tail_offsets).
 
-    Gives the weighted sum of losses, and logsumexp [B, T].
+    Returns the weighted sum of losses, and logsumexp [B, T].
     """
 
     @staticmethod
@@ -54,6 +57,8 @@ class TransformedLoss(torch.autograd.Function):
 
 
 class TransformedGradient(torch.autograd.Function):
+    """The gradient of `TransformedLoss` with respect to the logits."""
+
     @staticmethod
     def forward(*inputs: Any) -> torch.Tensor:
         return torch.ops.token_labeling.token_cross_entropy_gradient(*inputs)

@@ -1,12 +1,12 @@
-"""The closed-form token loss as two Triton kernels, one program per token: the loss, and logits into their gradient.
+"""The closed-form token loss as two Triton kernels, one program per token: the loss, and its gradient.
 
 Legend: B images; T tokens; C classes; P palette size; R tail size.
 
-The formula is in `token_label_loss` (design section 6). The first kernel reads a token's logits once, in blocks, with a
-running maximum, and keeps their logsumexp; the second reads them once more and writes S·softmax − target, scaled by the
-token's incoming gradient, to memory of its own or over the logits. Sums are in float32, in float64 for float64 logits.
-With a tail a program reads its image's weight of each class beside the logits; without one the kernels are others.
-A class id that is no class of the logits makes the token's loss and gradient NaN: a check would wait for the device.
+The formula is in `token_label_loss`. The first kernel reads a token's logits once, in blocks, with a running maximum,
+and saves their logsumexp; the second reads them once more and writes S·softmax − target, scaled by the token's incoming
+gradient, to a new tensor or over the logits. Sums are in float32, in float64 for float64 logits. With a tail a program
+also reads its image's weight of each class; without one other kernels are compiled. A class id that the logits lack
+makes the token's loss and gradient NaN: raising an error would wait for the device.
 """
 
 from __future__ import annotations
@@ -57,11 +57,21 @@ def token_gradient(
     out: torch.Tensor,
     block: int = BLOCK,
 ) -> None:
-    """Writes the gradient of Σ gradient·loss by the logits to `out` [B, T, C], which may be the logits themselves.
+    """Write the gradient of Σ gradient·loss with respect to the logits.
 
-    gradient  [B, T]: what comes in for each token's loss
-    lse       [B, T]: as `token_loss` returned it
-    out       with its classes next to each other in memory
+    Args:
+        gradient: [B, T]: incoming gradient of each token's loss.
+        logits: [B, T, C]; for these and the arguments below see `token_cross_entropy`.
+        classes: [B, P].
+        scores: [B, P, T].
+        background: [B, T].
+        smoothing: label smoothing.
+        partner: [T], or None.
+        tail_classes: [B, R], or None.
+        tail_offsets: [B, R], or None.
+        lse: [B, T]: from `token_loss`.
+        out: [B, T, C], contiguous over the classes; may be the logits.
+        block: classes per step.
     """
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
     batch, tokens, _ = logits.shape
@@ -119,7 +129,7 @@ def _target(  # type: ignore[no-untyped-def]
     OFF: tl.constexpr, ON: tl.constexpr, MIXED: tl.constexpr, TAIL: tl.constexpr, PLACES: tl.constexpr,
     SUM: tl.constexpr,
 ):  # fmt: skip
-    """Palette ids, what each of them has beyond any other class, what every class has, and what it has by its weight.
+    """Palette ids, their extra beyond any other class, the part of every class, and the factor of a class's weight.
 
     target = rest + slope·(weight of the class in the image `source`, 0 without a tail) (+ extra)
     """

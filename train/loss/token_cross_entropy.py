@@ -1,6 +1,6 @@
-"""Cross-entropy of tokens towards sparse targets as operators of torch, for CPUs and, through Triton, for GPUs.
+"""Token cross-entropy with sparse targets as torch operators, for CPUs and, through Triton, for GPUs.
 
-Legend: B images; C classes; P palette size; R tail size; T tokens. The formulas stand in `train.loss.token_label_loss`.
+Legend: B images; C classes; P palette size; R tail size; T tokens. The formulas are in `train.loss.token_label_loss`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from train.loss.smoothed_targets import SmoothedTarget, Tail, blocks, dense_tail
 
 
 def spread_weight(logits: torch.Tensor, weight: float) -> torch.Tensor:
-    """[B, T]: each token's part of the weighted mean over tokens."""
+    """[B, T]: each token's share of `weight` · the mean over the tokens of logits [B, T, C]."""
     batch, tokens, _ = logits.shape
     return logits.new_full((), weight / (batch * tokens), dtype=sum_dtype(logits)).expand(batch, tokens)
 
@@ -34,19 +34,28 @@ def token_cross_entropy(
     tail_classes: torch.Tensor | None = None,
     tail_offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weighted sum over all tokens of their cross-entropy towards smoothed targets: float32, or float64 as the logits.
+    """Weighted sum over all tokens of the cross-entropy with smoothed targets.
 
-    logits      [B, T, C]
-    classes     int64 [B, P]: palette class ids, −1 where a place is unused
-    scores      [B, P, T] of the palette's classes; background [B, T] of every other class
-    partner     bool [T]: tokens whose target is that of image B−1−b; None: no token's
-    weight      [B, T]; None: 1/(B·T), the mean
-    in_place    the backward pass overwrites the logits with their gradient. Not done while compiling, nor for a leaf or
-                logits without memory of their own. Whoever else needs them for a backward pass later gets an error.
-    tail_classes  int64 [B, R]: classes outside the palette, −1 where a place is unused; None: none
-    tail_offsets  [B, R]: how far their scores are above the background, in every token
+    Only the logits get a gradient; it cannot be differentiated again.
 
-    Gradients go to the logits alone, and have no gradient themselves.
+    Args:
+        logits: [B, T, C].
+        classes: int64 [B, P]: palette class ids, −1 for unused slots.
+        scores: [B, P, T]: scores of the palette's classes.
+        background: [B, T]: score of every other class.
+        smoothing: label smoothing.
+        partner: bool [T]: tokens whose target is taken from image B−1−b; None: no token.
+        weight: [B, T]; None: 1/(B·T), the mean.
+        in_place: the backward pass overwrites the logits with their gradient. Ignored while compiling, and for logits
+            that are a leaf or not contiguous. Another backward pass that needs these logits later raises an error.
+        tail_classes: int64 [B, R]: classes outside the palette, −1 for unused slots; None: no tail.
+        tail_offsets: [B, R]: their scores minus the background, the same in every token.
+
+    Returns:
+        A scalar in float32, or float64 for float64 logits.
+
+    Raises:
+        InputError: shapes, dtypes or devices do not fit, or the targets name a class that the logits lack.
     """
     weight = spread_weight(logits, 1.0) if weight is None and logits.ndim == 3 else weight
     _check(logits, classes, scores, background, partner, weight)
@@ -71,7 +80,7 @@ def _check(
 ) -> None:
     if logits.ndim != 3 or not logits.is_floating_point() or 0 in logits.shape:
         got = f"{logits.dtype} {tuple(logits.shape)}"
-        raise InputError("logits are not usable", got=got, expected="floating point [B, T, C], none of them 0")
+        raise InputError("logits cannot be used", got=got, expected="floating point [B, T, C], none of them 0")
     batch, tokens, _ = logits.shape
     if classes.ndim != 2 or len(classes) != batch or classes.shape[1] == 0 or classes.dtype != torch.int64:
         got = f"{classes.dtype} {tuple(classes.shape)}"
@@ -91,16 +100,18 @@ def _check(
 def _checked_tail(
     logits: torch.Tensor, classes: torch.Tensor | None, offsets: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """A tail without places is none: what follows then costs nothing."""
+    """Check the tail; an empty one (R = 0) becomes None, so that it costs nothing."""
     if classes is None and offsets is None:
         return None, None
     if classes is None or offsets is None:
-        raise InputError("a tail is classes and offsets", got="only one of them", expected="both, or neither")
+        raise InputError(
+            "a tail needs tail_classes and tail_offsets", got="only one of them", expected="both, or neither"
+        )
     if classes.ndim != 2 or len(classes) != len(logits) or classes.dtype != torch.int64:
         got = f"{classes.dtype} {tuple(classes.shape)}"
         raise InputError("tail classes do not fit the logits", got=got, expected=f"int64 ({len(logits)}, R)")
     if not offsets.is_floating_point():
-        raise InputError("tail offsets are not usable", got=offsets.dtype, expected="floating point")
+        raise InputError("tail offsets cannot be used", got=offsets.dtype, expected="floating point")
     for name, tensor in (("tail_classes", classes), ("tail_offsets", offsets)):
         _check_target(name, tensor, tuple(classes.shape), logits.device)
     return (classes, offsets) if classes.shape[1] else (None, None)
@@ -110,7 +121,7 @@ def _check_target(name: str, tensor: torch.Tensor, shape: tuple[int, ...], devic
     if tensor.shape != shape:
         raise InputError(f"{name} does not fit the logits", got=tuple(tensor.shape), expected=shape)
     if tensor.requires_grad:
-        raise InputError(f"{name} requires a gradient", remedy="Only the logits take one: detach it.")
+        raise InputError(f"{name} requires a gradient", remedy="Only the logits get a gradient: detach it.")
     if tensor.device != device:
         remedy = "Move the batch to the model's device."
         raise InputError(f"{name} is on another device", got=tensor.device, expected=device, remedy=remedy)
@@ -130,9 +141,9 @@ def _loss_op(
     early: bool,
     over: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weighted sum of losses, logsumexp [B, T], and with `early` the gradient [B, T, C], else nothing.
+    """Weighted sum of losses, logsumexp [B, T], and with `early` the gradient [B, T, C], else an empty tensor.
 
-    over  the backward pass may write over the logits
+    `over`: the backward pass may overwrite the logits.
     """
     _refuse_unknown_classes(classes, tail_classes, logits.shape[2])
     loss, lse = (logits.new_empty(logits.shape[:2], dtype=sum_dtype(logits)) for _ in range(2))
@@ -161,7 +172,7 @@ def _refuse_unknown_classes(classes: torch.Tensor, tail_classes: torch.Tensor | 
     for ids in (classes, tail_classes):
         if ids is not None and bool((ids >= count).any()):
             raise InputError(
-                "targets name a class that the logits lack", got=f"class {int(ids.max())}",
+                "the targets name a class that the logits lack", got=f"class {int(ids.max())}",
                 expected=f"below {count}", remedy="The model needs as many classes as the label store.",
             )  # fmt: skip
 
@@ -181,8 +192,8 @@ def _new_gradient(logits: torch.Tensor, early: bool) -> torch.Tensor:
 def _powers(x: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """e^(x − shift) in `out`, its sum [n, T, 1] over classes, and the shift [n, T].
 
-    Logits of usual size need none, which saves two passes over them. The bounds leave every power that counts a normal
-    number; NaN and infinity fail them.
+    Logits of usual size need no shift, which saves two passes over them. Within the bounds every power that matters is
+    a normal number; NaN and infinity are outside.
     """
     powers = torch.exp(x, out=out)
     norm = powers.sum(2, keepdim=True)
@@ -195,7 +206,7 @@ def _powers(x: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def _finish_gradient(powers: torch.Tensor, factor: torch.Tensor, target: SmoothedTarget, within: slice) -> None:
-    """Powers of e [n, T, C] to factor·powers − target, in place; `target` as `SmoothedTarget.subtracted` gives it."""
+    """Turn powers of e [n, T, C] into factor·powers − target, in place; `target` from `SmoothedTarget.subtracted`."""
     target.subtract_spread(powers.mul_(factor), within).scatter_add_(2, target.ids[within], target.extra[within])
 
 
@@ -229,7 +240,7 @@ def _write_gradient(
     lse: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """The gradient of Σ weight·loss to `out`, which may be the logits."""
+    """Write the gradient of Σ weight·loss to `out`, which may be the logits."""
     if logits.is_cuda:
         from train.loss import loss_triton
 
@@ -297,7 +308,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     logits, classes, scores, background, weight, ctx.smoothing, *optional, ctx.early, ctx.over = inputs
     _, lse, gradient = output
     ctx.mark_non_differentiable(lse, gradient)
-    ctx.set_materialize_grads(False)  # or torch fills a tensor with zeros as the gradient of `gradient`
+    ctx.set_materialize_grads(False)  # otherwise torch allocates zeros as the gradient of `gradient`
     ctx.save_for_backward(logits, classes, scores, background, weight, *optional, lse)
     ctx.gradient = gradient if ctx.early else None
 
@@ -310,7 +321,7 @@ def _backward(ctx: Any, factor: torch.Tensor | None, *_: torch.Tensor | None) ->
     logits, classes, scores, background, weight, *optional, lse = ctx.saved_tensors
     targets = classes, scores, background
     if ctx.early:
-        # What was formed early is given away. Later passes through a retained graph form the same again, to the bit.
+        # The early gradient is handed out once. Later passes through a retained graph compute it again, bit for bit.
         out, ctx.gradient = ctx.gradient, None
         if out is None:
             out = _loss_op(logits, *targets, weight, ctx.smoothing, *optional, True, False)[2]

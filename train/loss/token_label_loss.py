@@ -1,21 +1,22 @@
-"""The token-labeling loss in closed form: no target of size C is ever built.
+"""The token-labeling loss in closed form, without dense targets over the C classes.
 
 Legend: B images; C classes; P palette size; R tail size; h×w token grid, T = h·w.
 
-Design section 6; Jiang et al., "All Tokens Matter" (2021), for the loss and its mixing. For a token with logits x [C],
-palette scores v_p, background b of the C − P other classes and smoothing s: off = s/C, on = 1 − s + off,
+Jiang et al., "All Tokens Matter" (2021), for the loss and its mixing. For a token with logits x [C], palette scores
+v_p, background score b of the C − P other classes and smoothing s: off = s/C, on = 1 − s + off,
 Z = Σ_p e^{v_p} + (C − P)·e^b, and the target on·p + off sums to S = on + C·off. Then
 
     loss     = S·logsumexp(x) − (on·e^b/Z + off)·Σ_c x_c − Σ_p (on/Z)·(e^{v_p} − e^b)·x_p
     gradient = S·softmax(x) − target
 
-With a tail, a class outside the palette weighs w_c = e^{its offset}, and 1 without one. The sum of these weights then
-stands for C − P, and in the teacher's part Σ w_c·x_c for Σ x_c: a product of a token's logits with a vector per image.
+With a tail, a class outside the palette has weight w_c = e^{its offset}, or 1 if it is not in the tail. The sum of
+these weights replaces C − P, and in the teacher's part Σ w_c·x_c replaces Σ x_c: a product of a token's logits with one
+vector per image.
 
 A GPU reads the logits in both passes and keeps logsumexp [B, T] between them; so does a CPU for half-precision logits,
-whose gradient is then rounded once, when its scale is known. For others a CPU forms the gradient in the forward pass,
-while a few images' logits are in its cache. Sums are in float32, for float64 logits in float64.
-`train.loss.loss_reference` is the same loss with dense targets; it also says what `ground_truth` does.
+whose gradient is then rounded once, when its scale is known. For other dtypes a CPU computes the gradient in the
+forward pass, while the logits of a few images are in its cache. Sums are in float32, for float64 logits in float64.
+`train.loss.loss_reference` is the same loss with dense targets; it also documents `ground_truth`.
 """
 
 from __future__ import annotations
@@ -37,14 +38,21 @@ from train.loss.token_cross_entropy import spread_weight, token_cross_entropy
 
 
 class TokenLabelLoss(nn.Module):
-    """cls_weight · class loss + dense_weight · mean over tokens.
+    """cls_weight · class loss + dense_weight · mean token loss.
 
-    smoothing     of targets, as above
-    ground_truth  blend true labels into class targets, see `train.loss.loss_reference`
-    grid          h, w of the tokens; None: square patches, so that the images' sides give it. Needed for mixing only.
-    in_place      the backward pass writes the auxiliary logits' gradient over the logits, which saves a tensor of their
-                  size; they are not logits any more then. Ignored where it cannot be done (`token_cross_entropy`).
-    temperature   the teacher's scores are divided by it: above 1 soft targets are softer. May be changed between calls.
+    Args:
+        dense_weight: weight of the token loss, 0 or more.
+        cls_weight: weight of the class loss, 0 or more.
+        smoothing: label smoothing of all targets, 0 ≤ smoothing < 1.
+        ground_truth: blend true labels into the class targets, see `train.loss.loss_reference`.
+        grid: h, w of the tokens; None: derived from the image size, for square patches. Only needed for mixing.
+        in_place: the backward pass overwrites the auxiliary logits with their gradient, which saves a tensor of their
+            size. Ignored where that is impossible (see `token_cross_entropy`).
+        temperature: the teacher's scores are divided by it: above 1 the soft targets are softer. May be changed between
+            calls.
+
+    Raises:
+        InputError: a value is out of range.
     """
 
     def __init__(
@@ -72,11 +80,22 @@ class TokenLabelLoss(nn.Module):
     def forward(
         self, outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | list[torch.Tensor], batch: Batch
     ) -> torch.Tensor:
-        """outputs: (cls_logits [B, C], aux_logits [B, T, C]), or cls_logits alone for the class part alone."""
+        """The loss of a batch.
+
+        Args:
+            outputs: (cls_logits [B, C], aux_logits [B, T, C]), or only cls_logits for the class loss alone.
+            batch: the batch that they were computed from, on the same device.
+
+        Returns:
+            A scalar in float32, or float64 for float64 logits.
+
+        Raises:
+            InputError: the outputs do not fit the batch.
+        """
         cls_logits, aux_logits = _split(outputs, batch)
         if self.temperature != 1:
             batch = dataclasses.replace(batch, targets=batch.targets.tempered(self.temperature))
-        # Several gradients are added up for the class logits: in float32.
+        # The class logits get several gradients; they are summed in float32.
         loss = self._class_loss(cls_logits.to(sum_dtype(cls_logits)), batch)
         if aux_logits is None:
             return loss
@@ -85,7 +104,7 @@ class TokenLabelLoss(nn.Module):
             grid = _token_grid(batch, aux_logits.shape[1], self.grid)
             partner = _inside(batch.mix, grid, aux_logits.device)
         t = batch.targets
-        # The weight goes inside: a backward pass that starts from 1 need not touch the gradient again.
+        # With the weight inside, a backward pass that starts from 1 does not have to scale the gradient again.
         weight = spread_weight(aux_logits, self.dense_weight)
         return loss + token_cross_entropy(
             aux_logits, t.classes, t.token_scores, t.token_background, self.smoothing, partner, weight, self.in_place,
@@ -93,7 +112,7 @@ class TokenLabelLoss(nn.Module):
         )  # fmt: skip
 
     def _class_loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The class token is a token whose targets are the whole crop's; mixed, it has its partner's as well."""
+        """The class loss: the class token's target is that of the whole crop, mixed with its partner's."""
         weight = spread_weight(logits[:, None], self.cls_weight)
         if batch.mix is None:
             return self._class_loss_of(logits, batch, weight, None)
@@ -104,13 +123,13 @@ class TokenLabelLoss(nn.Module):
     def _class_loss_of(
         self, logits: torch.Tensor, batch: Batch, weight: torch.Tensor, partner: torch.Tensor | None
     ) -> torch.Tensor:
-        """Towards each image's own target, or with `partner` towards its partner's; weight [B, 1]."""
+        """The class loss with each image's own target, or with `partner` that of its partner; weight [B, 1]."""
         t, x = batch.targets, logits[:, None]
         soft = t.classes, t.cls_scores[..., None], t.cls_background[:, None]
         tail: dict[str, Any] = {"tail_classes": t.tail_classes, "tail_offsets": t.tail_offsets}
         if not self.ground_truth:
             return token_cross_entropy(x, *soft, self.smoothing, partner, weight, **tail)
-        # The true class's target is a palette of one class: 1 − s + s/C there, s/C elsewhere, smoothed already.
+        # The target of the true class is a palette of one class, already smoothed: 1 − s + s/C there, s/C elsewhere.
         labels, off = batch.labels.to(logits.device), self.smoothing / logits.shape[1]
         one = t.cls_background.new_zeros(len(labels), 1, 1)
         others = one[:, 0] + (math.log(off) if off else NOTHING)
@@ -123,23 +142,23 @@ class TokenLabelLoss(nn.Module):
 
 
 def _teacher_share(targets: TokenTargets, labels: torch.Tensor, count: int) -> torch.Tensor:
-    """[B]: the soft target's part of the class target; the rest is the true class's.
+    """[B]: the soft target's share of the class target; the rest is the true class's.
 
-    Where the score of all other classes is highest, the teacher has named no class, hence not the true one.
+    If the background score is the highest, the teacher's top class is unknown and does not count as the true one.
     """
     classes = torch.cat([targets.classes, targets.tail_classes], 1)
     scores = torch.cat([targets.cls_scores, targets.cls_background[:, None] + targets.tail_offsets], 1)
     unused = classes < 0
-    highest, place = scores.masked_fill(unused, -math.inf).max(1)
+    highest, index = scores.masked_fill(unused, -math.inf).max(1)
     others = (~unused).sum(1) < count
-    named = classes.gather(1, place[:, None])[:, 0]
-    right = (named == labels) & ~(others & (highest <= targets.cls_background))
+    top_class = classes.gather(1, index[:, None])[:, 0]
+    right = (top_class == labels) & ~(others & (highest <= targets.cls_background))
     share = torch.where(right, TEACHER_RIGHT, TEACHER_WRONG)
     return torch.where(labels < 0, 1.0, share)
 
 
 def _split(outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Class logits and auxiliary logits, once they are known to fit each other and the batch."""
+    """Class and auxiliary logits. Raises InputError unless they fit each other and the batch."""
     cls_logits, aux_logits = (outputs, None) if isinstance(outputs, torch.Tensor) else _pair(outputs)
     images, tokens = len(batch.targets), batch.targets.token_background.shape[1]
     if cls_logits.ndim != 2 or cls_logits.shape[0] != images:
@@ -158,16 +177,16 @@ def _pair(outputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if not isinstance(outputs, (tuple, list)) or len(outputs) != 2:
         length = f" of {len(outputs)}" if isinstance(outputs, (tuple, list)) else ""
         raise InputError(
-            "the model's output is not what the loss takes",
+            "the loss cannot use the model's output",
             got=type(outputs).__name__ + length,
             expected="(class logits [B, C], auxiliary logits [B, T, C]), or class logits alone",
-            remedy="Any timm model gives both through `token_label`.",
+            remedy="`token_label` makes any timm model return both.",
         )
     return outputs[0], outputs[1]
 
 
 def _token_grid(batch: Batch, tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """h, w: as given, or of square patches; the mix box must lie on it."""
+    """h, w as given, or of square patches. Raises InputError if the mix box is not on this grid."""
     if grid is None:
         height, width = batch.images.shape[-2:]
         h = math.isqrt(tokens * height // width)
@@ -187,6 +206,6 @@ def _token_grid(batch: Batch, tokens: int, grid: tuple[int, int] | None) -> tupl
 
 
 def _inside(box: MixBox, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """bool [T]: `box.mask(grid)`, made on the device."""
+    """bool [T]: `box.mask(grid)`, computed on the device."""
     y, x = (torch.arange(side, device=device) for side in grid)
     return (((y >= box.y0) & (y < box.y1))[:, None] & ((x >= box.x0) & (x < box.x1))).flatten()

@@ -1,1 +1,1 @@
-"""Ranks: the processes that train together; how they are started, joined and stopped."""
+"""Ranks, the processes that train together: starting, joining and stopping them."""

@@ -1,4 +1,4 @@
-"""The ranks that train together, as `torchrun` starts them; alone without it."""
+"""The ranks that train together, as started by `torchrun`; without it a single rank."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ from labeler.base.errors import InputError
 from labeler.base.runtime import pick_device
 from train.errors import TrainError
 
-# A rank that waits longer than this for the others gives up: one of them hangs.
+# A rank that waits longer than this for the others gives up, as one of them must hang.
 TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together, and the device that it works on."""
+    """This process among those that train together.
+
+    Attributes:
+        rank: its number, from 0.
+        world_size: how many there are.
+        device: the device that it works on.
+    """
 
     rank: int
     world_size: int
@@ -30,49 +36,60 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes files and speaks to people."""
+        """Whether this is the rank that writes files and prints messages."""
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all ranks, on each of them."""
+        """Sum a tensor over all ranks, in place. Returns it, on every rank."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank gives, in the order of the ranks, on each of them."""
-        found = [value] * self.world_size
+        """Collect a value from each rank. Returns them in the order of the ranks, on every rank."""
+        values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
 
     def share_buffers(self, module: torch.nn.Module) -> None:
-        """Statistics of the first rank for all: each rank's own saw its own images."""
+        """Copy the first rank's buffers (BatchNorm statistics) to all, as each rank saw other images."""
         if self.world_size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
 
 
 def world_size() -> int:
-    """Ranks that train together, as the launcher says before they have met."""
+    """The number of ranks according to the launcher, known before they have joined."""
     return _number("WORLD_SIZE", 1)
 
 
 @contextmanager
 def joined_ranks(device: str) -> Iterator[Ranks]:
-    """Join the other ranks, and leave them at the end. Raises InputError where that cannot be."""
+    """Join the other ranks, and leave them at the end.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+
+    Yields:
+        This rank.
+
+    Raises:
+        InputError: the device or the launcher's environment variables are wrong, or the first rank cannot be reached.
+        TrainError: another rank is gone.
+    """
     rank, world = _number("RANK", 0), world_size()
     if not 0 <= rank < world:
         raise InputError("RANK does not fit WORLD_SIZE", got=f"{rank} of {world}", remedy="Start ranks with torchrun.")
-    if device not in ("auto", "cpu", "cuda"):  # each rank has a GPU of its own
-        raise InputError("run.device is not known", got=repr(device), expected="auto, cpu or cuda")
-    place = pick_device(device, _number("LOCAL_RANK", 0))
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    if device not in ("auto", "cpu", "cuda"):  # no index: each rank has its own GPU
+        raise InputError("unknown run.device", got=repr(device), expected="auto, cpu or cuda")
+    chosen = pick_device(device, _number("LOCAL_RANK", 0))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if world > 1:
-        _join(rank, world, place)
+        _join(rank, world, chosen)
     try:
-        yield Ranks(rank, world, place)
+        yield Ranks(rank, world, chosen)
     except (dist.DistBackendError, dist.DistNetworkError) as error:
         raise _lost(error) from None
     except RuntimeError as error:
@@ -105,7 +122,7 @@ def _join(rank: int, world: int, device: torch.device) -> None:
 def _lost(error: Exception) -> TrainError:
     return TrainError(
         "another rank is gone", got=_first_line(error),
-        remedy="Its own output says why; start all of them again with --resume auto.",
+        remedy="See its output for the reason; start all of them again with --resume auto.",
     )  # fmt: skip
 
 

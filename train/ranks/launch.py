@@ -1,4 +1,4 @@
-"""Several ranks on one machine: started together, stopped together, and one line that says why they ended."""
+"""Several ranks on one machine: start them together, stop them together, and print one line with the reason."""
 
 from __future__ import annotations
 
@@ -16,19 +16,29 @@ from typing import IO, Any
 
 from labeler.base.errors import InputError
 
-GRACE_S = 15.0  # after one rank has ended, the others notice it, save or give up
+GRACE_S = 15.0  # after one rank has failed, time for the others to notice, save or give up
 POLL_S = 0.1
-ROOT = Path(__file__).parents[2]  # where our packages are: the working folder may hold others of their names
+ROOT = Path(__file__).parents[2]  # of our packages: the working folder may have others with the same names
 
 
 def launch(arguments: Sequence[str], ranks: int) -> int:
-    """Run `python -m train` with these arguments once for each rank; the exit status of the one that ended it.
+    """Run `python -m train` with these arguments once for each rank.
 
-    The first rank speaks; of the others the last line is told where they fail first. SIGTERM goes to all of them;
-    Ctrl-C reaches them from the terminal.
+    Only the first rank's output is shown, and the last line of another rank if that fails first. SIGTERM is passed on
+    to all of them; Ctrl-C reaches them from the terminal.
+
+    Args:
+        arguments: of the command line, including `--ranks`.
+        ranks: how many to start.
+
+    Returns:
+        The exit status of the rank that failed first; 0: none failed.
+
+    Raises:
+        InputError: another launcher has started this process.
     """
     if "RANK" in os.environ:
-        raise InputError("--ranks starts the ranks itself", got="RANK is set", remedy="Leave torchrun or --ranks away.")
+        raise InputError("--ranks starts the ranks itself", got="RANK is set", remedy="Omit torchrun or --ranks.")
     with ExitStack() as stack:
         errors = [None, *(stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, ranks))]
         port = str(_free_port())
@@ -52,8 +62,8 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
 def _start(
     arguments: Sequence[str], rank: int, ranks: int, port: str, errors: IO[bytes] | None
 ) -> subprocess.Popen[bytes]:
-    place: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+    variables: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path[1:]])
     command = [sys.executable, "-P", "-m", "train", *_without_ranks(arguments)]
@@ -61,7 +71,7 @@ def _start(
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
-    """Wait for all; rank -> exit status, in the order of their ends. Those that outlive a failure are killed."""
+    """Wait for all. Returns rank -> exit status in the order they ended. After a failure the others are killed."""
     ended: dict[int, int] = {}
     until = float("inf")
     while len(ended) < len(processes):
@@ -77,7 +87,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
 
 
 def _cause(ended: dict[int, int]) -> int | None:
-    """The rank that failed first. Status 1 may be that of one which noticed that another was gone."""
+    """The rank that failed first. Status 1 counts less: that rank may only have noticed that another was gone."""
     failed = [rank for rank, status in ended.items() if status]
     return min(failed, key=lambda rank: (ended[rank] > 0, ended[rank] == 1), default=None)
 
@@ -96,13 +106,13 @@ def _send(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def _without_ranks(arguments: Sequence[str]) -> list[str]:
-    """What each rank is given: the same command without the option."""
-    kept, skipped = [], False
+    """The arguments of each rank: the same without `--ranks`."""
+    kept, skip_next = [], False
     for argument in arguments:
-        if skipped or argument.startswith("--ranks="):
-            skipped = False
+        if skip_next or argument.startswith("--ranks="):
+            skip_next = False
         elif argument == "--ranks":
-            skipped = True
+            skip_next = True
         else:
             kept.append(argument)
     return kept
@@ -117,6 +127,6 @@ def _last_line(errors: IO[bytes] | None) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

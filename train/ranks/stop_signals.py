@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish that the training loop asks for, between two steps."""
+"""SIGTERM and SIGINT as a flag that the training loop checks between steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any
 
 
 class StopSignals:
-    """While it is entered, the first signal sets `requested`; a second SIGINT does what it did before."""
+    """Context in which the first signal only sets `requested`; a second SIGINT has its previous effect.
+
+    Attributes:
+        requested: name of the signal; None: there was none.
+    """
 
     def __init__(self) -> None:
         self.requested: str | None = None

@@ -16,7 +16,14 @@ WIDEST = 120
 
 
 def setting_rows(config: TrainConfig | None = None) -> list[dict[str, Any]]:
-    """One row a setting: key, kind, required, default, affects, meaning, and `value` where there is a recipe."""
+    """All settings, one row each.
+
+    Args:
+        config: a recipe, for its values; None: none.
+
+    Returns:
+        Rows with key, kind, required, default, affects, meaning, and with a recipe its value.
+    """
     values = {} if config is None else flat(config)
     rows = []
     for section, group in SECTIONS.items():
@@ -29,7 +36,14 @@ def setting_rows(config: TrainConfig | None = None) -> list[dict[str, Any]]:
 
 
 def listing(config: TrainConfig | None = None) -> str:
-    """All settings by section, as wide as the terminal; of a recipe its values, with the defaults that they replace."""
+    """All settings by section as text, wrapped to the terminal.
+
+    Args:
+        config: a recipe, whose values are listed with the defaults that they replace; None: the defaults.
+
+    Returns:
+        The text.
+    """
     width = min(shutil.get_terminal_size().columns, WIDEST)
     values = {} if config is None else flat(config)
     parts = []
@@ -42,13 +56,13 @@ def listing(config: TrainConfig | None = None) -> str:
 
 
 def _entry(one: SettingInfo, value: Any, width: int) -> str:
-    """`  name = value`, and beside it, wrapped, what it means."""
-    key = f"  {one.name}" if one.required and value is None else f"  {one.name} = {_shown(value)}"
+    """`  name = value`, and beside it its meaning, wrapped."""
+    key = f"  {one.name}" if one.required and value is None else f"  {one.name} = {_text(value)}"
     notes = []
     if one.required:
         notes.append("required")
-    elif _shown(value) != _shown(one.default):
-        notes.append(f"default {_shown(one.default)}")
+    elif _text(value) != _text(one.default):
+        notes.append(f"default {_text(one.default)}")
     if "|" in one.kind and one.kind != "true|false":
         notes.append(one.kind)
     text = one.meaning + (f" ({'; '.join(notes)})" if notes else "")
@@ -60,11 +74,11 @@ def _entry(one: SettingInfo, value: Any, width: int) -> str:
     return f"\n{' ' * KEY_COLUMN}".join(lines)
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_shown, value))}]"
+        return f"[{', '.join(map(_text, value))}]"
     return value if isinstance(value, str) else toml_value(value)

@@ -1,4 +1,4 @@
-"""`section.key=value` on the command line, in TOML's notation; quotes may be left away."""
+"""`section.key=value` on the command line, in TOML's notation; quotes may be omitted."""
 
 from __future__ import annotations
 
@@ -10,15 +10,26 @@ from typing import Any, get_args
 from labeler.base.errors import InputError, did_you_mean
 from train.recipes.config import SECTIONS
 
-UNSET = ("", "none")  # what an override says for a setting that shall have no value
+UNSET = ("", "none")  # values that unset a setting
 
 
 def apply_override(values: dict[str, Any], override: str) -> str:
-    """Put an override among the values; the setting's full name."""
+    """Apply an override to the values of a recipe.
+
+    Args:
+        values: section -> key -> value; modified.
+        override: `section.key=value`, or `key=value` if only one section has the key.
+
+    Returns:
+        The setting's full name, `section.key`.
+
+    Raises:
+        InputError: the override cannot be read.
+    """
     name, equals, text = override.partition("=")
     parts = name.strip().split(".")
     if not equals or not all(parts):
-        raise InputError("an override is not readable", got=repr(override)[:80], expected="section.key=value")
+        raise InputError("an override cannot be read", got=repr(override)[:80], expected="section.key=value")
     try:
         override.encode()
     except UnicodeEncodeError:
@@ -28,7 +39,7 @@ def apply_override(values: dict[str, Any], override: str) -> str:
     for part in parts[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
-            raise InputError("an override is not readable", got=repr(override)[:80], expected=f"{part} to be a section")
+            raise InputError("an override cannot be read", got=repr(override)[:80], expected=f"{part} to be a section")
     unset = text.strip().lower() in UNSET
     kind = _type_of(parts)
     if unset and parts[:-1] == ["model", "args"]:
@@ -41,37 +52,37 @@ def apply_override(values: dict[str, Any], override: str) -> str:
 
 
 def _value(text: str, is_text: bool, override: str) -> Any:
-    """What an override says; `is_text`: the setting is text, which is taken as given unless it begins with a quote."""
+    """The value of an override; `is_text`: the setting is text, used as it is unless it begins with a quote."""
     quoted = text[:1] in ("'", '"')
     if is_text and not quoted:
         return text
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-        json.dumps(value)  # dates and times are no values of settings
+        json.dumps(value)  # refuses dates and times, which no setting takes
     except (ValueError, RecursionError, TypeError) as error:
         if quoted:
             raise InputError(
                 f"the quotes of override {override[:80]!r} are malformed", got=error,
-                remedy="Leave them away, or use single quotes, in which a backslash is a backslash.",
+                remedy="Remove them, or use single quotes, in which a backslash is a backslash.",
             ) from None  # fmt: skip
         return text
     if isinstance(value, str) and any(sign < " " for sign in value):
         raise InputError(
-            f"override {override[:80]!r} holds a control character", got=repr(value)[:80],
-            remedy="Leave the quotes away, or use single ones, in which a backslash is a backslash.",
+            f"override {override[:80]!r} contains a control character", got=repr(value)[:80],
+            remedy="Remove the quotes, or use single ones, in which a backslash is a backslash.",
         )  # fmt: skip
     return value
 
 
 def _type_of(parts: Sequence[str]) -> Any:
-    """What `section.key` is declared to be; None where there is no such key."""
+    """The declared type of `section.key`; None: no such key."""
     section = SECTIONS.get(parts[0])
     fields = {} if section is None or len(parts) != 2 else section.model_fields
     return fields[parts[1]].annotation if parts[-1] in fields else None
 
 
 def _with_section(key: str) -> list[str]:
-    """A key alone serves where only one section has it."""
+    """The section and the key; a key alone is enough if only one section has it."""
     homes = [name for name, section in SECTIONS.items() if key in section.model_fields]
     if len(homes) == 1:
         return [homes[0], key]
@@ -79,7 +90,7 @@ def _with_section(key: str) -> list[str]:
         expected = " or ".join(f"{home}.{key}" for home in homes)
         raise InputError("an override needs its section", got=repr(key), expected=expected)
     if key in SECTIONS:
-        raise InputError("an override names a section only", got=repr(key), expected=f"{key}.key=value")
+        raise InputError("an override names only a section", got=repr(key), expected=f"{key}.key=value")
     keys = sorted({key for section in SECTIONS.values() for key in section.model_fields})
     remedy = did_you_mean(key, keys) or "`fit --help` lists all keys."
     raise InputError(f"no section has a key {key!r}", remedy=remedy)

@@ -1,4 +1,4 @@
-"""Recipes: TOML files, with `key=value` overrides, to a checked configuration and back."""
+"""Recipes: TOML files and `key=value` overrides to a checked configuration, and back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("train")
 
 RECIPES = Path(__file__).parent
 MAX_BYTES = 1 << 20
-# pydantic's words for types, in plain ones
+# pydantic's names for types -> plain ones
 PLAIN = {
     "a valid number": "a number",
     "a valid integer": "a whole number",
@@ -31,12 +31,20 @@ PLAIN = {
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A recipe by its file or name, with `section.key=value` overrides in TOML's notation (quotes may be left away).
+    """Load a recipe.
 
-    `key=none`, or nothing behind the sign, unsets a setting that may be None, or one of `model.args`. An override of
-    schedule.epochs takes the place of the recipe's schedule.steps. `data.store=none` asks for plain classification:
-    token_labels=false and dense_weight=0 come with it, unless they are given.
-    Raises InputError with the file or flag, and the nearest valid name, where something is wrong.
+    Args:
+        recipe: a .toml file, or the name of a packaged recipe.
+        overrides: `section.key=value` in TOML's notation; quotes may be omitted. `key=none` or `key=` unsets a setting
+            that may be None, or one of `model.args`. An override of schedule.epochs replaces the recipe's
+            schedule.steps. `data.store=none` asks for plain classification: token_labels=false and
+            dense_weight=0 come with it, unless they are given.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        InputError: the recipe or an override is wrong; names the file or flag, and the nearest valid name.
     """
     path = recipe_path(recipe)
     values = _read(path)
@@ -48,23 +56,24 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
             if f"{section}.{key}" not in given:
                 values.setdefault(section, {})[key] = value
     if "schedule.epochs" in given and "schedule.steps" not in given and values["schedule"].pop("steps", None):
-        log.info("schedule.epochs takes the place of the recipe's schedule.steps")
+        log.info("schedule.epochs replaces the recipe's schedule.steps")
     config = parse_config(values, str(path), given)
     run = config.run.model_copy(update={"out": config.run.out.replace("{recipe}", path.stem)})
     return config.model_copy(update={"run": run})
 
 
 def _leave_absent_paths(data: dict[str, Any], given: Mapping[str, str]) -> None:
-    """The other paths of a packaged recipe belong to its own images: with others, what does not exist is unset."""
+    """Unset the other paths of a packaged recipe if they do not exist: they belong to the recipe's own images."""
     for key in ("store", "validation"):
         if f"data.{key}" in given or not isinstance(data.get(key), str) or Path(data[key]).exists():
             continue
         absent = data.pop(key)
         if key == "validation":
-            log.warning("the recipe's data.validation %s does not exist: nothing is evaluated while training", absent)
+            log.warning("the recipe's data.validation %s does not exist: no evaluation during training", absent)
 
 
 def recipe_path(recipe: str | Path) -> Path:
+    """The file of a recipe, given by path or name. Raises InputError if there is none."""
     path = Path(recipe)
     if path.is_file():
         return path
@@ -73,35 +82,45 @@ def recipe_path(recipe: str | Path) -> Path:
         return packaged
     names = recipe_names()
     raise InputError(
-        "there is no such recipe", got=repr(str(recipe)), expected=f"a .toml file, or one of {', '.join(names)}",
+        "no such recipe", got=repr(str(recipe)), expected=f"a .toml file, or one of {', '.join(names)}",
         remedy=did_you_mean(path.stem, names),
     )  # fmt: skip
 
 
 def recipe_names() -> list[str]:
+    """Names of the packaged recipes, sorted."""
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
 def parse_config(values: Mapping[str, Any], source: str, given: Mapping[str, str] | None = None) -> TrainConfig:
-    """Values of sections, as TOML gives them, to a configuration.
+    """Check the values of a recipe.
 
-    source  stands in the errors; given  `section.key` -> the override that gave it, which stands there instead
+    Args:
+        values: section -> key -> value, as parsed from TOML.
+        source: where they come from, for error messages.
+        given: `section.key` -> the override that set it, which error messages name instead of `source`.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        InputError: a value is wrong.
     """
     try:
-        # By way of JSON: in it a list serves as a tuple, while all else keeps its type.
+        # Through JSON, where a list is accepted as a tuple and everything else keeps its type.
         return TrainConfig.model_validate_json(json.dumps(values))
     except TypeError:
         raise InputError(
-            f"{source}: got a date or a time, which no setting is", remedy="Put quotes around it."
+            f"{source}: got a date or a time, which no setting takes", remedy="Put quotes around it."
         ) from None
     except RecursionError:
-        raise InputError(f"{source} cannot be read", got="too deep nesting") from None
+        raise InputError(f"{source} cannot be read", got="nesting that is too deep") from None
     except ValidationError as error:
         raise _explained(error, source, given or {}) from None
 
 
 def refuse_absent_paths(config: TrainConfig) -> None:
-    """Raises InputError, naming the setting, where images or labels are not there."""
+    """Raise InputError, naming the setting, if images or labels do not exist."""
     for name in ("images", "validation"):
         path = getattr(config.data, name)
         if path is not None and not (Path(path).is_dir() or (Path(path).suffix == ".tar" and Path(path).is_file())):
@@ -115,7 +134,7 @@ def refuse_absent_paths(config: TrainConfig) -> None:
 
 
 def to_toml(config: TrainConfig) -> str:
-    """A recipe that gives this configuration."""
+    """The configuration as the text of a recipe."""
     lines: list[str] = []
     for name, section in config.model_dump(exclude_none=True).items():
         lines.append(f"[{name}]")
@@ -125,6 +144,7 @@ def to_toml(config: TrainConfig) -> str:
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as `section.key` -> value."""
     return {f"{name}.{key}": value for name, section in config.model_dump().items() for key, value in section.items()}
 
 
@@ -132,44 +152,44 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(
-                f"{path} is no recipe", got=f"{path.stat().st_size:,} bytes", expected=f"up to {MAX_BYTES:,}"
+                f"{path} is not a recipe", got=f"{path.stat().st_size:,} bytes", expected=f"up to {MAX_BYTES:,}"
             )
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        got = "too deep nesting" if isinstance(error, RecursionError) else error
+        got = "nesting that is too deep" if isinstance(error, RecursionError) else error
         raise InputError(f"{path} is not a TOML file", got=got) from None
     except OSError as error:
         raise InputError(f"{path} cannot be read", got=error.strerror) from None
 
 
 def _explained(error: ValidationError, source: str, given: Mapping[str, str]) -> InputError:
-    """The first fault as one line, with the nearest valid name where a name is wrong."""
+    """The first fault in one line, with the nearest valid name for a wrong one."""
     faults = error.errors(include_url=False)
-    # A name that is wrong explains one that is missing.
+    # Unknown names first: a misspelled name is often the cause of a missing one.
     fault = min(faults, key=lambda fault: fault["type"] != "extra_forbidden")
-    place = [str(part) for part in fault["loc"][:2]]
+    path = [str(part) for part in fault["loc"][:2]]
     same = [other for other in faults if other["loc"][:2] == fault["loc"][:2]]
     count = len({other["loc"][:2] for other in faults}) - 1
-    name, more = ".".join(place), f" ({count} more)" if count else ""
+    name, more = ".".join(path), f" ({count} more)" if count else ""
     source = next((f"override {given[key][:80]!r}" for key in given if f"{key}.".startswith(f"{name}.")), source)
     kind, got = fault["type"], fault.get("input")
     if kind == "extra_forbidden":
-        known = list(SECTIONS if len(place) == 1 else SECTIONS[place[0]].model_fields)
-        what = "section" if len(place) == 1 else "key"
-        remedy = did_you_mean(place[-1], known, or_all=True)
+        known = list(SECTIONS if len(path) == 1 else SECTIONS[path[0]].model_fields)
+        what = "section" if len(path) == 1 else "key"
+        remedy = did_you_mean(path[-1], known, or_all=True)
         return InputError(f"{source}: unknown {what} {name!r}{more}", remedy=remedy)
     if kind == "missing" and len(fault["loc"]) <= 2:
-        how = f"Give it as [{name}] there." if len(place) == 1 else f"Give it there, or as {name}=… ."
+        how = f"Add a section [{name}]." if len(path) == 1 else f"Add it there, or pass {name}=… ."
         return InputError(f"{source}: {name} is missing{more}", remedy=how)
     if kind == "value_error":
         return InputError(f"{source}: {fault['ctx']['error']}{more}")
     name = ".".join(str(part) for part in fault["loc"][:3] if isinstance(part, str))
-    remedy = "Leave the quotes away." if kind in ("float_type", "int_type") and _is_number(got) else None
+    remedy = "Remove the quotes." if kind in ("float_type", "int_type") and _is_number(got) else None
     return InputError(f"{source}: {name}{more}", got=repr(got)[:80], expected=_expected(same), remedy=remedy)
 
 
 def _expected(faults: Sequence[Any]) -> str:
-    """What a setting should have been; several faults where it has several values, or may be of several types."""
+    """What a setting should have been. Several faults: it has several values, or may be of several types."""
     first = faults[0]
     if first["type"] == "too_long":
         return f"{first['ctx']['max_length']} values"
@@ -188,9 +208,9 @@ def _is_number(text: Any) -> bool:
 
 
 def toml_value(value: Any) -> str:
-    """A value as TOML writes it."""
+    """A value in TOML's notation."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{toml_value(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, float):
-        return repr(value)  # its shortest form that reads back as the same number
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which TOML, unlike JSON, wants escaped
+        return repr(value)  # the shortest form that reads back as the same number
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML, unlike JSON, needs DEL escaped

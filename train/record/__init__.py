@@ -1,1 +1,1 @@
-"""What a run leaves behind: checkpoints, metrics, curves."""
+"""Files of a run: checkpoints, metrics, curves."""

@@ -1,11 +1,10 @@
-"""Checkpoints: folders that are either absent or whole, with a digest of every file.
+"""Checkpoints: folders that are either absent or complete, with a digest of every file.
 
     step-00000400/     weights.safetensors  ema.safetensors  state.pt  checkpoint.json
     best-00000300/     the same without state.pt
 
-`checkpoint.json` describes the model, so that it can be built again, and has size and sha256 of the other files. A
-folder is written under another name, synced to the disk, and renamed: a process that dies leaves the older ones as they
-were.
+`checkpoint.json` describes the model, so that it can be rebuilt, and lists size and sha256 of the other files. A folder
+is written under a temporary name, synced to disk and renamed, so that a process that dies leaves older ones intact.
 """
 
 from __future__ import annotations
@@ -36,22 +35,35 @@ FOLDER = "checkpoints"  # within a run's folder
 
 @dataclass(frozen=True)
 class FileRecord:
+    """Size and digest of a file.
+
+    Attributes:
+        size: in bytes.
+        sha256: hexadecimal.
+    """
+
     size: int
     sha256: str
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """
-    step, epoch    steps done, and epochs begun
-    model          the settings that build the model again (`train.recipes.config.ModelConfig`)
-    aux_weight     of the auxiliary head in evaluation
-    class_names    one for each class, or empty; class_folders  folder name -> class id
-    transform      mean, std, crop_pct, crop_mode, orientation: how images reach the model
-    config         the run's resolved recipe
-    world_size, threads  of the run
-    accuracy       top-1 at that step, weights and averaged weights, where it was evaluated
-    files          name -> size and sha256
+    """The record of a checkpoint.
+
+    Attributes:
+        step: steps done.
+        epoch: epochs started.
+        model: settings that rebuild the model (`train.recipes.config.ModelConfig`).
+        num_classes: classes of the heads.
+        aux_weight: weight of the auxiliary head in evaluation.
+        class_names: one for each class, or empty.
+        class_folders: folder name -> class id.
+        transform: preprocessing of evaluation images: mean, std, crop_pct, crop_mode, orientation.
+        config: the run's resolved recipe.
+        world_size: number of ranks.
+        threads: torch's CPU threads.
+        accuracy: top-1 and top-5 of the weights and of the moving average at that step, if it was evaluated.
+        files: name -> size and sha256.
     """
 
     step: int
@@ -79,9 +91,17 @@ def save_checkpoint(
     ema: Mapping[str, torch.Tensor] | None,
     state: Mapping[str, Any] | None,
 ) -> None:
-    """Write the checkpoint `folder`; durable on return. One that is there already and whole stays.
+    """Write a checkpoint; it is on the disk on return. An existing, undamaged one is kept.
 
-    Raises OSError where the disk does not take it; nothing of it is left then.
+    Args:
+        folder: the checkpoint's folder.
+        info: its record; `files` is filled in.
+        weights: the network's state dict.
+        ema: that of the moving average; None: no average.
+        state: resume state; None: none.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
     """
     if folder.exists():
         try:
@@ -113,22 +133,32 @@ def save_checkpoint(
 
 
 def check_checkpoint(folder: Path) -> CheckpointInfo:
-    """The record of a checkpoint whose every file is as it was written. Raises IntegrityError."""
+    """Verify all files of a checkpoint.
+
+    Args:
+        folder: the checkpoint's folder.
+
+    Returns:
+        Its record.
+
+    Raises:
+        IntegrityError: it is not a checkpoint, or a file is missing or damaged.
+    """
     try:
         info = _INFO.validate_python(read_sealed(folder / RECORD))
     except FileNotFoundError:
-        raise IntegrityError(f"{folder} is no checkpoint", got=f"no {RECORD}") from None
+        raise IntegrityError(f"{folder} is not a checkpoint", got=f"no {RECORD}") from None
     except ValidationError as error:
         fault = error.errors()[0]
         got = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
-        raise IntegrityError(f"{folder / RECORD} is no record of a checkpoint", got=got) from None
+        raise IntegrityError(f"{folder / RECORD} is not a checkpoint's record", got=got) from None
     except (IntegrityError, OSError) as error:
         got = str(error.got if isinstance(error, IntegrityError) else error)
         raise IntegrityError(f"{folder / RECORD} is damaged", got=got) from None
     if not {WEIGHTS} <= info.files.keys() <= {WEIGHTS, EMA, STATE}:
         raise IntegrityError(
-            f"{folder / RECORD} is no record of a checkpoint", got=f"files {', '.join(info.files) or 'none'}",
-            expected=f"{WEIGHTS}, perhaps {EMA} and {STATE}",
+            f"{folder / RECORD} is not a checkpoint's record", got=f"files {', '.join(info.files) or 'none'}",
+            expected=f"{WEIGHTS}, optionally {EMA} and {STATE}",
         )  # fmt: skip
     for name, expected in info.files.items():
         _read(folder, name, expected)
@@ -141,65 +171,117 @@ def checkpoints(run: Path, kind: str = "step") -> list[Path]:
 
 
 def newest_checkpoint(run: Path, kind: str = "step") -> tuple[Path, CheckpointInfo] | None:
-    """The newest whole checkpoint of a run; None where there is none at all.
+    """The newest undamaged checkpoint of a run; logs a warning for each damaged one.
 
-    Says so where a newer one is damaged. Raises IntegrityError where all are.
+    Args:
+        run: the run's folder.
+        kind: "step" or "best".
+
+    Returns:
+        Its folder and record; None: the run has no checkpoint.
+
+    Raises:
+        IntegrityError: all checkpoints are damaged.
     """
-    found = checkpoints(run, kind)
-    for folder in found:
+    folders = checkpoints(run, kind)
+    for folder in folders:
         try:
             info = check_checkpoint(folder)
         except IntegrityError as error:
             log.warning("%s; trying the one before it", error)
         else:
             return folder, info
-    if found:
+    if folders:
         raise IntegrityError(
-            f"all checkpoints below {run} are damaged", got=", ".join(path.name for path in found),
-            remedy="Restore one from a backup, or begin again in another folder with run.out=….",
+            f"all checkpoints below {run} are damaged", got=", ".join(path.name for path in folders),
+            remedy="Restore one from a backup, or start again in another folder with run.out=….",
         )  # fmt: skip
     return None
 
 
 def find_checkpoint(path: Path) -> tuple[Path, CheckpointInfo]:
-    """A checkpoint by its folder, or by its run's: the best one there, else the newest."""
+    """Find a checkpoint by its folder or its run's.
+
+    Args:
+        path: a checkpoint, or a run's folder, for its best checkpoint, or else its newest.
+
+    Returns:
+        Its folder and record.
+
+    Raises:
+        InputError: there is no checkpoint.
+        IntegrityError: it is damaged.
+    """
     if (path / RECORD).exists():
         return path, check_checkpoint(path)
-    found = newest_checkpoint(path, "best") or newest_checkpoint(path)
-    if found is None:
+    checkpoint = newest_checkpoint(path, "best") or newest_checkpoint(path)
+    if checkpoint is None:
         raise InputError(
             f"there is no checkpoint in {path}", got=f"neither {RECORD} nor {FOLDER}/",
             expected="a run's folder, or one of its checkpoints",
         )  # fmt: skip
-    return found
+    return checkpoint
 
 
 def checkpoint_of(file: Path) -> tuple[Path, CheckpointInfo, bool] | None:
-    """The checkpoint that a file of weights lies in, and whether they are the averaged ones; None: it lies in none."""
+    """The checkpoint that a file of weights belongs to.
+
+    Args:
+        file: a file.
+
+    Returns:
+        The checkpoint's folder and record, and whether the weights are the averaged ones; None: the file belongs to no
+        checkpoint.
+    """
     if file.name not in (WEIGHTS, EMA) or not (file.parent / RECORD).is_file():
         return None
     return file.parent, check_checkpoint(file.parent), file.name == EMA
 
 
 def read_weights(folder: Path, info: CheckpointInfo, ema: bool = False) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint, or their moving average."""
+    """Read the weights of a checkpoint.
+
+    Args:
+        folder: the checkpoint's folder.
+        info: its record.
+        ema: read the moving average instead.
+
+    Returns:
+        A state dict.
+
+    Raises:
+        InputError: the checkpoint has no moving average.
+        IntegrityError: the file is damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     name = EMA if ema else WEIGHTS
     if name not in info.files:
         raise InputError(
-            f"{folder} has no averaged weights", remedy="Take its plain weights, without --ema or model.weights_ema."
+            f"{folder} has no averaged weights", remedy="Use its plain weights, without --ema or model.weights_ema."
         )
     data = _read(folder, name, info.files[name])
     try:
         return load(data)
     except SafetensorError as error:
-        raise IntegrityError(f"{folder / name} is no safetensors file", got=error) from None
+        raise IntegrityError(f"{folder / name} is not a safetensors file", got=error) from None
 
 
 def read_state(folder: Path, info: CheckpointInfo) -> dict[str, Any]:
-    """What goes on from a checkpoint needs beside weights: plain values and tensors; nothing in the file is run."""
+    """Read the resume state other than the weights: plain values and tensors; no code in the file is run.
+
+    Args:
+        folder: the checkpoint's folder.
+        info: its record.
+
+    Returns:
+        The state.
+
+    Raises:
+        InputError: the checkpoint has no resume state.
+        IntegrityError: the file is damaged, or is not plain data.
+    """
     if STATE not in info.files:
         raise InputError(f"{folder} has no training state", remedy="Resume from a step-… checkpoint.")
     data = _read(folder, STATE, info.files[STATE])
@@ -207,15 +289,19 @@ def read_state(folder: Path, info: CheckpointInfo) -> dict[str, Any]:
         return load_plain(data)
     except Exception as error:  # torch raises many types, among them UnpicklingError for code
         raise IntegrityError(
-            f"{folder / STATE} is no file of plain values", got=(str(error).splitlines() or ["none"])[0][:200],
-            remedy="Nothing of it was run. Use a checkpoint that you trust.",
+            f"{folder / STATE} is not plain data", got=(str(error).splitlines() or ["none"])[0][:200],
+            remedy="None of its code was run. Use a checkpoint that you trust.",
         ) from None  # fmt: skip
 
 
 def remove_old(folder: Path, keep: int) -> None:
-    """Leave `folder`, just saved, and of its kind the newest before it, `keep` together.
+    """Remove old checkpoints.
 
-    Later ones stay: a run that went on from before a damaged one comes to their steps again.
+    Later ones than `folder` stay: a run that continued from before a damaged one reaches their steps again.
+
+    Args:
+        folder: the checkpoint that was just saved.
+        keep: how many to keep of its kind, this one and the newest before it.
     """
     kind = folder.name.partition("-")[0]
     for old in [path for path in checkpoints(folder.parent.parent, kind) if path.name <= folder.name][keep:]:
@@ -223,22 +309,27 @@ def remove_old(folder: Path, keep: int) -> None:
 
 
 def remove_later(run: Path, step: int) -> None:
-    """Remove a run's checkpoints after `step`, where it was asked to go back: they would win over those to come."""
+    """Remove a run's checkpoints after `step`, when it goes back to one: they would count as newer than those to come.
+
+    Args:
+        run: the run's folder.
+        step: the step to go back to.
+    """
     for folder in checkpoints(run) + checkpoints(run, "best"):
         if int(folder.name.rpartition("-")[2]) > step:
-            log.warning("%s is removed: the run goes on from step %d", folder, step)
+            log.warning("%s is removed: the run continues from step %d", folder, step)
             _remove(folder)
 
 
 def _remove(folder: Path) -> None:
-    # Renamed first: one that is removed half-way would look damaged.
+    # Renamed first: a half-removed checkpoint would look damaged.
     gone = folder.with_name(f"{TEMPORARY}{folder.name}-{secrets.token_hex(4)}")
     os.rename(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
 def sweep(run: Path) -> None:
-    """Remove what a process that died left half-written. Only for who holds the run's lock."""
+    """Remove half-written files of processes that died. The caller must hold the run's lock."""
     for path in (run / FOLDER).glob(f"{TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -266,9 +357,9 @@ def _read(folder: Path, name: str, expected: FileRecord) -> bytes:
         data = path.read_bytes()
     except FileNotFoundError:
         raise IntegrityError(f"{path} is missing") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != expected.sha256:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != expected.sha256:
         raise IntegrityError(
-            f"{path} is damaged", got=f"sha256 {found[:12]}…", expected=f"sha256 {expected.sha256[:12]}…"
+            f"{path} is damaged", got=f"sha256 {digest[:12]}…", expected=f"sha256 {expected.sha256[:12]}…"
         )
     return data

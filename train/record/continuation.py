@@ -1,4 +1,4 @@
-"""Whether a checkpoint may go on under other settings or on other ranks, and what is said then."""
+"""Checks whether a run may continue from a checkpoint with other settings or on other ranks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from train.record.checkpoint import CheckpointInfo
 
 log = logging.getLogger("train")
 
-REMEDY = "Resume with the settings that it was saved with, or begin from its weights with model.weights=…."
+REMEDY = "Resume with the settings that it was saved with, or start from its weights with model.weights=…."
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """`section.key` -> (old, new) of all settings that differ and affect values or their rounding."""
+    """`section.key` -> (old, new) for all settings that differ and affect values or their rounding."""
     before, after = flat(old), flat(new)
     for one in (before, after):
         one["model.args"] = {key: value for key, value in one["model.args"].items() if key not in BEGINNING}
@@ -29,12 +29,21 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]
 
 
 def refuse_other_run(config: TrainConfig, info: CheckpointInfo, ranks: Ranks) -> None:
-    """Raises MismatchError unless the checkpoint was made by the same recipe; other ranks and rounding are told.
+    """Raise an error unless the checkpoint was made by the same recipe.
 
-    Another schedule is looked at in `refuse_other_past`, when the steps of an epoch are known.
+    Logs a warning if rounding or the number of ranks differ. The schedule is checked in `refuse_other_past`, when the
+    number of steps per epoch is known.
+
+    Args:
+        config: the recipe to continue with.
+        info: the checkpoint's record.
+        ranks: the ranks that train together.
+
+    Raises:
+        MismatchError: the recipes differ.
     """
     changed = differences(_config_of(info), config)
-    told = {name: changed.pop(name) for name in keys_that_affect("rounding") & changed.keys()}
+    rounding = {name: changed.pop(name) for name in keys_that_affect("rounding") & changed.keys()}
     changed = {name: values for name, values in changed.items() if not name.startswith("schedule.")}
     if changed:
         raise MismatchError(
@@ -45,22 +54,29 @@ def refuse_other_run(config: TrainConfig, info: CheckpointInfo, ranks: Ranks) ->
         )
     if not ranks.first:
         return
-    for name, (old, new) in told.items():
+    for name, (old, new) in rounding.items():
         log.warning("resumed with %s=%s instead of %s: not the same to the last bit", name, new, old)
     if info.world_size != ranks.world_size:
         log.warning(
             "resumed on %d ranks instead of %d: every step sees the same images, but their crops and partners are "
-            "drawn anew, and BatchNorm sees other parts of the batch",
+            "different, and BatchNorm sees other parts of the batch",
             ranks.world_size, info.world_size,
         )  # fmt: skip
 
 
 def refuse_other_past(config: TrainConfig, info: CheckpointInfo, epoch_steps: int) -> None:
-    """Another schedule may go on where it would have led to this checkpoint, too.
+    """Raise an error if another schedule would not have led to this checkpoint.
 
-    Longer runs are the usual case: at a constant rate, in cycles, or with a longer cooldown. A cosine over the whole
-    run has other rates from its beginning where its length is another.
-    Raises MismatchError where a rate or a temperature so far would have been another, or the new schedule is over.
+    The usual case is a longer run: at a constant rate, in cycles, or with a longer cooldown. A single cosine of another
+    length has other rates from the start.
+
+    Args:
+        config: the recipe to continue with.
+        info: the checkpoint's record.
+        epoch_steps: steps per epoch.
+
+    Raises:
+        MismatchError: a learning rate or a temperature so far would have been different, or the new schedule is over.
     """
     old = _config_of(info)
     changed = [name for name in differences(old, config) if name.startswith("schedule.")]
@@ -78,10 +94,10 @@ def refuse_other_past(config: TrainConfig, info: CheckpointInfo, epoch_steps: in
     if first is not None:
         raise MismatchError(
             f"this schedule differs before the checkpoint, from step {first + 1:,} on", got=given, expected=saved,
-            remedy="A run goes on longer with schedule.kind constant or restarts, or with more "
+            remedy="A run can be extended with schedule.kind constant or restarts, or with more "
             f"schedule.cooldown_epochs. {REMEDY}",
         )  # fmt: skip
-    log.info("%s instead of %s: the %s steps so far are the same, the run ends at step %s", given, saved,
+    log.info("%s instead of %s: the %s steps so far stay valid, the run ends at step %s", given, saved,
              f"{info.step:,}", f"{steps:,}")  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Pictures of curves: a run's loss, accuracy and learning rate, and the schedules of recipes."""
+"""Plots: a run's loss, accuracy and learning rate, and the schedules of recipes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ACCURACIES = {"top1": "weights", "ema_top1": "moving average"}
 
 
 def draw_run(folder: Path) -> bool:
-    """Write `curves.png` from a run's metrics; False where there is nothing to draw yet."""
+    """Write `curves.png` from a run's metrics. Returns False if there is nothing to plot yet."""
     rows = read_rows(folder)
     if not rows:
         return False
@@ -24,33 +24,43 @@ def draw_run(folder: Path) -> bool:
     figure, (loss, accuracy, rate) = plots
     train = [row for row in rows if row["kind"] == "train"]
     evaluations = [row for row in rows if row["kind"] == "eval"]
-    tested = [row for row in evaluations if "loss" in row]
-    losses = {"training": (train, "loss", 1), **({"evaluation": (tested, "loss", 1)} if tested else {})}
-    _line(loss, "loss (each of its own targets)", losses)
-    shown = {text: (evaluations, key, 100) for key, text in ACCURACIES.items() if evaluations and key in evaluations[0]}
-    _line(accuracy, "top-1, %", shown)
+    with_loss = [row for row in evaluations if "loss" in row]
+    losses = {"training": (train, "loss", 1), **({"evaluation": (with_loss, "loss", 1)} if with_loss else {})}
+    _line(loss, "loss (each with its own targets)", losses)
+    keys = {key: text for key, text in ACCURACIES.items() if evaluations and key in evaluations[0]}
+    _line(accuracy, "top-1, %", {text: (evaluations, key, 100) for key, text in keys.items()})
     _line(rate, "learning rate", {"": (train, "lr", 1)})
     _save(figure, folder / "curves.png")
     return True
 
 
 def draw_comparison(runs: Mapping[str, Path], out: Path) -> None:
-    """Loss and accuracy of several runs over their steps, as one picture."""
+    """Plot loss and accuracy of several runs over their steps.
+
+    Args:
+        runs: name -> the run's folder.
+        out: the image file.
+    """
     figure, (loss, accuracy) = _figure(2)
     rows = {name: read_rows(folder) for name, folder in runs.items()}
     kinds = {
-        kind: {name: [row for row in found if row["kind"] == kind] for name, found in rows.items()}
+        kind: {name: [row for row in of_run if row["kind"] == kind] for name, of_run in rows.items()}
         for kind in ("train", "eval")
     }
-    _line(
-        loss, "training loss (of its own targets)", {name: (found, "loss", 1) for name, found in kinds["train"].items()}
-    )
-    _line(accuracy, "top-1 on unseen scenes, %", {name: (found, "top1", 100) for name, found in kinds["eval"].items()})
+    losses = {name: (train, "loss", 1) for name, train in kinds["train"].items()}
+    _line(loss, "training loss (each with its own targets)", losses)
+    _line(accuracy, "top-1 on unseen scenes, %", {name: (tests, "top1", 100) for name, tests in kinds["eval"].items()})
     _save(figure, out)
 
 
 def draw_schedules(configs: Mapping[str, TrainConfig], out: Path, epoch_steps: int = 100) -> None:
-    """The learning rate of each recipe over its epochs, or over its steps where the recipe counts those."""
+    """Plot the learning rate of each recipe over its epochs, or over its steps if the recipe counts those.
+
+    Args:
+        configs: name -> recipe.
+        out: the image file.
+        epoch_steps: steps per epoch.
+    """
     import torch
 
     from train.optimization import LearningRate, total_steps

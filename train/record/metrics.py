@@ -1,6 +1,6 @@
-"""What a run tells of itself: `metrics.jsonl` and `.csv`, `speed.jsonl`, TensorBoard's events, and trackers.
+"""Metrics of a run: `metrics.jsonl` and `.csv`, `speed.jsonl`, TensorBoard events, and trackers.
 
-`metrics.jsonl` holds only what the run computes, the same however often it was interrupted; how fast it went stands in
+`metrics.jsonl` contains only what the run computes, which is the same however often it was interrupted; its speed is in
 `speed.jsonl`.
 """
 
@@ -25,15 +25,23 @@ Row = dict[str, Any]
 
 
 class Metrics:
-    """Appends rows {"kind": "train" | "eval", "step": …, …}; goes on from `step`, so later rows of the file are cut."""
+    """Writes rows {"kind": "train" | "eval", "step": …, …}.
+
+    Args:
+        folder: the run's folder.
+        step: the step to continue from; later rows of the files are removed.
+        tensorboard: also write TensorBoard events.
+        tracker: from `start_tracker`; None: none.
+        evaluates_again: the run starts with the evaluation at `step`, which may not have been finished.
+
+    Attributes:
+        rows: all rows so far.
+    """
 
     def __init__(
         self, folder: Path, step: int, tensorboard: bool, tracker: Any = None, evaluates_again: bool = True
     ) -> None:
-        """
-        tracker          as `start_tracker` gives it
-        evaluates_again  the run begins with the evaluation at `step`, which may not have been finished
-        """
+
         self.folder, self._jsonl, self._behind = folder, folder / "metrics.jsonl", False
         self.rows = [
             row for row in read_rows(folder) if row["step"] < step + (row["kind"] == "train" or not evaluates_again)
@@ -45,32 +53,34 @@ class Metrics:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            # Names of files hold seconds; two runs of a moment are told apart by their steps.
+            # File names contain seconds; the step keeps two runs within one second apart.
             suffix = f".step-{step:08d}"
             first = 0 if not (folder / "tensorboard").exists() else step
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step, filename_suffix=suffix)
-            # TensorBoard forgets the points at `purge_step`, too; a history from elsewhere it has never seen.
-            told = [*self.rows, *({"kind": "speed", **row} for row in speed)]
-            for row in (row for row in told if row["step"] >= first):
+            # TensorBoard also drops the points at `purge_step`, and has never seen a history copied from another run.
+            rows = [*self.rows, *({"kind": "speed", **row} for row in speed)]
+            for row in (row for row in rows if row["step"] >= first):
                 self._draw(row)
         self._tracker = tracker
 
     def add(self, row: Row) -> None:
+        """Append a row of metrics."""
         self.rows.append(row)
         self._append(self._jsonl, row)
         self._report(row)
 
     def add_speed(self, row: Row) -> None:
+        """Append a row to `speed.jsonl`."""
         self._append(self.folder / "speed.jsonl", row)
         self._report({"kind": "speed", **row})
 
     def _append(self, path: Path, row: Row) -> None:
-        """On a full disk the row waits for the next `sync`: no reason to stop training."""
+        """Append a line to a file. On a full disk the row is kept for the next `sync`, and training continues."""
         try:
             with open(path, "ab") as file:
                 file.write(_line(row))
         except OSError as error:
-            log.error("%s cannot be written: %s; training goes on", path, error.strerror)
+            log.error("%s cannot be written: %s; training continues", path, error.strerror)
             self._behind = True
 
     def _report(self, row: Row) -> None:
@@ -80,16 +90,16 @@ class Metrics:
             self._tracker.log({**_scalars(row), "step": row["step"]})
 
     def _draw(self, row: Row) -> None:
-        """As TensorBoard's points."""
+        """Write a row as TensorBoard points."""
         for name, value in _scalars(row).items():
             self._writer.add_scalar(name, value, row["step"])
 
     def best(self, key: str) -> float:
-        """The highest value of `key` in an evaluation so far; −1 without one."""
+        """The highest value of `key` in any evaluation so far; −1: no evaluation."""
         return max((row.get(key, -1.0) for row in self.rows if row["kind"] == "eval"), default=-1.0)
 
     def sync(self) -> None:
-        """The rows so far are on the disk on return, and the table and the events with them."""
+        """Flush all rows, the table and the TensorBoard events to disk."""
         if self._behind:
             replace_file(self._jsonl, b"".join(map(_line, self.rows)))
             self._behind = False
@@ -100,6 +110,7 @@ class Metrics:
             self._writer.flush()
 
     def close(self) -> None:
+        """Close the TensorBoard writer and the tracker."""
         if self._writer is not None:
             self._writer.close()
         if self._tracker is not None:
@@ -112,13 +123,13 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def _read(path: Path) -> list[Row]:
-    """Whole lines; the last one may have been cut when its process died."""
+    """All complete lines; the last one may be cut off if the process died."""
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:
-            log.warning("a line of %s is not readable and left out", path)
+            log.warning("a line of %s cannot be read and is skipped", path)
     return rows
 
 
@@ -131,7 +142,7 @@ def _line(row: Row) -> bytes:
 
 
 def _table(rows: list[Row]) -> str:
-    """One line a step, a column for every value (`train_loss`, `eval_loss` …); empty where a step has none."""
+    """CSV: one line per step, a column for each value (`train_loss`, `eval_loss` …), empty if a step has none."""
     steps: dict[int, Row] = {}
     for row in rows:
         values = {name.replace("/", "_"): value for name, value in _scalars(row).items()}
@@ -145,20 +156,32 @@ def _table(rows: list[Row]) -> str:
 
 
 def start_tracker(name: str, folder: Path, settings: Mapping[str, Any]) -> Any:
-    """The tracker's module, told of the run; None for "none". Raises InputError where it does not start."""
+    """Start a tracker.
+
+    Args:
+        name: "wandb", "trackio" or "none".
+        folder: the run's folder, whose name becomes the run's.
+        settings: the recipe, as `section.key` -> value.
+
+    Returns:
+        The tracker's module; None for "none".
+
+    Raises:
+        InputError: it is not installed, or does not start.
+    """
     tracker = import_tracker(name)
     if tracker is not None:
         try:
-            place = {"dir": str(folder)} if name == "wandb" else {}  # where it writes its own files
-            tracker.init(project="token-labeling", name=folder.name, config=dict(settings), **place)
+            kwargs = {"dir": str(folder)} if name == "wandb" else {}  # for its own files
+            tracker.init(project="token-labeling", name=folder.name, config=dict(settings), **kwargs)
         except Exception as error:  # the tracker's own: no account, no network
-            remedy = "Its own manual tells more; run.tracker=none does without it."
+            remedy = "See its documentation, or set run.tracker=none."
             raise InputError(f"run.tracker {name!r} does not start", got=error, remedy=remedy) from None
     return tracker
 
 
 def import_tracker(name: str) -> Any:
-    """Its module; None for "none". Raises InputError where it is not installed."""
+    """Import a tracker's module; None for "none". Raises InputError if it is not installed."""
     if name == "none":
         return None
     try:

@@ -1,4 +1,4 @@
-"""The folder of a run, as its first rank writes it: settings, metrics, checkpoints, curves."""
+"""The folder of a run, written by its first rank: settings, metrics, checkpoints, curves."""
 
 from __future__ import annotations
 
@@ -40,11 +40,18 @@ FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", 
 
 
 class RunRecord:
-    """`step`: where the run goes on; what an earlier process told of later steps is dropped and will be told again.
+    """Writes the files of a run.
 
-    source     the checkpoint that it goes on from: where that is another run's, the history comes along
-    went_back  the user named that checkpoint: later ones are removed
-    evaluates_again  see `Metrics`
+    Args:
+        folder: the run's folder.
+        config: its recipe.
+        step: the step to continue from; rows of metrics after it are dropped, as they will be written again.
+        source: the checkpoint to continue from; if it belongs to another run, that run's history is copied.
+        went_back: the user named the checkpoint: later ones are removed.
+        evaluates_again: see `Metrics`.
+
+    Raises:
+        InputError: the tracker does not start.
     """
 
     def __init__(
@@ -57,25 +64,25 @@ class RunRecord:
         evaluates_again: bool = True,
     ) -> None:
         self.folder, self._keep = folder, config.run.keep
-        tracker = start_tracker(config.run.tracker, folder, flat(config))  # which may refuse
+        tracker = start_tracker(config.run.tracker, folder, flat(config))  # before anything is written: may raise
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         sweep(folder)
         if went_back:
             remove_later(folder, step)
         if source is not None and source.parent.name == FOLDER:
-            _bring_history(source.parent.parent, folder, step)
+            _copy_history(source.parent.parent, folder, step)
         replace_file(folder / "config.toml", to_toml(config).encode())
         self.metrics = Metrics(folder, step, config.run.tensorboard, tracker, evaluates_again)
 
     def best(self) -> float:
-        """The best top-1 of any evaluation, of weights or their average; −1 without one."""
+        """The best top-1 of any evaluation, of the weights or their moving average; −1: no evaluation."""
         return max(self.metrics.best("top1"), self.metrics.best("ema_top1"))
 
     def best_step(self) -> int:
-        """The step of the evaluation that was first as good as the best, whose checkpoint is kept; −1 without one."""
-        tested = (row for row in self.metrics.rows if row["kind"] == "eval")
+        """The step of the first evaluation with the best top-1, whose checkpoint is kept; −1: no evaluation."""
+        evaluations = (row for row in self.metrics.rows if row["kind"] == "eval")
         best = self.best()
-        return next((row["step"] for row in tested if best in (row["top1"], row.get("ema_top1"))), -1)
+        return next((row["step"] for row in evaluations if best in (row["top1"], row.get("ema_top1"))), -1)
 
     def save(
         self,
@@ -85,9 +92,19 @@ class RunRecord:
         state: Mapping[str, Any] | None,
         must: bool = False,
     ) -> None:
-        """A checkpoint to go on from; without `state` the best one so far.
+        """Save a checkpoint.
 
-        On a full disk the run goes on with its older checkpoints, unless this one is the last. Raises TrainError then.
+        If the disk is full, the run continues with its older checkpoints, unless `must` is set.
+
+        Args:
+            info: its record.
+            weights: the network's state dict.
+            ema: that of the moving average; None: no average.
+            state: resume state; None: this is the best checkpoint so far, without one.
+            must: raise an error if it cannot be written.
+
+        Raises:
+            TrainError: it cannot be written, and `must` is set.
         """
         kind, keep = ("best", 1) if state is None else ("step", self._keep)
         folder = self.folder / FOLDER / f"{kind}-{info.step:08d}"
@@ -101,10 +118,10 @@ class RunRecord:
             why = FULL.get(error.errno or 0, error.strerror)
             if must:
                 raise TrainError(f"the checkpoint {folder} cannot be written", got=why, remedy=f"{kept}.") from None
-            log.error("the checkpoint %s cannot be written: %s; training goes on, and %s", folder, why, kept)
+            log.error("the checkpoint %s cannot be written: %s; training continues, and %s", folder, why, kept)
 
     def finish(self) -> None:
-        """Whatever ended the run: the table and the picture of what it told."""
+        """Write the table and the curves; called however the run ended."""
         try:
             self.metrics.sync()
             self.metrics.close()
@@ -113,8 +130,8 @@ class RunRecord:
             log.error("the tables and curves of %s cannot be written: %s", self.folder, error.strerror)
 
 
-def _bring_history(old: Path, new: Path, step: int) -> None:
-    """What another run told up to `step`, and the best checkpoint that it had by then."""
+def _copy_history(old: Path, new: Path, step: int) -> None:
+    """Copy the metrics of another run, and its best checkpoint up to `step`."""
     if old.resolve() == new.resolve():
         return
     for name in HISTORY:
@@ -130,7 +147,14 @@ def _bring_history(old: Path, new: Path, step: int) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The run's folder for this process alone. Raises InputError where another trains in it."""
+    """Lock a run's folder for this process.
+
+    Args:
+        folder: the run's folder; created if it does not exist.
+
+    Raises:
+        InputError: another process trains in it, or it cannot be written.
+    """
     existed = folder.is_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +166,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"another process trains in {str(folder)!r}", remedy="Wait for it, or choose another run.out."
+                f"another process is training in {str(folder)!r}", remedy="Wait for it, or choose another run.out."
             ) from None
         yield
     except BaseException:
@@ -154,7 +178,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _remove_unbegun(folder: Path) -> None:
-    """A run that was refused leaves no folder behind."""
+    """Remove the folder of a run that was refused before it wrote anything."""
     with suppress(OSError):
         if os.listdir(folder) == ["run.lock"]:
             (folder / "run.lock").unlink()
@@ -162,28 +186,40 @@ def _remove_unbegun(folder: Path) -> None:
 
 
 def starting_point(folder: Path, resume: str | Path | None) -> tuple[Path, CheckpointInfo] | None:
-    """The checkpoint to go on from; None: begin. See `fit`."""
+    """Find the checkpoint to continue from.
+
+    Args:
+        folder: the run's folder.
+        resume: as for `fit`.
+
+    Returns:
+        The checkpoint and its record; None: start a new run.
+
+    Raises:
+        InputError: the folder already contains a run, or there is no such checkpoint.
+        IntegrityError: the checkpoint is damaged.
+    """
     if resume is None:
-        if found := checkpoints(folder):
+        if existing := checkpoints(folder):
             raise InputError(
-                f"{str(folder)!r} holds a run already", got=found[0].name,
-                remedy="Go on with --resume auto, or choose another folder with run.out=….",
+                f"{str(folder)!r} already contains a run", got=existing[0].name,
+                remedy="Continue it with --resume auto, or choose another folder with run.out=….",
             )  # fmt: skip
         return None
     if str(resume) == "auto":
         return newest_checkpoint(folder)
     path = Path(resume)
     home = path.parent.parent if path.parent.name == FOLDER else path
-    if (found := checkpoints(folder)) and home.resolve() != folder.resolve():
+    if (existing := checkpoints(folder)) and home.resolve() != folder.resolve():
         raise InputError(
-            f"{str(folder)!r} holds another run than the one to go on from", got=found[0].name,
-            remedy="Go on with --resume auto, or choose another folder with run.out=….",
+            f"{str(folder)!r} contains another run than the one to continue from", got=existing[0].name,
+            remedy="Continue it with --resume auto, or choose another folder with run.out=….",
         )  # fmt: skip
     if path.parent.name == FOLDER:
         return path, check_checkpoint(path)
-    found_there = newest_checkpoint(path)
-    if found_there is None:
+    newest = newest_checkpoint(path)
+    if newest is None:
         raise InputError(
             f"there is no checkpoint in {str(path)!r}", expected='"auto", a checkpoint, or a run\'s folder'
         )
-    return found_there
+    return newest
