@@ -30,7 +30,7 @@ from pipeline.config import LoaderConfig
 from pipeline.labels.label_rows import LabelRows
 from pipeline.labels.targets import TokenTargets, label_targets
 from pipeline.order import EpochOrder
-from pipeline.prefetcher import Ahead
+from pipeline.prefetcher import Prefetcher
 from pipeline.samples import open_samples, scan_sizes
 
 
@@ -124,7 +124,7 @@ class TokenLabelLoader:
     def _iterate(self, turn: int, epoch: int, start: int) -> Iterator[Batch]:
         work = self._batches(epoch, start)
         # On a GPU, copies that block do so in a thread of their own.
-        batches = Ahead(work, 1) if self.device.type == "cuda" else work
+        batches = Prefetcher(work, 1) if self.device.type == "cuda" else work
         try:
             for batch, ready in batches:
                 self._refuse_moved(turn)
@@ -197,7 +197,7 @@ class TokenLabelLoader:
     def _batches(self, epoch: int, start: int) -> Generator[tuple[Batch, torch.cuda.Event | None]]:
         """The rest of an epoch, each batch with the event that tells when its device work is done."""
         pool = ThreadPoolExecutor(self.threads, "images")
-        ahead = Ahead(self._prepare(epoch, start, pool), self.config.prefetch)
+        ahead = Prefetcher(self._prepare(epoch, start, pool), self.config.prefetch)
         shown = self.backend.images(ahead)
         try:
             while True:

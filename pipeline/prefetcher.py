@@ -11,7 +11,7 @@ T = TypeVar("T")
 _END = object()
 
 
-class Ahead(Iterator[T]):
+class Prefetcher(Iterator[T]):
     """Runs an iterator in its own thread, at most `depth` items ahead; its exception is raised where it is reached."""
 
     def __init__(self, items: Iterator[T], depth: int) -> None:

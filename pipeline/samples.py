@@ -18,7 +18,7 @@ from itertools import islice
 import numpy as np
 from tqdm import tqdm
 
-from labeler.base.errors import InputError, IntegrityError, MismatchError, told
+from labeler.base.errors import InputError, IntegrityError, MismatchError, error_text
 from labeler.sources.class_names import folder_classes, targets_of
 from labeler.sources.images import FORMATS, BadImage, difference, image_digest
 from labeler.sources.pixels import decoded_size
@@ -225,7 +225,7 @@ def scan_sizes(source: ImageSource, orientation: str, threads: int | None, progr
         except UnidentifiedImageError:
             bad[position] = "not an image, or of an unknown format"
         except Exception as error:
-            bad[position] = f"not an image that can be read: {told(error)}"
+            bad[position] = f"not an image that can be read: {error_text(error)}"
         return 0, 0
 
     n = len(source.images)

@@ -15,7 +15,7 @@ from tiny import GRID, SIDE, ColourTeacher
 from labeler import InputError, LabelStore, ScoreMaps, TeacherConfig, label_images
 from labeler.__main__ import main
 from labeler.audit import SHARES, audit_labels, audit_store
-from labeler.audit_errors import answers, crop_scores, errors_of, fractions, kl, random_windows
+from labeler.audit_errors import crop_outputs, crop_scores, errors_of, fractions, kl, random_windows
 from labeler.base.whole_files import read_sealed, sealed
 from labeler.relabel import teacher_of
 
@@ -141,7 +141,7 @@ def test_crops_lie_in_what_the_map_covers_and_are_seen_alone():
         def label(self, pixels: torch.Tensor) -> torch.Tensor:
             return pixels.float().permute(0, 3, 1, 2)
 
-    found = answers(Mean(), images, [(0, 30, 40, 60), (0, 0, 33, 21)])
+    found = crop_outputs(Mean(), images, [(0, 30, 40, 60), (0, 0, 33, 21)])
     assert (found == 255).all(), "no pixel from outside the crop"
 
 

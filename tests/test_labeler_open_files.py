@@ -121,7 +121,7 @@ def test_a_closed_store_holds_no_file_and_says_so_when_read(store, cache):
         lambda: labels.row_bytes([0]),
     ]  # fmt: skip
     for read in reads:
-        with pytest.raises(InputError, match=r"is closed: got a read after close\(\).*open it again"):
+        with pytest.raises(InputError, match=r"is closed: got a read after close\(\).*open the store again"):
             read()
     labels.close()  # a second time
     assert labels.meta.num_classes == 6
