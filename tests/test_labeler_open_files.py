@@ -194,5 +194,5 @@ def test_a_file_that_went_away_between_two_reads_is_named(store):
     labels._files = OpenFiles(1)
     labels.read([0, 11])
     (store / labels.markers[0].file).unlink()
-    with pytest.raises(IntegrityError, match="no such file any more"):
+    with pytest.raises(IntegrityError, match="the file no longer exists"):
         labels.read([0])

@@ -238,7 +238,7 @@ def check_header(data: bytes, min_side: int, max_pixels: int) -> None:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
             kind, (width, height) = image.format, image.size
     except UnidentifiedImageError:
-        raise BadImage("not an image, or an unknown format") from None
+        raise BadImage("not an image, or of an unknown format") from None
     except Image.DecompressionBombError:
         raise BadImage("so many pixels that it could be a decompression bomb") from None
     except Exception as error:  # decoders raise errors of any type on broken headers

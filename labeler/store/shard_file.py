@@ -37,7 +37,7 @@ META_ROWS = 1024  # rows in a chunk of the small data sets
 _LIBRARY = ctypes.CDLL(h5py.h5p.__file__)  # its dependencies, such as libhdf5, are searched as well
 MOST_IN_4_BYTES = 1 << 30  # bytes of data before compression, in a file with offsets of four bytes
 MAX_LINKS = 32
-MAX_ATTRIBUTES, MAX_ATTRIBUTE_BYTES = 100, 64 << 20  # class names need most of it
+MAX_ATTRIBUTES, MAX_ATTRIBUTE_BYTES = 100, 64 << 20  # of which class names need most
 Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # data set name -> (type, shape of one row)
 # Location of a row's chunk. It is small because it is in memory for all rows of all open shards.
 CHUNK = np.dtype([("offset", "<i8"), ("size", "<u4"), ("mask", "u1")])
