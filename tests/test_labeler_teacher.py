@@ -198,7 +198,7 @@ def test_function_of_the_current_folder_makes_a_teacher() -> None:
     assert (described.input_size, described.mean, described.crop_pct) == (32, (0.1, 0.2, 0.3), 1.0)
     assert described.notes == ()
     assert "ValueError: no such thing" in refusal("my_teachers:broken")
-    assert "is no network: got str" in refusal("my_teachers:wrong")
+    assert "does not return a network: got str" in refusal("my_teachers:wrong")
     assert "has no attribute 'absent'" in refusal("my_teachers:absent")
     assert "another number of classes: got 6, expected 9" in refusal("my_teachers:plain", num_classes=9)
 

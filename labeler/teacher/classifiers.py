@@ -1,7 +1,7 @@
-"""The classifier that a teacher is made from: found by name, built, given its weights, with its preprocessing.
+"""Builds the classifier of a teacher by name, with its weights and preprocessing.
 
 Names are timm's (`NAME` or `timm:NAME`), torchvision's (`torchvision:NAME`) or a function's (`package.module:function`,
-called without arguments). Weights come from a checkpoint, else from the library, else (if asked for) from random.
+called without arguments). Weights come from a checkpoint, from the library, or are random if requested.
 
 Legend: S side of the square input.
 """
@@ -23,16 +23,21 @@ from labeler.teacher.dense_maps import HEADS, first_line
 from labeler.teacher.teacher_config import TeacherConfig
 from labeler.teacher.weights import classes_in, load_weights, read_checkpoint, weights_only
 
-NO_WEIGHTS_REMEDY = "Give --checkpoint FILE, or --random-weights to try the machinery."
+NO_WEIGHTS_REMEDY = "Give --checkpoint FILE, or --random-weights to try out the tool."
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network with its weights, and how its images are to be prepared.
+    """A network with its weights and its preprocessing.
 
-    input_size  S, where the settings give none
-    crop_pct    side of the network's own evaluation crop as a share of the resized picture's shorter side
-    notes       what a user must know
+    Attributes:
+        model: The network.
+        input_size: S, if the settings give none.
+        mean: Mean of each color channel, 0 to 1.
+        std: Standard deviation of each color channel.
+        interpolation: How images are resized.
+        crop_pct: Side of the network's own evaluation crop as a share of the resized image's shorter side.
+        notes: What a user must know.
     """
 
     model: nn.Module
@@ -45,7 +50,7 @@ class Classifier:
 
 
 def build_classifier(config: TeacherConfig) -> Classifier:
-    """The configured network on the CPU, with its weights."""
+    """Builds the configured network on the CPU, with its weights. Raises TeacherError if that fails."""
     source, _, name = config.name.rpartition(":")
     state = read_checkpoint(config.checkpoint) if config.checkpoint else None
     if source in ("", "timm"):
@@ -76,7 +81,7 @@ def _from_timm(name: str, config: TeacherConfig, state: dict[str, Tensor] | None
         except TeacherError:
             if config.input_size is None or not hasattr(model, "set_input_size"):
                 raise
-            # Weights of the architecture's own input size: they are resampled once they are in place.
+            # Weights for the architecture's own input size: they are resampled after loading.
             model = _create(timm.create_model, arguments, "img_size", None, name)
             load_weights(model, state, config.checkpoint)
             model.set_input_size(img_size=config.input_size)
@@ -111,17 +116,19 @@ def _from_function(module: str, function: str, config: TeacherConfig, state: dic
         sys.path.append(os.getcwd())
     try:
         model = getattr(importlib.import_module(module), function)()
-    except TokenLabelError:  # it says itself what is wrong
+    except TokenLabelError:  # it has its own message
         raise
     except Exception as error:
         raise TeacherError(
-            f"teacher {module}:{function} cannot be made", got=f"{type(error).__name__}: {first_line(error)}",
+            f"teacher {module}:{function} cannot be created", got=f"{type(error).__name__}: {first_line(error)}",
             expected="a timm name, torchvision:NAME or package.module:function",
             remedy="The function is called without arguments; its module must be importable from here.",
         ) from error  # fmt: skip
     if not isinstance(model, nn.Module):
         raise TeacherError(
-            f"teacher {module}:{function} is no network", got=type(model).__name__, expected="a torch.nn.Module"
+            f"teacher {module}:{function} does not return a network",
+            got=type(model).__name__,
+            expected="a torch.nn.Module",
         )
     if state is not None:
         load_weights(model, state, config.checkpoint)
@@ -129,12 +136,12 @@ def _from_function(module: str, function: str, config: TeacherConfig, state: dic
     if published:
         published = published if isinstance(published, Mapping) else asdict(published)
         return Classifier(model, **_timm_preprocessing(published))
-    note = "the module says nothing of its preprocessing: ImageNet's mean and std and 224 pixels unless given"
+    note = "the module does not define its preprocessing: ImageNet's mean and std and 224 pixels are used unless set"
     return Classifier(model, notes=(note,))
 
 
 def _create(factory: Callable[..., Any], arguments: dict[str, Any], size_name: str, size: int | None, name: str) -> Any:
-    """`factory(name, …)`, told the input size where the architecture takes one."""
+    """Calls `factory(name, …)`, with the input size if the architecture takes one."""
     arguments = {key: value for key, value in arguments.items() if value is not None}
     try:
         with weights_only():
@@ -153,6 +160,7 @@ def _create(factory: Callable[..., Any], arguments: dict[str, Any], size_name: s
 
 
 def _refuse_other_head(name: str, wanted: int | None, published: int) -> None:
+    """Raises TeacherError if the published weights have no head, or one of another number of classes."""
     if published == 0:
         raise TeacherError(f"{name} is published without a classification head", remedy=NO_WEIGHTS_REMEDY)
     if wanted is not None and wanted != published:
@@ -163,14 +171,16 @@ def _refuse_other_head(name: str, wanted: int | None, published: int) -> None:
 
 
 def _unknown_name(library: str, name: str, known: list[str]) -> TeacherError:
+    """Returns the error for an unknown name."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
     return TeacherError(
-        f"{library} knows no such model", got=repr(name), expected=f"a name such as {', '.join(near or known[:3])}",
+        f"{library} has no such model", got=repr(name), expected=f"a name such as {', '.join(near or known[:3])}",
         remedy="Other teachers: torchvision:NAME or package.module:function.",
     )  # fmt: skip
 
 
 def _timm_preprocessing(published: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the preprocessing in a `pretrained_cfg` of timm."""
     from timm.data import resolve_data_config
 
     view = resolve_data_config(pretrained_cfg=dict(published))
