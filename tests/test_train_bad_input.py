@@ -130,7 +130,7 @@ def test_labels_of_changed_images_are_refused(run, data, tmp_path):
     status, error = run(f"data.images={changed}")
     assert status == 2
     assert "changed after they were labeled" in error
-    assert "restore or label them again" in error
+    assert "restore them or label them again" in error
 
 
 def test_a_batch_that_does_not_divide_is_refused_by_each_rank_before_it_waits_for_others(data, tmp_path, monkeypatch):
