@@ -234,11 +234,14 @@ def _add_label(commands: Any) -> None:
     add_flags(label, LabelerConfig, "image_list", "class_names")
     teacher = label.add_argument_group("teacher")
     teacher.add_argument(
-        "--teacher", required=True, metavar="NAME", help="timm model, torchvision:NAME or package.module:function"
+        "--teacher",
+        required=True,
+        metavar="NAME",
+        help="timm model, a run's folder, torchvision:NAME or package.module:function",
     )
     add_flags(
-        teacher, TeacherConfig, "checkpoint", "random_weights", "num_classes", "input_size", "mean", "std", "view",
-        "autocast", "compile",
+        teacher, TeacherConfig, "checkpoint", "ema", "random_weights", "num_classes", "input_size", "mean", "std",
+        "view", "autocast", "compile",
     )  # fmt: skip
     teacher.add_argument(
         "--tta",

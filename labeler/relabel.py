@@ -70,6 +70,7 @@ def teacher_of(store: LabelStore, device: str) -> tuple[LoadedTeacher, Decoder]:
         TeacherConfig(
             name=record["name"],
             checkpoint=record["checkpoint"],
+            ema=record.get("ema"),
             random_weights=record["random_weights"],
             num_classes=store.meta.num_classes,
             input_size=record["input_size"],

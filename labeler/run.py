@@ -22,7 +22,7 @@ from labeler.sources.images import ImageSet, find_images, refuse_other_images
 from labeler.store.foreign_store import remember_written
 from labeler.store.label_store import LabelStore
 from labeler.store.plan import Plan, StoreMeta, load_plan
-from labeler.store.score_code import Encoding, code_table
+from labeler.store.score_code import Encoding, code_table, share_of_reference
 from labeler.store.shard_writer import begin_store, committed_shards, finish_store
 
 if TYPE_CHECKING:
@@ -105,9 +105,10 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     device = config.device if elsewhere else str(pick_device(config.device))
     settled = _with_autocast(config, device, bool(elsewhere))
     # Built here once, so that a wrong teacher is reported before any worker starts.
-    info = create_teacher(settled.teacher, "cpu" if config.workers else device).info
+    teacher = create_teacher(settled.teacher, "cpu" if config.workers else device)
+    info = teacher.info
     encoding = _encoding(image_set, settled, "cpu" if elsewhere else device, begun)
-    plan = begin_store(path, make_plan(image_set, info, settled, encoding, begun))
+    plan = begin_store(path, make_plan(image_set, info, settled, encoding, begun, teacher.class_names))
     _warn_of_other_folders(image_set, plan)
     markers = committed_shards(path, plan)
     tasks = [make_task(plan, image_set, shard) for shard in range(plan.meta.shards) if shard not in markers]
@@ -178,10 +179,15 @@ def _encoding(images: ImageSet, config: LabelerConfig, device: str, begun: Plan 
 
 
 def make_plan(
-    images: ImageSet, info: TeacherInfo, config: LabelerConfig, encoding: Encoding, begun: Plan | None
+    images: ImageSet,
+    info: TeacherInfo,
+    config: LabelerConfig,
+    encoding: Encoding,
+    begun: Plan | None,
+    class_names: tuple[str, ...] = (),
 ) -> Plan:
     """Returns the plan for these settings. The shard size of an existing store is kept unless one is set."""
-    names, folders = name_classes(images.keys, info.num_classes, config.class_names)
+    names, folders = name_classes(images.keys, info.num_classes, config.class_names, class_names)
     size = config.shard_size or (begun.shard_size if begun else default_shard_size(len(images)))
     coded = encoding.precision == "uint8"
     palette, tail = encoding.places(info.num_classes)
@@ -223,6 +229,8 @@ def teacher_record(info: TeacherInfo, config: LabelerConfig) -> dict[str, Any]:
     record = dataclasses.asdict(info)
     record.update(view=config.teacher.view, checkpoint=config.teacher.checkpoint)
     record.update(random_weights=config.teacher.random_weights)
+    if config.teacher.ema is not None:
+        record.update(ema=config.teacher.ema)
     return record
 
 
@@ -296,7 +304,7 @@ def _summary(store: Path, markers: list[Marker], labeled: int, seconds: float, o
         kl=total["kl"] / max(1, rows),
         coverage=total["coverage"] / max(1, rows),
         first_kept=total["first_kept"] / max(1, rows),
-        kl_of_reference=total["compared_kl"] / total["reference_kl"] if total["reference_kl"] else None,
+        kl_of_reference=share_of_reference(total["compared_kl"], total["reference_kl"], rows),
         agreement=total["agree"] / total["known"] if total["known"] else None,
         known=int(total["known"]),
         other_files=other,

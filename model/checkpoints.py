@@ -5,11 +5,9 @@ Legend: C classes; T tokens; L = T + 1 sequence length; D model width; E inner w
 
 from __future__ import annotations
 
-import argparse
 import math
-import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,18 +17,13 @@ import torch
 from torch import nn
 
 from labeler.base.errors import ModelError
-from labeler.base.plain_tensors import load_plain
+from labeler.base.weight_files import read_weight_file
 from model.demansia import DeMansia
 from model.lvvit import SIZES as LVVIT_SIZES
 from model.patch_model import fit_position_embedding
 from model.vim import Vim
 
 MAX_BYTES = 8 << 30  # several times the largest published file, optimizer state included
-AVERAGED = ("state_dict_ema", "model_ema")
-PLAIN = ("state_dict", "model")
-WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|model)\.)+")
-# Plain holders of settings, which training scripts leave in their files; none of them runs code when it is built.
-HARMLESS: list[Any] = [argparse.Namespace, (pathlib.PosixPath, "pathlib.PosixPath")]
 TRAINING_SIDES = (224, 256, 384, 448, 512)  # pixels that pictures are usually cropped to
 MAMBA_SIZES = {(128, 12): "nano", (192, 24): "tiny", (384, 24): "small", (768, 24): "base"}
 
@@ -64,53 +57,21 @@ def read_state_dict(path: str | Path, ema: bool = False) -> State:
 
 def _contents(file: Path, ema: bool) -> tuple[Path, State, Any]:
     """The file that holds the weights, these, and its script's settings, None without them."""
-    content = _read(file)
-    state = _weights(content, AVERAGED) if ema else None
-    if ema and state is None and not file.stem.endswith("EMA"):
+    if ema and not file.stem.endswith("EMA"):
         second = file.with_name(f"{file.stem}-EMA{file.suffix}")
-        if not second.is_file():
-            raise ModelError(
-                f"there are no averaged weights: got none in {file}, and no {second.name}; take the plain weights"
-            )
-        file, content = second, _read(second)
-    state = state or _weights(content, (*PLAIN, ""))
-    if state is None:
-        raise ModelError(f"{file} holds no weights: got a {type(content).__name__}, expected a state dict")
-    if (size := sum(value.nbytes for value in state.values())) > MAX_BYTES:
-        raise ModelError(f"{file} is too large: got {size:,} bytes of weights, expected at most {MAX_BYTES:,}")
-    return file, state, content.get("args") if isinstance(content, Mapping) else None
-
-
-def _read(file: Path) -> Any:
-    """What a file of weights holds; a pickle that asks for anything but plain holders is refused before it runs."""
-    if not file.is_file():
-        raise ModelError(f"there is no such checkpoint: got {file}, expected a file")
-    if (size := file.stat().st_size) > MAX_BYTES:
-        raise ModelError(f"{file} is too large: got {size:,} bytes, expected at most {MAX_BYTES:,}")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        return load_plain(file, HARMLESS)
-    except Exception as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(
-            f"{file} is no file of plain weights: got {f'a pickle that asks for {asked[1]}' if asked else told}, "
-            "expected what torch.load(weights_only=True) reads; nothing of it was run; save its state dict alone"
-        ) from error
-
-
-def _weights(content: Any, names: tuple[str, ...]) -> State | None:
-    """The first of `names` ("": the file itself) that is a state dict, without the prefixes that wrappers leave."""
-    for name in names:
-        part = content if name == "" else content.get(name) if isinstance(content, Mapping) else None
-        if isinstance(part, Mapping) and any(isinstance(value, torch.Tensor) for value in part.values()):
-            found = {str(key): value for key, value in part.items() if isinstance(value, torch.Tensor)}
-            wrapped = all(WRAPPERS.match(key) for key in found)
-            return {WRAPPERS.sub("", key): value for key, value in found.items()} if wrapped else found
-    return None
+        try:
+            found = read_weight_file(file, ema=True, error=ModelError, max_bytes=MAX_BYTES)
+        except ModelError as error:
+            if not error.problem.startswith("there are no averaged weights"):
+                raise
+            if not second.is_file():
+                raise ModelError(
+                    f"there are no averaged weights: got none in {file}, and no {second.name}; take the plain weights"
+                ) from None
+            return _contents(second, False)
+        return file, found.state, found.settings
+    found = read_weight_file(file, ema=False, error=ModelError, max_bytes=MAX_BYTES)
+    return file, found.state, found.settings
 
 
 def _refuse_faults(net: nn.Module, state: State, file: Path) -> None:

@@ -49,7 +49,7 @@ class Cells:
     """The most probable class of each cell.
 
     Attributes:
-        classes: int64 [H, W].
+        classes: int64 [H, W]: −1 where none is named.
         strength: float32 [H, W]: how strongly to draw it, up to 1.
     """
 
@@ -84,7 +84,8 @@ class Row:
     def shares(self, count: int) -> np.ndarray:
         """Returns float64 [count]: the share of each class in the panels of map and targets."""
         parts = [cells for cells in (self.tokens, self.map) if cells]
-        return np.mean([np.bincount(c.classes.ravel(), c.strength.ravel() / c.classes.size, count) for c in parts], 0)
+        named = [(cells, cells.classes >= 0) for cells in parts]  # the map of a teacher that is sure of nothing has −1
+        return np.mean([np.bincount(c.classes[n], c.strength[n] / c.classes.size, count) for c, n in named], 0)
 
 
 def draw_batch(batch: Batch, loader: TokenLabelLoader, opacity: float = 0.55) -> Image.Image:

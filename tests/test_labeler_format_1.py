@@ -86,7 +86,7 @@ def test_the_loader_trains_from_it(old):
 
 
 def test_h5py_alone_reads_it_too(old):
-    from scripts.read_with_h5py import read_row
+    from examples.read_with_h5py import read_row
 
     key, classes, p, _ = read_row(old / "labels", None)
     dense = LabelStore(old / "labels").read([0]).dense()[0]

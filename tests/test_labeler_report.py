@@ -111,7 +111,7 @@ def test_a_map_of_more_classes_than_are_named_says_that_the_grey_ones_are_others
         first = [set(one.ravel().tolist()) for one in draw_sample(labels, 500, 0).top1]
         assert len(legends) == len(first)
         for legend, classes in zip(legends, first, strict=True):
-            others = re.findall(r'rgb\(128, 128, 128\)"></i>(\d+) others', legend)
+            others = re.findall(r'rgb\(128, 128, 128\)"></i>(\d+) more', legend)
             assert others == ([str(len(classes) - 4)] if len(classes) > 4 else [])
     assert any(len(classes) > 4 for classes in first)
 

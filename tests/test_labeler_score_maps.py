@@ -11,7 +11,7 @@ from tiny import synthetic_logits
 
 from labeler.base.errors import InputError
 from labeler.store.encoder import encode_maps, encode_planes
-from labeler.store.score_code import Encoding, ScoreCode, code_table
+from labeler.store.score_code import Encoding, ScoreCode, code_table, share_of_reference
 from labeler.store.score_maps import ScoreMaps
 
 
@@ -87,3 +87,9 @@ def test_one_class_is_enough():
     assert (maps.dense() == 1).all()
     with pytest.raises(InputError, match="how many classes"):
         dataclasses.replace(maps, num_classes=0)
+
+
+@pytest.mark.parametrize(("reference", "share"), [(2.0, 0.25), (1e-9, None), (-1e-7, None), (0.0, None)])
+def test_a_share_of_a_loss_that_is_only_rounding_is_left_out(reference, share):
+    """Five logits a cell are all that a teacher of five classes has: those files lose nothing of its maps."""
+    assert share_of_reference(0.5, reference, rows=10) == share

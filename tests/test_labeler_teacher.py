@@ -87,6 +87,12 @@ def test_flip_averages_the_logits_of_both_passes() -> None:
     assert plain.info.weights_sha256 == flipped.info.weights_sha256
 
 
+def test_a_teacher_in_float32_warns_of_nothing(recwarn) -> None:
+    """torch warns where autocast is entered with float32."""
+    random_teacher("test_vit").score_maps(torch.zeros(1, 3, 64, 64))
+    assert not [str(one.message) for one in recwarn if "autocast" in str(one.message)]
+
+
 def test_autocast_returns_float32_near_the_exact_scores() -> None:
     exact, rounded = random_teacher("test_vit"), random_teacher("test_vit", autocast="bfloat16")
     assert rounded.info.autocast == "bfloat16"
@@ -313,7 +319,7 @@ def test_checkpoint_that_does_not_fit_is_told_apart(trained: nn.Module, tmp_path
 
 def test_size_of_a_checkpoint_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({}, tmp_path / "w.pth")
-    monkeypatch.setattr(checkpoints, "MAX_CHECKPOINT_BYTES", 10)
+    monkeypatch.setattr("labeler.base.weight_files.MAX_BYTES", 10)
     assert "too large" in refusal(checkpoint=str(tmp_path / "w.pth"))
 
 

@@ -166,3 +166,14 @@ def test_what_cannot_be_drawn_is_told_in_one_line(images, store, tmp_path, capsy
     assert not out.exists()
     with pytest.raises(InputError):
         pictures.draw_batch(batch, loader, opacity=-0.1)
+
+
+def test_a_map_without_any_class_is_drawn(loader, batch):
+    """That of a teacher to whom all classes are the same: no place of the palette is used."""
+    scores = torch.zeros(COUNT, CLASSES, GRID * GRID)
+    nothing = TokenTargets(
+        torch.full((COUNT, CLASSES), -1), scores, scores[:, 0], scores[:, :, 0], scores[:, 0, 0]
+    )  # fmt: skip
+    picture = pictures.draw_batch(dataclasses.replace(batch, targets=nothing), loader, opacity=1.0)
+    for b in range(COUNT):
+        assert np.ptp(token_colours(picture, b).astype(int), axis=-1).max() < 16, "grey, no class's colour"

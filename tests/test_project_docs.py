@@ -21,9 +21,11 @@ from conftest import TINY
 from tiny import CLASSES, SIDE, make_images
 
 from labeler import InputError, LabelerConfig, label_images
-from scripts.documentation.commands import PACKAGES, package_of, parser_of
+from labeler.base.command_line import OURS
+from scripts.documentation.commands import PLACES, parser_of
 from scripts.documentation.hooks import LINK
 from scripts.documentation.hooks import _link as site_link
+from train import fit
 from train.recipes.recipe import load_recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +47,11 @@ CHANGES = {
     '"schedule.steps=1", "run.batch_size=4", "run.tensorboard=false", "run.device=cpu"',
     'TeacherConfig("resnet50.a1_in1k"), workers=2': 'TeacherConfig("tiny:colour_teacher"), decoder="pil"',
 }
+# What a page finds in its folder, and what it makes there itself.
+LINKS = {"IMAGES": "IMAGES", "images": "IMAGES", "VAL": "IMAGES", "labels": "labels", "runs": "runs"}
+MADE_BY_ITSELF = {("labeling.md", "labels"), ("training.md", "runs")}
 WRONG = (AssertionError, SystemExit, InputError)
+NO_GRIFFE = "griffe, which reads docstrings for the site, is not installed (make docs)"
 # Programs that are not ours: their arguments are theirs.
 OTHERS = {"export", "perf", "py-spy", "ray"}
 
@@ -77,7 +83,7 @@ def code_pages(language: str) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve images and their labels under the names that the pages use."""
+    """Twelve images, their labels and a run under the names that the pages use."""
     folder = tmp_path_factory.mktemp("docs")
     make_images(folder / "IMAGES", 12, CLASSES)
     (folder / "IMAGES/class0").rename(folder / "IMAGES/n01491361")
@@ -85,6 +91,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shark.rename(shark.with_name("n01491361_tiger_shark.JPEG"))
     settings = {"shard_size": 6, "batch_size": 4, "decoder": "pil", "threads": 1, "progress": False}
     label_images(folder / "IMAGES", folder / "labels", LabelerConfig(TINY, **settings))
+    data = [f"data.images={folder}/IMAGES", f"data.store={folder}/labels", f"data.validation={folder}/IMAGES"]
+    run = [f"run.out={folder}/runs/resnet50", "run.batch_size=4", "run.tensorboard=false", "run.device=cpu"]
+    small = ["model.name=resnet10t", "augment.mix=auto", "model.img_size=64", "schedule.steps=1"]
+    fit(load_recipe("demansia_tiny", [*data, *run, *small]))
     return folder
 
 
@@ -92,8 +102,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_python_of_a_page_runs(page, data, tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
-    for link, target in {"IMAGES": "IMAGES", "images": "IMAGES", "VAL": "IMAGES", "labels": "labels"}.items():
-        if not (link == "labels" and page.name == "labeling.md"):  # which makes them itself
+    for link, target in {
+        "IMAGES": "IMAGES",
+        "images": "IMAGES",
+        "VAL": "IMAGES",
+        "labels": "labels",
+        "runs": "runs",
+    }.items():
+        if (page.name, link) not in MADE_BY_ITSELF:
             (here / link).symlink_to(data / target)
     monkeypatch.chdir(here)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -172,9 +188,9 @@ def check_command(line: str) -> None:
             module = arguments.index("-m")
             check_module(arguments[module + 1], arguments[module + 2 :])
         elif program == "token-labeling":
-            package = package_of(arguments[0])
-            assert package, f"no command {arguments[0]!r}"
-            check_module(package, arguments)
+            assert arguments[0] in PLACES, f"no command {arguments[0]!r}"
+            package, own = PLACES[arguments[0]]
+            check_module(package, [own, *arguments[1:]])
         elif program == "make":
             target = next(word for word in arguments if "=" not in word)
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"no target {target!r}"
@@ -193,7 +209,7 @@ def check_extras(requirement: str) -> None:
 
 
 def check_module(module: str, arguments: list[str]) -> None:
-    parser = parser_of(module) if module in PACKAGES else script_parser(module)
+    parser = parser_of(module) if module in OURS else script_parser(module)
     if "…" in arguments:  # something was left out, which may be anything that is needed
         arguments = [word for word in arguments if word != "…"]
         need_nothing(parser)
@@ -258,10 +274,11 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(file), f"{target} in {name(page)}: no such heading"
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", OURS)
 def test_the_reference_has_every_public_name_where_it_lives(package):
     module = importlib.import_module(package)
-    homes = {getattr(getattr(module, public), "__module__", package) + f".{public}" for public in module.__all__}
+    names = [public for public in module.__all__ if public != "__version__"]
+    homes = [f"{getattr(getattr(module, public), '__module__', package)}.{public}" for public in names]
     listed = re.findall(r"^::: (\S+)$", (ROOT / f"docs/reference/{package}.md").read_text(), re.M)
     assert sorted(listed) == sorted(homes)
 
@@ -271,9 +288,7 @@ def test_every_page_is_on_the_site_and_every_command_on_its_page():
     for page in DOCS[1:]:
         assert f": {os.path.relpath(page, ROOT / 'docs')}\n" in site, f"{name(page)} is not in mkdocs.yml"
     told = (ROOT / "docs/command-line.md").read_text()
-    for package in PACKAGES:
-        (choice,) = (a for a in parser_of(package)._actions if isinstance(a, argparse._SubParsersAction))
-        assert not [command for command in choice.choices if f"`{command}`" not in told]
+    assert not [command for command in PLACES if f"`{command}`" not in told]
 
 
 def test_links_are_followed_on_the_site():
@@ -291,12 +306,23 @@ def test_links_are_followed_on_the_site():
 
 
 def test_aligned_entries_of_a_docstring_become_a_list():
-    pytest.importorskip("griffe", reason="griffe, which reads docstrings for the site, is not installed (make docs)")
+    pytest.importorskip("griffe", reason=NO_GRIFFE)
     from scripts.documentation.docstrings import as_lists
 
     text = "A store.\n\npath    its folder,\n        a path\ncache, x  none\nRaises InputError."
     wanted = "A store.\n\n\n* **path**: its folder,\n  a path\n* **cache, x**: none\n\nRaises InputError."
     assert as_lists(text) == wanted
+
+
+def test_the_reference_tells_settings_with_their_meanings_and_defaults():
+    griffe = pytest.importorskip("griffe", reason=NO_GRIFFE)
+    from scripts.documentation.docstrings import MeaningLists
+
+    module = griffe.load("pipeline.config", search_paths=[ROOT], extensions=griffe.load_extensions(MeaningLists))
+    settings = module["LoaderConfig"]
+    assert "\n* **batch_size**: images per batch and rank\n" in settings.docstring.value
+    assert str(settings.parameters["batch_size"].default) == "128"
+    assert settings.parameters["images"].default is None
 
 
 def test_the_readme_is_short():

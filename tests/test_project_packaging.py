@@ -111,3 +111,17 @@ def test_the_wheel_holds_every_file_of_the_packages():
     }
     assert held == ours
     assert {"labeler/report/report.css", "train/recipes/demo.toml", *(f"{name}/py.typed" for name in PACKAGES)} <= held
+
+
+def test_the_workflow_runs_what_ci_runs():
+    """On every Python that the package names."""
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    commands = re.findall("^make .*", (ROOT / ".ci" / "run").read_text(), re.M)
+    assert commands
+    assert [command for command in commands if f"- run: {command}\n" not in workflow] == []
+    named = [line.split(" :: ")[-1] for line in PROJECT["classifiers"] if "Python :: 3." in line]
+    assert f"python: {named}".replace("'", '"') in workflow
+
+
+def test_the_citation_names_this_version():
+    assert f"\nversion: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text()

@@ -271,12 +271,12 @@ def test_what_is_no_checkpoint_is_refused(run, data, tmp_path, capsys):
     for path, expected in {
         tmp_path / "none": "there is no such checkpoint",
         tmp_path: "there is no checkpoint in",
-        tmp_path / "text.pth": "no file of plain weights",
+        tmp_path / "text.pth": "not a file of plain weights",
         saved(tmp_path / "resnet.pth", timm.create_model("test_resnet").state_dict()): "no known family",
     }.items():
         assert expected in refusal(capsys, 2, path, data[0])
     mark = tmp_path / "canary"
-    assert "nothing of it was run" in refusal(capsys, 2, saved(tmp_path / "bad.pth", Canary(mark)), data[0])
+    assert "Nothing of it was run" in refusal(capsys, 2, saved(tmp_path / "bad.pth", Canary(mark)), data[0])
     assert not mark.exists()
 
 

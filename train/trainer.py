@@ -1,7 +1,7 @@
 """`fit`: a recipe to a trained model, with checkpoints that resume bit for bit on a CPU.
 
 A run's folder holds `config.toml`, `metrics.jsonl` and `.csv`, `speed.jsonl`, `curves.png`, `checkpoints/`,
-`tensorboard/` and, at the end, `summary.json`.
+`tensorboard/` and, at the end, `summary.json` and `timm/`, which timm and the labeler read.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-from labeler.base.errors import InputError, IntegrityError, MismatchError
+from labeler.base.errors import InputError, IntegrityError, MismatchError, error_text
 from labeler.base.freed_memory import freed_memory_kept
 from labeler.base.runtime import DTYPES, pick_precision, set_threads
 from labeler.base.whole_files import replace_file
 from pipeline.batch import Batch
 from train.errors import NonFiniteError, Stopped
 from train.evaluation.evaluate import evaluate
+from train.evaluation.validate import load_trained
 from train.loaders import (
     blamed_on,
     class_folders,
@@ -45,6 +46,7 @@ from train.record.checkpoint import CheckpointInfo, checkpoints, read_state, rea
 from train.record.continuation import refuse_other_past, refuse_other_run
 from train.record.metrics import import_tracker
 from train.record.run_folder import RunRecord, locked, starting_point
+from train.record.timm_folder import write_timm_folder
 from train.speed import Speed
 from train.task import StepResult, TokenLabelTask, TrainingStep
 
@@ -187,8 +189,18 @@ class Trainer:
                     self.record.finish()
         summary = self._summary()
         if self.ranks.first:
+            self._leave_for_timm()
             replace_file(self.folder / "summary.json", json.dumps(asdict(summary), indent=1).encode() + b"\n")
         return summary
+
+    def _leave_for_timm(self) -> None:
+        """The best weights where timm, and the labeler, read them; a run does not fail for want of it."""
+        trained = load_trained(self.folder)
+        try:
+            names = [trained.class_name(number) for number in range(trained.net.num_classes)]
+            write_timm_folder(self.folder, trained.net, trained.transform, names)
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            log.warning("no folder for timm is left in %s: %s", self.folder, error_text(error))
 
     def _opening(self) -> list[str]:
         net, loader, ranks = self.task.network, self.loader, self.ranks

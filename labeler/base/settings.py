@@ -157,7 +157,7 @@ def add_flags(parser: Any, group: Any, *names: str) -> None:
         if field.default not in (None, False, dataclasses.MISSING):
             how["help"] += " (%(default)s)"
         if kinds == [bool]:
-            how["action"] = "store_true" if field.default is False else argparse.BooleanOptionalAction
+            how["action"] = "store_true" if field.default is False else argparse.BooleanOptionalAction  # --x, --no-x
         elif field.metadata["choices"]:
             how["choices"] = field.metadata["choices"]
         elif get_origin(kinds[0]) is tuple:

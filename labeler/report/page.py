@@ -186,7 +186,7 @@ def _one_map(store: LabelStore, sample: Sample, i: int, image: object) -> str:
             f"{'&lt;1' if percent < 1 else round(percent)}%</span>"
         )
     if len(names) > len(largest):
-        legend.append(f'<span><i style="background:rgb{OTHER}"></i>{len(names) - len(largest)} others</span>')
+        legend.append(f'<span><i style="background:rgb{OTHER}"></i>{len(names) - len(largest)} more</span>')
     overlay = lay_over(image, colours, 0.15 + 0.75 * sample.confidence[i], sample.maps.region[i])
     target = int(sample.target[i])
     label = f" · labeled <b>{escape(class_name(store, target))}</b>" if target >= 0 else ""

@@ -18,7 +18,7 @@ from labeler.choose_encoding import Cost, measure
 from labeler.report.charts import bars, curve, scatter
 from labeler.report.figures import Sample, TruthCheck
 from labeler.store.label_store import LabelStore
-from labeler.store.score_code import QUALITIES
+from labeler.store.score_code import QUALITIES, share_of_reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,8 +61,8 @@ def truth_cards(store: LabelStore) -> list[tuple[str, str]]:
     if store.meta.score_kind != "logprob" or not {"kl", "coverage"} <= sums.keys():
         return []
     figures = [(f"{sums['kl'] / rows:.4f}", "nats lost per cell: KL from the teacher’s full softmax to the store, all")]
-    if sums.get("reference_kl"):
-        share = sums["compared_kl"] / sums["reference_kl"]
+    share = share_of_reference(sums.get("compared_kl", 0.0), sums.get("reference_kl", 0.0), rows)
+    if share is not None:
         figures.append((f"{share:.2f}", "of what files of five float16 logits per cell lose of these maps"))
     named = "have a code or a tail slot" if store.meta.tail else "are in the palette"
     figures.append((f"{sums['coverage'] / rows:.1%}", f"of the probability is in classes that {named}, all"))
@@ -89,8 +89,8 @@ def audit_part(store: LabelStore, audit: Audit | None, costs: Costs | None) -> s
         if store.meta.score_kind != "logprob":
             return ""
         return (
-            '<p class="soft">How the maps differ from the teacher’s output for mirrored images and crops, and what more '
-            "bytes would gain: <code>report --audit 48</code> runs the teacher again and adds it here.</p>"
+            '<p class="soft">How the maps differ from the teacher’s output for mirrored images and crops, and what '
+            "more bytes would gain: <code>report --audit 48</code> runs the teacher again and adds it here.</p>"
         )
     missing = f" ({audit.missing:,} more were not found, or have changed)" if audit.missing else ""
     advice = audit.advice()

@@ -35,17 +35,18 @@ def imagenet_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def name_classes(
-    keys: tuple[str, ...], num_classes: int, names_file: str | None
+    keys: tuple[str, ...], num_classes: int, names_file: str | None, known: tuple[str, ...] = ()
 ) -> tuple[tuple[str, ...], Mapping[str, int]]:
     """Finds class names, and the class ids of the images' first folders.
 
-    The folders are matched with the names in `names_file`; with ImageNet's ids if the teacher has 1,000 classes; or in
-    sorted order if there are as many folders as classes.
+    The folders are matched with the names in `names_file`, or those that the teacher has; with ImageNet's ids if the
+    teacher has 1,000 classes; or in sorted order if there are as many folders as classes.
 
     Args:
         keys: Keys of all images.
         num_classes: C.
         names_file: File of class names, one per line; None: there is none.
+        known: Class names that the teacher has, used without a file; empty: none.
 
     Returns:
         (class names, folder name -> class id). The names are empty if they are not known, and the mapping is empty if
@@ -54,7 +55,7 @@ def name_classes(
     Raises:
         InputError: The names cannot be read or are not C.
     """
-    names = read_class_names(names_file, num_classes) if names_file else ()
+    names = read_class_names(names_file, num_classes) if names_file else known
     folders = sorted({key.split("/", 1)[0] for key in keys if "/" in key})
     by_name = {name: i for i, name in enumerate(names)}
     if folders and all(folder in by_name for folder in folders):

@@ -16,6 +16,7 @@ import numpy as np
 
 from labeler.base.errors import InputError
 
+LEAST_KL = 1e-5  # nats per cell; less is rounding
 NUM_CODES = 256
 BACKGROUND_STEP, FLOOR = 0.25, -20.0  # nats
 OFFSET_STEP = 0.25  # nats between the offsets of a tail, which are stored as whole numbers of steps
@@ -107,3 +108,17 @@ class ScoreCode:
     def _values_of(self, stored: np.ndarray) -> Any:
         """Looks up stored numbers."""
         return stored.astype(np.float32) if self.values is None else self.values[stored]
+
+
+def share_of_reference(compared_kl: float, reference_kl: float, rows: int) -> float | None:
+    """Returns the KL of labels relative to that of the reference's files for the same maps.
+
+    Args:
+        compared_kl: Sum of the KL of labels over rows, in nats.
+        reference_kl: The same sum for the reference's files.
+        rows: Number of rows.
+
+    Returns:
+        The ratio; None if the reference loses only rounding, as with five or fewer classes, of which it keeps all.
+    """
+    return compared_kl / reference_kl if reference_kl > LEAST_KL * max(1, rows) else None

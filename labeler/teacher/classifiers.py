@@ -1,7 +1,8 @@
 """Builds the classifier of a teacher by name, with its weights and preprocessing.
 
-Names are timm's (`NAME` or `timm:NAME`), torchvision's (`torchvision:NAME`) or a function's (`package.module:function`,
-called without arguments). Weights come from a checkpoint, from the library, or are random if requested.
+Names are timm's (`NAME` or `timm:NAME`, `hf-hub:…`, `local-dir:…`), the folder of a training run, torchvision's
+(`torchvision:NAME`) or a function's (`package.module:function`, called without arguments). Weights come from a
+checkpoint, from the library, or are random if requested.
 
 Legend: S side of the square input.
 """
@@ -10,10 +11,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +27,11 @@ from labeler.teacher.dense_maps import HEADS, first_line
 from labeler.teacher.teacher_config import TeacherConfig
 from labeler.teacher.weights import classes_in, load_weights, read_checkpoint, weights_only
 
+log = logging.getLogger("labeler")
+
+TIMM_SOURCES = ("local-dir:", "hf-hub:", "hf_hub:")
+RUN_FOLDER = "timm"  # within the folder of a training run
+ENTRY_POINTS = "token_labeling.timm_models"  # packages whose import registers more names with timm
 NO_WEIGHTS_REMEDY = "Give --checkpoint FILE, or --random-weights to try out the tool."
 
 
@@ -38,6 +47,7 @@ class Classifier:
         interpolation: How images are resized.
         crop_pct: Side of the network's own evaluation crop as a share of the resized image's shorter side.
         notes: What a user must know.
+        class_names: One for each class, if the weights come with them; otherwise empty.
     """
 
     model: nn.Module
@@ -47,12 +57,18 @@ class Classifier:
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     notes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
 def build_classifier(config: TeacherConfig) -> Classifier:
     """Builds the configured network on the CPU, with its weights. Raises TeacherError if that fails."""
     source, _, name = config.name.rpartition(":")
-    state = read_checkpoint(config.checkpoint) if config.checkpoint else None
+    state = read_checkpoint(config.checkpoint, config.ema) if config.checkpoint else None
+    folder = Path(config.name)
+    if (folder / RUN_FOLDER / "config.json").is_file():  # a run of ours
+        return _from_folder_or_hub(f"local-dir:{folder / RUN_FOLDER}", config, state)
+    if config.name.startswith(TIMM_SOURCES):
+        return _from_folder_or_hub(config.name, config, state)
     if source in ("", "timm"):
         return _from_timm(name, config, state)
     if source == "torchvision":
@@ -61,8 +77,11 @@ def build_classifier(config: TeacherConfig) -> Classifier:
 
 
 def _from_timm(name: str, config: TeacherConfig, state: dict[str, Tensor] | None) -> Classifier:
+    """Builds a network by timm's name."""
     import timm
 
+    if not timm.is_model(name):
+        register_other_models()
     if not timm.is_model(name):
         raise _unknown_name("timm", name, timm.list_models())
     try:
@@ -88,7 +107,32 @@ def _from_timm(name: str, config: TeacherConfig, state: dict[str, Tensor] | None
     return Classifier(model, **_timm_preprocessing(model.pretrained_cfg))
 
 
+def _from_folder_or_hub(name: str, config: TeacherConfig, state: dict[str, Tensor] | None) -> Classifier:
+    """Builds a network from a folder or from the Hugging Face Hub, in timm's format."""
+    import timm
+
+    register_other_models()
+    arguments: dict[str, Any] = {"pretrained": state is None and not config.random_weights}
+    arguments["num_classes"] = config.num_classes or classes_in(state, HEADS)
+    model = _create(timm.create_model, arguments, "img_size", config.input_size, name)
+    if state is not None:
+        load_weights(model, state, config.checkpoint)
+    names = model.pretrained_cfg.get("label_names") or ()
+    named = tuple(map(str, names)) if len(names) == model.num_classes and state is None else ()
+    return Classifier(model, **_timm_preprocessing(model.pretrained_cfg), class_names=named)
+
+
+def register_other_models() -> None:
+    """Lets installed packages register their models with timm, through the entry points of ENTRY_POINTS."""
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            point.load()
+        except ImportError as error:
+            log.warning("the models of %s cannot be imported: %s", point.value, error)
+
+
 def _from_torchvision(name: str, config: TeacherConfig, state: dict[str, Tensor] | None) -> Classifier:
+    """Builds a network by torchvision's name."""
     from torchvision import models
 
     names = models.list_models(module=models)
@@ -112,6 +156,7 @@ def _from_torchvision(name: str, config: TeacherConfig, state: dict[str, Tensor]
 
 
 def _from_function(module: str, function: str, config: TeacherConfig, state: dict[str, Tensor] | None) -> Classifier:
+    """Builds a network with a function, called without arguments."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

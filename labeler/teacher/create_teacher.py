@@ -80,10 +80,13 @@ class LoadedTeacher:
         dense: The function from images to maps.
         info: What a store records of the teacher.
         device: The device that it runs on.
+        class_names: One for each class, if the weights come with them; otherwise empty.
     """
 
-    def __init__(self, dense: DenseMap, info: TeacherInfo, device: torch.device) -> None:
-        self.dense, self.info, self.device = dense, info, device
+    def __init__(
+        self, dense: DenseMap, info: TeacherInfo, device: torch.device, class_names: tuple[str, ...] = ()
+    ) -> None:
+        self.dense, self.info, self.device, self.class_names = dense, info, device, class_names
         # Repeated for every pixel of a row: broadcasting three numbers along the channels would not vectorize on CPUs.
         self._mean, self._std = (
             (255 * torch.tensor(values, device=device)).repeat(info.input_size) for values in (info.mean, info.std)
@@ -93,8 +96,8 @@ class LoadedTeacher:
     def score_maps(self, images: Tensor) -> Tensor:
         """Computes float32 logits [B, C, H, W] of normalized float images [B, 3, S, S]."""
         images = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-        dtype = DTYPES.get(self.info.autocast)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+        dtype = DTYPES[self.info.autocast]
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
             maps = self.dense(images).float()
             if self.info.flip:
                 maps = (maps + self.dense(images.flip(-1)).float().flip(-1)) / 2
@@ -173,7 +176,7 @@ def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
         self_test=report.self_test,
         notes=(*built.notes, *report.notes, *compile_notes),
     )
-    teacher = LoadedTeacher(dense, info, torch_device)
+    teacher = LoadedTeacher(dense, info, torch_device, built.class_names)
     if (config.compile or info.autocast != "float32") and not teacher.score_maps(images).isfinite().all():
         raise TeacherError(f"teacher {config.name} overflows in {info.autocast}", remedy="Use autocast float32.")
     return teacher

@@ -15,9 +15,17 @@ AUTOCASTS = ("auto", "float32", "bfloat16", "float16")
 class TeacherConfig:
     """The teacher network, and how it sees an image. The store's plan records all of it."""
 
-    name: str = option("teacher: a timm model, torchvision:NAME, or package.module:function", affects="recorded")
+    name: str = option(
+        "a timm model, a run's folder, local-dir:DIR, hf-hub:NAME, torchvision:NAME, or package.module:function",
+        affects="recorded",
+    )
     checkpoint: str | None = option(
         "file of weights, .safetensors or weights-only .pt; default: the library's pretrained weights",
+        None,
+        affects="recorded",
+    )
+    ema: bool | None = option(
+        "use the checkpoint's averaged (EMA) weights, or the plain ones; default: averaged weights if there are any",
         None,
         affects="recorded",
     )

@@ -2,7 +2,7 @@
 
 `read_checkpoint` returns the named tensors of a file, `load_weights` loads all of them into a model or says which do
 not fit, `classes_in` gets the number of classes from the classifier's weight, `weights_sha256` identifies a model.
-Only `load_plain` reads pickles; `weights_only` makes libraries that fetch weights read them safely as well.
+`weights_only` makes libraries that fetch weights read them safely.
 
 Legend: C classes, D feature width.
 """
@@ -11,32 +11,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from labeler.base.errors import TeacherError
-from labeler.base.plain_tensors import load_plain
-from labeler.teacher.dense_maps import first_line
+from labeler.base.weight_files import read_weight_file
 
-MAX_CHECKPOINT_BYTES = 32 << 30
-NESTED_WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model")
-WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
-def read_checkpoint(path: str) -> dict[str, Tensor]:
-    """Reads the named tensors of a .safetensors file or a weights-only file of torch; averaged (EMA) ones if there are.
-
-    The prefixes of DistributedDataParallel and torch.compile are removed from the names.
+def read_checkpoint(path: str, ema: bool | None = None) -> dict[str, Tensor]:
+    """Reads the named tensors of a file of weights; see `labeler.base.weight_files`.
 
     Args:
         path: The file.
+        ema: Use averaged (EMA) weights, or plain ones; None: averaged ones if the file has any.
 
     Returns:
         name -> tensor.
@@ -44,32 +36,7 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
     Raises:
         TeacherError: The file does not exist, is too large, could run code, or has no weights.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise TeacherError("there is no such checkpoint", got=path, remedy="Check --checkpoint.")
-    if file.stat().st_size > MAX_CHECKPOINT_BYTES:
-        raise TeacherError("the checkpoint is too large", got=f"{file.stat().st_size:,} bytes",
-                           expected=f"at most {MAX_CHECKPOINT_BYTES:,}")  # fmt: skip
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(file)
-        else:
-            content = load_plain(file)
-    except Exception as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise TeacherError(
-            f"checkpoint {path} is not a file of plain weights",
-            got=f"a pickle that asks for {asked[1]}" if asked else first_line(error),
-            expected=".safetensors, or a state dict that torch.load(weights_only=True) reads",
-            remedy="No code of it was run. Save only its state dict.",
-        ) from error  # fmt: skip
-    nested = [content.get(name) for name in NESTED_WEIGHTS] if isinstance(content, Mapping) else []
-    state = next((part for part in [*nested, content] if _is_state(part)), None)
-    if state is None:
-        raise TeacherError(f"checkpoint {path} holds no weights", got=type(content).__name__, expected="a state dict")
-    return {WRAPPERS.sub("", name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    return read_weight_file(path, ema=ema, error=TeacherError).state
 
 
 def classes_in(state: dict[str, Tensor] | None, classifiers: str | tuple[str, ...]) -> int | None:
@@ -121,12 +88,3 @@ def weights_only() -> Iterator[None]:
     finally:
         os.environ.pop(FORCE_SAFE, None)
         os.environ.update({name: value for name, value in saved.items() if value is not None})
-
-
-def _is_state(part: object) -> bool:
-    """Whether it is a mapping from strings that has tensors."""
-    return (
-        isinstance(part, Mapping)
-        and all(isinstance(name, str) for name in part)
-        and any(isinstance(value, Tensor) for value in part.values())
-    )

@@ -1,4 +1,4 @@
-"""The parsers of all commands, by the command's name."""
+"""The parsers of all commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import argparse
 import importlib
 from collections.abc import Iterator
 
-PACKAGES = ("labeler", "pipeline", "model", "train")
+from labeler.base import command_line
+from train.commands import COMMANDS, PROGRAM
+
+# Command of `token-labeling` -> its package, and its name there.
+PLACES = {name: (package, own) for group in COMMANDS.values() for name, (package, own, _) in group.items()}
 
 
 def parser_of(package: str) -> argparse.ArgumentParser:
@@ -14,19 +18,9 @@ def parser_of(package: str) -> argparse.ArgumentParser:
     return importlib.import_module(f"{package}.__main__")._parser()
 
 
-def commands_of(package: str) -> dict[str, argparse.ArgumentParser]:
-    """Command name -> its parser."""
-    (choice,) = (a for a in parser_of(package)._actions if isinstance(a, argparse._SubParsersAction))
-    return dict(choice.choices)
-
-
-def package_of(command: str) -> str | None:
-    """The package that has a command of `token-labeling`, if one has."""
-    return next((package for package in PACKAGES if command in commands_of(package)), None)
-
-
 def help_of_all() -> Iterator[tuple[str, str]]:
-    """(command, help) of every command of every package."""
-    for package in PACKAGES:
-        for name, parser in commands_of(package).items():
-            yield name, parser.format_help()
+    """(command, help) of every command of `token-labeling` that has a parser of its own."""
+    command_line.front_door = PROGRAM
+    for name, (package, own) in PLACES.items():
+        if package:
+            yield name, importlib.import_module(f"{package}.__main__").parser_of(own).format_help()

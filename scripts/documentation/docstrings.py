@@ -7,20 +7,39 @@ other, names  the same
 
 from __future__ import annotations
 
+import ast
 import re
 from typing import Any
 
-from griffe import Extension, Object
+from griffe import Attribute, Class, ExprCall, ExprKeyword, Extension, Object
 
 ENTRY = re.compile(r"(\S+(?:,? \S+)*?) {2,}(\S.*)")
 
 
-class AlignedLists(Extension):
-    """Rewrites the docstring of every object that is loaded."""
+class MeaningLists(Extension):
+    """Rewrites docstrings, and gives the fields of settings their plain defaults."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring:
             obj.docstring.value = as_lists(obj.docstring.value)
+
+    def on_class_members(self, *, cls: Class, **_: Any) -> None:
+        settings = {name: field for name, field in cls.members.items() if _is_option(field)}
+        meanings = [f"* **{name}**: {_take_meaning(field)}" for name, field in settings.items()]
+        if meanings and cls.docstring:
+            cls.docstring.value += "\n\n" + "\n".join(meanings)
+
+
+def _is_option(member: Object) -> bool:
+    value = getattr(member, "value", None)
+    return isinstance(value, ExprCall) and str(value.function) == "option"
+
+
+def _take_meaning(field: Attribute) -> str:
+    """The meaning of a field that is an `option(…)`, which leaves its default as the field's value."""
+    meaning, *rest = [argument for argument in field.value.arguments if not isinstance(argument, ExprKeyword)]
+    field.value = rest[0] if rest else None
+    return ast.literal_eval(str(meaning))
 
 
 def as_lists(text: str) -> str:

@@ -278,7 +278,9 @@ class RunConfig(Section):
     )
     tensorboard: bool = setting("write TensorBoard events", True, affects="nothing")
     tracker: Literal["none", "wandb", "trackio"] = setting(
-        "also report to Weights & Biases or trackio (pip install '.[wandb]' or '.[trackio]')", "none", affects="nothing"
+        "also report to Weights & Biases or trackio (pip install 'token-labeling[wandb]', or '[trackio]')",
+        "none",
+        affects="nothing",
     )
     progress: bool = setting("show a progress bar", True, affects="nothing")
 

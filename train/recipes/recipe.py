@@ -34,7 +34,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
     """A recipe by its file or name, with `section.key=value` overrides in TOML's notation (quotes may be left away).
 
     `key=none`, or nothing behind the sign, unsets a setting that may be None, or one of `model.args`. An override of
-    schedule.epochs takes the place of the recipe's schedule.steps.
+    schedule.epochs takes the place of the recipe's schedule.steps. `data.store=none` asks for plain classification:
+    token_labels=false and dense_weight=0 come with it, unless they are given.
     Raises InputError with the file or flag, and the nearest valid name, where something is wrong.
     """
     path = recipe_path(recipe)
@@ -42,6 +43,10 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
     given = {apply_override(values, override): override for override in overrides}
     if path.parent == RECIPES and "data.images" in given:
         _leave_absent_paths(values["data"], given)
+    if "data.store" in given and values["data"]["store"] is None:  # asked for: plain classification, by one switch
+        for section, key, value in (("data", "token_labels", False), ("loss", "dense_weight", 0.0)):
+            if f"{section}.{key}" not in given:
+                values.setdefault(section, {})[key] = value
     if "schedule.epochs" in given and "schedule.steps" not in given and values["schedule"].pop("steps", None):
         log.info("schedule.epochs takes the place of the recipe's schedule.steps")
     config = parse_config(values, str(path), given)

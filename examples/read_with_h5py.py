@@ -1,6 +1,6 @@
 """Read one image's labels with h5py and numpy alone, as a project would that does not install this package.
 
-python scripts/read_with_h5py.py STORE [KEY]
+python read_with_h5py.py STORE [KEY]
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def main() -> None:
     print(f"{key}: {p.shape[1]}×{p.shape[2]} cells")
     for number, plane in zip(classes.tolist(), p, strict=True):
         name = names[number] if names else f"class {number}"
-        print(f"{name:>24} {plane.mean():7.2%}  surest at cell {np.unravel_index(plane.argmax(), plane.shape)}")
+        y, x = divmod(int(plane.argmax()), plane.shape[1])
+        print(f"{name:>24} {plane.mean():7.2%}  surest at cell {y}, {x}")
 
 
 if __name__ == "__main__":
