@@ -1,6 +1,6 @@
 """Builds a store's teacher again from its record, and labels images again.
 
-Legend: C classes; H×W map grid; K rows asked for.
+Legend: C classes; H×W map grid; K requested rows.
 """
 
 from __future__ import annotations

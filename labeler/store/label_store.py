@@ -1,6 +1,6 @@
 """`LabelStore`: read a label store by row or by key.
 
-Legend: N rows asked for; P palette size; R tail size; H×W map grid.
+Legend: N requested rows; P palette size; R tail size; H×W map grid.
 
 The reader uses the plan, the markers and shard arithmetic, and never follows links inside a file. It compares every
 shard with its digest when it first opens it, and every row with its checksum when it reads it.
@@ -151,7 +151,7 @@ class LabelStore:
 
     @property
     def meta(self) -> StoreMeta:
-        """What the store holds."""
+        """The content of the store."""
         return self.plan.meta
 
     @cached_property

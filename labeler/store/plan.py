@@ -46,7 +46,7 @@ NOT_COMPARED = frozenset({"checkpoint", "random_weights", "method", "self_test",
 
 @dataclass(frozen=True)
 class StoreMeta:
-    """What a store holds; also the attributes of every shard.
+    """The content of a store; also the attributes of every shard.
 
     Attributes:
         num_classes: C.
@@ -99,7 +99,7 @@ class Plan:
     """The plan of a store.
 
     Attributes:
-        meta: What the store holds.
+        meta: The content of the store.
         settings: The labeling settings that affect the values of labels.
         shard_size: Images per shard; shard i has the sorted keys from i·shard_size on.
         key_bytes: Width of the key field: the longest key, in UTF-8 bytes.

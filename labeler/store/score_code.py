@@ -20,7 +20,7 @@ LEAST_KL = 1e-5  # nats per cell; less is rounding
 NUM_CODES = 256
 BACKGROUND_STEP, FLOOR = 0.25, -20.0  # nats
 OFFSET_STEP = 0.25  # nats between the offsets of a tail, which are stored as whole numbers of steps
-MAX_OFFSET = 31  # nats that a tail class may lie above or below the background
+MAX_OFFSET = 31  # nats that a tail class may be above or below the background
 MIN_LEVELS, MAX_LEVELS = 4, NUM_CODES - 2 - round(-FLOOR / BACKGROUND_STEP)
 
 
