@@ -1,6 +1,6 @@
-"""Teacher networks to checked label stores: `LabelStore`, `ScoreMaps`, `label_images`, `import_token_label_files`.
+"""Label images with a teacher network and store the labels: `label_images`, `LabelStore`, `ScoreMaps`.
 
-Importing this package loads neither torch nor Ray; each name below is fetched when it is first used.
+Importing this package loads neither torch nor Ray; each name below is imported on first use.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The command line: `python -m labeler label | verify | report | import-token-labels`.
 
-Exit status: 0 all done; 1 the run stopped half-way (the same command resumes); 2 bad input or usage; 3 done, but some
+Exit status: 0 all done; 1 the run could not finish (the same command resumes); 2 bad input or usage; 3 done, but some
 images are in the quarantine; 4 an integrity check failed; 143 stopped by a signal, with everything finished kept.
 """
 
@@ -38,27 +38,29 @@ class Stopped(BaseException):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Runs one command and returns its exit status."""
     options = _parser().parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     try:
         return run_command(options, extra="label")
     except Stopped:
-        print("stopped; everything committed is kept, and the same command goes on from there", file=sys.stderr)
+        print("stopped; everything committed is kept, and the same command resumes", file=sys.stderr)
         return STOPPED
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
-    """The parser of one command, for completion and documentation."""
+    """Returns the parser of one command, for completion and documentation."""
     return parser_of_command(_parser(), command)
 
 
 def _stop(number: int, frame: object) -> NoReturn:
+    """Handles a signal by raising Stopped."""
     raise Stopped
 
 
 def _label(options: argparse.Namespace) -> int:
+    """Runs `label`."""
     from labeler.run import label_images
 
     summary = label_images(options.images, options.store, _config(options))
@@ -68,7 +70,7 @@ def _label(options: argparse.Namespace) -> int:
     else:
         known = "" if summary.agreement is None else f", agreement with the folders' classes {summary.agreement:.1%}"
         share = "" if summary.kl_of_reference is None else f" ({summary.kl_of_reference:.2f} of top-5 float16 files')"
-        ignored = f" ({summary.other_files} files of other kinds left alone)" if summary.other_files else ""
+        ignored = f" ({summary.other_files} files of other types ignored)" if summary.other_files else ""
         print(
             f"{summary.rows:,} images in {summary.shards} shards, {summary.quarantined} in the quarantine{ignored}\n"
             f"{summary.labeled_now:,} labeled now in {summary.seconds:.1f} s ({summary.images_per_s:.1f} images/s)\n"
@@ -83,22 +85,23 @@ def _label(options: argparse.Namespace) -> int:
 
 
 def _audit_of_labels(options: argparse.Namespace) -> Audit:
-    """The audit of what was just labeled, by the teacher that this command names: no store's word is taken for it."""
+    """Audits the new labels with the teacher that this command names, whatever the store says about its teacher."""
     from labeler.audit import audit_labels
     from labeler.store.label_store import LabelStore
 
-    # The workers of a cluster may have had a device that this machine has not.
+    # The workers of a cluster may have a device that this machine lacks.
     device = "auto" if options.workers and options.ray_address else options.device
-    found = audit_labels(
+    audit, _ = audit_labels(
         LabelStore(options.store), options.images, options.audit, device=device, progress=not options.quiet
     )
-    return found[0]
+    return audit
 
 
 def _verify(options: argparse.Namespace) -> int:
+    """Runs `verify`."""
     from labeler.verify import verify_store
 
-    found = verify_store(
+    result = verify_store(
         options.store,
         options.images,
         options.relabel,
@@ -107,18 +110,19 @@ def _verify(options: argparse.Namespace) -> int:
         trusted=options.trusted,
     )
     if options.json:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(asdict(result)))
     else:
-        for problem in found.problems:
+        for problem in result.problems:
             print(f"bad: {problem}", file=sys.stderr)
-        print(found.text())
-    return 4 if found.problems else 0
+        print(result.text())
+    return 4 if result.problems else 0
 
 
 def _report(options: argparse.Namespace) -> int:
+    """Runs `report`."""
     from labeler.report.page import write_report
 
-    found = write_report(
+    report = write_report(
         options.store,
         options.images,
         options.out,
@@ -131,20 +135,21 @@ def _report(options: argparse.Namespace) -> int:
         progress=not options.quiet,
     )
     if options.json:
-        t, a = found.truth, found.audit
+        t, a = report.truth, report.audit
         truth = None if t is None else {"right": t.right, "cells": t.cells, "images": t.images}
-        record = {"report": str(options.out), "sampled": found.sampled, "missing": found.missing, "truth": truth}
+        record = {"report": str(options.out), "sampled": report.sampled, "missing": report.missing, "truth": truth}
         print(json.dumps({**record, "audit": a and asdict(a)}))
     else:
-        if found.missing:
-            print(f"{found.missing:,} of {found.sampled:,} sampled images were not found", file=sys.stderr)
-        if found.audit:
-            print(found.audit.text())
+        if report.missing:
+            print(f"{report.missing:,} of {report.sampled:,} sampled images were not found", file=sys.stderr)
+        if report.audit:
+            print(report.audit.text())
         print(options.out)
     return 0
 
 
 def _import(options: argparse.Namespace) -> int:
+    """Runs `import-token-labels`."""
     from labeler.importers import import_token_label_files
 
     summary = import_token_label_files(
@@ -156,6 +161,8 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> LabelerConfig:
+    """Returns the settings that the flags of `label` give."""
+
     def given(group: Any) -> dict[str, Any]:
         values = {one.name: getattr(options, one.name) for one in settings_of(group) if hasattr(options, one.name)}
         return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -166,25 +173,36 @@ def _config(options: argparse.Namespace) -> LabelerConfig:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog=program("labeler"), description="Dense class labels from a teacher, in a checked store."
+        prog=program("labeler"),
+        description="Dense class labels from a teacher network, in a label store with checksums.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_label(commands)
-    verify = add_command(commands, "verify", _verify, "check every bit of a store, and that it fits its images")
-    verify.add_argument("store", type=Path)
-    verify.add_argument("--images", type=Path, help="also compare every image file with the one that was labeled")
+    verify = add_command(commands, "verify", _verify, "check a store for any damage, and that it belongs to its images")
+    verify.add_argument("store", type=Path, help="folder of the label store")
     verify.add_argument(
-        "--relabel", type=at_least(0), default=0, metavar="N", help="run the teacher again on N random rows"
+        "--images", type=Path, help="image root: also compare every image file with the one that was labeled"
     )
-    verify.add_argument("--device", default="auto", help="for --relabel: cpu, cuda or auto")
-    verify.add_argument("--trusted", action="store_true", help="the store is a friend's: --relabel may run its teacher")
-    report = add_command(commands, "report", _report, "write one self-contained HTML page about a store")
-    report.add_argument("store", type=Path)
+    verify.add_argument(
+        "--relabel", type=at_least(0), default=0, metavar="N", help="also label N random rows again with the teacher"
+    )
+    verify.add_argument("--device", default="auto", help="device of --relabel: cpu, cuda or auto (%(default)s)")
+    verify.add_argument(
+        "--trusted", action="store_true", help="trust this store: --relabel may run the teacher that it names"
+    )
+    report = add_command(commands, "report", _report, "write a self-contained HTML page about a store")
+    report.add_argument("store", type=Path, help="folder of the label store")
     report.add_argument("--images", type=Path, required=True, help="the image root that was labeled")
-    report.add_argument("--out", type=Path, required=True, metavar="FILE.html")
-    report.add_argument("--truth", type=Path, help="folder of class-id PNGs by key: how often is the map right?")
+    report.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page to write")
     report.add_argument(
-        "--sample", type=at_least(1), default=500, metavar="N", help="rows that the charts are drawn from"
+        "--truth", type=Path, help="folder of PNGs of class ids, named by key, to measure the accuracy of the maps"
+    )
+    report.add_argument(
+        "--sample",
+        type=at_least(1),
+        default=500,
+        metavar="N",
+        help="number of rows that the charts are drawn from (%(default)s)",
     )
     report.add_argument("--title", help="heading of the page")
     report.add_argument(
@@ -192,21 +210,25 @@ def _parser() -> argparse.ArgumentParser:
         type=at_least(0),
         default=0,
         metavar="N",
-        help="say how true it all is: the teacher runs again on N images",
+        help="measure the accuracy of the labels: run the teacher again on N images",
     )
-    report.add_argument("--device", default="auto", help="for --audit: cpu, cuda or auto")
-    report.add_argument("--trusted", action="store_true", help="the store is a friend's: --audit may run its teacher")
-    other = add_command(commands, "import-token-labels", _import, "TokenLabeling / ReLabel .pt files to a store")
-    other.add_argument("files", type=Path, help="folder of .pt maps, named and laid out like the images")
-    other.add_argument("--images", type=Path, required=True)
-    other.add_argument("--store", type=Path, required=True)
-    other.add_argument("--num-classes", type=int, default=1000)
-    other.add_argument("--class-names", help="text file, one class a line")
+    report.add_argument("--device", default="auto", help="device of --audit: cpu, cuda or auto (%(default)s)")
+    report.add_argument(
+        "--trusted", action="store_true", help="trust this store: --audit may run the teacher that it names"
+    )
+    maps = add_command(
+        commands, "import-token-labels", _import, "convert TokenLabeling or ReLabel .pt files to a store"
+    )
+    maps.add_argument("files", type=Path, help="folder of .pt maps, named and laid out like the images")
+    maps.add_argument("--images", type=Path, required=True, help="image root that the maps belong to")
+    maps.add_argument("--store", type=Path, required=True, help="folder of the label store")
+    maps.add_argument("--num-classes", type=int, default=1000, help="number of classes of the maps (%(default)s)")
+    maps.add_argument("--class-names", help="file of class names, one per line")
     return parser
 
 
 def _add_label(commands: Any) -> None:
-    label = add_command(commands, "label", _label, "label a folder of images; the same command again resumes")
+    label = add_command(commands, "label", _label, "label a folder of images; run the same command again to resume")
     label.add_argument("images", type=Path, help="image root; sub-folders may name the classes")
     label.add_argument("--store", type=Path, required=True, help="folder of the label store")
     add_flags(label, LabelerConfig, "image_list", "class_names")
@@ -222,14 +244,21 @@ def _add_label(commands: Any) -> None:
         "view", "autocast", "compile",
     )  # fmt: skip
     teacher.add_argument(
-        "--tta", choices=("none", "flip"), default="flip", help="flip: average with the mirrored image; none is cheaper"
+        "--tta",
+        choices=("none", "flip"),
+        default="flip",
+        help="test-time augmentation; flip: average with the mirrored image, at twice the cost (%(default)s)",
     )
     labels = label.add_argument_group("labels")
     add_flags(
         labels, LabelerConfig, "quality", "bytes_per_image", "palette", "tail", "levels", "threshold", "precision"
     )
     labels.add_argument(
-        "--audit", type=at_least(0), default=0, metavar="N", help="then say how true labels are, on N images"
+        "--audit",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="afterwards measure the accuracy of the labels on N images",
     )
     images = label.add_argument_group("images")
     add_flags(images, LabelerConfig, "orientation", "min_side", "max_pixels", "decoder")

@@ -1,8 +1,8 @@
-"""How true a store's labels are: three errors in nats, found by running the store's own teacher again on some images.
+"""The accuracy of a store's labels: three errors in nats, measured by running its teacher again on some images.
 
-storage  what the store keeps of the teacher's map, against that map
-mirror   what the teacher says of a picture, against what it says of the mirrored one
-crop     the store's answer to a random crop, against the teacher's own answer to that crop
+storage  the stored map against the teacher's map
+mirror   the teacher's map of an image against that of the mirrored image
+crop     the stored labels of a random crop against the teacher's output for that crop
 
 Legend: n images; C classes; P palette size; R tail size; H×W map grid; S side of the teacher's square input.
 """
@@ -24,21 +24,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-SHARES = (0.9, 0.7, 0.5)  # of the sides that a crop keeps
+SHARES = (0.9, 0.7, 0.5)  # share of the sides that a crop keeps
 BATCH = 16  # images
-KEPT, KEPT_ELEMENTS = 48, 64_000_000  # most images, and numbers, of the maps that are handed on for a chart
+KEPT, KEPT_ELEMENTS = 48, 64_000_000  # most images, and numbers, of the maps that are kept for a chart
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Three errors, in nats, means over `images` random images; `missing` more were not found or have changed.
+    """Three errors in nats, means over random images.
 
-    storage          KL(teacher's map ‖ stored map), mean over cells
-    reference        the same of five float16 logits per cell, which is what the reference's files keep
-    mirror           KL(map ‖ map of the mirrored image, mirrored back), mean over cells, of single passes
-    mirror_averaged  KL(map of a single pass ‖ average of both): what averaging takes away
-    crop             share of the sides kept -> KL(teacher's answer to a crop ‖ mean of the stored map there)
-    flip             whether the store's maps are such averages; input_size: S; precision: of the store
+    Attributes:
+        store: The store's folder.
+        images: Number of random images.
+        missing: Number of images that were not found or have changed.
+        storage: KL(teacher's map ‖ stored map), mean over cells.
+        reference: The same for five float16 logits per cell, which the reference's files keep.
+        mirror: KL(map ‖ map of the mirrored image, mirrored back), mean over cells, of single passes.
+        mirror_averaged: KL(map of a single pass ‖ average of both passes).
+        crop: share of the sides kept -> KL(teacher's output for a crop ‖ mean of the stored map there).
+        flip: Whether the store's maps are averages of both passes.
+        input_size: S.
+        precision: Precision of the store.
     """
 
     store: str
@@ -55,21 +61,21 @@ class Audit:
 
     @property
     def storage_of_reference(self) -> float:
-        """`storage` as a share of what the reference's files lose."""
+        """`storage` relative to the same error of the reference's files."""
         return self.storage / max(self.reference, 1e-12)
 
     def advice(self) -> dict[str, str]:
-        """What would lower each error, in a few words."""
+        """Returns how to lower each error, in a few words."""
         finer = "--quality high or --bytes-per-image N" if self.precision == "uint8" else "a larger --palette"
         both = "--tta flip is on: the store keeps the average of both passes"
         return {
             "storage": f"less with more bytes: {finer}",
             "mirror": both if self.flip else "less with --tta flip, which stores the average of both passes",
-            "crop": f"small crops: an --input-size above {self.input_size} answers for them, less well for large ones",
+            "crop": f"an --input-size above {self.input_size} is better for small crops, and worse for large ones",
         }
 
     def text(self) -> str:
-        """The three side by side, one a line."""
+        """Returns the three errors with advice, one per line."""
         advice = self.advice()
         lines = {
             "storage": f"{self.storage:.3f} ({self.storage_of_reference:.2f} of top-5 float16 files')",
@@ -96,12 +102,24 @@ def audit_store(
     trusted: bool = False,
     progress: bool = False,
 ) -> Audit:
-    """Run the store's teacher again on `count` random images of it, and say how true its labels are.
+    """Measures the accuracy of a store's labels by running its teacher again.
 
-    trusted  as for `verify_store`: the store is your own or a friend's, and its teacher may be run
+    Args:
+        store: The store's folder.
+        images: The image root that was labeled.
+        count: Number of random images.
+        device: Device of the teacher.
+        seed: Seed of the random images and crops.
+        trusted: Trust this store, so that its teacher may be run; see `verify_store`.
+        progress: Show a progress bar.
 
-    Raises InputError where the store is not yours, was imported, or none of its images is found; TeacherError,
-    IntegrityError where its teacher is no longer there.
+    Returns:
+        The errors.
+
+    Raises:
+        InputError: The store is not yours, was imported, or none of its images is found.
+        TeacherError: Its teacher can no longer be built.
+        IntegrityError: Its teacher has changed, or an image can no longer be decoded.
     """
     labels = LabelStore(store, trusted=trusted)
     refuse_foreign_teacher(labels.trusted, labels.plan, labels.path, "--audit")
@@ -111,7 +129,7 @@ def audit_store(
 def audit_labels(
     labels: LabelStore, images: str | Path, count: int, *, device: str = "auto", seed: int = 0, progress: bool = False
 ) -> tuple[Audit, Tensor]:
-    """As `audit_store`, for a store whose teacher may be run; also the maps [K, C, H, W] of 48 of the images."""
+    """Does the same as `audit_store` for a trusted store; also returns the maps [K, C, H, W] of 48 of the images."""
     import torch
     from tqdm import tqdm
 
@@ -122,12 +140,12 @@ def audit_labels(
         raise InputError("there is nothing to audit", got=f"{count} of {len(labels)} rows", expected="one or more")
     root, meta = image_root(images), labels.meta
     rows = np.sort(np.random.default_rng(seed).permutation(len(labels))[:count])
-    there = [row for row in rows.tolist() if image_path(root, labels.keys[row]).is_file()]
+    present = [row for row in rows.tolist() if image_path(root, labels.keys[row]).is_file()]
     none = InputError(
         f"none of the images below {str(root)!r} is one that was labeled", got=f"0 of {len(rows)}",
         remedy="Give --images the folder that was labeled.",
     )  # fmt: skip
-    if not there:
+    if not present:
         raise none
     teacher, decoder = teacher_of(labels, device)
     elements = meta.num_classes * meta.grid[0] * meta.grid[1]
@@ -135,13 +153,13 @@ def audit_labels(
     digests = labels.column("image_digest")
     columns: list[np.ndarray] = []
     maps: list[Tensor] = []
-    with tqdm(total=len(there), desc="audit", unit="img", disable=not progress) as bar:
-        for start in range(0, len(there), step):
-            chunk = there[start : start + step]
+    with tqdm(total=len(present), desc="audit", unit="img", disable=not progress) as bar:
+        for start in range(0, len(present), step):
+            chunk = present[start : start + step]
             read = [_read_labeled(root, labels.keys[row], int(digests[row])) for row in chunk]
-            found = {row: data for row, data in zip(chunk, read, strict=True) if data is not None}
-            if found:
-                errors, logits = errors_of(labels, found, teacher, decoder, seed, SHARES)
+            files = {row: data for row, data in zip(chunk, read, strict=True) if data is not None}
+            if files:
+                errors, logits = errors_of(labels, files, teacher, decoder, seed, SHARES)
                 columns.append(errors)
                 room = min(KEPT, max(1, KEPT_ELEMENTS // elements)) - sum(map(len, maps))
                 maps.append(logits[: max(0, room)])
@@ -159,7 +177,7 @@ def audit_labels(
 
 
 def _read_labeled(root: Path, key: str, digest: int) -> bytes | None:
-    """The image file's bytes; None where it is not what was labeled."""
+    """Returns the image file's bytes; None if it is not what was labeled."""
     try:
         data = read_image(root, key)
     except BadImage:

@@ -1,4 +1,4 @@
-"""The errors of some rows of a store, for the audit: their teacher is run on the images, mirrored ones and crops.
+"""The errors of some rows of a store, for the audit: the teacher runs on the images, mirrored images and crops.
 
 Legend: n images; C classes; P palette size; H×W map grid.
 """
@@ -29,53 +29,66 @@ Window = tuple[int, int, int, int]
 
 def errors_of(
     labels: LabelStore,
-    found: dict[int, bytes],
+    files: dict[int, bytes],
     teacher: LoadedTeacher,
     decoder: Decoder,
     seed: int,
     shares: tuple[float, ...],
 ) -> tuple[np.ndarray, Tensor]:
-    """float64 [n, 4 + shares]: storage, reference, mirror, to the average, each crop; and the maps [n, C, H, W].
+    """Measures the errors of rows.
 
-    found  row -> its image file
+    Args:
+        labels: The store.
+        files: row -> bytes of its image file.
+        teacher: The store's teacher.
+        decoder: The teacher's decoder.
+        seed: Seed of the crops.
+        shares: Shares of the sides that crops keep.
+
+    Returns:
+        float64 [n, 4 + shares]: storage, reference, mirror, mirror to the average, each crop; and the teacher's maps
+        [n, C, H, W].
+
+    Raises:
+        IntegrityError: An image can no longer be decoded.
     """
-    decoded = decoder(list(found.values()))
+    decoded = decoder(list(files.values()))
     if decoded.failures:
-        row = list(found)[next(iter(decoded.failures))]
-        raise IntegrityError("an image cannot be decoded any more", got=labels.keys[row])
+        row = list(files)[next(iter(decoded.failures))]
+        raise IntegrityError("an image can no longer be decoded", got=labels.keys[row])
     single = LoadedTeacher(teacher.dense, dataclasses.replace(teacher.info, flip=False), teacher.device)
     first = single.label(decoded.pixels).cpu()
     second = single.label(decoded.pixels.flip(2)).flip(-1).cpu()
     average = (first + second) / 2
     own = average if teacher.info.flip else first
-    maps = labels.read(list(found)).to_torch()
+    maps = labels.read(list(files)).to_torch()
     stored = dense_scores(
         maps.classes, maps.scores, maps.background, maps.tail_classes, maps.tail_offsets, maps.num_classes
     )
     columns = [kl(own, stored), reference_kl(own).double(), kl(first, second), kl(first, average)]
-    images = [open_image(data, labels.meta.orientation) for data in found.values()]
-    draws = [np.random.default_rng([seed, row]) for row in found]
+    images = [open_image(data, labels.meta.orientation) for data in files.values()]
+    draws = [np.random.default_rng([seed, row]) for row in files]
     for share in shares:
         windows = random_windows(images, maps.region.tolist(), share, draws)
-        columns.append(kl(answers(teacher, images, windows), crop_scores(maps, fractions(windows, images))))
+        columns.append(kl(crop_outputs(teacher, images, windows), crop_scores(maps, fractions(windows, images))))
     return torch.stack(columns, 1).numpy(), own
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
-    """float64 [n]: KL(softmax p ‖ softmax q) of logits [n, C, …], mean over the places."""
+    """Returns float64 [n]: KL(softmax p ‖ softmax q) of logits [n, C, …], mean over locations."""
     log_p, log_q = p.double().log_softmax(1), q.double().log_softmax(1)
     return (log_p.exp() * (log_p - log_q)).sum(1).reshape(len(p), -1).mean(1)
 
 
 def open_image(data: bytes, orientation: str) -> np.ndarray:
-    """uint8 [height, width, 3]."""
+    """Decodes an image file to uint8 [height, width, 3]."""
     return np.array(open_rgb(data, orientation))
 
 
 def random_windows(
     images: list[np.ndarray], regions: list[list[float]], share: float, draws: list[np.random.Generator]
 ) -> list[Window]:
-    """y0, x0, y1, x1 in pixels: of each image a random crop of `share` of the sides of what its map covers."""
+    """Returns a random crop of each image, y0, x0, y1, x1 in pixels, with `share` of the sides of its map's region."""
     windows = []
     for image, region, draw in zip(images, regions, draws, strict=True):
         edges = []
@@ -90,25 +103,25 @@ def random_windows(
 
 
 def fractions(windows: list[Window], images: list[np.ndarray]) -> Tensor:
-    """float64 [n, 4]: windows in pixels as fractions of their images."""
+    """Returns float64 [n, 4]: windows in pixels as fractions of their images."""
     sizes = [[*image.shape[:2], *image.shape[:2]] for image in images]
     return torch.tensor(windows, dtype=torch.float64) / torch.tensor(sizes)
 
 
-def answers(teacher: LoadedTeacher, images: list[np.ndarray], windows: list[Window]) -> Tensor:
-    """float32 [n, C]: the mean of the teacher's map of each crop alone, which it sees at its own input size."""
+def crop_outputs(teacher: LoadedTeacher, images: list[np.ndarray], windows: list[Window]) -> Tensor:
+    """Returns float32 [n, C]: the mean of the teacher's map of each crop, resized to the teacher's input size."""
     side, method = teacher.info.input_size, teacher.info.interpolation
-    shown = [
+    crops = [
         resize(np.ascontiguousarray(image[y0:y1, x0:x1]), side, method)
         for image, (y0, x0, y1, x1) in zip(images, windows, strict=True)
     ]
-    return teacher.label(torch.from_numpy(np.stack(shown))).mean((2, 3)).cpu()
+    return teacher.label(torch.from_numpy(np.stack(crops))).mean((2, 3)).cpu()
 
 
 def crop_scores(maps: ScoreMaps, boxes: Tensor) -> Tensor:
-    """float64 [n, C]: the stored scores of all classes, averaged over each box [n, 4], in fractions of the image.
+    """Returns float64 [n, C]: the stored scores of all classes, averaged over boxes [n, 4], fractions of the image.
 
-    Cells count by the part of them that the box covers. Boxes are cut to the map's region.
+    Cells are weighted by the part of them that the box covers. Boxes are clipped to the map's region.
     """
     origin, extent = maps.region[:, :2].repeat(1, 2), (maps.region[:, 2:] - maps.region[:, :2]).repeat(1, 2)
     y0, x0, y1, x1 = ((boxes - origin) / extent).clamp(0, 1).double().unbind(1)
@@ -120,7 +133,7 @@ def crop_scores(maps: ScoreMaps, boxes: Tensor) -> Tensor:
 
 
 def _overlaps(low: Tensor, high: Tensor, cells: int) -> Tensor:
-    """[n, cells]: the share of the span `low` to `high` [n] of an axis that lies in each cell."""
+    """Returns [n, cells]: the share of the span `low` to `high` [n] of an axis that is in each cell."""
     edges = torch.arange(cells + 1, dtype=torch.float64)[None] / cells
     inside = torch.minimum(torch.maximum(edges, low[:, None]), high[:, None])
     return inside.diff(dim=1) / (high - low)[:, None].clamp(min=1e-12)

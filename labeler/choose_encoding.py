@@ -1,4 +1,4 @@
-"""Which encoding a store gets: the one asked for, or the truest of about so many bytes an image, found on a sample.
+"""Chooses the encoding of a store: as set, or the most accurate for a number of bytes per image, found on a sample.
 
 Legend: n sampled images; C classes; H×W map grid.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SAMPLE = 64  # images
 LEVELS = (12, 16, 20, 24, 32, 48)
-FINEST, COARSEST, STEPS = 1e-6, 0.5, 10  # thresholds between which the one that fits is sought, by halving their ratio
+FINEST, COARSEST, STEPS = 1e-6, 0.5, 10  # range of thresholds, and steps of the bisection of their ratio
 KEY_BYTES = 40  # of a sampled row's key: about ImageNet's
 
 log = logging.getLogger("labeler")
@@ -35,7 +35,15 @@ log = logging.getLogger("labeler")
 
 @dataclass(frozen=True)
 class Cost:
-    """What an encoding costs on a sample. bytes: of a row; kl in nats, mean over cells and images."""
+    """The cost of an encoding, measured on a sample.
+
+    Attributes:
+        encoding: The encoding.
+        bytes: Bytes of a row.
+        kl: KL(teacher ‖ store) in nats, mean over cells and images.
+        reference_kl: The same for the reference's files.
+        first_kept: Share of cells whose most probable class is kept.
+    """
 
     encoding: Encoding
     bytes: float
@@ -45,39 +53,48 @@ class Cost:
 
 
 def asked_encoding(config: LabelerConfig) -> Encoding:
-    """The settings' own encoding: the quality's, with what is set beside it."""
+    """Returns the encoding of the settings: that of the quality, with the settings that override it."""
     names = ("palette", "tail", "levels", "threshold", "precision")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     return dataclasses.replace(QUALITIES[config.quality], **given)
 
 
 def fit_encoding(config: LabelerConfig, images: ImageSet, device: str) -> Encoding:
-    """The truest encoding of about `config.bytes_per_image` bytes; the teacher is run on a sample of the images.
+    """Finds the most accurate encoding of at most `config.bytes_per_image` bytes, on a sample of the images.
 
-    Raises InputError where no encoding is so small.
+    Args:
+        config: Settings of the run.
+        images: The images.
+        device: Device of the teacher.
+
+    Returns:
+        The encoding.
+
+    Raises:
+        InputError: No encoding is that small.
     """
     wanted = config.bytes_per_image
     assert wanted is not None
     logits = sample_logits(config, images, device)
     asked = asked_encoding(config)
     levels = tqdm((config.levels,) if config.levels else LEVELS, "bytes per image", disable=not config.progress)
-    found = [fit_threshold(logits, dataclasses.replace(asked, levels=k), wanted) for k in levels]
-    best = min(found, key=lambda cost: (cost.bytes > wanted, cost.kl))
+    costs = [fit_threshold(logits, dataclasses.replace(asked, levels=k), wanted) for k in levels]
+    best = min(costs, key=lambda cost: (cost.bytes > wanted, cost.kl))
     if best.bytes > wanted:
-        smallest = min(cost.bytes for cost in found)
+        smallest = min(cost.bytes for cost in costs)
         raise InputError(
-            "no map of this teacher fits into so few bytes", got=f"--bytes-per-image {config.bytes_per_image}",
+            "the maps of this teacher do not fit into so few bytes", got=f"--bytes-per-image {config.bytes_per_image}",
             expected=f"at least {smallest:,.0f}", remedy="Give more bytes, or a smaller --input-size.",
         )  # fmt: skip
     log.info(
-        "%d levels, threshold %.2g: %.0f bytes an image, KL %.3f", best.encoding.levels, best.encoding.threshold,
+        "%d levels, threshold %.2g: %.0f bytes per image, KL %.3f", best.encoding.levels, best.encoding.threshold,
         best.bytes, best.kl,
     )  # fmt: skip
     return best.encoding
 
 
 def fit_threshold(logits: Tensor, encoding: Encoding, wanted: float) -> Cost:
-    """`encoding` with the smallest threshold whose rows take at most `wanted` bytes, or the largest there is."""
+    """Finds the smallest threshold whose rows take at most `wanted` bytes, or the largest threshold."""
     low, high = FINEST, COARSEST
     finest = measure(logits, dataclasses.replace(encoding, threshold=low))
     if finest.bytes <= wanted:
@@ -94,7 +111,7 @@ def fit_threshold(logits: Tensor, encoding: Encoding, wanted: float) -> Cost:
 
 
 def measure(logits: Tensor, encoding: Encoding) -> Cost:
-    """What rows of these maps cost: their share of a shard's bytes, and the truth that they lose."""
+    """Measures the cost of an encoding on maps [n, C, H, W]: bytes of a row and KL."""
     from labeler.store.encoder import encode_maps
 
     maps = encode_maps(logits, encoding)
@@ -109,7 +126,7 @@ def measure(logits: Tensor, encoding: Encoding) -> Cost:
 
 
 def row_bytes(maps: EncodedMaps, num_classes: int, encoding: Encoding) -> float:
-    """Bytes of a row in a shard of these maps, what the shard takes without rows left out."""
+    """Returns the bytes of a row in a shard of these maps, without what an empty shard takes."""
     n, palette, *grid = maps.scores.shape
     layout = row_layout(
         palette, (grid[0], grid[1]), num_classes, "logprob", encoding.precision, KEY_BYTES, maps.tail_classes.shape[1]
@@ -140,7 +157,7 @@ def row_bytes(maps: EncodedMaps, num_classes: int, encoding: Encoding) -> float:
 
 
 def sample_logits(config: LabelerConfig, images: ImageSet, device: str, count: int = SAMPLE) -> Tensor:
-    """float32 [n, C, H, W]: the teacher's maps of at most `count` random images that can be labeled, on the CPU."""
+    """Returns float32 [n, C, H, W]: maps of up to `count` random images that can be labeled; on the CPU."""
     import torch
 
     from labeler.teacher.create_teacher import create_teacher
@@ -165,5 +182,7 @@ def sample_logits(config: LabelerConfig, images: ImageSet, device: str, count: i
             logits = teacher.label(decoded.pixels)
             parts.append(logits[logits.isfinite().all(1).flatten(1).all(1)].cpu())
     if not sum(map(len, parts)):
-        raise InputError("none of the images can be labeled", got=f"{len(images)} images", expected="one, for a sample")
+        raise InputError(
+            "none of the images can be labeled", got=f"{len(images)} images", expected="at least one, for a sample"
+        )
     return torch.cat(parts)[:count]

@@ -1,4 +1,4 @@
-"""Settings of a labeling run: typed, frozen, checked when they are made."""
+"""Settings of a labeling run: typed, frozen, checked on creation."""
 
 from __future__ import annotations
 
@@ -16,36 +16,44 @@ DECODERS = ("auto", "dali", "pil")
 
 @dataclass(frozen=True)
 class LabelerConfig:
-    """One labeling run. What affects values is kept by the store's plan, and a run that resumes may not change it."""
+    """Settings of one labeling run.
 
-    teacher: TeacherConfig = option("the network that labels", affects="recorded")
+    The store's plan keeps the settings that affect values; a resumed run must have the same.
+    """
+
+    teacher: TeacherConfig = option("the teacher network", affects="recorded")
     quality: str = option(
-        "how true the labels are, and how large", "default", affects="recorded", choices=tuple(QUALITIES)
+        "accuracy of the labels against their size", "default", affects="recorded", choices=tuple(QUALITIES)
     )
     bytes_per_image: int | None = option(
-        "the truest labels of about so many bytes an image, settled on a sample before any shard",
+        "target size of the labels in bytes per image; the best encoding of that size is chosen on a sample first",
         None,
         affects="values",
         lowest=1,
     )
     palette: int | None = option(
-        "most classes with a plane of scores; without it the quality's", None, affects="recorded", lowest=1
+        "most classes per image with their own score plane; default: set by the quality",
+        None,
+        affects="recorded",
+        lowest=1,
     )
-    tail: int | None = option("most classes that share one plane; without it the quality's", None, affects="recorded")
+    tail: int | None = option(
+        "most classes per image that share the background plane; default: set by the quality", None, affects="recorded"
+    )
     levels: int | None = option(
-        "steps of the square root of a probability; without it the quality's", None, affects="recorded"
+        "quantization steps of the square root of a probability; default: set by the quality", None, affects="recorded"
     )
     threshold: float | None = option(
-        "nats that a byte must save to be spent; without it the quality's", None, affects="recorded"
+        "nats of KL divergence that each stored byte must save; default: set by the quality", None, affects="recorded"
     )
     precision: str = option(
-        "uint8: codes into one table of 256 scores; float16: the scores themselves, as dense planes",
+        "uint8: codes into a table of 256 scores; float16: the scores themselves, as dense planes",
         "uint8",
         affects="recorded",
         choices=PRECISIONS,
     )
     orientation: str = option(
-        "turn images as their EXIF tag says, or ignore it; loaders follow the store's setting",
+        "exif: rotate images as their EXIF tag says; ignore: do not; loaders follow the store's setting",
         "exif",
         affects="values",
         choices=ORIENTATIONS,
@@ -54,30 +62,37 @@ class LabelerConfig:
     max_pixels: int = option(
         "images with more pixels are quarantined before they are decoded", 100_000_000, affects="values", lowest=1
     )
-    class_names: str | None = option("file of class names, one a line in the teacher's order", None, affects="recorded")
-    image_list: str | None = option("label only the keys of this file, one a line", None, affects="recorded")
-    shard_size: int | None = option(
-        "images per shard; without it by their number, at most 10,000", None, affects="recorded", lowest=1
+    class_names: str | None = option(
+        "file of class names, one per line in the teacher's order", None, affects="recorded"
     )
-    batch_size: int = option("images that the teacher sees at once", 32, affects="rounding", lowest=1)
-    device: str = option("cpu, cuda or auto", "auto", affects="rounding")
+    image_list: str | None = option(
+        "label only the images whose keys this file lists, one per line", None, affects="recorded"
+    )
+    shard_size: int | None = option(
+        "images per shard; default: by the number of images, at most 10,000", None, affects="recorded", lowest=1
+    )
+    batch_size: int = option("images per batch of the teacher", 32, affects="rounding", lowest=1)
+    device: str = option("device of the teacher: cpu, cuda or auto", "auto", affects="rounding")
     decoder: str = option(
-        "auto: DALI on a GPU where it is installed, else PIL, which is faster on a CPU",
+        "image decoder; auto: DALI on a GPU if it is installed, otherwise PIL, which is faster on a CPU",
         "auto",
         affects="rounding",
         choices=DECODERS,
     )
     workers: int = option(
-        "0: label in this process; else Ray actors, each with a teacher", 0, affects="nothing", lowest=0
+        "0: label in this process; otherwise the number of Ray actors, each with a teacher",
+        0,
+        affects="nothing",
+        lowest=0,
     )
     ray_address: str | None = option(
-        '"auto" or host:port of a running cluster; without it a private Ray here', None, affects="nothing"
+        '"auto" or host:port of a running Ray cluster; default: start Ray on this machine', None, affects="nothing"
     )
-    gpus_per_worker: float = option("may be a fraction", 1.0, affects="nothing")
+    gpus_per_worker: float = option("GPUs per Ray actor; may be a fraction", 1.0, affects="nothing")
     threads: int | None = option(
-        "CPU threads per worker; without it the cores are shared out", None, affects="rounding", lowest=1
+        "CPU threads per worker; default: an equal share of the cores", None, affects="rounding", lowest=1
     )
-    max_attempts: int = option("tries of one shard before the run gives it up", 3, affects="nothing", lowest=1)
+    max_attempts: int = option("attempts per shard before the run gives up", 3, affects="nothing", lowest=1)
     progress: bool = option("show a progress bar", True, affects="nothing")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Where shards are labeled: in this process, or by Ray actors. The only file that imports Ray."""
+"""Labels shards in this process or in Ray actors. The only file that imports Ray."""
 
 from __future__ import annotations
 
@@ -26,17 +26,33 @@ from labeler.worker import ShardLabeler, ShardResult, ShardTask
 
 log = logging.getLogger("labeler")
 
-# Tells how many more images are done: after each batch in this process, after each shard on Ray; 0 when work begins.
+# Called with the number of finished images: after each batch in this process, after each shard on Ray; 0 at the start.
 Advance = Callable[[int], None]
 
-# Seconds after which an actor that runs, but of which this process has heard nothing, counts as unheard of.
+# Seconds without a reply after which a running actor counts as unreachable.
 PATIENCE = 60.0
 
 
 def run_in_process(
     tasks: list[ShardTask], root: Path, store: Path, plan: Plan, config: LabelerConfig, device: str, advance: Advance
 ) -> Iterator[ShardResult]:
-    """Label the shards one after the other."""
+    """Labels shards one after the other in this process.
+
+    Args:
+        tasks: The shards.
+        root: The image root.
+        store: The store's folder.
+        plan: The store's plan.
+        config: Settings of the run.
+        device: Device of the teacher.
+        advance: Called with the number of finished images.
+
+    Yields:
+        The result of each shard.
+
+    Raises:
+        LabelingError: A shard could not be labeled.
+    """
     with freed_memory_kept(device == "cpu"):
         labeler = ShardLabeler(root, store, plan, config, device, config.threads or usable_cores())
         advance(0)
@@ -49,12 +65,12 @@ def run_in_process(
                 raise LabelingError(
                     f"shard {task.shard} (images {task.keys[0]!r} to {task.keys[-1]!r}) could not be labeled",
                     got=f"{type(error).__name__}: {error}",
-                    remedy="The shards before it are committed; the same command goes on from there.",
+                    remedy="Earlier shards are committed; the same command resumes.",
                 ) from error
 
 
 def refuse_absent_ray() -> None:
-    """Before a teacher is built, which takes longer."""
+    """Raises ModuleNotFoundError if Ray is not installed; called before the teacher is built, which takes longer."""
     if importlib.util.find_spec("ray") is None:
         raise ModuleNotFoundError("workers need Ray. pip install 'token-labeling[label]'", name="ray")
 
@@ -62,11 +78,27 @@ def refuse_absent_ray() -> None:
 def run_on_ray(
     tasks: list[ShardTask], root: Path, store: Path, plan: Plan, config: LabelerConfig, device: str, advance: Advance
 ) -> Iterator[ShardResult]:
-    """Label the shards with `config.workers` actors, each holding a teacher; results come as shards are finished.
+    """Labels shards with `config.workers` Ray actors, each with a teacher.
 
-    Actors that the cluster has no room for wait until it has, so workers come and go with the nodes. Errors that every
-    worker would meet (a wrong checkpoint, a full disk) end the run at once. A shard over which workers die, or which
-    fails otherwise, is tried `config.max_attempts` times; the others are finished before LabelingError names it.
+    Actors wait until the cluster has room for them, so workers come and go with the nodes. Errors that every worker
+    would have (a wrong checkpoint, a full disk) end the run at once. A shard that fails, or that crashes its worker, is
+    tried `config.max_attempts` times; all others are finished before LabelingError names it.
+
+    Args:
+        tasks: The shards.
+        root: The image root.
+        store: The store's folder.
+        plan: The store's plan.
+        config: Settings of the run.
+        device: Device of the teachers.
+        advance: Called with the number of finished images.
+
+    Yields:
+        The result of each shard, as shards are finished.
+
+    Raises:
+        InputError: No Ray cluster answers.
+        LabelingError: A shard could not be labeled.
     """
     import ray
 
@@ -89,7 +121,7 @@ def run_on_ray(
         except _UnheardError as error:
             if not ours:
                 raise
-            log.warning("%s; connecting to Ray anew", error.problem)
+            log.warning("%s; connecting to Ray again", error.problem)
         finally:
             pool.close()
             if ours:
@@ -97,35 +129,37 @@ def run_on_ray(
 
 
 class _UnheardError(LabelingError):
-    """Ray runs an actor, but never told this process. From then on it tells it nothing more of any actor."""
+    """Ray runs an actor but did not report it to this process; it will not report any other actor either."""
 
 
 class _Worker:
-    """The actor. It loads the teacher in its first call, whose errors reach the driver as themselves."""
+    """The actor. It loads the teacher in a call of its own, whose errors reach the driver unchanged."""
 
     def __init__(self, paths: list[str], keep_memory: bool, *arguments: Any) -> None:
-        # A teacher given as module:function may lie where only the driver looks for modules.
+        # A teacher given as module:function may be where only the driver looks for modules.
         sys.path += [path for path in paths if path not in sys.path and os.path.isdir(path)]
         self.arguments, self.keep_memory = arguments, keep_memory
         self.labeler: ShardLabeler | None = None
 
     def greet(self) -> None:
-        """Return at once: what comes back shows that this process and its driver hear each other."""
+        """Returns at once; the reply shows that actor and driver can reach each other."""
 
     def prepare(self) -> None:
+        """Loads the teacher."""
         if self.keep_memory:
             keep_freed_memory()
         self.labeler = ShardLabeler(*self.arguments)
 
     def label(self, task: ShardTask) -> ShardResult:
+        """Labels one shard."""
         assert self.labeler is not None, "prepare comes first"
         return self.labeler(task)
 
 
 class _Pool:
-    """Hands shards to actors, replaces actors that died, and counts how often each shard was tried.
+    """Gives shards to actors, replaces crashed actors, and counts the attempts of each shard.
 
-    Ray's own restarts and retries stay off: they would retry an actor that the kernel kills for its memory for ever.
+    Ray's own restarts and retries are off: Ray would endlessly restart an actor that the kernel kills for its memory.
     """
 
     def __init__(
@@ -138,15 +172,16 @@ class _Pool:
         self.failed_starts = 0
         self.given_up: dict[int, tuple[ShardTask, str]] = {}
         self.idle: list[Any] = []
-        # A call under way -> its actor and its shard, or None for an actor that loads its teacher.
+        # A running call -> its actor and its shard, or None for an actor that loads its teacher.
         self.running: dict[Any, tuple[Any, ShardTask | None]] = {}
-        # A greeting that has not come back -> its actor, and whether that was seen to run at the last look.
+        # A greeting without a reply -> its actor, and whether the actor was running at the last check.
         self.greetings: dict[Any, tuple[Any, bool]] = {}
-        self.looked = time.monotonic()
+        self.checked = time.monotonic()
         for _ in range(min(config.workers, len(tasks))):
             self._start_actor()
 
     def results(self) -> Iterator[ShardResult]:
+        """Yields the result of each shard. Raises LabelingError at the end if some could not be labeled."""
         while self.unfinished:
             while self.waiting and self.idle:
                 actor, task = self.idle.pop(), self.waiting.popleft()
@@ -159,53 +194,57 @@ class _Pool:
             raise self._failure()
 
     def _next_finished(self) -> Any:
+        """Waits for a call to finish, and returns it."""
         while True:
             try:
-                # Ray may look at signals between its waits only, so none is long.
+                # Ray can handle signals between waits only, so none is long.
                 finished, _ = self.ray.wait(list(self.running), num_returns=1, timeout=1)
             except SystemError as error:
-                # What a signal handler raises while Ray waits comes out wrapped in this.
+                # Ray wraps what a signal handler raises during a wait.
                 raise error.__cause__ or error from None
             if finished:
                 return finished[0]
-            if time.monotonic() > self.looked + PATIENCE / 2:
-                self._look_for_unheard_actors()
+            if time.monotonic() > self.checked + PATIENCE / 2:
+                self._check_greetings()
 
-    def _look_for_unheard_actors(self) -> None:
-        """Raise _UnheardError where Ray has run an actor since the last look, but no greeting came back from it."""
+    def _check_greetings(self) -> None:
+        """Raises _UnheardError if an actor has been running since the last check without replying to its greeting."""
         for greeting, (actor, was_running) in list(self.greetings.items()):
             running = _runs(actor)
             if self.ray.wait([greeting], timeout=0)[0]:
                 del self.greetings[greeting]
             elif running and was_running:
                 raise _UnheardError(
-                    "Ray does not tell this process of its workers",
-                    got=f"a worker that has run for {PATIENCE / 2:g} seconds and more without a word",
-                    remedy="All finished shards are committed; the same command goes on from there.",
+                    "Ray does not report its workers to this process",
+                    got=f"no reply from a worker that has been running for {PATIENCE / 2:g} seconds or more",
+                    remedy="All finished shards are committed; the same command resumes.",
                 )
             else:
                 self.greetings[greeting] = (actor, running)
-        self.looked = time.monotonic()
+        self.checked = time.monotonic()
 
     def close(self) -> None:
+        """Ends all actors."""
         for actor in [*self.idle, *(actor for actor, _ in self.running.values())]:
-            # Losing the connection to Ray is one of the ways to get here.
+            # The connection to Ray may be lost.
             with contextlib.suppress(Exception):
                 self.ray.kill(actor)
 
     def _start_actor(self) -> None:
+        """Starts an actor, which loads its teacher."""
         actor = self.start()
         self.greetings[actor.greet.remote()] = (actor, False)
         self.running[actor.prepare.remote()] = (actor, None)
 
     def _finish(self, call: Any, actor: Any, task: ShardTask | None) -> ShardResult | None:
+        """Handles a finished call; returns the result of a labeled shard."""
         try:
             result = self.ray.get(call)
         except self.ray.exceptions.RayTaskError as error:
             cause = error.cause
             if task is None or isinstance(cause, TokenLabelError):
                 raise cause from None
-            # After an error of its GPU a process fails at everything, and fast: it would use up every shard's attempts.
+            # After a GPU error a process fails at everything, and fast: it would use up the attempts of every shard.
             self.ray.kill(actor)
             self._start_actor()
             self._retry(task, f"{type(cause).__name__}: {cause}")
@@ -228,6 +267,7 @@ class _Pool:
         return result
 
     def _retry(self, task: ShardTask, reason: str) -> None:
+        """Queues a failed shard again, or gives it up."""
         self.attempts[task.shard] += 1
         tried, allowed = self.attempts[task.shard], self.config.max_attempts
         log.warning("shard %d failed, attempt %d of %d: %s", task.shard, tried, allowed, reason)
@@ -238,28 +278,30 @@ class _Pool:
             self.unfinished -= 1
 
     def _count_failed_start(self, reason: str) -> None:
+        """Raises LabelingError after too many crashes without a result."""
         self.failed_starts += 1
         if self.failed_starts >= self.config.max_attempts * self.config.workers:
             raise LabelingError(
-                "the workers die while they load the teacher",
-                got=f"{self.failed_starts} deaths, the last: {reason}",
+                "the workers crash while they load the teacher",
+                got=f"{self.failed_starts} crashes, the last: {reason}",
                 remedy="Try one worker, more memory, or a smaller teacher.",
             )
 
     def _failure(self) -> LabelingError:
+        """Returns the error for shards that could not be labeled."""
         shard = min(self.given_up)
         task, reason = self.given_up[shard]
         return LabelingError(
             f"{len(self.given_up)} shard(s) could not be labeled, "
             f"first shard {shard} (images {task.keys[0]!r} to {task.keys[-1]!r})",
             got=f"{self.config.max_attempts} failures, the last: {reason}",
-            remedy="All other shards are committed. Look for an image that crashes the teacher or exhausts the memory.",
+            remedy="All other shards are committed. Look for one that crashes the teacher or needs too much memory.",
         )
 
 
 def _runs(actor: Any) -> bool:
-    """Whether Ray's head says that the actor runs. It is asked, where all else waits for what it tells by itself."""
-    # Ray's public way to ask needs its dashboard. Without an answer the run waits on.
+    """Asks Ray's head whether the actor is running; everything else waits for its messages."""
+    # Ray's public interface for this needs its dashboard. Without an answer the run keeps waiting.
     with contextlib.suppress(Exception):
         from ray._private import state
 
@@ -268,7 +310,7 @@ def _runs(actor: Any) -> bool:
 
 
 def _threads(nodes: list[dict[str, float]], gpus: float, config: LabelerConfig) -> int:
-    """CPUs of each worker: as set, else the most with which all workers find room. Warns where none finds any."""
+    """Returns the CPUs of each worker: as set, or the most for which all workers fit. Warns if none fits."""
     usable = [(int(node.get("CPU", 0)), node.get("GPU", 0)) for node in nodes if node.get("GPU", 0) >= gpus]
     most = max((cpus for cpus, _ in usable), default=0)
 
@@ -279,8 +321,8 @@ def _threads(nodes: list[dict[str, float]], gpus: float, config: LabelerConfig) 
     threads = config.threads or next((count for count in range(most, 0, -1) if room(count) >= workers), 1)
     if threads > most:
         log.warning(
-            "the run waits: no node of the Ray cluster has %d CPU(s) and %g GPU(s) for a worker, the most are %d and "
-            "%g. Unless such a node is still to come, give other --threads, --gpus-per-worker or --device",
+            "waiting: no node of the Ray cluster has the %d CPU(s) and %g GPU(s) that a worker needs; the most are %d "
+            "and %g. Unless such a node will join, change --threads, --gpus-per-worker or --device",
             threads, gpus, max((int(node.get("CPU", 0)) for node in nodes), default=0),
             max((node.get("GPU", 0) for node in nodes), default=0),
         )  # fmt: skip
@@ -289,7 +331,7 @@ def _threads(nodes: list[dict[str, float]], gpus: float, config: LabelerConfig) 
 
 @contextlib.contextmanager
 def _own_signal_handlers() -> Iterator[None]:
-    """Give SIGTERM and SIGINT back to the program: Ray takes them when it starts, and aborts on them."""
+    """Restores the handlers of SIGTERM and SIGINT, which Ray replaces when it starts, and aborts on."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -300,7 +342,7 @@ def _own_signal_handlers() -> Iterator[None]:
 
 
 def _connect(address: str | None, cpus: int) -> None:
-    """Join the cluster at `address`, or start a private Ray on this machine. Raises InputError where none answers."""
+    """Joins the cluster at `address`; None: starts Ray on this machine. Raises InputError if no cluster answers."""
     import ray
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -310,26 +352,26 @@ def _connect(address: str | None, cpus: int) -> None:
         return
     del settings["include_dashboard"]
     try:
-        _knock(address)
+        _probe(address)
         ray.init(address=address, **settings)
     except Exception as error:  # Ray raises several types, some of them plain RuntimeError
         raise InputError(
             f"no Ray cluster can be joined at {address!r}",
-            got=" ".join(str(error).split()),  # of versions that differ the first line says nothing
+            got=" ".join(str(error).split()),  # if versions differ, the first line says nothing
             expected="the address of a running cluster with the same Ray and Python versions",
-            remedy="Check `ray status` on a node, or leave --ray-address out to use this machine alone.",
+            remedy="Check `ray status` on a node, or omit --ray-address to use this machine only.",
         ) from None
 
 
-def _knock(address: str) -> None:
-    """Raise OSError where nothing listens at host:port, or something that is not Ray, which would try for minutes."""
+def _probe(address: str) -> None:
+    """Raises OSError if nothing, or something other than Ray, listens at host:port; Ray would try for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not (host and port.isdigit()):
         return
     with socket.create_connection((host, int(port)), timeout=10) as server:
         if os.environ.get("RAY_USE_TLS", "0") != "0":
             return
-        # Ray speaks gRPC, hence HTTP/2, where a frame of settings (type 4) comes first of all.
+        # Ray uses gRPC, hence HTTP/2, where a settings frame (type 4) comes first.
         server.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
         if server.recv(4)[3:] != b"\4":
-            raise OSError("an answer that is not Ray's")
+            raise OSError("the answer is not from Ray")

@@ -1,9 +1,9 @@
-"""TokenLabeling and ReLabel maps to a label store of kind `logit`, bit for bit.
+"""Imports TokenLabeling and ReLabel maps into a label store of kind `logit`, bit for bit.
 
 Legend: N images; C classes; P palette size; H×W map grid.
 
-Such a file holds one tensor [2, 5, H, W]: of each cell the five largest logits, falling, and their class ids. Every
-other class counts as logit 0 there, which is what a `logit` store means by a score of 0 and by its background.
+Such a file has one tensor [2, 5, H, W]: the five largest logits of each cell, descending, and their class ids. All
+other classes count as logit 0, which is also the meaning of score 0 and of the background in a `logit` store.
 """
 
 from __future__ import annotations
@@ -36,13 +36,22 @@ from labeler.worker import ShardTask, load_batches
 log = logging.getLogger("labeler")
 
 MAX_FILE_BYTES = 16 << 20  # a map of 5 classes on a 400×400 grid; the real ones have 18×18
-MAX_PICKLE = 64 << 10  # of which a map's one tensor needs 200 bytes
-CHANCE = 5.0  # agreement with the true classes below this many times chance is told
+MAX_PICKLE = 64 << 10  # the single tensor of a map needs 200 bytes
+CHANCE = 5.0  # warn if agreement with the true classes is below this many times chance
 
 
 @dataclass(frozen=True)
 class ImportSummary:
-    """agreement: share of images whose map's largest class is their folder's, None where the folders tell no class."""
+    """The result of an import.
+
+    Attributes:
+        store: The store's folder.
+        rows: Maps that were imported.
+        quarantined: Images without a good map.
+        palette: P.
+        grid: H, W.
+        agreement: Share of images whose map's largest class is their folder's; None if the folders are not classes.
+    """
 
     store: str
     rows: int
@@ -52,6 +61,7 @@ class ImportSummary:
     agreement: float | None
 
     def text(self) -> str:
+        """Returns the summary as text."""
         known = "" if self.agreement is None else f", agreement with the folders' classes {self.agreement:.1%}"
         return (
             f"{self.rows:,} maps of {self.grid[0]}×{self.grid[1]} cells, palette {self.palette}{known}; "
@@ -70,40 +80,55 @@ def import_token_label_files(
     crop_pct: float = 1.0,
     progress: bool = True,
 ) -> ImportSummary:
-    """Import the `.pt` maps below `files` for the images below `images`; resumes by itself.
+    """Imports `.pt` maps into a label store; resumes automatically. Images without a good map are quarantined.
 
-    An image `a/b.c.JPEG` takes `a/b.c.pt`, or `a/b.pt` as the reference names it, where no other image does.
-    view, crop_pct   which part of the image the maps cover: "full", which is how TokenLabeling's training reads them,
-                     or "center" with the crop of the teacher that made them, which is what they do cover
+    The map of an image `a/b.c.JPEG` is `a/b.c.pt`, or `a/b.pt`, as the reference names it, if no other image has that.
 
-    Raises InputError, and LabelingError where writing fails. An image without a good map goes to the quarantine.
+    Args:
+        files: Folder of `.pt` maps.
+        images: Folder of images.
+        store: Folder of the label store; created if needed.
+        num_classes: C.
+        class_names: File of class names, one per line.
+        view: The part of the image that the maps cover: "full", as TokenLabeling's training reads them, or "center",
+            the crop of the teacher that made them, which they really cover.
+        crop_pct: Share of the shorter side of that crop.
+        progress: Show progress bars.
+
+    Returns:
+        What was imported.
+
+    Raises:
+        InputError: The maps or images cannot be used.
+        MismatchError: The store was begun with other images or settings.
+        LabelingError: The disk is full or fails.
     """
-    found, path, maps = find_images(images), Path(store), Path(files)
+    image_set, path, maps = find_images(images), Path(store), Path(files)
     if not maps.is_dir():
         raise InputError(f"{str(maps)!r} is not a folder of .pt maps")
     begun = load_plan(path)
     if begun is not None:
-        refuse_other_images(found, begun.meta.dataset_fingerprint, stored_keys(path), path)
-    sources = match_files(found, maps)
+        refuse_other_images(image_set, begun.meta.dataset_fingerprint, stored_keys(path), path)
+    sources = match_files(image_set, maps)
     grid, palette = _survey(sources, num_classes, progress)
-    plan = begin_store(path, _make_plan(found, grid, palette, num_classes, class_names, view, crop_pct))
+    plan = begin_store(path, _make_plan(image_set, grid, palette, num_classes, class_names, view, crop_pct))
     markers = committed_shards(path, plan)
     decoder_config = LabelerConfig(TeacherConfig("import"), orientation="ignore")
-    # Decoded in full although only the size is kept: training trusts that every image of a store can be.
+    # Decoded in full although only the size is kept: training relies on it that every image of a store can be decoded.
     decode = create_decoder("auto", DecodeSettings(size=8, orientation="ignore", threads=2))
     todo = [shard for shard in range(plan.meta.shards) if shard not in markers]
     for shard in _bar(todo, "import", progress):
-        task = make_task(plan, found, shard)
-        _import_shard(task, sources, found.root, path, plan, decoder_config, decode)
+        task = make_task(plan, image_set, shard)
+        _import_shard(task, sources, image_set.root, path, plan, decoder_config, decode)
     markers_now = finish_store(path, plan)
-    if not markers:  # the shards that were there may be another's
+    if not markers:  # existing shards may come from elsewhere
         remember_written(path)
     known = sum(m.stats["known"] for m in markers_now)
     agree = sum(m.stats["agree"] for m in markers_now)
     if known >= 20 and agree / known < CHANCE / num_classes:
         log.warning(
-            "only %.1f %% of the maps name their image's own class: are these the maps of these images, and the class "
-            "ids in the order of the folders?",
+            "only %.1f %% of the maps have their image's class as the largest: do the maps belong to these images, and "
+            "are class ids in the order of the folders?",
             100 * agree / known,
         )
     return ImportSummary(
@@ -117,43 +142,44 @@ def import_token_label_files(
 
 
 def match_files(images: ImageSet, maps: Path) -> dict[str, Path | str]:
-    """Image key -> its map's file, or why there is none."""
+    """Returns image key -> the file of its map, or why there is none. Raises InputError if no image has a map."""
     short = Counter(_cut_at_first_dot(key) for key in images.keys)
-    found: dict[str, Path | str] = {}
+    files: dict[str, Path | str] = {}
     for key in images.keys:
         exact, cut = maps / f"{key.rpartition('.')[0]}.pt", _cut_at_first_dot(key)
         if exact.is_file():
-            found[key] = exact
+            files[key] = exact
         elif (maps / f"{cut}.pt").is_file():
             unique = short[cut] == 1
-            found[key] = maps / f"{cut}.pt" if unique else f"{cut}.pt could be the map of {short[cut]} images"
+            files[key] = maps / f"{cut}.pt" if unique else f"{cut}.pt could be the map of {short[cut]} images"
         else:
-            found[key] = "no map file"
-    if not any(isinstance(value, Path) for value in found.values()):
+            files[key] = "no map file"
+    if not any(isinstance(value, Path) for value in files.values()):
         raise InputError(
             f"no map below {str(maps)!r} belongs to an image",
             expected=f"for example {maps / images.keys[0].rpartition('.')[0]!s}.pt",
         )
-    return found
+    return files
 
 
 def _cut_at_first_dot(key: str) -> str:
+    """Returns a key up to the first dot of its last part."""
     folder, _, name = key.rpartition("/")
     stem = name.split(".", 1)[0]
     return f"{folder}/{stem}" if folder else stem
 
 
 def read_map(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(logits float16 [5, H, W], class ids int64 [5, H, W]). Raises BadImage; runs no code of the file."""
+    """Reads (logits float16 [5, H, W], class ids int64 [5, H, W]) of a map, without running code. Raises BadImage."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise BadImage(f"{path.name} is larger than any label map ({path.stat().st_size:,} bytes)")
         tensor = load_plain(path, max_pickle=MAX_PICKLE)
     except BadImage:
         raise
-    except Exception as error:  # a damaged file makes torch raise many types
-        told = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise BadImage(f"{path.name} cannot be read: {told}") from None
+    except Exception as error:  # torch raises errors of many types on damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise BadImage(f"{path.name} cannot be read: {reason}") from None
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4 or tensor.shape[0] != 2 or tensor.shape[1] > 64:
         shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise BadImage(f"{path.name} holds {shape}, expected a tensor [2, 5, H, W]")
@@ -163,7 +189,9 @@ def read_map(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(values[0]).all():
         raise BadImage(f"{path.name} has logits that are not finite")
     if not ((ids >= 0) & (ids < num_classes) & (ids == np.floor(ids))).all():
-        raise BadImage(f"{path.name}: its second half is no class ids below {num_classes}; are values and ids swapped?")
+        raise BadImage(
+            f"{path.name}: its second half has no class ids below {num_classes}; are values and ids swapped?"
+        )
     ids = ids.astype(np.int64)
     ordered = np.sort(ids, axis=0)
     if (ordered[1:] == ordered[:-1]).any():
@@ -172,22 +200,22 @@ def read_map(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_palette(values: np.ndarray, ids: np.ndarray, palette: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(class ids int64 [P], −1 unused; scores float16 [P, H, W]) of one map, the class with the largest share first."""
+    """Converts a map to (class ids int64 [P], −1 unused; scores float16 [P, H, W]), the largest class first."""
     weights = np.exp(values.astype(np.float64))
     share = weights / (weights.sum(0) + num_classes - len(values))
-    classes, place = np.unique(ids, return_inverse=True)
-    place = place.reshape(ids.shape)
-    total = np.bincount(place.ravel(), share.ravel(), len(classes))
+    classes, index = np.unique(ids, return_inverse=True)
+    index = index.reshape(ids.shape)
+    total = np.bincount(index.ravel(), share.ravel(), len(classes))
     order = np.argsort(-total, kind="stable")
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     scores = np.zeros((palette, *values.shape[1:]), np.float16)
-    np.put_along_axis(scores, rank[place], values, axis=0)
+    np.put_along_axis(scores, rank[index], values, axis=0)
     return np.pad(classes[order], (0, palette - len(classes)), constant_values=-1), scores
 
 
 def _survey(sources: dict[str, Path | str], num_classes: int, progress: bool) -> tuple[tuple[int, int], int]:
-    """(grid of the maps, most classes in one map). The palette must hold every class that any map names."""
+    """Returns (grid of the maps, most classes in one map); the palette must have room for all classes of a map."""
     grids: Counter[tuple[int, int]] = Counter()
     palette = 1
     paths = [path for path in sources.values() if isinstance(path, Path)]
@@ -214,6 +242,7 @@ def _make_plan(
     view: str,
     crop: float,
 ) -> Plan:
+    """Returns the plan of an import."""
     names, folders = name_classes(images.keys, num_classes, names_file)
     size = default_shard_size(len(images))
     meta = StoreMeta(
@@ -242,12 +271,13 @@ def _import_shard(
     config: LabelerConfig,
     decode: Any,
 ) -> None:
+    """Imports and commits one shard."""
     meta, teacher = plan.meta, plan.meta.teacher
     failures: dict[int, str] = {}
     rows: list[tuple[Any, ...]] = []
     for batch in load_batches(task, root, config, decode):
         failures |= batch.failures
-        for place, position in enumerate(batch.positions):
+        for index, position in enumerate(batch.positions):
             source = sources[task.keys[position]]
             try:
                 if not isinstance(source, Path):
@@ -258,10 +288,10 @@ def _import_shard(
             except BadImage as error:
                 failures[position] = str(error)
                 continue
-            size = batch.decoded.sizes[place]
+            size = batch.decoded.sizes[index]
             region = teacher_region(int(size[0]), int(size[1]), teacher["view"], teacher["crop_pct"])
             classes, scores = to_palette(values, ids, meta.palette, meta.num_classes)
-            rows.append((position, classes, scores, region, size, batch.digests[place]))
+            rows.append((position, classes, scores, region, size, batch.digests[index]))
     targets = np.array([task.targets[row[0]] for row in rows], np.int32)
     classes = np.array([row[1] for row in rows], np.int64).reshape(-1, meta.palette)
     shard_rows = ShardRows(
@@ -279,7 +309,8 @@ def _import_shard(
     write_shard(store, plan, task.shard, shard_rows, quarantine, stats, task.keys)
 
 
-def _bar(items: list, name: str, shown: bool) -> Any:
+def _bar(items: list, name: str, show_progress: bool) -> Any:
+    """Wraps items in a progress bar."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=name, disable=not shown)
+    return tqdm(items, desc=name, disable=not show_progress)

@@ -1,6 +1,6 @@
-"""A store's own teacher, built again from its record and asked once more.
+"""Builds a store's teacher again from its record, and labels images again.
 
-Legend: C classes; H×W map grid; K rows asked for.
+Legend: C classes; H×W map grid; K requested rows.
 """
 
 from __future__ import annotations
@@ -25,17 +25,40 @@ OLD_AUTOCASTS = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}  # wo
 
 
 def refuse_foreign_teacher(trusted: bool, plan: Plan, store: Path, option: str) -> None:
-    """Raise InputError where the teacher that a store names, which may be any code, is not to be run here."""
+    """Checks that the teacher that a store names, which may be any code, may be run here.
+
+    Args:
+        trusted: Whether it may.
+        plan: The store's plan.
+        store: The store's folder.
+        option: The option that needs the teacher, for the message.
+
+    Raises:
+        InputError: It may not.
+    """
     if not trusted:
         raise InputError(
-            f"{str(store)!r} was not written in one run of yours, and its teacher may be any code that it names",
+            f"{str(store)!r} was not written here in one run, and its teacher can be any code that it names",
             got=repr(plan.meta.teacher.get("name"))[:80],
-            remedy=f"Give --trusted if the store is your own or a friend's, or leave {option} away.",
+            remedy=f"Give --trusted if you trust this store, or omit {option}.",
         )
 
 
 def teacher_of(store: LabelStore, device: str) -> tuple[LoadedTeacher, Decoder]:
-    """The store's own teacher and decoder, built again from its record. Raises TeacherError, IntegrityError."""
+    """Builds a store's teacher and decoder from its record.
+
+    Args:
+        store: The store.
+        device: Device of the teacher.
+
+    Returns:
+        (teacher, decoder).
+
+    Raises:
+        InputError: The store was imported.
+        TeacherError: The teacher cannot be built.
+        IntegrityError: The teacher has other weights now.
+    """
     from labeler.base.runtime import pick_device
     from labeler.teacher.create_teacher import create_teacher
     from labeler.worker import decoder_for
@@ -62,10 +85,10 @@ def teacher_of(store: LabelStore, device: str) -> tuple[LoadedTeacher, Decoder]:
     teacher = create_teacher(config.teacher, device)
     if teacher.info.weights_sha256 != record["weights_sha256"]:
         raise IntegrityError(
-            "the store's teacher has changed since",
+            "the store's teacher has changed since labeling",
             got=f"weights {teacher.info.weights_sha256[:12]}",
             expected=record["weights_sha256"][:12],
-            remedy="Give it the checkpoint that it had.",
+            remedy="Restore the checkpoint that it had.",
         )
     return teacher, decoder_for(teacher, config, device, 1)
 
@@ -73,26 +96,35 @@ def teacher_of(store: LabelStore, device: str) -> tuple[LoadedTeacher, Decoder]:
 def teacher_kl(
     store: LabelStore, rows: np.ndarray, images: Path, teacher: LoadedTeacher, decoder: Decoder
 ) -> np.ndarray:
-    """float64 [K, 2]: KL(teacher ‖ store) of rows, mean over cells, in nats, with the teacher run again on the images.
+    """Runs the teacher again and compares its maps with those in the store.
 
-    The second column is what coding these maps anew costs, which is what an honest row has.
+    Args:
+        store: The store.
+        rows: int [K]: row numbers.
+        images: The image root.
+        teacher: The store's teacher.
+        decoder: The teacher's decoder.
+
+    Returns:
+        float64 [K, 2]: KL(teacher ‖ store), mean over cells, in nats; and the KL of encoding the new maps, which the
+        first value equals if nothing has changed.
     """
     from labeler.store.encoder import encode_maps, encode_planes
 
-    plan, found = store.plan, []
+    plan, parts = store.plan, []
     for chunk in np.array_split(rows, max(1, len(rows) // 16)):
         decoded = decoder([image_path(images, store.keys[row]).read_bytes() for row in chunk])
         if decoded.failures:
             raise IntegrityError(
-                "an image cannot be decoded any more", got=store.keys[chunk[next(iter(decoded.failures))]]
+                "an image can no longer be decoded", got=store.keys[chunk[next(iter(decoded.failures))]]
             )
         logits = teacher.label(decoded.pixels)
         if plan.code.as_background or plan.code.values is None:
-            anew = encode_maps(logits, plan.encoding).kl
+            again = encode_maps(logits, plan.encoding).kl
         else:  # format 1.0
-            anew = encode_planes(logits, plan.meta.palette, plan.code.values).kl
+            again = encode_planes(logits, plan.meta.palette, plan.code.values).kl
         log_p = logits.double().log_softmax(1).cpu()
         stored = store.read(chunk).to_torch().dense().double().clamp(min=1e-30).log()
         kl = (log_p.exp() * (log_p - stored)).sum(1).mean((1, 2)).numpy()
-        found.append(np.stack([kl, anew], 1))
-    return np.concatenate(found)
+        parts.append(np.stack([kl, again], 1))
+    return np.concatenate(parts)

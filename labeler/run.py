@@ -1,4 +1,4 @@
-"""`label_images`: a whole labeling run, from a folder of images to a complete store. It resumes by itself."""
+"""`label_images`: a complete labeling run, from a folder of images to a label store. It resumes automatically."""
 
 from __future__ import annotations
 
@@ -30,19 +30,31 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("labeler")
 
-ENOUGH = 20  # images of known classes, to tell agreement from chance
+ENOUGH = 20  # images of known class that are needed to compare agreement with chance
 MIN_SHARD_SIZE, MAX_SHARD_SIZE = 256, 10_000
 
 
 @dataclass(frozen=True)
 class LabelSummary:
-    """What a run did. Counts are of images; `seconds` are this run's own, from the first worker's readiness on.
+    """The result of a labeling run. Counts are of images, and means are over the whole store.
 
-    Means over the whole store: kl, KL(teacher ‖ store) per cell in nats; coverage, the probability that the labels
-    name; first_kept, the share of cells whose first class is kept. kl_of_reference is kl as a share of what the
-    reference's files (five float16 logits per cell) lose of the same maps; None where that was not compared.
-    agreement is the share of images whose mean map names the true class, None where no true class is known;
-    known counts the images whose is.
+    Attributes:
+        store: The store's folder.
+        rows: Images with labels.
+        quarantined: Images that could not be labeled.
+        labeled_now: Images that this run labeled.
+        shards: Shards of the store.
+        bytes_per_image: Size of the store per row, in bytes.
+        seconds: Duration of this run, from when the first worker was ready.
+        images_per_s: Speed of this run.
+        kl: Mean KL(teacher ‖ store) per cell, in nats.
+        coverage: Mean probability of the classes that the labels name.
+        first_kept: Share of cells whose most probable class is kept.
+        kl_of_reference: `kl` relative to that of the reference's files (five float16 logits per cell) for the same
+            maps; None if it was not measured.
+        agreement: Share of images whose mean map names the true class; None if no true class is known.
+        known: Images whose true class is known.
+        other_files: Files below the image root that are not images.
     """
 
     store: str
@@ -63,70 +75,81 @@ class LabelSummary:
 
 
 def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -> LabelSummary:
-    """Label every image below `images` into `store`; shards that are there already are kept.
+    """Labels every image below `images` and stores the labels. Shards that exist already are kept.
 
-    Raises InputError, TeacherError or MismatchError before any work where the input does not fit, LabelingError where
-    the run could not finish: what is committed stays, and the same call resumes.
+    Args:
+        images: Folder of images.
+        store: Folder of the label store; created if needed.
+        config: Settings of the run.
+
+    Returns:
+        What the run did.
+
+    Raises:
+        InputError: The images or settings cannot be used; raised before any work, as are the next two.
+        TeacherError: The teacher cannot be used.
+        MismatchError: The store was begun with other images or settings.
+        LabelingError: The run could not finish. Committed shards are kept, and the same call resumes.
     """
     from labeler.base.runtime import pick_device
     from labeler.teacher.create_teacher import create_teacher
 
     if config.workers:
         refuse_absent_ray()
-    found, path = find_images(images, config.image_list), Path(store)
+    image_set, path = find_images(images, config.image_list), Path(store)
     begun = load_plan(path)
-    if begun is not None and begun.meta.dataset_fingerprint != found.fingerprint:
-        refuse_other_images(found, begun.meta.dataset_fingerprint, stored_keys(path), path)
-    # The driver of a cluster may have no GPU itself.
+    if begun is not None and begun.meta.dataset_fingerprint != image_set.fingerprint:
+        refuse_other_images(image_set, begun.meta.dataset_fingerprint, stored_keys(path), path)
+    # The driver of a cluster may not have a GPU itself.
     elsewhere = config.workers and config.ray_address and config.device != "auto"
     device = config.device if elsewhere else str(pick_device(config.device))
     settled = _with_autocast(config, device, bool(elsewhere))
-    # Built here once, on the CPU, so that a wrong teacher is told of before any worker starts.
+    # Built here once, so that a wrong teacher is reported before any worker starts.
     teacher = create_teacher(settled.teacher, "cpu" if config.workers else device)
     info = teacher.info
-    encoding = _encoding(found, settled, "cpu" if elsewhere else device, begun)
-    plan = begin_store(path, make_plan(found, info, settled, encoding, begun, teacher.class_names))
-    _tell_other_folders(found, plan)
+    encoding = _encoding(image_set, settled, "cpu" if elsewhere else device, begun)
+    plan = begin_store(path, make_plan(image_set, info, settled, encoding, begun, teacher.class_names))
+    _warn_of_other_folders(image_set, plan)
     markers = committed_shards(path, plan)
-    tasks = [make_task(plan, found, shard) for shard in range(plan.meta.shards) if shard not in markers]
-    labeled, seconds = _run(tasks, found, path, plan, config, device, markers)
+    tasks = [make_task(plan, image_set, shard) for shard in range(plan.meta.shards) if shard not in markers]
+    labeled, seconds = _run(tasks, image_set, path, plan, config, device, markers)
     finished = finish_store(path, plan)
-    if not markers:  # the shards that were there may be another's
+    if not markers:  # existing shards may come from elsewhere
         remember_written(path)
-    summary = _summary(path, finished, labeled, seconds, found.other)
-    _tell_chance(summary, plan)
+    summary = _summary(path, finished, labeled, seconds, image_set.other)
+    _warn_of_chance(summary, plan)
     return summary
 
 
-def _tell_other_folders(images: ImageSet, plan: Plan) -> None:
-    """Where the images lie in folders that name none of the teacher's classes."""
+def _warn_of_other_folders(images: ImageSet, plan: Plan) -> None:
+    """Warns if the images are in folders whose names are not the teacher's classes."""
     folders = sorted({key.split("/", 1)[0] for key in images.keys if "/" in key})
     if len(folders) > 1 and not plan.class_folders:
         log.warning(
-            "the %d folders of %s (%s%s) are not the teacher's %d classes, so no image's true class is known: nothing "
-            "tells whether the labels are right, and training cannot evaluate on such folders. --class-names FILE "
-            "names the classes, one a line in the teacher's order; folders of these names are known then.",
+            "the %d folders of %s (%s%s) are not the teacher's %d classes, so no image's true class is known: the "
+            "labels cannot be checked against it, and training cannot evaluate on these images. --class-names FILE "
+            "lists the class names, one per line in the teacher's order, to match the folders with.",
             len(folders), images.root, ", ".join(folders[:3]), ", …" * (len(folders) > 3), plan.meta.num_classes,
         )  # fmt: skip
 
 
-def _tell_chance(summary: LabelSummary, plan: Plan) -> None:
-    """Where the labels name the folders' classes no more often than guesses would, to three standard deviations."""
+def _warn_of_chance(summary: LabelSummary, plan: Plan) -> None:
+    """Warns if the labels agree with the folders' classes no more often than chance, up to three deviations."""
     known, chance = summary.known, 1 / plan.meta.num_classes
     if summary.agreement is None or known < ENOUGH:
         return
     if summary.agreement <= chance + 3 * math.sqrt(chance * (1 - chance) / known):
         log.warning(
-            "only %.1f %% of %d images are labeled with their folder's class, as guesses among %d classes would be: is "
-            "the teacher one of these classes, in this order? --class-names FILE gives the teacher's order.",
+            "only %.1f %% of %d images are labeled with their folder's class, no better than chance among %d classes: "
+            "does the teacher have these classes, in this order? --class-names FILE gives the teacher's order.",
             100 * summary.agreement, known, plan.meta.num_classes,
         )  # fmt: skip
 
 
 def _with_autocast(config: LabelerConfig, device: str, elsewhere: bool) -> LabelerConfig:
-    """`config` with "auto" settled, so that the plan tells what the workers do.
+    """Returns `config` with an autocast precision in place of "auto", so that the plan records what the workers use.
 
-    GPUs that are elsewhere are taken to have bfloat16: a worker whose GPU has not refuses to work.
+    GPUs of other machines are assumed to have bfloat16; a worker whose GPU lacks it refuses to run.
     """
     import torch
 
@@ -138,7 +161,7 @@ def _with_autocast(config: LabelerConfig, device: str, elsewhere: bool) -> Label
 
 
 def stored_keys(store: Path) -> tuple[str, ...]:
-    """The keys of a complete store, quarantined ones included; nothing where it is not complete or damaged."""
+    """Returns the keys of a store, quarantined ones included; empty if the store is incomplete or damaged."""
     try:
         labels = LabelStore(store)
         return (*labels.keys, *(entry["key"] for entry in labels.quarantine))
@@ -147,10 +170,11 @@ def stored_keys(store: Path) -> tuple[str, ...]:
 
 
 def _encoding(images: ImageSet, config: LabelerConfig, device: str, begun: Plan | None) -> Encoding:
+    """Returns the encoding of the settings, or the one that fits `bytes_per_image`."""
     if config.bytes_per_image is None:
         return asked_encoding(config)
     if begun is not None and begun.settings.get("bytes_per_image") == config.bytes_per_image:
-        return begun.encoding  # as it was settled before the first shard
+        return begun.encoding  # as it was chosen before the first shard
     return fit_encoding(config, images, device)
 
 
@@ -159,12 +183,12 @@ def make_plan(
     info: TeacherInfo,
     config: LabelerConfig,
     encoding: Encoding,
-    found: Plan | None,
+    begun: Plan | None,
     class_names: tuple[str, ...] = (),
 ) -> Plan:
-    """The plan that `config` asks for; the shard size of a store that was begun stays unless it is set."""
+    """Returns the plan for these settings. The shard size of an existing store is kept unless one is set."""
     names, folders = name_classes(images.keys, info.num_classes, config.class_names, class_names)
-    size = config.shard_size or (found.shard_size if found else default_shard_size(len(images)))
+    size = config.shard_size or (begun.shard_size if begun else default_shard_size(len(images)))
     coded = encoding.precision == "uint8"
     palette, tail = encoding.places(info.num_classes)
     settings = {name: getattr(config, name) for name in sorted(names_that_affect(LabelerConfig, "values"))}
@@ -196,12 +220,12 @@ def make_plan(
 
 
 def default_shard_size(images: int) -> int:
-    """About 64 shards, so that workers share them evenly, of 256 to 10,000 images: a shard's own bytes hardly count."""
+    """Returns the images per shard for about 64 shards, an even load for workers; from 256 to 10,000."""
     return min(MAX_SHARD_SIZE, max(MIN_SHARD_SIZE, math.ceil(images / 64)))
 
 
 def teacher_record(info: TeacherInfo, config: LabelerConfig) -> dict[str, Any]:
-    """What a store says about its teacher: enough to compare two, and to build it again."""
+    """Returns what a store records of its teacher: enough to compare two teachers, and to build it again."""
     record = dataclasses.asdict(info)
     record.update(view=config.teacher.view, checkpoint=config.teacher.checkpoint)
     record.update(random_weights=config.teacher.random_weights)
@@ -211,6 +235,7 @@ def teacher_record(info: TeacherInfo, config: LabelerConfig) -> dict[str, Any]:
 
 
 def make_task(plan: Plan, images: ImageSet, shard: int) -> Any:
+    """Returns the `ShardTask` of one shard."""
     from labeler.worker import ShardTask
 
     part = plan.slice_of(shard)
@@ -233,7 +258,7 @@ def _run(
     device: str,
     markers: dict[int, Marker],
 ) -> tuple[int, float]:
-    """Label the tasks: rows that this run labeled, and seconds from the first worker's readiness to the last result."""
+    """Labels the shards of `tasks`; returns the rows labeled and the seconds since the first worker was ready."""
     from tqdm import tqdm
 
     if not tasks:
@@ -255,13 +280,14 @@ def _run(
         bar.set_postfix(quarantined=quarantined, refresh=False)
         for result in execute(tasks, images.root, store, plan, config, device, advance):
             quarantined += result.quarantined
-            labeled += result.rows * result.committed  # not what another run on the same store committed meanwhile
+            labeled += result.rows * result.committed  # without what another run on the same store committed meanwhile
             bar.set_postfix(quarantined=quarantined, refresh=False)
             ended = time.perf_counter()
     return labeled, ended - began[0]
 
 
 def _summary(store: Path, markers: list[Marker], labeled: int, seconds: float, other: int) -> LabelSummary:
+    """Sums up a finished run from the markers of all shards."""
     rows = sum(marker.rows for marker in markers)
     names = ("kl", "coverage", "first_kept", "reference_kl", "compared_kl", "agree", "known")
     total = {name: sum(m.stats.get(name, 0.0) for m in markers) for name in names}

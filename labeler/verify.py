@@ -1,4 +1,4 @@
-"""`verify`: every bit of a store, its images, and that its teacher still says the same."""
+"""`verify`: checks a store bit by bit, its images, and whether its teacher still gives the same labels."""
 
 from __future__ import annotations
 
@@ -24,49 +24,52 @@ def verify_store(
     seed: int = 0,
     trusted: bool = False,
 ) -> Verification:
-    """Check a store's plan, markers, digests, layout, rows and view; with `images`, also every image file.
+    """Checks a store's plan, markers, digests, layout, rows and view; with `images`, also every image file.
 
     Args:
-        store: Its folder.
+        store: The store's folder.
         images: The image root that was labeled.
         relabel: Run the store's teacher again on this many random rows (needs `images`).
-        device: For `relabel`.
-        progress: Show bars.
-        seed: Of the random rows.
-        trusted: Trust this store: no check in a child process, and its teacher, which may be any function that can
-            be imported, may be run.
+        device: Device of the teacher, for `relabel`.
+        progress: Show progress bars.
+        seed: Seed of the random rows.
+        trusted: Trust this store: skip the check in a child process, and allow running its teacher, which may be any
+            function that can be imported.
+
+    Returns:
+        What was checked, and all problems.
 
     Raises:
-        InputError: There is no store at all, or options do not go together. All else is a problem in the result.
+        InputError: There is no store, or options do not go together. Everything else is a problem in the result.
     """
-    found = check_store(store, trusted=trusted, progress=progress)
+    result = check_store(store, trusted=trusted, progress=progress)
     if relabel and images is None:
         raise InputError("--relabel needs --images", remedy="Give the image root that was labeled.")
-    if found.problems or images is None:
-        return found
+    if result.problems or images is None:
+        return result
     opened = LabelStore(store, trusted=True)
     if relabel:
         refuse_foreign_teacher(trusted or refuse_hostile(Path(store)), opened.plan, Path(store), "--relabel")
     checked, problems = opened.check_images(images, progress)
-    found = replace(found, images_checked=checked, problems=problems)
-    return _relabeled(found, opened, Path(images), relabel, device, seed) if relabel and not problems else found
+    result = replace(result, images_checked=checked, problems=problems)
+    return _relabeled(result, opened, Path(images), relabel, device, seed) if relabel and not problems else result
 
 
 def _relabeled(
-    found: Verification, store: LabelStore, images: Path, count: int, device: str, seed: int
+    result: Verification, store: LabelStore, images: Path, count: int, device: str, seed: int
 ) -> Verification:
-    """The teacher asked again for random rows, and those that it now sees otherwise."""
+    """Labels random rows again; those that differ now are problems."""
     rows = np.sort(np.random.default_rng(seed).permutation(len(store))[:count])
     try:
         teacher, decoder = teacher_of(store, device)
         kl = teacher_kl(store, rows, images, teacher, decoder)
     except IntegrityError as error:
-        return replace(found, problems=(str(error),))
+        return replace(result, problems=(str(error),))
     problems = []
-    for row, (value, anew) in zip(rows.tolist(), kl.tolist(), strict=True):
-        limit = 1.5 * anew + 0.05  # room for another device's rounding; another image or map is far above
+    for row, (value, again) in zip(rows.tolist(), kl.tolist(), strict=True):
+        limit = 1.5 * again + 0.05  # room for another device's rounding; a wrong image or map is far above
         if not value <= limit:
             problems.append(
                 f"row {row} ({store.keys[row]!r}): the teacher now differs by {value:.3f} nats (limit {limit:.3f})"
             )
-    return replace(found, relabeled=len(rows), relabel_kl=float(kl[:, 0].mean()), problems=tuple(problems))
+    return replace(result, relabeled=len(rows), relabel_kl=float(kl[:, 0].mean()), problems=tuple(problems))

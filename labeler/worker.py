@@ -1,4 +1,4 @@
-"""Labeling one shard: a plain function of its images, the teacher and the plan, wherever it runs.
+"""Labels one shard: a pure function of its images, the teacher and the plan, on any machine.
 
 Legend: B images of a batch; C classes; P palette size; R tail size; H×W map grid; S side of the teacher's input.
 """
@@ -34,7 +34,12 @@ SUMS = ("kl", "coverage", "entropy", "first_kept")  # fields of `EncodedMaps` th
 class ShardTask:
     """The images of one shard: a contiguous slice of the sorted keys.
 
-    sizes: file sizes in bytes; targets: class ids, −1 unknown; problems: position -> why a file cannot be opened.
+    Attributes:
+        shard: Number of the shard.
+        keys: Keys of the images.
+        sizes: File sizes in bytes.
+        targets: Class ids; −1 where unknown.
+        problems: position -> why the file cannot be opened.
     """
 
     shard: int
@@ -46,7 +51,14 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a worker tells about a finished shard; `committed` is False where another writer was first."""
+    """A worker's report of a finished shard.
+
+    Attributes:
+        shard: Number of the shard.
+        rows: Images with labels.
+        quarantined: Images that could not be labeled.
+        committed: False if another writer was first.
+    """
 
     shard: int
     rows: int
@@ -56,7 +68,14 @@ class ShardResult:
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """Positions in the shard [K], file digests [K], decoded images, and the reason for each position that fell out."""
+    """A batch of decoded images.
+
+    Attributes:
+        positions: K positions in the shard.
+        digests: K digests of the image files.
+        decoded: The K decoded images.
+        failures: position -> reason, for the images that cannot be used.
+    """
 
     positions: list[int]
     digests: list[int]
@@ -65,43 +84,64 @@ class LoadedBatch:
 
 
 class ShardLabeler:
-    """A worker's teacher and decoder, loaded once and used for one shard after another."""
+    """A worker's teacher and decoder, loaded once and used for one shard after another.
+
+    Args:
+        root: The image root.
+        store: The store's folder.
+        plan: The store's plan.
+        config: Settings of the run.
+        device: Device of the teacher.
+        threads: CPU threads.
+
+    Raises:
+        MismatchError: The teacher has other weights or another precision than the plan.
+    """
 
     def __init__(self, root: Path, store: Path, plan: Plan, config: LabelerConfig, device: str, threads: int) -> None:
         import torch
 
-        # Sums differ in their last bit between thread counts: pinned, so that a shard labeled again is the same shard.
+        # The last bits of sums depend on the thread count: fix it, so that labeling a shard again gives the same shard.
         torch.set_num_threads(threads)
         self.root, self.store, self.plan, self.config = root, store, plan, config
         self.teacher = create_teacher(config.teacher, device)
         self.decoder = decoder_for(self.teacher, config, device, threads)
-        found = self.teacher.info.weights_sha256
-        if found != plan.meta.teacher["weights_sha256"]:
+        weights = self.teacher.info.weights_sha256
+        if weights != plan.meta.teacher["weights_sha256"]:
             raise MismatchError(
-                "this worker's teacher has other weights than the run's",
-                got=found[:12],
+                "this worker's teacher has other weights than the run",
+                got=weights[:12],
                 expected=plan.meta.teacher["weights_sha256"][:12],
                 remedy="Give every node the same checkpoint and the same library versions.",
             )
         precision = self.teacher.info.autocast
         if precision != plan.meta.teacher["autocast"]:
             raise MismatchError(
-                "this worker's GPU computes in another precision than the run's labels",
+                "this worker's GPU uses another precision than the run",
                 got=precision,
                 expected=plan.meta.teacher["autocast"],
-                remedy="Begin a new store with autocast float16, which all GPUs have, or use GPUs of one kind.",
+                remedy="Start a new store with autocast float16, which all GPUs support, or use GPUs of one kind.",
             )
 
     def __call__(self, task: ShardTask, advance: Callable[[int], None] = lambda _: None) -> ShardResult:
-        """Label, commit and report one shard; `advance` is told of every few images done."""
-        already = read_marker(self.store, task.shard, self.plan.meta.shards)
-        if already is not None:  # by another run on the same store
+        """Labels and commits one shard.
+
+        Args:
+            task: The shard.
+            advance: Called every few images with their number.
+
+        Returns:
+            The report.
+        """
+        marker = read_marker(self.store, task.shard, self.plan.meta.shards)
+        if marker is not None:  # committed by another run on the same store
             advance(len(task.keys))
-            return ShardResult(task.shard, already.rows, len(already.quarantine), committed=False)
+            return ShardResult(task.shard, marker.rows, len(marker.quarantine), committed=False)
         return label_shard(task, self.root, self.store, self.plan, self.config, self.teacher, self.decoder, advance)
 
 
 def decoder_for(teacher: LoadedTeacher, config: LabelerConfig, device: str, threads: int) -> Decoder:
+    """Creates the decoder for a teacher's input."""
     settings = DecodeSettings(
         size=teacher.info.input_size,
         view=config.teacher.view,
@@ -125,7 +165,7 @@ def label_shard(
     decoder: Decoder,
     advance: Callable[[int], None],
 ) -> ShardResult:
-    """Decode, label, encode and commit the images of `task`; images that cannot be labeled go to its quarantine."""
+    """Decodes, labels, encodes and commits the images of `task`; those that cannot be labeled are quarantined."""
     failures: dict[int, str] = {}
     parts: list[ShardRows] = []
     stats = dict.fromkeys((*SUMS, "agree", "known", "reference_kl", "compared_kl"), 0.0)
@@ -151,7 +191,7 @@ def label_shard(
 
 
 def load_batches(task: ShardTask, root: Path, config: LabelerConfig, decoder: Decoder) -> Iterator[LoadedBatch]:
-    """Batches in order, read and decoded by a thread that works ahead of the teacher."""
+    """Yields batches in order, read and decoded by a thread that works ahead of the teacher."""
     size, count = config.batch_size, len(task.keys)
     slices = iter([range(start, min(start + size, count)) for start in range(0, count, size)])
     thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
@@ -163,7 +203,7 @@ def load_batches(task: ShardTask, root: Path, config: LabelerConfig, decoder: De
                     pending.append(thread.submit(_load, task, positions, root, config, decoder))
                 except RuntimeError as error:
                     remedy = "Raise the limit on processes and threads (ulimit -u), or free some."
-                    raise LabelingError("no thread to read images can be started", got=error, remedy=remedy) from None
+                    raise LabelingError("cannot start a thread to read images", got=error, remedy=remedy) from None
             if not pending:
                 return
             yield pending.popleft().result()
@@ -172,7 +212,7 @@ def load_batches(task: ShardTask, root: Path, config: LabelerConfig, decoder: De
 
 
 def _load(task: ShardTask, positions: range, root: Path, config: LabelerConfig, decoder: Decoder) -> LoadedBatch:
-    """Read, check and decode the images at `positions`."""
+    """Reads, checks and decodes the images at `positions`."""
     encoded, kept, failures = [], [], {}
     for i in positions:
         try:
@@ -186,29 +226,29 @@ def _load(task: ShardTask, positions: range, root: Path, config: LabelerConfig, 
             encoded.append(data)
             kept.append(i)
     decoded = decoder(encoded)
-    failures |= {kept[place]: reason for place, reason in decoded.failures.items()}
+    failures |= {kept[index]: reason for index, reason in decoded.failures.items()}
     return LoadedBatch(
-        [kept[place] for place in decoded.kept],
-        [image_digest(encoded[place]) for place in decoded.kept],
+        [kept[index] for index in decoded.kept],
+        [image_digest(encoded[index]) for index in decoded.kept],
         decoded,
         failures,
     )
 
 
 def _without(batch: LoadedBatch, finite: list[bool], teacher: LoadedTeacher) -> LoadedBatch:
-    """The batch without the images whose scores are not finite."""
-    kept = [place for place, good in enumerate(finite) if good]
+    """Returns the batch without the images whose scores are not finite."""
+    kept = [index for index, good in enumerate(finite) if good]
     if not kept and len(finite) > 1:
         raise TeacherError(
             f"teacher {teacher.info.name} gives no finite scores for a whole batch of images",
             got=f"NaN or infinity, autocast {teacher.info.autocast}",
-            remedy="Use autocast float32, or look at std and at the weights.",
+            remedy="Use autocast float32, or check std and the weights.",
         )
     decoded = batch.decoded
     lost = [i for i, good in zip(batch.positions, finite, strict=True) if not good]
     return LoadedBatch(
-        [batch.positions[place] for place in kept],
-        [batch.digests[place] for place in kept],
+        [batch.positions[index] for index in kept],
+        [batch.digests[index] for index in kept],
         Decoded(decoded.pixels[kept], decoded.sizes[kept], kept, {}),
         batch.failures | dict.fromkeys(lost, "the teacher's scores are not finite"),
     )
@@ -217,6 +257,7 @@ def _without(batch: LoadedBatch, finite: list[bool], teacher: LoadedTeacher) -> 
 def _rows(
     task: ShardTask, batch: LoadedBatch, maps: EncodedMaps, plan: Plan, config: LabelerConfig, crop_pct: float
 ) -> ShardRows:
+    """Returns a batch's rows."""
     sizes = batch.decoded.sizes
     tail = bool(plan.meta.tail)
     region = [teacher_region(height, width, config.teacher.view, crop_pct) for height, width in sizes.tolist()]
@@ -235,7 +276,7 @@ def _rows(
 
 
 def _join(parts: list[ShardRows], plan: Plan) -> ShardRows:
-    """All parts as one, also where there is none."""
+    """Concatenates parts, of which there may be none."""
     arrays = {}
     for name in plan.layout.keys() - {"key", "checksum", "code_values"}:
         dtype, shape = plan.layout[name]
@@ -244,6 +285,7 @@ def _join(parts: list[ShardRows], plan: Plan) -> ShardRows:
 
 
 def _add_stats(stats: dict[str, float], maps: EncodedMaps, predicted: np.ndarray, target: np.ndarray) -> None:
+    """Adds a batch to the sums over rows."""
     for name in SUMS:
         stats[name] += float(getattr(maps, name).sum(dtype=np.float64))
     compared = np.isfinite(maps.reference_kl)

@@ -1,6 +1,6 @@
-"""Images and label maps to training batches, cropped together: `create_loader`, `Batch`, `TokenTargets`.
+"""Training batches of images with their label maps, cropped together: `create_loader`, `Batch`, `TokenTargets`.
 
-Each name below is fetched when it is first used, so that a command starts before torch is there.
+Each name below is imported on first use, so that commands start without waiting for torch.
 """
 
 from __future__ import annotations

@@ -12,7 +12,9 @@ except ImportError:
 
     import labeler
 
-    print(f"error: {labeler.__file__} hides a package of ours. Use `token-labeling COMMAND` instead.", file=sys.stderr)
+    print(
+        f"error: {labeler.__file__} hides one of our packages. Use `token-labeling COMMAND` instead.", file=sys.stderr
+    )
     raise SystemExit(2) from None
 
 if __name__ == "__main__":
@@ -33,16 +35,17 @@ from pipeline.config import BACKENDS, MIXES, LoaderConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Runs one command and returns its exit status."""
     return run_command(_parser().parse_args(arguments), extra="train")
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
-    """The parser of one command, for completion and documentation."""
+    """Returns the parser of one command, for completion and documentation."""
     return parser_of_command(_parser(), command)
 
 
 def _view(options: argparse.Namespace) -> int:
+    """Runs `view`."""
     from pipeline.loader import create_loader
     from pipeline.view import draw_batch
 
@@ -69,6 +72,7 @@ def _view(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> LoaderConfig:
+    """Returns the settings that the flags give."""
     size, patch = options.image_size, options.patch
     if not 0 < patch <= size or size % patch:
         raise InputError("the patches do not fit the image", got=f"{size} pixels in patches of {patch}")
@@ -91,24 +95,33 @@ def _config(options: argparse.Namespace) -> LoaderConfig:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog=program("pipeline"), description="Training batches of images with token labels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    text = "draw one training batch: do the images and their token labels agree?"
+    text = "draw one training batch as a picture, to check that images and token labels agree"
     view = add_command(commands, "view", _view, text)
     view.add_argument("images", type=Path, help="the image root that was labeled, or its tar shards")
     view.add_argument("--store", type=Path, required=True, help="folder of the label store")
-    view.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    view.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
     view.add_argument("--count", type=int, default=8, metavar="B", help="images in the batch (%(default)s)")
-    view.add_argument("--image-size", type=int, default=224, metavar="S", help="side of the input (%(default)s px)")
-    view.add_argument("--patch", type=int, default=16, help="side of a token (%(default)s px)")
     view.add_argument(
-        "--auto-augment", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help='timm\'s, "3a" or "none" (%(default)s)'
+        "--image-size", type=int, default=224, metavar="S", help="side of the network input in pixels (%(default)s)"
     )
-    view.add_argument("--mix", choices=MIXES, default="none", help="mix the batch in a box: its tokens, or its pixels")
-    view.add_argument("--erase-prob", type=float, default=0.0, metavar="P", help="of random erasing (%(default)s)")
-    view.add_argument("--seed", type=int, default=0)
-    view.add_argument("--epoch", type=int, default=0, help="which epoch's first batch (%(default)s)")
-    view.add_argument("--backend", choices=BACKENDS, default="auto")
+    view.add_argument("--patch", type=int, default=16, help="side of a token in pixels (%(default)s)")
     view.add_argument(
-        "--opacity", type=float, default=0.55, help="of a class of probability 1 over the image (%(default)s)"
+        "--auto-augment",
+        default="rand-m9-mstd0.5-inc1",
+        metavar="POLICY",
+        help='augmentation in timm\'s notation, "3a" or "none" (%(default)s)',
+    )
+    view.add_argument(
+        "--mix", choices=MIXES, default="none", help="mix the tokens or the pixels of images in a box (%(default)s)"
+    )
+    view.add_argument(
+        "--erase-prob", type=float, default=0.0, metavar="P", help="probability of random erasing (%(default)s)"
+    )
+    view.add_argument("--seed", type=int, default=0, help="seed of order and augmentation (%(default)s)")
+    view.add_argument("--epoch", type=int, default=0, help="draw the first batch of this epoch (%(default)s)")
+    view.add_argument("--backend", choices=BACKENDS, default="auto", help="backend of the loader (%(default)s)")
+    view.add_argument(
+        "--opacity", type=float, default=0.55, help="opacity of a class of probability 1 over the image (%(default)s)"
     )
     return parser
 

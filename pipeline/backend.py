@@ -1,4 +1,4 @@
-"""What the two backends share: what they are given, what they return, and how a bad image is named.
+"""The interface of the two backends, and the errors for bad images.
 
 Legend: B images; S input side.
 """
@@ -28,10 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch before any decoding.
+    """A batch before decoding.
 
-    samples int64 [B]; their keys; sizes int64 [B, 2], height and width that each must decode to; the encoded files,
-    as the backend's decoder takes them; what is drawn for them; their label rows if any
+    Attributes:
+        samples: int64 [B]: the samples.
+        keys: Their keys.
+        sizes: int64 [B, 2]: height and width that each image must have when decoded.
+        encoded: Their files, as the backend's decoder takes them.
+        draws: The random numbers of the batch.
+        rows: Their label rows; None: no token labels.
     """
 
     samples: np.ndarray
@@ -43,31 +48,39 @@ class Prepared:
 
 
 class LoaderBackend:
-    """Turns prepared batches into images, cropped, resized, flipped, augmented, normalised, and maps into targets."""
+    """Decodes, crops, resizes, flips, augments and normalizes the images of batches, and crops their label maps.
+
+    Args:
+        config: Settings of the loader.
+        orientation: "exif" or "ignore".
+        vouched: Whether the labeler has decoded every image in full.
+        augments: Whether draws can have kernels or affine maps.
+        device: Device of the images.
+        threads: CPU threads.
+    """
 
     name: str
 
     def __init__(
         self, config: LoaderConfig, orientation: str, vouched: bool, augments: bool, device: torch.device, threads: int
     ) -> None:
-        """vouched: the labeler has decoded every image in full; augments: kernels or affine maps may be drawn."""
         self.config, self.orientation, self.vouched, self.augments = config, orientation, vouched, augments
         self.device, self.threads = device, threads
         shape = (1, 3, 1, 1)
         self._scale = (1 / (255 * torch.tensor(config.std, dtype=torch.float32, device=device))).view(shape)
         self._mean = (255 * torch.tensor(config.mean, dtype=torch.float32, device=device)).view(shape)
-        # What a warp uncovers gets the mean colour: zero after normalisation.
+        # Pixels that a warp uncovers get the mean color: zero after normalization.
         self.fill = tuple(min(255, round(255 * channel)) for channel in config.mean)
 
     def encoded(self, data: bytes, key: str, size: np.ndarray) -> bytes:
-        """What the decoder is given of a file that must decode to `size`, int64 [2]; called in many threads."""
+        """Returns what the decoder gets of a file whose image has `size`, int64 [2]. Called in many threads."""
         return data
 
     def decode(self, data: bytes, key: str, size: np.ndarray) -> Image:
-        """PIL's RGB image. Raises IntegrityError where there is none, or one of another size."""
+        """Decodes an image with PIL. Raises IntegrityError if that fails or its size is not `size`, int64 [2]."""
         try:
             image = open_rgb(data, self.orientation)
-        except Exception as reason:  # PIL's decoders raise many types
+        except Exception as reason:  # PIL's decoders raise errors of many types
             raise unreadable(self._path(key), f"it cannot be decoded: {reason}") from None
         if (image.height, image.width) != tuple(size.tolist()):
             got = f"{image.height}×{image.width} pixels instead of {size[0]}×{size[1]}"
@@ -75,28 +88,29 @@ class LoaderBackend:
         return image
 
     def _path(self, key: str) -> str:
+        """Returns the path of an image, for messages."""
         return str(Path(self.config.images) / key)
 
     def images(self, prepared: Iterator[Prepared]) -> Iterator[tuple[Prepared, torch.Tensor]]:
-        """Normalised float32 [B, 3, S, S] on the device for each prepared batch, in order."""
+        """Yields each batch with its images: normalized float32 [B, 3, S, S], on the device."""
         raise NotImplementedError
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, 3, S, S] to float32."""
+        """Normalizes uint8 [B, 3, S, S] to float32."""
         return torch.sub(pixels, self._mean).mul_(self._scale)
 
     def targets(self, maps: ScoreMaps, draws: Draws) -> TokenTargets:
-        """The part of each map that its image shows."""
+        """Crops maps to the views of the images."""
         raise NotImplementedError
 
 
 def decoding_failed(batches: Iterable[Prepared], error: Exception) -> IntegrityError:
-    """The error where a decoder fails on a batch and on none of its images alone."""
+    """Returns the error for when a decoder fails on a batch, but not on any single image."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines if any(word in line for word in ("ailed", "ailure", "not valid"))]
+    failures = [line for line in lines if any(word in line for word in ("ailed", "ailure", "not valid"))]
     keys = ", ".join(repr(key) for batch in batches for key in batch.keys[:4])
     return IntegrityError(
         "a batch cannot be decoded",
-        got=(told or lines)[0],
-        remedy=f'It is one with {keys} …; backend="reference" tells more.',
+        got=(failures or lines)[0],
+        remedy=f'The batch has {keys} …; backend="reference" may report the image.',
     )

@@ -1,4 +1,4 @@
-"""What a loader yields, and what any other loop hands to the loss.
+"""The batch that a loader yields, and that any training loop gives to the loss.
 
 Legend: B images; S input side; P palette size; T tokens.
 """
@@ -19,15 +19,18 @@ from pipeline.labels.targets import TokenTargets
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with the targets of their tokens: `Batch(images, targets, labels)`, the rest has its defaults.
+    """Images with the targets of their tokens: `Batch(images, targets, labels)`; the rest has defaults.
 
-    images   float32 [B, 3, S, S], normalised
-    targets  of every image's own tokens, mixed or not: token b takes its partner's (image B−1−b) inside `mix`
-    labels   int64 [B]: true classes, −1 where not known
-    mix      the box of tokens that are mixed, None where nothing is
-    keys     B image keys; None: all empty; rows int64 [B]: their rows in the label store; None: −1, without one
-    views    what each input shows of its image; None: all of it
-    mixed_pixels  images show their partners inside the box already; otherwise the model mixes its tokens
+    Attributes:
+        images: float32 [B, 3, S, S], normalized.
+        targets: Targets of every image's own tokens, mixed or not. Inside of `mix`, image b takes the targets of its
+            partner, image B−1−b.
+        labels: int64 [B]: true classes, −1 where not known.
+        mix: The box of tokens that are mixed; None: no mixing.
+        keys: B image keys; None: all empty.
+        rows: int64 [B]: rows in the label store; None: −1, without a store.
+        views: The part of its image that each input shows; None: all of it.
+        mixed_pixels: Whether the pixels inside of the box are mixed already; otherwise the model mixes its tokens.
     """
 
     images: torch.Tensor
@@ -43,9 +46,9 @@ class Batch:
         n = len(self)
         if len(self.targets) != n or len(self.labels) != n:
             raise InputError(
-                "a batch has one target and one label for each image",
+                "a batch needs one target and one label for each image",
                 got=f"{n} images, {len(self.targets)} targets, {len(self.labels)} labels",
-                remedy="labels are −1 where they are not known.",
+                remedy="Use −1 for labels that are not known.",
             )
         if self.keys is None:
             object.__setattr__(self, "keys", ("",) * n)
@@ -60,16 +63,17 @@ class Batch:
 
     @property
     def token_mix(self) -> MixBox | None:
-        """The box that the model has still to apply to its tokens: `model(batch.images, mix=batch.token_mix)`."""
+        """The box in which the model must mix its tokens, or None: `model(batch.images, mix=batch.token_mix)`."""
         return None if self.mixed_pixels else self.mix
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Batch:
-        """With images, targets and labels on `device`; keys, rows and views are for the host and stay there."""
+        """Returns the batch with images, targets and labels on `device`; keys, rows and views stay on the host."""
         return self._moved(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """With images, targets and labels in pinned memory, as `DataLoader(pin_memory=True)` asks for."""
+        """Returns the batch with images, targets and labels in pinned memory, for `DataLoader(pin_memory=True)`."""
         return self._moved(lambda part: part.pin_memory())
 
     def _moved(self, move: Callable) -> Batch:
+        """Applies `move` to images, targets and labels."""
         return replace(self, images=move(self.images), targets=move(self.targets), labels=move(self.labels))

@@ -1,10 +1,10 @@
 """The fast backend: DALI decodes, crops and resizes in its threads or on the GPU; augmentation follows on the device.
 
-What DALI would read differently than PIL (`labeler.sources.plain_files`), PIL decodes first, where files are read.
+PIL decodes the files that DALI would read differently (`labeler.sources.plain_files`), in the threads that read files.
 
 Legend: B images; S input side.
 
-One definition serves both machines. What is shown of each image is data, drawn beforehand, so nothing here is random.
+The pipeline is the same on CPU and GPU. The windows are data, drawn beforehand, so nothing here is random.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ METHODS = np.array([int(types.INTERP_LINEAR), int(types.INTERP_CUBIC)], np.int32
 
 @pipeline_def
 def _windows(config: LoaderConfig, source: Any, orientation: str, on_gpu: bool, whole: bool, as_bytes: bool) -> Any:
-    """[3, S, S] of each image: bytes where augmentation follows, otherwise normalised.
+    """DALI's pipeline from files to images [3, S, S]: bytes if augmentation follows, otherwise normalized.
 
-    whole: decode all of each image, also where a window shows a part, so that any damage is noticed
+    whole: decode all of each image, even if only a window is needed, so that any damage is noticed.
     """
     encoded, window, hflip, method = fn.external_source(
         source=source,
@@ -55,7 +55,7 @@ def _windows(config: LoaderConfig, source: Any, orientation: str, on_gpu: bool, 
     elif config.train:
         images = fn.decoders.image(encoded, **how)
         images = fn.slice(images, window[0:2], window[2:4] - window[0:2], axes=[0, 1])
-    else:  # resized as a whole and cropped then, the filter sees across the window's edge
+    else:  # resized first and cropped afterwards, so that the filter sees across the edge of the window
         images = fn.decoders.image(encoded, **how)
         part = {"roi_start": window[0:2], "roi_end": window[2:4]}
     method = fn.cast(method, dtype=types.INTERP_TYPE)
@@ -68,13 +68,16 @@ def _windows(config: LoaderConfig, source: Any, orientation: str, on_gpu: bool, 
 
 
 class DaliBackend(LoaderBackend):
+    """Decodes and resizes with DALI, and augments whole batches on the device."""
+
     name = "dali"
 
     def encoded(self, data: bytes, key: str, size: np.ndarray) -> bytes:
-        """The file where DALI decodes it as PIL does, otherwise PIL's pixels."""
+        """Returns the file if DALI decodes it like PIL, otherwise PIL's pixels."""
         return plain_file(data) or as_ppm(self.decode(data, key, size))
 
     def images(self, prepared: Iterator[Prepared]) -> Iterator[tuple[Prepared, torch.Tensor]]:
+        """Yields each batch with its images: normalized float32 [B, 3, S, S], on the device."""
         waiting: deque[Prepared] = deque()  # to be decoded again
         pending: deque[Prepared] = deque()
         failures: list[BaseException] = []
@@ -84,21 +87,21 @@ class DaliBackend(LoaderBackend):
                 if failures and not waiting:
                     raise StopIteration
                 item = waiting.popleft() if waiting else next(prepared)
-            except StopIteration:  # ends DALI's epoch as well
+            except StopIteration:  # also ends DALI's epoch
                 raise
-            except BaseException as error:  # told when the batches before it are out
+            except BaseException as error:  # raised after the batches before it
                 failures.append(error)
                 raise StopIteration from None
             pending.append(item)
-            return self._fed(item)
+            return self._inputs(item)
 
         on_gpu, augmented = self.device.type == "cuda", self.augments
-        # Built anew each epoch, 20 ms on a CPU: nothing of an iteration that was left early can stay in it.
+        # Built for each epoch (20 ms on a CPU), so that nothing remains of an iteration that was left early.
         pipeline = self._pipeline(source, self.config.batch_size, self.config.prefetch)
         while True:
             try:
                 pipeline.schedule_run()
-                # Ordered on the stream that uses them; DALI frees what torch gives back after a device synchronisation.
+                # Ordered on the stream that uses them; DALI frees what torch returns after a device synchronization.
                 (output,) = pipeline.share_outputs(torch.cuda.current_stream(self.device) if on_gpu else None)
                 images = torch.from_dlpack(output.as_tensor())
                 pipeline.release_outputs()
@@ -106,8 +109,8 @@ class DaliBackend(LoaderBackend):
                 if failures:
                     raise failures[0] from None
                 return
-            except RuntimeError as error:  # the pipeline is lost, and all that it was given
-                waiting.extendleft(reversed(self._mended(list(pending), error)))
+            except RuntimeError as error:  # the pipeline and its inputs are lost
+                waiting.extendleft(reversed(self._repaired(list(pending), error)))
                 pending.clear()
                 pipeline = self._pipeline(source, self.config.batch_size, self.config.prefetch)
                 continue
@@ -115,6 +118,7 @@ class DaliBackend(LoaderBackend):
             yield item, self.normalize(self.augment(images, item.draws)) if augmented else images
 
     def _pipeline(self, source: Callable[[], tuple], batch_size: int, prefetch: int) -> Any:
+        """Builds the pipeline."""
         on_gpu = self.device.type == "cuda"
         return _windows(
             self.config,
@@ -129,8 +133,8 @@ class DaliBackend(LoaderBackend):
             prefetch_queue_depth=prefetch,
         )
 
-    def _fed(self, item: Prepared, images: slice = slice(None)) -> tuple:
-        """What the pipeline is given of a batch, or of some images of it."""
+    def _inputs(self, item: Prepared, images: slice = slice(None)) -> tuple:
+        """Returns the pipeline's inputs for a batch, or for some of its images."""
         draws = item.draws
         windows = draws.windows.astype(np.int32 if self.config.train else np.float32)
         encoded = [np.frombuffer(data, np.uint8) for data in item.encoded[images]]
@@ -141,40 +145,41 @@ class DaliBackend(LoaderBackend):
             METHODS[draws.bicubic.astype(int)][images],
         )
 
-    def _mended(self, batches: list[Prepared], error: Exception) -> list[Prepared]:
-        """The batches with PIL's pixels in place of each image that DALI refuses.
+    def _repaired(self, batches: list[Prepared], error: Exception) -> list[Prepared]:
+        """Returns batches with PIL's pixels for each image that DALI cannot decode.
 
-        Each is tried alone and with its window, so that a batch is the same whichever others were waiting with it.
-        Raises IntegrityError naming the image where PIL refuses it too, and where DALI refuses none alone.
+        Each image is tried alone, with its window, so that a batch does not depend on others in the queue. Raises
+        IntegrityError, which names the image, if PIL cannot decode it either, and if DALI can decode every image.
         """
-        mended = []
+        repaired = []
         for batch in batches:
             encoded = list(batch.encoded)
             for i, (key, size) in enumerate(zip(batch.keys, batch.sizes, strict=True)):
-                if not self._takes(batch, i):
+                if not self._decodes(batch, i):
                     encoded[i] = as_ppm(self.decode(encoded[i], key, size))
-                    log.warning("DALI cannot decode %r: PIL does, and its batch takes longer", key)
-            mended.append(replace(batch, encoded=encoded))
-        if all(new.encoded == old.encoded for new, old in zip(mended, batches, strict=True)):
+                    log.warning("DALI cannot decode %r: PIL does, so its batch takes longer", key)
+            repaired.append(replace(batch, encoded=encoded))
+        if all(new.encoded == old.encoded for new, old in zip(repaired, batches, strict=True)):
             raise decoding_failed(batches, error) from error
-        return mended
+        return repaired
 
-    def _takes(self, batch: Prepared, i: int) -> bool:
+    def _decodes(self, batch: Prepared, i: int) -> bool:
         """Whether DALI decodes image i of a batch."""
         try:
-            self._pipeline(lambda: self._fed(batch, slice(i, i + 1)), 1, 1).run()
+            self._pipeline(lambda: self._inputs(batch, slice(i, i + 1)), 1, 1).run()
         except RuntimeError:
             return False
         return True
 
     def augment(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """uint8 [B, 3, S, S], changed in place: every kernel, then one warp of those images that need it."""
+        """Augments uint8 [B, 3, S, S] in place: all kernels, then one warp of the images that need it."""
         images = apply_kernels(images, draws.kernels, draws.amounts)
-        bent = np.nonzero((draws.affine != np.eye(2, 3)).any((1, 2)))[0]
-        if len(bent):
-            index = torch.from_numpy(bent).to(images.device)
-            images[index] = warp(images[index], torch.from_numpy(draws.affine[bent]), self.fill)
+        warped = np.nonzero((draws.affine != np.eye(2, 3)).any((1, 2)))[0]
+        if len(warped):
+            index = torch.from_numpy(warped).to(images.device)
+            images[index] = warp(images[index], torch.from_numpy(draws.affine[warped]), self.fill)
         return images
 
     def targets(self, maps: ScoreMaps, draws: Draws) -> TokenTargets:
+        """Crops maps to the views of the images."""
         return crop_score_maps(maps, draws.views.boxes, self.config.grid, affine=draws.views.affine)

@@ -1,4 +1,4 @@
-"""`create_loader`: images and label maps, cropped together, as batches that can be resumed anywhere.
+"""`create_loader`: batches of images with their label maps, cropped together, resumable at any batch.
 
 Legend: B images; S input side; h×w token grid, T = h·w.
 """
@@ -30,26 +30,47 @@ from pipeline.config import LoaderConfig
 from pipeline.labels.label_rows import LabelRows
 from pipeline.labels.targets import TokenTargets, label_targets
 from pipeline.order import EpochOrder
-from pipeline.prefetcher import Ahead
+from pipeline.prefetcher import Prefetcher
 from pipeline.samples import open_samples, scan_sizes
 
 
 def create_loader(config: LoaderConfig, check: Callable[[int], None] | None = None) -> TokenLabelLoader:
-    """The loader of a configuration.
+    """Creates the loader of a configuration.
 
-    check  called with the batches of an epoch before any image is opened; what it raises ends the loader
-    Raises InputError, MismatchError or IntegrityError where images, labels and settings do not fit together.
+    Args:
+        config: Settings of the loader.
+        check: Called with the number of batches of an epoch, before any image is opened; it may raise an error.
+
+    Returns:
+        The loader.
+
+    Raises:
+        InputError: A setting or an image source cannot be used.
+        MismatchError: Images, labels and settings do not belong together.
+        IntegrityError: The store or an image is damaged.
     """
     return TokenLabelLoader(config, check=check)
 
 
 class TokenLabelLoader:
-    """Iterates from where it stands to the end of the epoch; the next iteration is the next epoch.
+    """Iterates from its current batch to the end of the epoch; the next iteration is the next epoch.
 
-    In training an iteration that was left early, or ended by an error, goes on with the batch that was next; an
-    evaluation begins again. `state_dict()` tells where the loader stands; one that loads it, in any process, yields the
-    remaining batches bit for bit. Among another number of ranks, with as many images a step, it goes on with the same
-    images in each step, but other crops.
+    In training, a new iteration after one that was left early, or ended by an error, continues with the next batch; an
+    evaluation starts again. `state_dict()` has the position of the loader; a loader that loads it, in any process,
+    yields the remaining batches bit for bit. With another number of ranks and as many images per step, each step has
+    the same images, but other crops.
+
+    Args:
+        config: Settings of the loader.
+        policies: Augmentation policies; None: those that the settings name.
+        check: See `create_loader`.
+
+    Attributes:
+        config: Its settings.
+        device: Device of the batches.
+        samples: Its images with their label rows.
+        num_classes: C.
+        epoch: The current epoch.
     """
 
     def __init__(
@@ -58,7 +79,6 @@ class TokenLabelLoader:
         policies: tuple[Policy, ...] | None = None,
         check: Callable[[int], None] | None = None,
     ) -> None:
-        """`policies` take the place of those that the configuration names; check: see `create_loader`."""
         self.config = config
         self.device = pick_device(config.device)
         self.threads = config.threads or rank_threads(config.world_size)
@@ -94,7 +114,7 @@ class TokenLabelLoader:
         self.rows = None
         if self.samples.store is not None and config.token_labels:
             self.rows = LabelRows(self.samples.store, self.device)
-        # Its own stream: copies and small waits of the next batch do not queue behind the training step.
+        # Its own stream, so that copies and waits of the next batch do not queue behind the training step.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.backend = backend(
             config,
@@ -105,26 +125,27 @@ class TokenLabelLoader:
             self.threads,
         )
         self.epoch = 0
-        self._batch = 0  # of the epoch, the next to come
+        self._batch = 0  # of the epoch: the next one
         self._loaded = False
-        self._turn = 0  # counts iterations and moves
+        self._turn = 0  # counts iterations and changes of position
 
     def __len__(self) -> int:
-        """Batches in an epoch of this rank."""
+        """Returns the number of batches of this rank in an epoch."""
         return len(self.order)
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.config.train and not self._loaded:
-            self._batch = 0  # an evaluation that was left early is worth nothing: it begins again
+            self._batch = 0  # an evaluation that was left early is useless: start again
         elif self._batch >= len(self):
             self.epoch, self._batch = self.epoch + 1, 0
         self._loaded, self._turn = False, self._turn + 1
         return self._iterate(self._turn, self.epoch, self._batch)
 
     def _iterate(self, turn: int, epoch: int, start: int) -> Iterator[Batch]:
+        """Yields the rest of an epoch; `turn` identifies this iteration."""
         work = self._batches(epoch, start)
-        # On a GPU, copies that block do so in a thread of their own.
-        batches = Ahead(work, 1) if self.device.type == "cuda" else work
+        # On a GPU, blocking copies run in their own thread.
+        batches = Prefetcher(work, 1) if self.device.type == "cuda" else work
         try:
             for batch, ready in batches:
                 self._refuse_moved(turn)
@@ -138,22 +159,30 @@ class TokenLabelLoader:
         self.epoch, self._batch = epoch + 1, 0
 
     def _refuse_moved(self, turn: int) -> None:
+        """Raises InputError if the loader was moved during an iteration."""
         if turn != self._turn:
             raise InputError(
-                "this iteration has lost its place",
-                got="another iteration, set_epoch or load_state_dict while it went on",
-                remedy="Use one iteration at a time, and move the loader between them.",
+                "the loader was moved while this iterator was in use",
+                got="another iteration, set_epoch or load_state_dict in the meantime",
+                remedy="Use one iterator at a time, and move the loader between iterations only.",
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the first batch of another epoch. The epoch where the loader stands already stays where it is."""
+        """Moves the loader to the first batch of another epoch; does nothing if it is in this epoch already.
+
+        Args:
+            epoch: Number of the epoch, from 0 on.
+
+        Raises:
+            InputError: The epoch is not a whole number, 0 or more.
+        """
         if int(epoch) != epoch or epoch < 0:
             raise InputError("epoch must be a whole number, 0 or more", got=repr(epoch))
         if int(epoch) != self.epoch:
             self.epoch, self._batch, self._turn = int(epoch), 0, self._turn + 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands: plain numbers and texts, equal on all ranks."""
+        """Returns the position of the loader, in plain numbers and texts; it is the same on all ranks."""
         return {
             "epoch": self.epoch,
             "batch": self._batch,
@@ -162,29 +191,40 @@ class TokenLabelLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the batch that `state` was taken at. Raises MismatchError where it belongs to another loader."""
+        """Moves the loader to a saved position.
+
+        Args:
+            state: What `state_dict()` returned.
+
+        Raises:
+            InputError: It is not the state of a loader, or has an impossible position.
+            MismatchError: It belongs to a loader with other images, labels or settings.
+        """
         try:
             epoch, batch, settings = int(state["epoch"]), int(state["batch"]), dict(state["settings"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError("this is not the state of a loader", got=f"{type(error).__name__}: {error}") from None
         ours = self._settings()
         different = [name for name in {**ours, **settings} if plain(ours.get(name)) != plain(settings.get(name))]
-        if _images_a_step(ours) == _images_a_step(settings):  # of all ranks; the order is cut into these
+        if _images_per_step(ours) == _images_per_step(settings):  # of all ranks: the order is the same
             different = [name for name in different if name not in ("batch_size", "world_size")]
         if different:
             raise MismatchError(
                 "the saved state belongs to another loader",
-                got=_told(settings, different, state.get("images")),
-                expected=_told(ours, different, len(self.samples)),
+                got=_settings_text(settings, different, state.get("images")),
+                expected=_settings_text(ours, different, len(self.samples)),
                 remedy="Resume with the images, labels and settings that it was saved with.",
             )
         if not (epoch >= 0 and 0 <= batch <= len(self)):
             raise InputError(
-                "the saved state has no such place", got=f"batch {batch}, epoch {epoch}", expected=f"0 to {len(self)}"
+                "the saved state has an impossible position",
+                got=f"batch {batch}, epoch {epoch}",
+                expected=f"0 to {len(self)}",
             )
         self.epoch, self._batch, self._loaded, self._turn = epoch, batch, True, self._turn + 1
 
     def _settings(self) -> dict[str, Any]:
+        """Returns the settings that a saved state must have in common with this loader."""
         names = names_that_affect(LoaderConfig, "values", "rounding")
         kept = {name: value for name, value in asdict(self.config).items() if name in names}
         where = {
@@ -195,14 +235,14 @@ class TokenLabelLoader:
         return {**kept, **where, "policies": repr(self.policies), "fingerprint": self.samples.fingerprint}
 
     def _batches(self, epoch: int, start: int) -> Generator[tuple[Batch, torch.cuda.Event | None]]:
-        """The rest of an epoch, each batch with the event that tells when its device work is done."""
+        """Yields the rest of an epoch, each batch with the CUDA event that marks the end of its work, or None."""
         pool = ThreadPoolExecutor(self.threads, "images")
-        ahead = Ahead(self._prepare(epoch, start, pool), self.config.prefetch)
-        shown = self.backend.images(ahead)
+        ahead = Prefetcher(self._prepare(epoch, start, pool), self.config.prefetch)
+        decoded = self.backend.images(ahead)
         try:
             while True:
                 with self._on_own_stream():
-                    item = next(shown, None)
+                    item = next(decoded, None)
                     if item is None:
                         return
                     batch, ready = self._finish(*item), None
@@ -214,6 +254,7 @@ class TokenLabelLoader:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _prepare(self, epoch: int, start: int, pool: ThreadPoolExecutor) -> Generator[Prepared]:
+        """Yields the batches with their files and label rows read and all random numbers drawn."""
         order = self.order.epoch(epoch)
         for batch in range(start, len(self)):
             chosen = self.order.batch(order, batch)
@@ -227,21 +268,23 @@ class TokenLabelLoader:
             yield Prepared(chosen, keys, sizes, encoded, draws, rows)
 
     def _on_own_stream(self) -> AbstractContextManager:
+        """Makes the loader's stream the current one."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _hand_over(self, batch: Batch, ready: torch.cuda.Event) -> None:
-        """Let the stream of the caller wait for the batch, and the allocator know who uses it."""
+        """Makes the caller's stream wait for the batch, and tells the allocator that this stream uses it."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(ready)
         for tensor in (batch.images, batch.labels, *vars(batch.targets).values()):
             tensor.record_stream(current)
 
-    def _read(self, samples: list[int]) -> list[bytes]:
-        of = self.samples
-        return [self.backend.encoded(of.read(sample), of.key(sample), of.sizes[sample]) for sample in samples]
+    def _read(self, indices: list[int]) -> list[bytes]:
+        """Reads image files for the decoder."""
+        samples = self.samples
+        return [self.backend.encoded(samples.read(i), samples.key(i), samples.sizes[i]) for i in indices]
 
     def _finish(self, prepared: Prepared, images: torch.Tensor) -> Batch:
-        """Erase and mix; crop the labels."""
+        """Erases and mixes pixels, and crops the labels."""
         config, draws = self.config, prepared.draws
         if draws.erased.any():
             generator = torch.Generator(self.device).manual_seed(draws.noise_seed)
@@ -254,12 +297,14 @@ class TokenLabelLoader:
         return Batch(images, targets, labels, draws.mix, prepared.keys, rows, draws.views, config.mix == "image")
 
     def _targets(self, prepared: Prepared, labels: torch.Tensor) -> TokenTargets:
+        """Returns the targets of a batch."""
         if self.rows is None or prepared.rows is None:
             return label_targets(labels, self.config.grid[0] * self.config.grid[1])
         return self.backend.targets(self.rows.decode(prepared.rows), prepared.draws)
 
 
 def _backend(config: LoaderConfig) -> type[LoaderBackend]:
+    """Returns the class of the configured backend."""
     name = config.backend
     if name == "auto":
         name = "dali" if has_dali() else "reference"
@@ -276,19 +321,21 @@ def _backend(config: LoaderConfig) -> type[LoaderBackend]:
     return DaliBackend
 
 
-def _images_a_step(settings: Mapping[str, Any]) -> Any:
+def _images_per_step(settings: Mapping[str, Any]) -> Any:
+    """Returns the images of all ranks in one step; None if the settings are damaged."""
     of_rank, ranks = settings.get("batch_size"), settings.get("world_size")
     return of_rank * ranks if isinstance(of_rank, int) and isinstance(ranks, int) else None
 
 
-def _told(settings: Mapping[str, Any], names: Sequence[str], images: int | None) -> str:
-    """The settings of these names. A fingerprint is of images, of which people know how many there are."""
-    told = [f"{name} {_short(settings.get(name))}" for name in names]
+def _settings_text(settings: Mapping[str, Any], names: Sequence[str], images: int | None) -> str:
+    """Describes settings by name; `images`: adds the number of images to their fingerprint."""
+    parts = [f"{name} {_short(settings.get(name))}" for name in names]
     if "fingerprint" in names and images is not None:
-        told[names.index("fingerprint")] += f" of {images:,} images"
-    return ", ".join(told)
+        parts[names.index("fingerprint")] += f" of {images:,} images"
+    return ", ".join(parts)
 
 
 def _short(value: Any) -> str:
+    """Returns a value as text, cut to a few characters."""
     text = str(value)
     return text if len(text) <= 24 else text[:12] + "…"

@@ -1,4 +1,4 @@
-"""Work done ahead in a thread."""
+"""Runs an iterator ahead of its consumer, in a thread."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ T = TypeVar("T")
 _END = object()
 
 
-class Ahead(Iterator[T]):
-    """Runs an iterator in its own thread, at most `depth` items ahead; its exception is raised where it is reached."""
+class Prefetcher(Iterator[T]):
+    """Runs an iterator in its own thread, a few items ahead of the consumer.
+
+    An exception of the iterator is raised in its place, after the items before it.
+
+    Args:
+        items: The iterator.
+        depth: Most items ahead.
+    """
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
         self._items = items
@@ -22,6 +29,7 @@ class Ahead(Iterator[T]):
         self._thread.start()
 
     def _run(self) -> None:
+        """Puts all items, then the exception or the end, into the queue."""
         last: object = _END
         try:
             for item in self._items:
@@ -32,6 +40,7 @@ class Ahead(Iterator[T]):
         self._put(last)
 
     def _put(self, item: object) -> bool:
+        """Waits for room in the queue. Returns False if the consumer has stopped."""
         while not self._stopped.is_set():
             try:
                 self._ready.put(item, timeout=0.1)
@@ -43,10 +52,10 @@ class Ahead(Iterator[T]):
     def __next__(self) -> T:
         item = self._ready.get()
         if item is _END or isinstance(item, BaseException):
-            self._ready.put(item)  # for whoever asks again
+            self._ready.put(item)  # for the next call
             raise item if isinstance(item, BaseException) else StopIteration
         return item
 
     def close(self) -> None:
-        """Let the thread end, without waiting: a collected generator calls this from whatever thread it is in."""
+        """Stops the thread, without waiting for it: a garbage-collected generator may call this from any thread."""
         self._stopped.set()

@@ -1,4 +1,4 @@
-"""The readable backend, with PIL and timm's operations: twin of `dali_loader`, its stand-in where DALI has no wheel.
+"""The readable backend, with PIL and timm's operations: twin of `dali_loader`, and its substitute without DALI.
 
 Legend: B images; S input side.
 """
@@ -25,7 +25,7 @@ OPERATIONS = {
     policy.AUTOCONTRAST: lambda image, _: timm_ops.auto_contrast(image),
     policy.EQUALIZE: lambda image, _: timm_ops.equalize(image),
     policy.INVERT: lambda image, _: timm_ops.invert(image),
-    # PIL's own refuses to keep 0 bits, which level 10 of "PosterizeIncreasing" asks for.
+    # PIL's own cannot keep 0 bits, which level 10 of "PosterizeIncreasing" needs.
     policy.POSTERIZE: lambda image, bits: image.point([v & (256 - 2 ** (8 - int(bits))) for v in range(256)] * 3),
     policy.SOLARIZE: lambda image, threshold: timm_ops.solarize(image, int(threshold)),
     policy.SOLARIZE_ADD: lambda image, added: timm_ops.solarize_add(image, int(added)),
@@ -38,17 +38,20 @@ OPERATIONS = {
 
 
 class ReferenceBackend(LoaderBackend):
+    """Decodes and augments with PIL, one image at a time."""
+
     name = "reference"
 
     def images(self, prepared: Iterator[Prepared]) -> Iterator[tuple[Prepared, torch.Tensor]]:
+        """Yields each batch with its images: normalized float32 [B, 3, S, S], on the device."""
         with ThreadPoolExecutor(self.threads) as pool:
             for item in prepared:
-                shown = pool.map(lambda i, item=item: self.show(item, i), range(len(item.draws)))
-                pixels = torch.from_numpy(np.stack(list(shown))).permute(0, 3, 1, 2).contiguous()
+                images = pool.map(lambda i, item=item: self.load_image(item, i), range(len(item.draws)))
+                pixels = torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).contiguous()
                 yield item, self.normalize(pixels.to(self.device))
 
-    def show(self, item: Prepared, i: int) -> np.ndarray:
-        """uint8 [S, S, 3]: image i of the batch."""
+    def load_image(self, item: Prepared, i: int) -> np.ndarray:
+        """Decodes, crops and augments image i of a batch; returns uint8 [S, S, 3]."""
         image = self.decode(item.encoded[i], item.keys[i], item.sizes[i])
         draws, side = item.draws, self.config.image_size
         y0, x0, y1, x1 = draws.windows[i].tolist()
@@ -62,10 +65,10 @@ class ReferenceBackend(LoaderBackend):
         for kernel, amount in zip(draws.kernels[i], draws.amounts[i], strict=True):
             if kernel != policy.KEEP:
                 image = OPERATIONS[int(kernel)](image, float(amount))
-        return np.asarray(self.bend(image, draws.affine[i]))
+        return np.asarray(self.warp(image, draws.affine[i]))
 
-    def bend(self, image: Any, affine: np.ndarray) -> Any:
-        """The image's geometric operations, in PIL's order of coordinates and in pixels."""
+    def warp(self, image: Any, affine: np.ndarray) -> Any:
+        """Applies the affine map [2, 3] of an image, with PIL."""
         if (affine == np.eye(2, 3)).all():
             return image
         (yy, yx, y), (xy, xx, x) = affine.tolist()
@@ -79,4 +82,5 @@ class ReferenceBackend(LoaderBackend):
         )
 
     def targets(self, maps: ScoreMaps, draws: Draws) -> TokenTargets:
+        """Crops maps to the views of the images."""
         return crop_one_by_one(maps, draws.views, self.config.grid)

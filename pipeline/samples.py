@@ -1,4 +1,4 @@
-"""The samples of a loader: images joined with their label rows, sizes and true classes, and checked before any work.
+"""The samples of a loader: images joined with their label rows, sizes and true classes, checked before any work.
 
 Legend: N samples.
 """
@@ -18,7 +18,7 @@ from itertools import islice
 import numpy as np
 from tqdm import tqdm
 
-from labeler.base.errors import InputError, IntegrityError, MismatchError, told
+from labeler.base.errors import InputError, IntegrityError, MismatchError, error_text
 from labeler.sources.class_names import folder_classes, targets_of
 from labeler.sources.images import FORMATS, BadImage, difference, image_digest
 from labeler.sources.pixels import decoded_size
@@ -30,24 +30,27 @@ log = logging.getLogger("pipeline")
 
 PROGRESS_FROM = 5_000  # images
 OTHER_FOLDERS = (
-    "Give each class a folder, whose sorted names are the classes' order, or label with --class-names, which tells the "
-    "folders' classes. On folders of other classes than the teacher's nothing can be evaluated (data.validation=none). "
-    "In Python, class_folders says which class each folder is."
+    "Make one folder per class, in sorted order of the classes, or label with --class-names, which lists the folders' "
+    "names in order of the classes. If the folders are not the teacher's classes, there is no evaluation "
+    "(data.validation=none). In Python, class_folders maps folders to classes."
 )
 MOST_NAMED = 20  # bad images in an error
 
 
 @dataclass(frozen=True)
 class Samples:
-    """
-    source       where the files are read
-    positions    int64 [N]: place of each sample in the source
-    store, rows  the label store and the row of each sample, int64 [N]; None and −1 without labels
-    sizes        int64 [N, 2]: height and width of the decoded image
-    labels       int64 [N]: true class, −1 not known
-    digests      uint64 [N]: what the labeled files' bytes hash to; None without a store
-    orientation  "exif" or "ignore"
-    num_classes  C
+    """The samples of a loader.
+
+    Attributes:
+        source: The source of the image files.
+        positions: int64 [N]: position of each sample in the source.
+        store: The label store; None: no labels.
+        rows: int64 [N]: row of each sample in the store; −1 without a store.
+        sizes: int64 [N, 2]: height and width of the decoded images.
+        labels: int64 [N]: true classes, −1 where not known.
+        digests: uint64 [N]: xxh3-64 of the files that were labeled; None without a store.
+        orientation: "exif" or "ignore".
+        num_classes: C.
     """
 
     source: ImageSource
@@ -64,21 +67,22 @@ class Samples:
         return len(self.positions)
 
     def key(self, sample: int) -> str:
+        """Returns the key of a sample."""
         return self.source.images.keys[self.positions[sample]]
 
     def read(self, sample: int) -> bytes:
-        """The image file. Raises IntegrityError where it cannot be read or is not the one that was labeled."""
+        """Reads an image file. Raises IntegrityError if that fails, or if it is not the file that was labeled."""
         data = self.source.read(int(self.positions[sample]))
         if self.digests is not None and image_digest(data) != self.digests[sample]:
-            remedy = "Restore it or label again; `python -m labeler verify STORE --images DIR` names all such images."
+            remedy = "Restore it or label again; `python -m labeler verify STORE --images DIR` lists all such images."
             raise unreadable(
-                self.source.path(int(self.positions[sample])), "other bytes than when it was labeled", remedy
+                self.source.path(int(self.positions[sample])), "its bytes have changed since it was labeled", remedy
             )
         return data
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over keys, files' sizes, true classes and the store: tells whether a saved state fits."""
+        """sha256 over keys, file sizes, true classes and the store, to check that a saved state belongs to them."""
         digest = hashlib.sha256(self.source.images.fingerprint.encode())
         digest.update(self.positions.tobytes() + self.labels.tobytes())
         digest.update((self.store.fingerprint if self.store else "").encode())
@@ -86,10 +90,18 @@ class Samples:
 
 
 def open_samples(config: LoaderConfig) -> Samples:
-    """Join and check; no image is opened yet, so that `sizes` are zero without a store: see `scan_sizes`.
+    """Joins images with their labels and checks them. No image is opened.
 
-    Raises MismatchError where images and labels do not belong together, InputError where there is nothing to train on,
-    IntegrityError for a damaged store.
+    Args:
+        config: Settings of the loader.
+
+    Returns:
+        The samples. Without a store their `sizes` are zero, see `scan_sizes`.
+
+    Raises:
+        MismatchError: Images and labels do not belong together.
+        InputError: There are no images, or a class is not known.
+        IntegrityError: The store is damaged.
     """
     source = open_source(config.images, config.image_list, config.progress)
     if config.store is None:
@@ -102,6 +114,7 @@ def open_samples(config: LoaderConfig) -> Samples:
 
 
 def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) -> Samples:
+    """Joins images with the rows of a store."""
     row_of = {key: row for row, key in enumerate(store.keys)}
     quarantined = {entry["key"] for entry in store.quarantine}
     keys = source.images.keys
@@ -120,7 +133,7 @@ def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) ->
     if config.image_list is None:
         _check_same_images(source, store, rows, choose)
     if len(positions) < len(keys):
-        log.warning("%d images are in the quarantine of %s and left out", len(keys) - len(positions), name)
+        log.warning("%d images are in the quarantine of %s and are skipped", len(keys) - len(positions), name)
     if not len(positions):
         raise InputError(f"all {len(keys)} images are in the quarantine of {name!r}")
     columns = {name: store.column(name)[rows] for name in ("image_size", "target", "image_digest")}
@@ -149,7 +162,7 @@ def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) ->
 
 
 def _check_same_images(source: ImageSource, store: LabelStore, rows: np.ndarray, choose: str) -> None:
-    """A whole folder must hold every labeled image, with the bytes that were labeled as far as file sizes tell."""
+    """Checks that a source has every labeled image, with the same file sizes. Raises MismatchError."""
     if source.images.fingerprint == store.meta.dataset_fingerprint:
         return
     left_out = np.ones(len(store), bool)
@@ -168,18 +181,19 @@ def _check_same_images(source: ImageSource, store: LabelStore, rows: np.ndarray,
         raise MismatchError(
             f"images below {str(source.images.root)!r} changed after they were labeled",
             got=difference(source.images, everything),
-            remedy=f"`python -m labeler verify {store.path} --images {source.images.root}` names them; restore or "
-            "label them again.",
+            remedy=f"`python -m labeler verify {store.path} --images {source.images.root}` lists them; restore "
+            "them or label them again.",
         )
 
 
 def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
+    """Finds the true classes of images without a store."""
     images = source.images
     count, folders = config.num_classes, config.class_folders
     labels = source.labels if folders is None else None
     if labels is None:
         if folders is None:
-            # All folders of the root, also those of which a list names nothing: their order is the class ids.
+            # All folders of the root, even those without a listed image: their order gives the class ids.
             folders = folder_classes(source.folders, count)
             if count is not None and count != len(folders):
                 raise MismatchError(
@@ -199,9 +213,19 @@ def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
 
 
 def scan_sizes(source: ImageSource, orientation: str, threads: int | None, progress: bool) -> np.ndarray:
-    """int64 [N, 2]: height and width of every image after its orientation, from the headers alone.
+    """Reads the size of every image from its header.
 
-    Raises IntegrityError naming all that are none.
+    Args:
+        source: The images.
+        orientation: "exif" or "ignore".
+        threads: Threads to use; None: 4.
+        progress: Show a progress bar.
+
+    Returns:
+        int64 [N, 2]: height and width, after rotation.
+
+    Raises:
+        IntegrityError: Files cannot be used as images; it names them.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -216,7 +240,7 @@ def scan_sizes(source: ImageSource, orientation: str, threads: int | None, progr
     def size(position: int) -> tuple[int, int]:
         if position in bad:
             return 0, 0
-        with suppress(Exception):  # PIL's parsers raise many types; a long header may need the whole file
+        with suppress(Exception):  # PIL's parsers raise errors of many types; a long header may need the whole file
             return parse(source.head(position))
         try:
             return parse(source.read(position))
@@ -225,20 +249,20 @@ def scan_sizes(source: ImageSource, orientation: str, threads: int | None, progr
         except UnidentifiedImageError:
             bad[position] = "not an image, or of an unknown format"
         except Exception as error:
-            bad[position] = f"not an image that can be read: {told(error)}"
+            bad[position] = f"cannot be read as an image: {error_text(error)}"
         return 0, 0
 
     n = len(source.images)
     with ThreadPoolExecutor(threads or 4) as pool:
-        found = tqdm(pool.map(size, range(n)), "image headers", n, disable=not progress or n < PROGRESS_FROM)
-        sizes = np.array(list(found), np.int64).reshape(-1, 2)
+        results = tqdm(pool.map(size, range(n)), "image headers", n, disable=not progress or n < PROGRESS_FROM)
+        sizes = np.array(list(results), np.int64).reshape(-1, 2)
     if bad:
         raise _all_unreadable({source.path(position): bad[position] for position in sorted(bad)}, n)
     return sizes
 
 
 def _all_unreadable(bad: Mapping[str, str], count: int) -> IntegrityError:
-    """bad: path -> reason."""
+    """Returns the error for unusable images; bad: path -> reason; count: number of all images."""
     if len(bad) == 1:
         return unreadable(*next(iter(bad.items())))
     named = [f"{path!r} ({reason})" for path, reason in islice(bad.items(), MOST_NAMED)]
@@ -250,6 +274,7 @@ def _all_unreadable(bad: Mapping[str, str], count: int) -> IntegrityError:
 
 
 def _check_classes(config: LoaderConfig, samples: Samples) -> None:
+    """Raises an error if the number of classes differs, or a class is out of range or needed and not known."""
     if config.num_classes is not None and samples.store and samples.num_classes != config.num_classes:
         raise MismatchError(
             "the label store has another number of classes than the network",
@@ -260,7 +285,7 @@ def _check_classes(config: LoaderConfig, samples: Samples) -> None:
     if len(samples) and samples.labels.max() >= samples.num_classes:
         worst = int(samples.labels.argmax())
         raise MismatchError(
-            "a true class is outside the classes",
+            "a true class is out of range",
             got=f"class {samples.labels[worst]} of {samples.key(worst)!r}",
             expected=f"less than {samples.num_classes}",
         )
@@ -270,7 +295,7 @@ def _check_classes(config: LoaderConfig, samples: Samples) -> None:
 
 
 def _unknown_classes(config: LoaderConfig, samples: Samples, keys: list[str]) -> InputError:
-    """What to say of images whose class is needed and not known."""
+    """Returns the error for images whose class is needed and not known."""
     problem = f"the true class of {len(keys):,} images is not known"
     folders = sorted({key.split("/", 1)[0] for key in keys if "/" in key})
     known = config.class_folders
@@ -280,16 +305,17 @@ def _unknown_classes(config: LoaderConfig, samples: Samples, keys: list[str]) ->
         return InputError(
             problem,
             got=f"{_some(keys)} in {len(folders)} folder(s) that are not among the classes: {_some(folders)}",
-            expected=f"folders named as the classes are: {_some(sorted(known))}",
-            remedy="Name them so, or leave them out.",
+            expected=f"folders with the names of the classes: {_some(sorted(known))}",
+            remedy="Rename the folders, or leave these images out.",
         )
     return InputError(
         problem,
         got=_some(keys),
         expected="a folder for each class",
-        remedy=f"Without token labels every image needs its class. {OTHER_FOLDERS}",
+        remedy=f"Without token labels every image needs a class. {OTHER_FOLDERS}",
     )
 
 
 def _some(keys: list[str]) -> str:
+    """Returns the first few keys as text."""
     return ", ".join(map(repr, keys[:3])) + (" …" if len(keys) > 3 else "")

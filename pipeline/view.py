@@ -1,10 +1,10 @@
-"""A training batch as one picture, so that a person can see that images and token labels agree.
+"""Draws a training batch as one picture, to check by eye that images and token labels agree.
 
 Legend: B images; C classes; P palette size; S input side; H×W map grid; h×w token grid, T = h·w.
 
-Each image has a row of four panels: itself with the outline of what the network sees of it, its whole stored map, the
-network's input, and the targets of the input's tokens. A dot marks the input's upper left corner in both places. Below
-them stand the names of the row's colours, and at the end of the page what the strength of a colour says.
+Each image has a row of four panels: the image with the outline of the network's input, its whole stored map, the input,
+and the targets of the input's tokens. A dot marks the input's upper left corner in both. The names of the row's colors
+are below the panels, and the meaning of their strength is at the end of the page.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from labeler.store.score_maps import ScoreMaps
 from pipeline.batch import Batch
 from pipeline.loader import TokenLabelLoader
 
-Colours = dict[int, tuple[int, int, int]]
+Colors = dict[int, tuple[int, int, int]]
 Draw = ImageDraw.ImageDraw
 
-HEIGHT, WIDE = 224, 280  # of every panel; width of the first two, that of the others is HEIGHT
+HEIGHT, WIDE = 224, 280  # height of every panel; width of the first two (the others are HEIGHT wide)
 MARGIN, GAP, LINE = 16, 10, 21
 LEFTS = (MARGIN, MARGIN + WIDE + GAP, MARGIN + 2 * (WIDE + GAP), MARGIN + 2 * (WIDE + GAP) + HEIGHT + GAP)
 WIDTH, HEADER, ROW, FOOTER = LEFTS[3] + HEIGHT + MARGIN, MARGIN + LINE, HEIGHT + 2 * LINE + 24, LINE + MARGIN
 HEADINGS = ("image, and what the input shows", "its stored label map", "network input", "token targets")
 PAPER, MOUNT, INK, SOFT, DOT = (255, 255, 255), (236, 236, 238), (25, 25, 30), (110, 110, 118), (255, 40, 40)
-MIDDLE = (150, 150, 150)  # under the scale of strengths, as grey as images are on average
-DOT_RADIUS, SWATCH, MANY_COLOURS = 5, 12, 32
+MIDDLE = (150, 150, 150)  # under the scale of strengths: the average gray of images
+DOT_RADIUS, SWATCH, MANY_COLORS = 5, 12, 32
 STEPS = 6  # of the scale of strengths
-MORE = 90  # pixels for the number of classes that there is no room for
-RARE = 0.01  # of the panels: what shows less is not named
-FAINTEST = 0.2  # strength at probability 0, 1 at probability 1: less could not be told from the grey ground
+MORE = 90  # pixels for the number of classes that do not fit
+RARE = 0.01  # share of the panels: classes with less are not named
+FAINTEST = 0.2  # strength at probability 0 (it is 1 at probability 1): less would look like the gray background
 CORNERS = ((0.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0, 0.0))
 WHOLE = np.array([0.0, 0.0, 1.0, 1.0])
 FONT = ImageFont.load_default(14)
@@ -46,9 +46,11 @@ FONT = ImageFont.load_default(14)
 
 @dataclass(frozen=True)
 class Cells:
-    """The most probable class of each cell, int64 [H, W], and how strongly to show it: float32 [H, W], up to 1.
+    """The most probable class of each cell.
 
-    A class of −1: none is named.
+    Attributes:
+        classes: int64 [H, W]: −1 where none is named.
+        strength: float32 [H, W]: how strongly to draw it, up to 1.
     """
 
     classes: np.ndarray
@@ -59,10 +61,15 @@ class Cells:
 class Row:
     """One image of the batch.
 
-    map      the stored map, over `region` (y0, x0, y1, x1, fractions of the image); None without a store
-    corners  [4, 2]: where the input's corners lie in the image, (y, x) as fractions, from the upper left one on
-    crop     [4]: y0, x0, y1, x1 of the crop in the image; corners reach beyond it where the input is rotated or shifted
-    tokens   targets, the partner's inside the mix box; `box` is that box as fractions of the input
+    Attributes:
+        image: The decoded image.
+        map: The stored map; None without a store.
+        region: y0, x0, y1, x1 of the part that the map covers, as fractions of the image.
+        corners: [4, 2]: corners of the input in the image, (y, x) as fractions, from the upper left one on.
+        crop: [4]: y0, x0, y1, x1 of the crop in the image; the corners of a rotated or shifted input are beyond it.
+        pixels: The network's input.
+        tokens: Targets, inside of the mix box those of the partner.
+        box: The mix box as fractions of the input; None: no mixing.
     """
 
     image: Image.Image
@@ -70,49 +77,67 @@ class Row:
     region: np.ndarray
     corners: np.ndarray
     crop: np.ndarray
-    shown: Image.Image
+    pixels: Image.Image
     tokens: Cells
     box: np.ndarray | None
 
     def shares(self, count: int) -> np.ndarray:
-        """float64 [count]: how much of the panels of map and targets shows each class."""
+        """Returns float64 [count]: the share of each class in the panels of map and targets."""
         parts = [cells for cells in (self.tokens, self.map) if cells]
         named = [(cells, cells.classes >= 0) for cells in parts]  # the map of a teacher that is sure of nothing has −1
         return np.mean([np.bincount(c.classes[n], c.strength[n] / c.classes.size, count) for c, n in named], 0)
 
 
 def draw_batch(batch: Batch, loader: TokenLabelLoader, opacity: float = 0.55) -> Image.Image:
-    """The picture of a batch of this loader.
+    """Draws a batch of a loader.
 
-    opacity  0 to 1: how much of the image a class of probability 1 hides
-    Raises IntegrityError where an image has changed since it was labeled.
+    Args:
+        batch: The batch.
+        loader: Its loader.
+        opacity: 0 to 1: opacity of a class of probability 1 over the image.
+
+    Returns:
+        The picture.
+
+    Raises:
+        InputError: The opacity is out of range.
+        IntegrityError: An image has changed since it was labeled.
     """
     if not 0 <= opacity <= 1:
-        raise InputError("opacity is a share", got=opacity, expected="0 to 1")
+        raise InputError("opacity is out of range", got=opacity, expected="0 to 1")
     rows = _rows(batch, loader)
     shares, labels = [row.shares(loader.num_classes) for row in rows], batch.labels.tolist()
     total = np.sum(shares, 0)
     present = [c for c in np.argsort(-total, kind="stable").tolist() if total[c] or c in labels]
-    colours = assign_colours(present)
+    colors = assign_colours(present)
     page = Image.new("RGB", (WIDTH, HEADER + ROW * len(rows) + FOOTER), PAPER)
     draw = ImageDraw.Draw(page)
     for left, heading in zip(LEFTS, HEADINGS, strict=True):
         draw.text((left, MARGIN - 4), heading, SOFT, FONT)
     for b, row in enumerate(rows):
         top = HEADER + b * ROW
-        for left, panel in zip(LEFTS, _panels(row, colours, opacity), strict=True):
+        for left, panel in zip(LEFTS, _panels(row, colors, opacity), strict=True):
             page.paste(panel, (left, top))
         draw.text((MARGIN, top + HEIGHT + 6), f"{b + 1}   {batch.keys[b][-64:]}", INK, FONT)
         if row.box is not None:
             whose = f"inside the box: targets{' and pixels' * batch.mixed_pixels} of image {len(rows) - b}"
             draw.text((LEFTS[2], top + HEIGHT + 6), whose, SOFT, FONT)
-        _legend(draw, top + HEIGHT + 6 + LINE, shares[b], labels[b], colours, loader)
-    draw_caption(page, MARGIN, page.height - FOOTER, "cell", opacity, len(present) > len(colours))
+        _legend(draw, top + HEIGHT + 6 + LINE, shares[b], labels[b], colors, loader)
+    draw_caption(page, MARGIN, page.height - FOOTER, "cell", opacity, len(present) > len(colors))
     return page
 
 
 def draw_caption(page: Image.Image, left: int, top: int, cell: str, opacity: float, others: bool) -> None:
-    """One line on what tints say: a scale of their strength, and the grey of `others` where that occurs."""
+    """Draws the legend in one line: a scale of strengths, and the gray of other classes.
+
+    Args:
+        page: The picture.
+        left: Position of the line in pixels.
+        top: Position of the line in pixels.
+        cell: Word for a cell.
+        opacity: Opacity of a class of probability 1.
+        others: Whether other classes occur.
+    """
     draw = ImageDraw.Draw(page)
 
     def say(text: str) -> None:
@@ -132,26 +157,34 @@ def draw_caption(page: Image.Image, left: int, top: int, cell: str, opacity: flo
         say("other classes.")
 
 
-def assign_colours(classes: Sequence[int]) -> Colours:
-    """A colour for each class, the most frequent first: its own, or the next that is free; those left over get none."""
+def assign_colours(classes: Sequence[int]) -> Colors:
+    """Assigns a color to each class: its own, or the next that is free.
+
+    Args:
+        classes: Class ids, the most frequent first.
+
+    Returns:
+        class id -> RGB; the last classes have none if there are too few colors.
+    """
     palette = _palette()
-    found: Colours = {}
+    assigned: Colors = {}
     for number in classes[: len(palette)]:
         turned = palette[number % len(palette) :] + palette[: number % len(palette)]
-        found[number] = next(colour for colour in turned if colour not in found.values())
-    return found
+        assigned[number] = next(color for color in turned if color not in assigned.values())
+    return assigned
 
 
 def first_classes(maps: ScoreMaps) -> list[Cells]:
-    """The palette's most probable class of each cell, for each of the maps (as tensors)."""
+    """Finds the palette's most probable class of each cell, for each map; `maps`: as tensors."""
     used = (maps.classes >= 0)[:, :, None, None]
     others = maps.background[:, None] + (maps.num_classes - used.sum(1, keepdim=True)).log()
-    p, place = torch.cat([maps.scores.masked_fill(~used, -torch.inf), others], 1).softmax(1)[:, :-1].max(1)
-    first = maps.classes.gather(1, place.flatten(1)).view_as(place)
+    p, slot = torch.cat([maps.scores.masked_fill(~used, -torch.inf), others], 1).softmax(1)[:, :-1].max(1)
+    first = maps.classes.gather(1, slot.flatten(1)).view_as(slot)
     return [Cells(c, s) for c, s in zip(first.numpy(), (FAINTEST + (1 - FAINTEST) * p).numpy(), strict=True)]
 
 
 def _rows(batch: Batch, loader: TokenLabelLoader) -> list[Row]:
+    """Collects what to draw of each image."""
     config, samples, mix = loader.config, loader.samples, batch.mix
     targets = batch.targets.to("cpu")
     scores, background = (t.unflatten(-1, config.grid) for t in (targets.token_scores, targets.token_background))
@@ -177,11 +210,12 @@ def _rows(batch: Batch, loader: TokenLabelLoader) -> list[Row]:
     return rows
 
 
-def _panels(row: Row, colours: Colours, opacity: float) -> list[Image.Image]:
-    # The part of the plane that holds image and outline, as large as the panel allows.
+def _panels(row: Row, colors: Colors, opacity: float) -> list[Image.Image]:
+    """Draws the four panels of an image."""
+    # Image and outline, as large as the panel allows.
     low, high = np.minimum(row.corners.min(0), 0), np.maximum(row.corners.max(0), 1)
     sides, room = np.array(row.image.size[::-1]), np.array([HEIGHT, WIDE])
-    # Only an outline that leaves the image needs room for its line and its dot.
+    # Only an outline beyond the image needs room for its line and dot.
     spare = 2 * (DOT_RADIUS + 1) if (low < 0).any() or (high > 1).any() else 0
     size = sides * ((room - spare) / ((high - low) * sides)).min()
     start = room / 2 - size * (low + high) / 2
@@ -191,12 +225,12 @@ def _panels(row: Row, colours: Colours, opacity: float) -> list[Image.Image]:
     corner = tuple(np.rint(start[::-1]).astype(int).tolist())
     panels[0].paste(image, corner)
     if row.map is not None:
-        panels[1].paste(tinted(image, row.map, row.region, colours, opacity), corner)
+        panels[1].paste(tinted(image, row.map, row.region, colors, opacity), corner)
     _outline(panels[0], start + _corners(row.crop) * size, thin=True)
     _outline(panels[0], start + row.corners * size)
     _dot(panels[0], start + row.corners[0] * size)
-    shown = row.shown.resize((HEIGHT, HEIGHT), Image.Resampling.BICUBIC)
-    panels += [shown, tinted(shown, row.tokens, WHOLE, colours, opacity)]
+    pixels = row.pixels.resize((HEIGHT, HEIGHT), Image.Resampling.BICUBIC)
+    panels += [pixels, tinted(pixels, row.tokens, WHOLE, colors, opacity)]
     if row.box is not None:
         for panel in panels[2:]:
             _outline(panel, _corners(row.box) * HEIGHT)
@@ -204,50 +238,62 @@ def _panels(row: Row, colours: Colours, opacity: float) -> list[Image.Image]:
     return panels
 
 
-def tinted(image: Image.Image, cells: Cells, region: np.ndarray, colours: Colours, opacity: float) -> Image.Image:
-    """The image in grey, and over `region` of it each cell in its class's colour."""
-    tints = np.array([colours.get(c, OTHER) for c in cells.classes.ravel().tolist()], np.uint8)
+def tinted(image: Image.Image, cells: Cells, region: np.ndarray, colors: Colors, opacity: float) -> Image.Image:
+    """Tints a gray image with the colors of cells.
+
+    Args:
+        image: The image.
+        cells: Classes and strengths of the cells.
+        region: y0, x0, y1, x1 of the part that the cells cover, as fractions.
+        colors: class id -> RGB; others are gray.
+        opacity: Opacity of a class of probability 1.
+
+    Returns:
+        The tinted image.
+    """
+    tints = np.array([colors.get(c, OTHER) for c in cells.classes.ravel().tolist()], np.uint8)
     return lay_over(image, tints.reshape(*cells.classes.shape, 3), opacity * cells.strength, region)
 
 
 def _corners(box: np.ndarray) -> np.ndarray:
-    """[4, 2]: (y, x) of the corners of a box, in the order of `CORNERS`."""
+    """Returns [4, 2]: (y, x) of the corners of a box, in the order of `CORNERS`."""
     return box[:2] + np.array(CORNERS) * (box[2:] - box[:2])
 
 
 def _outline(panel: Image.Image, corners: np.ndarray, thin: bool = False) -> None:
-    """A closed line through places [4, 2]; white inside black shows on any ground."""
+    """Draws a closed line through points [4, 2]; white inside of black is visible on any background."""
     line = [(x, y) for y, x in (*corners, *corners[:2])]
-    for colour, width in ((SOFT, 1),) if thin else ((INK, 5), (PAPER, 2)):
-        ImageDraw.Draw(panel).line(line, colour, width, joint="curve")
+    for color, width in ((SOFT, 1),) if thin else ((INK, 5), (PAPER, 2)):
+        ImageDraw.Draw(panel).line(line, color, width, joint="curve")
 
 
-def _dot(panel: Image.Image, place: np.ndarray) -> None:
-    ImageDraw.Draw(panel).circle((place[1], place[0]), DOT_RADIUS, DOT, PAPER)
+def _dot(panel: Image.Image, point: np.ndarray) -> None:
+    """Draws a dot at (y, x)."""
+    ImageDraw.Draw(panel).circle((point[1], point[0]), DOT_RADIUS, DOT, PAPER)
 
 
-def _legend(draw: Draw, top: int, shares: np.ndarray, label: int, colours: Colours, loader: TokenLabelLoader) -> None:
-    """The row's classes, the true one first, then by their share, as many as there is room for."""
+def _legend(draw: Draw, top: int, shares: np.ndarray, label: int, colors: Colors, loader: TokenLabelLoader) -> None:
+    """Draws the names of the row's classes, the true one first, then by their share, as many as fit."""
     common = [c for c in np.argsort(-shares, kind="stable").tolist() if shares[c] > RARE and c != label]
     store, left = loader.samples.store, float(MARGIN)
-    for place, number in enumerate((label, *common)):
+    for i, number in enumerate((label, *common)):
         name = "not known" if number < 0 else class_name(store, number) if store else f"class {number}"
         text = " ".join(f"{'true class: ' * (number == label)}{name}".split())
         end = left + SWATCH + 6 + draw.textlength(text, FONT)
-        if end > WIDTH - MARGIN - (place < len(common)) * MORE:
-            draw.text((left, top), f"and {len(common) + 1 - place} more", SOFT, FONT)
+        if end > WIDTH - MARGIN - (i < len(common)) * MORE:
+            draw.text((left, top), f"and {len(common) + 1 - i} more", SOFT, FONT)
             break
-        draw.rectangle((left, top + 3, left + SWATCH, top + 3 + SWATCH), colours.get(number, OTHER))
+        draw.rectangle((left, top + 3, left + SWATCH, top + 3 + SWATCH), colors.get(number, OTHER))
         draw.text((left + SWATCH + 6, top), text, INK, FONT)
         left = end + 20
 
 
 def _palette() -> list[tuple[int, int, int]]:
-    """The report's colours, then others as far as can be from all before them; none is near a grey or black."""
+    """Returns the report's colors, then others as far as possible from those before; none is near gray or black."""
     levels = range(0, 256, 51)
     vivid = [(r, g, b) for r in levels for g in levels for b in levels if max(r, g, b) - min(r, g, b) > 150]
     chosen = list(COLOURS)
-    while len(chosen) < MANY_COLOURS:
+    while len(chosen) < MANY_COLORS:
         distance = np.square(np.array(vivid)[:, None] - np.array(chosen)).sum(2).min(1)
         chosen.append(vivid[int(distance.argmax())])
     return chosen

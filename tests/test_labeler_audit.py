@@ -15,7 +15,7 @@ from tiny import GRID, SIDE, ColourTeacher
 from labeler import InputError, LabelStore, ScoreMaps, TeacherConfig, label_images
 from labeler.__main__ import main
 from labeler.audit import SHARES, audit_labels, audit_store
-from labeler.audit_errors import answers, crop_scores, errors_of, fractions, kl, random_windows
+from labeler.audit_errors import crop_outputs, crop_scores, errors_of, fractions, kl, random_windows
 from labeler.base.whole_files import read_sealed, sealed
 from labeler.relabel import teacher_of
 
@@ -141,7 +141,7 @@ def test_crops_lie_in_what_the_map_covers_and_are_seen_alone():
         def label(self, pixels: torch.Tensor) -> torch.Tensor:
             return pixels.float().permute(0, 3, 1, 2)
 
-    found = answers(Mean(), images, [(0, 30, 40, 60), (0, 0, 33, 21)])
+    found = crop_outputs(Mean(), images, [(0, 30, 40, 60), (0, 0, 33, 21)])
     assert (found == 255).all(), "no pixel from outside the crop"
 
 
@@ -151,12 +151,12 @@ def test_a_strangers_teacher_is_not_run(store, images, tmp_path, capsys):
     # As if another had written it: what is remembered goes by the content of the markers.
     marker = sorted(copied.glob("shard-*.json"))[-1]
     marker.write_bytes(sealed({**read_sealed(marker), "note": "another's"}))
-    with pytest.raises(InputError, match=r"not written in one run of yours.*--trusted"):
+    with pytest.raises(InputError, match=r"not written here in one run.*--trusted"):
         audit_store(copied, images, 3, device="cpu")
     assert audit_store(copied, images, 3, device="cpu", trusted=True).images == 3
     command = ["report", str(copied), "--images", str(images), "--out", str(tmp_path / "r.html"), "--audit", "3"]
     assert main([*command, "--device", "cpu", "--quiet"]) == 2
-    assert "leave --audit away" in capsys.readouterr().err
+    assert "or omit --audit" in capsys.readouterr().err
     assert main([*command, "--device", "cpu", "--quiet", "--trusted"]) == 0
 
 

@@ -51,7 +51,7 @@ REFUSED = {
     "coat_tiny": "no single map of features",
     "crossvit_tiny_240": "no single map of features",
     "efficientvim_m1": "no single map of features",
-    "pit_ti_224": "tokens make no grid",
+    "pit_ti_224": "tokens do not form a grid",
     "vgg11": "head that mixes locations",
 }
 # Building and filling a network takes most of a test's time; fewer and narrower layers are the same family.
@@ -304,7 +304,7 @@ def test_pooling_in_the_middle_of_a_network_is_refused() -> None:
             context = F.adaptive_avg_pool2d(self.stem(images), 1)
             return self.fc(F.conv2d(context, torch.ones(16, 16, 3, 3), padding=1).flatten(1))
 
-    assert "pools the whole map before it comes to its head" in refusal(Middle(nn.Identity()))
+    assert "pools the whole map before its head" in refusal(Middle(nn.Identity()))
 
 
 def test_networks_without_a_map_are_refused() -> None:
@@ -349,7 +349,7 @@ def test_own_score_maps_come_first() -> None:
     assert (report.method, report.num_classes, report.grid) == ("the module's own score_maps", 3, (4, 4))
     torch.testing.assert_close(dense(noise(16)), F.avg_pool2d(noise(16), 4))
     Own.score_maps = lambda self, images: images.mean((2, 3))  # type: ignore[method-assign]
-    assert "gives no score maps" in refusal(Own())
+    assert "returns no score maps" in refusal(Own())
 
 
 @torch.inference_mode()
@@ -440,14 +440,14 @@ def test_class_token_must_stand_in_front(kind: type[Sequence], declared: int | N
 
 
 def test_class_token_that_nothing_tells_apart_is_refused() -> None:
-    assert "no num_prefix_tokens, and a head that takes all tokens alike" in refusal(AllPooled(8))
+    assert "no num_prefix_tokens, and a head that treats all tokens alike" in refusal(AllPooled(8))
 
 
 def test_declared_prefix_that_leaves_no_grid_is_refused() -> None:
     model: Any = Sequence(0)
     model.num_prefix_tokens = 0
     told = refusal(model)
-    assert "make no grid: got 17 tokens" in told
+    assert "do not form a grid: got 17 tokens" in told
     assert "score_maps(images)" in told
 
 

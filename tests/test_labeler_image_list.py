@@ -49,7 +49,7 @@ def test_a_list_that_is_almost_one_is_told_what_a_line_looks_like(tmp_path, case
     told = str(refused.value)
     assert f"list.txt, line {number}: got " in told
     assert said in told
-    shown = re.search(r"as '(.+?)'\. An image list is UTF-8 text with one such path a line", told)
+    shown = re.search(r"such as '(.+?)'\. An image list is UTF-8 text with one such path per line", told)
     assert shown is not None
     assert key in (None, shown[1])
     assert find_images(images, _one_line(tmp_path, shown[1])).keys == (shown[1],)

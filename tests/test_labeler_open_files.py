@@ -121,7 +121,7 @@ def test_a_closed_store_holds_no_file_and_says_so_when_read(store, cache):
         lambda: labels.row_bytes([0]),
     ]  # fmt: skip
     for read in reads:
-        with pytest.raises(InputError, match=r"is closed: got a read after close\(\).*open it again"):
+        with pytest.raises(InputError, match=r"is closed: got a read after close\(\).*open the store again"):
             read()
     labels.close()  # a second time
     assert labels.meta.num_classes == 6
@@ -194,5 +194,5 @@ def test_a_file_that_went_away_between_two_reads_is_named(store):
     labels._files = OpenFiles(1)
     labels.read([0, 11])
     (store / labels.markers[0].file).unlink()
-    with pytest.raises(IntegrityError, match="no such file any more"):
+    with pytest.raises(IntegrityError, match="the file no longer exists"):
         labels.read([0])

@@ -70,7 +70,7 @@ def test_a_worker_that_ray_never_tells_of_is_noticed_and_one_that_loads_slowly_i
         if greets:
             assert [result.shard for result in pool.results()] == [0]
         else:
-            with pytest.raises(LabelingError, match="does not tell this process of its workers"):
+            with pytest.raises(LabelingError, match="does not report its workers to this process"):
                 next(pool.results())
     finally:
         pool.close()
@@ -91,7 +91,7 @@ def test_a_run_that_ray_tells_nothing_more_connects_anew_and_goes_on(images, tmp
         for result in results(pool):
             yield result
             if len(connections) == 1:
-                raise executor._UnheardError("Ray does not tell this process of its workers")
+                raise executor._UnheardError("Ray does not report its workers to this process")
 
     monkeypatch.setattr(executor._Pool, "results", results_until_one_is_lost)
     summary = label_images(images, tmp_path / "ray", on_ray(config))

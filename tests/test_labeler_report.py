@@ -162,7 +162,7 @@ def test_the_palettes_curve_goes_by_share_and_not_by_place(sparse):
     assert shown[-1] == pytest.approx(sample.p.sum(1).mean(), abs=1e-4)
     gains = np.diff([0.0, *shown])
     assert (np.diff(gains) < 1e-4).all()
-    assert f"the tail names {sample.tail.mean():.1%} more" in figure
+    assert f"the tail has {sample.tail.mean():.1%} more" in figure
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
@@ -199,7 +199,7 @@ def test_truth_made_from_the_maps_themselves_is_always_right(store, images, tmp_
     assert found.transposed is not None
     assert found.transposed < 1
     write_report(store, images, tmp_path / "report.html", truth=tmp_path / "truth")
-    assert "right class in the right place" in (tmp_path / "report.html").read_text()
+    assert "object cells have the right class" in (tmp_path / "report.html").read_text()
     with pytest.raises(InputError, match="no truth"):
         check_truth(sample, tmp_path)
 
@@ -222,14 +222,14 @@ def test_cards_say_what_the_markers_sum_up(sparse, images, tmp_path, config):
     for figure, words in (
         (f"{sums['kl'] / 12:.4f}", "nats lost per cell"),
         (f"{sums['compared_kl'] / sums['reference_kl']:.2f}", "five float16 logits per cell"),
-        (f"{sums['coverage'] / 12:.1%}", "codes and the tail name"),
+        (f"{sums['coverage'] / 12:.1%}", "have a code or a tail slot"),
         (f"{sums['first_kept'] / 12:.1%}", "of cells keep the teacher’s first class"),
     ):
         assert re.search(rf"<b>{re.escape(figure)}</b><span>[^<]*{words}", page), words
     label_images(
         images, tmp_path / "planes", dataclasses.replace(config, precision="float16", threshold=None, levels=None)
     )
-    assert [words for _, words in truth_cards(LabelStore(tmp_path / "planes")) if "the palette names" in words]
+    assert [words for _, words in truth_cards(LabelStore(tmp_path / "planes")) if "are in the palette" in words]
 
 
 def test_an_imported_store_has_a_page_without_a_teachers_figures(imported, images, tmp_path):
@@ -237,7 +237,7 @@ def test_an_imported_store_has_a_page_without_a_teachers_figures(imported, image
     page = read_page(imported, images, tmp_path / "report.html")
     assert "nats lost per cell" not in page
     assert "--audit" not in page
-    assert "Probability that the palette names" in page
+    assert "Probability that the palette covers" in page
     with pytest.raises(InputError, match="was imported"):
         write_report(imported, images, tmp_path / "r.html", audit=3, device="cpu", trusted=True)
 
@@ -280,13 +280,13 @@ def test_a_folder_of_other_images_is_refused_and_a_sample_that_is_missing_is_not
 
 def test_an_audit_stands_on_the_page_with_what_more_bytes_would_buy(sparse, images, tmp_path, capsys):
     page = read_page(sparse, images, tmp_path / "without.html")
-    assert "How true the labels are" not in page
+    assert "How accurate the labels are" not in page
     assert "--audit 48" in page
     command = ["report", str(sparse), "--images", str(images), "--device", "cpu", "--quiet", "--audit", "8", "--json"]
     assert main([*command, "--out", str(tmp_path / "r.html")]) == 0
     found = json.loads(capsys.readouterr().out)["audit"]
     page = read_page(sparse, images, tmp_path / "r.html", audit=8, device="cpu")
-    assert "How true the labels are" in page
+    assert "How accurate the labels are" in page
     for words in (
         f"Storage, {found['storage']:.3f} nats",
         f"Mirror, {found['mirror']:.3f} nats",

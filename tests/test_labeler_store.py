@@ -94,7 +94,7 @@ def test_class_0_uses_its_place(classes, used):
 
 def test_rows_beyond_the_store_are_an_index_error(store):
     for rows in ([12], [-1], [0, 12], [-1, 3]):
-        with pytest.raises(IndexError, match="asked of a store with 12 rows"):
+        with pytest.raises(IndexError, match="requested of a store with 12 rows"):
             LabelStore(store).read(rows)
 
 

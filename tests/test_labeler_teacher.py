@@ -133,7 +133,7 @@ def test_a_worker_whose_gpu_computes_otherwise_than_the_plan_refuses(monkeypatch
         "labeler.teacher.create_teacher.pick_precision",
         lambda choice, device: "float16" if choice == "auto" else choice,
     )
-    with pytest.raises(MismatchError, match="another precision than the run's labels: got float16, expected bfloat16"):
+    with pytest.raises(MismatchError, match="another precision than the run: got float16, expected bfloat16"):
         ShardLabeler(images, tmp_path, plan, config, "cpu", 1)
 
 
@@ -198,13 +198,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_function_of_the_current_folder_makes_a_teacher() -> None:
     teacher = create_teacher(TeacherConfig("my_teachers:plain"))
     assert (teacher.info.num_classes, teacher.info.input_size, teacher.info.grid) == (6, 224, (28, 28))
-    assert "nothing of its preprocessing" in teacher.info.notes[0]
+    assert "does not define its preprocessing" in teacher.info.notes[0]
     assert teacher.label(pixels(224)).shape == (2, 6, 28, 28)
     described = create_teacher(TeacherConfig("my_teachers:described")).info
     assert (described.input_size, described.mean, described.crop_pct) == (32, (0.1, 0.2, 0.3), 1.0)
     assert described.notes == ()
     assert "ValueError: no such thing" in refusal("my_teachers:broken")
-    assert "is no network: got str" in refusal("my_teachers:wrong")
+    assert "does not return a network: got str" in refusal("my_teachers:wrong")
     assert "has no attribute 'absent'" in refusal("my_teachers:absent")
     assert "another number of classes: got 6, expected 9" in refusal("my_teachers:plain", num_classes=9)
 
@@ -370,7 +370,7 @@ def test_weights_that_cannot_be_fetched(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "/nonexistent")
     told = refusal(name)
     assert f"no pretrained weights for {name.split(':')[-1]} could be fetched" in told
-    assert told.endswith("Give --checkpoint FILE, or --random-weights to try the machinery.")
+    assert told.endswith("Give --checkpoint FILE, or --random-weights to try out the tool.")
 
 
 def test_pretrained_head_of_another_size_is_refused_before_any_download() -> None:

@@ -85,7 +85,7 @@ def test_averaged_weights_are_taken_where_there_are_some_unless_told(net, tmp_pa
         for ema in (None, True, False)
     }
     assert len(digests) == 2
-    with pytest.raises(InputError, match=r"no averaged weights in .*\. Take the plain weights\."):
+    with pytest.raises(InputError, match=r"no averaged weights in .*\. Use the plain weights\."):
         read_weight_file(bare(net, tmp_path), ema=True)
 
 

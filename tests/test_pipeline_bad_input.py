@@ -78,7 +78,7 @@ def test_a_flipped_byte_is_noticed_at_the_batch_by_name(settings, images, backen
     data = bytearray(path.read_bytes())
     data[-20] ^= 4
     path.write_bytes(data)
-    refused_at_the_batch(replace(settings, backend=backend), "/images/class1/img004.jpg'", "other bytes")
+    refused_at_the_batch(replace(settings, backend=backend), "/images/class1/img004.jpg'", "its bytes have changed")
     tally(19, injected=1)
 
 

@@ -207,13 +207,13 @@ def test_training_goes_on_where_an_iteration_was_left_and_evaluation_begins_agai
 def test_an_iteration_that_lost_its_place_says_so(settings):
     """Rather than to count batches of two iterations together."""
     loader = create_loader(settings)
-    with pytest.raises(InputError, match="lost its place"):
+    with pytest.raises(InputError, match="moved while this iterator was in use"):
         list(zip(loader, loader, strict=False))
     for move in (lambda: loader.set_epoch(5), lambda: loader.load_state_dict(loader.state_dict())):
         iterator = iter(loader)
         next(iterator)
         move()
-        with pytest.raises(InputError, match="lost its place"):
+        with pytest.raises(InputError, match="moved while this iterator was in use"):
             next(iterator)
     with pytest.raises(InputError, match="epoch"):
         loader.set_epoch(-1)

@@ -156,7 +156,7 @@ def test_what_is_not_a_state_is_refused(settings, state):
 def test_a_place_outside_the_epoch_is_refused(settings):
     loader = create_loader(settings)
     for place in ({"batch": 13}, {"batch": -1}, {"epoch": -1}):
-        with pytest.raises(InputError, match="no such place"):
+        with pytest.raises(InputError, match="an impossible position"):
             loader.load_state_dict({**loader.state_dict(), **place})
 
 

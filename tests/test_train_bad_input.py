@@ -98,7 +98,7 @@ def test_an_evaluation_with_folders_that_training_had_not_names_them(run, data, 
     assert status == 2
     assert "the true class of 2 images is not known" in error
     assert "1 folder(s) that are not among the classes: 'elephant'" in error
-    assert "folders named as the classes are: 'class0'" in error
+    assert "folders with the names of the classes: 'class0'" in error
 
 
 def test_a_folder_that_cannot_be_written_is_refused(run, tmp_path):
@@ -130,7 +130,7 @@ def test_labels_of_changed_images_are_refused(run, data, tmp_path):
     status, error = run(f"data.images={changed}")
     assert status == 2
     assert "changed after they were labeled" in error
-    assert "restore or label them again" in error
+    assert "restore them or label them again" in error
 
 
 def test_a_batch_that_does_not_divide_is_refused_by_each_rank_before_it_waits_for_others(data, tmp_path, monkeypatch):

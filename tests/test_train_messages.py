@@ -13,7 +13,7 @@ import timm
 import torch
 from tiny_runs import tiny_config, tiny_data
 
-from labeler.base.errors import InputError, ModelError, told
+from labeler.base.errors import InputError, ModelError, error_text
 from train import fit
 from train.__main__ import main
 from train.evaluation.validate import load_trained
@@ -69,7 +69,7 @@ def test_a_folder_in_place_of_a_file_is_called_one(data, run, tmp_path, capsys):
     assert "Errno" not in error
     with pytest.raises(OSError, match="Errno") as caught:
         (tmp_path / "none").read_bytes()
-    assert told(caught.value) == f"No such file or directory: {str(tmp_path / 'none')!r}"
+    assert error_text(caught.value) == f"No such file or directory: {str(tmp_path / 'none')!r}"
 
 
 def test_a_pipe_that_is_closed_early_is_no_error():

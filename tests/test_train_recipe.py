@@ -25,7 +25,7 @@ FOUND_IN_FILE = {
         "unknown section 'modle' (2 more). Did you mean 'model'?",
     ),
     "key": (VALID + "[optimizer]\nlrr = 1", "unknown key 'optimizer.lrr'. Did you mean 'lr'?"),
-    "key like no other": (VALID + "[ema]\nx = 1", "unknown key 'ema.x'. There is: decay, warmup."),
+    "key like no other": (VALID + "[ema]\nx = 1", "unknown key 'ema.x'. Choose from: decay, warmup."),
     "key that is missing for it": (
         "[model]\nname = 'x'\n[data]\nimagess = 'i'",
         "unknown key 'data.imagess' (1 more). Did you mean 'images'?",

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from labeler.base.errors import InputError, IntegrityError, MismatchError, told
+from labeler.base.errors import InputError, IntegrityError, MismatchError, error_text
 from labeler.base.freed_memory import freed_memory_kept
 from labeler.base.runtime import DTYPES, pick_precision, set_threads
 from labeler.base.whole_files import replace_file
@@ -220,7 +220,7 @@ class Trainer:
             names = [trained.class_name(number) for number in range(trained.net.num_classes)]
             write_timm_folder(self.folder, trained.net, trained.transform, names)
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            log.warning("no folder for timm is left in %s: %s", self.folder, told(error))
+            log.warning("no folder for timm is left in %s: %s", self.folder, error_text(error))
 
     def _opening(self) -> list[str]:
         net, loader, ranks = self.task.network, self.loader, self.ranks

@@ -1,1 +1,1 @@
-"""The ground that all stand on: errors, settings, command lines, whole files, weights read safely."""
+"""What all packages share: errors, settings, command lines, atomic file writes, safe reading of weights."""

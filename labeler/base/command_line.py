@@ -1,4 +1,4 @@
-"""What the command lines of all packages share: errors in one line, with their exit status."""
+"""Shared by the command lines of all packages: one-line errors and their exit statuses."""
 
 from __future__ import annotations
 
@@ -13,30 +13,35 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from labeler.base.errors import InputError, TokenLabelError, told
+from labeler.base.errors import InputError, TokenLabelError, error_text
 from labeler.base.interrupt import INTERRUPTED
 
 OURS = ("labeler", "pipeline", "model", "train")
-front_door = ""  # the program that all commands were called through, for help texts; empty: `python -m PACKAGE`
-# What the package alone does not install, by the names of imports; pyproject.toml has the extras.
+front_door = ""  # the program name in help texts; empty: `python -m PACKAGE`
+# Import names that a plain install lacks; pyproject.toml has the extras that add them.
 IN_EXTRAS = {"torch", "torchvision", "timm", "safetensors", "ray", "matplotlib", "tensorboardX"}
-BROKEN_PIPE = 141  # what shells give a program that SIGPIPE ended
+BROKEN_PIPE = 141  # the exit status that shells report after SIGPIPE
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Errors of use in one line that names the help."""
+    """Reports usage errors in one line that points to the help."""
 
     def error(self, message: str) -> NoReturn:
+        """Prints the message and exits with the status of an InputError."""
         self.exit(InputError.exit_status, f"error: {message}. See {self.prog} --help\n")
 
 
 def program(package: str) -> str:
-    """How the user called the commands of a package."""
+    """Returns how the user calls the commands of a package, such as `python -m labeler`."""
     return front_door or f"python -m {package}"
 
 
 def refuse_hidden_packages() -> None:
-    """Raises InputError where a file of the user's hides one of our packages. Nothing of it is run."""
+    """Checks that no file of the user hides one of our packages, without running that file.
+
+    Raises:
+        InputError: A file outside of this installation would be imported under one of our package names.
+    """
     root = Path(__file__).parents[2]
     for name in OURS:
         spec = getattr(sys.modules.get(name), "__spec__", None) or find_spec(name)
@@ -48,7 +53,7 @@ def refuse_hidden_packages() -> None:
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """A type of argument: a whole number from `lowest` on."""
+    """Returns an argparse type that accepts whole numbers of `lowest` or more."""
 
     def parse(text: str) -> int:
         try:
@@ -65,29 +70,43 @@ def at_least(lowest: int) -> Callable[[str], int]:
 def add_command(
     commands: Any, name: str, run: Any, text: str, json: str = "print the result as one JSON object"
 ) -> argparse.ArgumentParser:
-    """A command of a parser's `add_subparsers()`, with the flags that commands share; json: help of its flag."""
+    """Adds a command with the flags that all commands share, `--json` and `--quiet`.
+
+    Args:
+        commands: What the parser's `add_subparsers()` returned.
+        name: The command's name.
+        run: The function that runs it: parsed arguments -> exit status.
+        text: Its help and description.
+        json: Help text of `--json`.
+
+    Returns:
+        The command's own parser.
+    """
     parser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help=json)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="hide the progress bar")
     return parser
 
 
 def parser_of_command(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentParser:
-    """The parser of one of its commands."""
+    """Returns the parser of one command of `parser`."""
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return commands.choices[command]
 
 
 def run_command(options: argparse.Namespace, extra: str = "all") -> int:
-    """Call `options.run(options)`; the exit status, 1 for errors of the operating system, 130 at Ctrl-C.
+    """Calls `options.run(options)` and prints its errors in one line.
 
     Args:
         options: Parsed arguments, with the command's function as `run`.
-        extra: The extra that installs what these commands import, for who has the package alone.
+        extra: The extra to suggest when a library that these commands import is not installed.
+
+    Returns:
+        The exit status: the command's own, the error's, 1 for errors of the operating system, 130 after Ctrl-C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are not text
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         refuse_hidden_packages()
@@ -101,15 +120,15 @@ def run_command(options: argparse.Namespace, extra: str = "all") -> int:
         if error.name not in IN_EXTRAS:
             raise
         remedy = f"pip install 'token-labeling[{extra}]'"
-        print(f"error: {InputError(f'{error.name} is needed here and not installed', remedy=remedy)}", file=sys.stderr)
+        print(f"error: {InputError(f'{error.name} is required but not installed', remedy=remedy)}", file=sys.stderr)
         return InputError.exit_status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # who read the output has enough of it, as `head`
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         with suppress(OSError, ValueError):  # Python flushes what is left when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except OSError as error:
-        print(f"error: {told(error)}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
         return 1

@@ -1,6 +1,6 @@
-"""The project's errors: what was got, what was expected, and what to do, in one line each.
+"""The project's errors. Each says in one line what was got, what was expected, and what to do.
 
-Every error that a user can cause or mend derives from `TokenLabelError`; the command lines print its text without a
+Every error that a user can cause or fix derives from `TokenLabelError`; the command lines print its text without a
 stack trace and exit with `exit_status`.
 """
 
@@ -10,26 +10,42 @@ import os
 from collections.abc import Sequence
 
 
-def told(error: BaseException) -> str:
-    """What an error says, in plain words; its type where it says nothing."""
+def error_text(error: BaseException) -> str:
+    """Returns the message of an error in plain words, or the name of its type if it has no message."""
     if isinstance(error, OSError) and error.strerror:
-        why = "it is a folder" if error.errno == errno.EISDIR else error.strerror
-        return why if error.filename is None else f"{why}: {os.fsdecode(error.filename)!r}"
+        reason = "it is a folder" if error.errno == errno.EISDIR else error.strerror
+        return reason if error.filename is None else f"{reason}: {os.fsdecode(error.filename)!r}"
     return str(error).strip() or type(error).__name__
 
 
 def did_you_mean(name: str, known: Sequence[str], or_all: bool = False) -> str | None:
-    """A remedy that asks for the nearest of the known names; `or_all`: where none is near, one that lists them."""
-    found = difflib.get_close_matches(name, known, 1, 0.5)
-    if found:
-        return f"Did you mean {found[0]!r}?"
-    return f"There is: {', '.join(known)}." if or_all and known else None
+    """Returns a remedy that suggests a known name.
+
+    Args:
+        name: The name that is not known.
+        known: The names that are.
+        or_all: List all known names where none is similar.
+
+    Returns:
+        The remedy; None where no name is similar and `or_all` is false.
+    """
+    matches = difflib.get_close_matches(name, known, 1, 0.5)
+    if matches:
+        return f"Did you mean {matches[0]!r}?"
+    return f"Choose from: {', '.join(known)}." if or_all and known else None
 
 
 class TokenLabelError(Exception):
     """Base of all errors that the project raises on purpose.
 
-    `problem` says what is wrong; `got`, `expected` and `remedy` are added to the message where they are given.
+    The message is "PROBLEM: got GOT, expected EXPECTED. REMEDY", without the parts that are None.
+
+    Attributes:
+        problem: What is wrong.
+        got: What was found; an exception stands for its message.
+        expected: What should have been there.
+        remedy: What the user can do, as a sentence.
+        exit_status: Exit status of a command that ends with this error.
     """
 
     exit_status = 1
@@ -38,15 +54,15 @@ class TokenLabelError(Exception):
         self.problem, self.got, self.expected, self.remedy = problem, got, expected, remedy
         parts = [problem]
         if got is not None:
-            text = told(got) if isinstance(got, Exception) else str(got)
-            parts.append(text if ": got " in text else f"got {text}")  # an error inside of another tells it once
+            text = error_text(got) if isinstance(got, Exception) else str(got)
+            parts.append(text if ": got " in text else f"got {text}")  # a nested error may say it already
         if expected is not None:
             parts.append(f"expected {expected}")
         text = ", ".join([": ".join(parts[:2]), *parts[2:]])
         super().__init__(f"{text}. {remedy}" if remedy else text)
 
     def __reduce__(self) -> tuple:
-        # The default would call __init__ with the finished message alone and lose the parts on the way out of a worker.
+        # The default would call __init__ with the finished message alone: an error from a worker would lose its parts.
         return _rebuild, (type(self), self.problem, self.got, self.expected, self.remedy)
 
 
@@ -57,7 +73,7 @@ class InputError(TokenLabelError):
 
 
 class TeacherError(InputError):
-    """The teacher cannot be built, or cannot give a dense map."""
+    """The teacher cannot be built, or cannot produce a dense map."""
 
 
 class ModelError(InputError, ValueError):
@@ -65,21 +81,21 @@ class ModelError(InputError, ValueError):
 
 
 class BackendError(ModelError, RuntimeError):
-    """The backend of an operator that was asked for cannot run here or on these tensors."""
+    """The requested backend of an operator cannot run on this machine or on these tensors."""
 
 
 class MismatchError(InputError):
-    """Two things that must belong together do not: store and images, store and settings, store and reader version."""
+    """Two things do not belong together: store and images, store and settings, or store and reader version."""
 
 
 class IntegrityError(TokenLabelError):
-    """Stored data is damaged, incomplete or not what its own records say."""
+    """Stored data is damaged, incomplete, or differs from its own records."""
 
     exit_status = 4
 
 
 class LabelingError(TokenLabelError):
-    """A labeling run could not finish; everything committed is kept and the same command resumes."""
+    """A labeling run could not finish. Committed shards are kept, and the same command resumes the run."""
 
     exit_status = 1
 

@@ -1,7 +1,7 @@
-"""Whether malloc keeps what is freed, for the tensors of the next batch or step.
+"""Makes malloc keep freed memory for the tensors of the next batch or step.
 
-By default glibc gives tensors of a few megabytes and more back to the system at once, and every batch begins with tens
-of thousands of page faults: a fifth of a teacher's time on a CPU, a tenth of a training step's.
+By default glibc returns tensors of a few megabytes or more to the system at once, so every batch begins with tens of
+thousands of page faults: a fifth of a teacher's time on a CPU, a tenth of a training step's.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ TRIM_BY_DEFAULT, MMAPS_BY_DEFAULT = 128 << 10, 65_536
 
 
 def keep_freed_memory() -> bool:
-    """From here on the process stays as large as it was at its peak. False where that could not be arranged.
+    """Makes this process keep its freed memory: it stays as large as at its peak.
 
-    What a user has set for malloc is left as it is.
+    Returns:
+        False if nothing was changed: with another malloc than glibc's, or where the user has configured malloc.
     """
     mallopt = _mallopt()
     if mallopt is None or any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
@@ -30,7 +31,7 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def freed_memory_kept(wanted: bool = True) -> Iterator[None]:
-    """The same for a while: afterwards, what is free goes back to the system."""
+    """Keeps freed memory inside the block if `wanted`; afterwards, free memory goes back to the system."""
     kept = wanted and keep_freed_memory()
     try:
         yield
@@ -43,7 +44,7 @@ def freed_memory_kept(wanted: bool = True) -> Iterator[None]:
 
 
 def _mallopt() -> Callable[[int, int], int] | None:
-    """glibc's; None with another malloc."""
+    """Returns glibc's `mallopt`; None with another malloc."""
     try:
         return ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

@@ -1,7 +1,7 @@
-"""Ctrl-C while a program starts, in one line.
+"""Handles Ctrl-C while a program starts, with one line of output.
 
 Python would raise KeyboardInterrupt inside whatever is being imported: a long traceback, or an abort where a library's
-C++ code is interrupted. At that time nothing is there to be saved, so the process just ends.
+C++ code is interrupted. At that time there is nothing to save, so the process just ends.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import signal
 from contextlib import suppress
 from typing import NoReturn
 
-INTERRUPTED = 130  # what shells give a program that Ctrl-C ended
+INTERRUPTED = 130  # the exit status that shells report after Ctrl-C
 
 
 def end_at_interrupt() -> None:
-    """From here on Ctrl-C ends this process at once, until somebody else takes the signal. For programs alone."""
+    """Makes Ctrl-C end this process at once, until another handler is set. For programs, not for libraries."""
     signal.signal(signal.SIGINT, _end)
 
 

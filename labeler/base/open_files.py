@@ -1,4 +1,4 @@
-"""A bounded number of open files, for a store of thousands of shards that are read at random."""
+"""A bounded pool of open files, for random reads in a store of thousands of shards."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from labeler.base.errors import InputError
 
 T = TypeVar("T")
 MOST_OPEN = 256
-SHARE_OF_LIMIT = 4  # of the files that a process may open, a quarter at most
+SHARE_OF_LIMIT = 4  # at most a quarter of the files that a process may open
 
 
 class OpenFile:
-    """A file open for reading. It is closed when nobody holds it, so never while a thread reads from it."""
+    """A file that is open for reading. It is closed once nothing refers to it, so never while a thread reads it."""
 
     def __init__(self, path: Path) -> None:
         self.handle = -1
         self.handle = os.open(path, os.O_RDONLY)
 
     def read(self, offset: int, size: int) -> bytes:
+        """Reads `size` bytes from `offset` on; fewer at the end of the file."""
         return os.pread(self.handle, size, offset)
 
     def __del__(self) -> None:
@@ -31,35 +32,41 @@ class OpenFile:
 
 
 class OpenFiles:
-    """Keeps open those files that were used last. Safe from several threads, and after a fork: it needs no lock.
+    """Keeps the most recently used files open. Safe with threads and after a fork, without a lock.
 
-    most  files; None: 256, or a quarter of what this process may open where that is less
+    Args:
+        most: Most files to keep open; None: 256, or a quarter of this process's limit if that is less.
     """
 
     def __init__(self, most: int | None = None) -> None:
         self.most = _most_open() if most is None else most
-        self._open: dict[Path, OpenFile] = {}  # the last used last
+        self._open: dict[Path, OpenFile] = {}  # the most recently used last
 
     def __len__(self) -> int:
         return len(self._open)
 
     def get(self, path: Path) -> OpenFile:
-        """The open file. Raises OSError, or InputError where this process can open no more."""
+        """Returns the open file.
+
+        Raises:
+            OSError: The file cannot be opened.
+            InputError: This process cannot open more files.
+        """
         file = self._open.get(path)
         if file is None:
             file = self.retried(lambda: OpenFile(path), path)
-        # Each step is whole by itself; of two threads that open the same file one keeps it to itself until it is done.
+        # Each step is atomic. If two threads open the same file, one of them has its own copy until it is done.
         self._open.pop(path, None)
         self._open[path] = file
         while len(self._open) > self.most:
             try:
                 self._open.pop(next(iter(self._open)), None)
-            except (StopIteration, RuntimeError):  # another thread was there
+            except (StopIteration, RuntimeError):  # another thread was faster
                 break
         return file
 
     def retried(self, opening: Callable[[], T], path: Path) -> T:
-        """`opening()`; where it fails for want of files, again without those kept open here."""
+        """Returns `opening()`; if the process has too many open files, closes those kept here and tries again."""
         try:
             return opening()
         except OSError as error:
@@ -74,16 +81,18 @@ class OpenFiles:
                 raise
             raise InputError(
                 f"no more files can be opened in {str(path.parent)!r}",
-                got=f"{error.strerror}, of which {kept} were the store's own",
-                expected="room for a few",
+                got=f"{error.strerror}, {kept} of them the store's own",
+                expected="room for a few more",
                 remedy='Raise the limit on open files (ulimit -n), or read with cache="ram-compressed".',
             ) from None
 
     def close(self) -> None:
+        """Closes all files that no thread is reading."""
         self._open.clear()
 
 
 def _most_open() -> int:
+    """Returns how many files to keep open by default."""
     try:
         import resource
     except ImportError:  # not on Windows

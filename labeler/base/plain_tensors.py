@@ -1,9 +1,8 @@
-"""Reading `torch.save`'s files from anywhere: no code is run, and no more memory is taken than the file is long.
+"""Safe reading of untrusted `torch.save` files: runs no code, and takes little more memory than the file's size.
 
-`torch.load(weights_only=True)` runs no code, but allocates what a file asks for: zeros that are compressed, or calls of
-`bytearray(10**12)` and `torch.Tensor(10**6, 10**6)` are a few bytes in a file. So the archive and the pickle are looked
-at first, and afterwards the tensors may not show more than the file holds. `labeler` and `model` each have this file,
-since neither imports the other; a test keeps the two equal.
+`torch.load(weights_only=True)` runs no code, but allocates what a file asks for: compressed zeros, or calls of
+`bytearray(10**12)` and `torch.Tensor(10**6, 10**6)`, take a few bytes in a file. So the archive and the pickle are
+checked first, and afterwards the tensors may not be larger than the file allows.
 """
 
 from __future__ import annotations
@@ -18,29 +17,35 @@ from typing import Any, BinaryIO
 
 import torch
 
-MAX_PICKLE = 4 << 20  # bytes; the pickle of a checkpoint names its tensors, which lie elsewhere in the file
+MAX_PICKLE = 4 << 20  # bytes; the pickle of a checkpoint only names its tensors, whose data is elsewhere in the file
 MAX_ENTRIES = 100_000
-LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of the storages: then the raw tensors follow
-# What checkpoints are made of. torch allows more, among it makers of tensors of any size.
+LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of the storages; the raw tensors follow
+# What checkpoints are made of. torch allows more, including functions that create tensors of any size.
 PLAIN = re.compile(
     r"collections (OrderedDict|Counter|defaultdict)|(builtins|__builtin__) (set|complex)|_codecs encode|"
     r"torch (Size|[a-z]\w*|\w+Storage)|torch\.nn\.parameter Parameter|torch\.serialization _get_layout|"
     r"torch\._utils _rebuild_(tensor|tensor_v2|parameter|parameter_with_state)"
 )
-# Ways of a pickle to name a class that the weights-only reader does not know, or that hide the name from a scan.
+# Opcodes that name a class in a way that the weights-only reader does not know, or that hide the name from a scan.
 OTHER_NAMES = frozenset({"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"})
 
 
 def load_plain(source: Path | bytes, allowed: Sequence[Any] = (), max_pickle: int = MAX_PICKLE) -> Any:
-    """What a file of `torch.save` holds, on the CPU; `source` is its path or its bytes.
+    """Reads the content of a `torch.save` file onto the CPU.
 
-    allowed     more classes, harmless ones, that the file may hold, as `torch.serialization.safe_globals` takes them
-    max_pickle  bytes that its pickle may have
+    Args:
+        source: Path of the file, or its bytes.
+        allowed: More harmless classes that the file may contain, as `torch.serialization.safe_globals` takes them.
+        max_pickle: Largest size of its pickle in bytes.
 
-    Raises ValueError where the file could run code or take more memory than its own size, and what `torch.load`
-    raises where it is damaged.
+    Returns:
+        The content, as `torch.load` returns it.
+
+    Raises:
+        ValueError: The file could run code, or take much more memory than its own size. A damaged file raises what
+            `torch.load` raises.
     """
-    more = {_name(item) for item in allowed}
+    more = {_pickled_name(item) for item in allowed}
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
@@ -55,14 +60,14 @@ def load_plain(source: Path | bytes, allowed: Sequence[Any] = (), max_pickle: in
     tensors = list(_tensors(content))
     if any(tensor.layout != torch.strided for tensor in tensors):
         raise ValueError("a tensor that is not dense")
-    # Strides of 0 and shared storages show the same bytes often; so do tied weights, in moderation.
+    # Strides of 0 and shared storages repeat the same bytes, as tied weights do, in moderation.
     if (total := sum(tensor.numel() * tensor.element_size() for tensor in tensors)) > 8 * size + (1 << 20):
         raise ValueError(f"tensors of {total:,} bytes in a file of {size:,}")
     return content
 
 
 def _check_archive(file: BinaryIO, size: int, max_pickle: int) -> bytes:
-    """The pickle in a zip archive whose entries are stored as they are, each in its own place."""
+    """Returns the pickle of a zip archive, after checking that entries are uncompressed and do not overlap."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if len(entries) > MAX_ENTRIES:
@@ -80,7 +85,7 @@ def _check_archive(file: BinaryIO, size: int, max_pickle: int) -> bytes:
 
 
 def _check_pickle(file: BinaryIO, count: int, more: set[str], max_pickle: int) -> None:
-    """Refuse names of anything but plain holders in `count` pickles that follow each other."""
+    """Raises ValueError if one of `count` consecutive pickles names anything but plain containers and tensors."""
     start = file.tell()
     for _ in range(count):
         for operation, argument, _ in pickletools.genops(file):
@@ -94,7 +99,7 @@ def _check_pickle(file: BinaryIO, count: int, more: set[str], max_pickle: int) -
 
 
 def _tensors(content: Any) -> Iterator[torch.Tensor]:
-    """Every tensor below a structure, once; without recursion, and each part once: it may be deep, or share parts."""
+    """Yields every tensor in a structure, which may be deep or share parts: no recursion, each part once."""
     pending, seen = [content], set()
     while pending:
         part = pending.pop()
@@ -112,6 +117,7 @@ def _tensors(content: Any) -> Iterator[torch.Tensor]:
             pending.append(vars_of)
 
 
-def _name(item: type | tuple[Any, str]) -> str:
+def _pickled_name(item: type | tuple[Any, str]) -> str:
+    """Returns how a pickle spells the name of a class: "module name"."""
     name = item[1] if isinstance(item, tuple) else f"{item.__module__}.{item.__qualname__}"
     return " ".join(name.rsplit(".", 1))

@@ -1,4 +1,4 @@
-"""Where a process computes: device, precision and CPU threads, decided here for labeler, loader and training."""
+"""Device, precision and CPU threads, chosen here for labeler, loader and training."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ BFLOAT16_CAPABILITY = (8, 0)  # before it (V100, T4) a GPU only emulates bfloat1
 
 
 def pick_device(name: str, index: int | None = None) -> torch.device:
-    """The device to compute on.
+    """Returns the device to compute on.
 
     Args:
-        name: "cpu", "cuda", "cuda:1", or "auto": a GPU where torch can use one.
-        index: The GPU of a name without a number; None: torch's current one.
+        name: "cpu", "cuda", "cuda:1", or "auto", which is a GPU if torch can use one.
+        index: The GPU to use if the name has no number; None: torch's current one.
 
     Raises:
-        InputError: There is no such device here.
+        InputError: This machine has no such device.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
@@ -47,11 +47,11 @@ def pick_device(name: str, index: int | None = None) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """The precision of forward passes: "float32", "bfloat16" or "float16".
+    """Returns the precision of forward passes: "float32", "bfloat16" or "float16".
 
     Args:
-        name: One of these, or "auto": float32 on a CPU; bfloat16 on a GPU that computes in it, float16 on older ones.
-        device: Where the passes are computed.
+        name: One of these, or "auto": float32 on a CPU, bfloat16 on a GPU that supports it, float16 on older GPUs.
+        device: The device of the forward passes.
     """
     if name != "auto":
         return name
@@ -62,13 +62,20 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def rank_threads(ranks: int = 1) -> int:
-    """This process's share of the cores. Launchers say how many ranks a machine has; `ranks`: where none does."""
+    """Returns this process's share of the cores; `ranks`: processes on this machine, if no launcher says so."""
     return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", ranks))))
 
 
 def set_threads(threads: int | None) -> int:
-    """Set torch's CPU thread count; None: this rank's share of the cores. Results depend on it in their last bits."""
+    """Sets torch's CPU thread count.
+
+    Args:
+        threads: The count; None: this rank's share of the cores. It affects the last bits of results.
+
+    Returns:
+        The count that was set.
+    """
     threads = threads or rank_threads()
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)  # the scan's states decay to numbers that CPUs are slow with
+    torch.set_flush_denormal(True)  # the states of the scan decay to denormal numbers, which are slow on CPUs
     return threads

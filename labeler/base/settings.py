@@ -1,8 +1,8 @@
-"""Settings: typed, frozen, checked when they are made. Each says in its own line what it means and what it affects.
+"""Typed, frozen settings that are checked on creation. Each states in one place what it means and what it affects.
 
-Recipes are pydantic models of `setting`s, the configurations of labeler and loader dataclasses of `option`s. Flags and
-help texts of the command lines, the listing of recipes, what a store's plan keeps, what a loader's state compares, and
-what may change when a run goes on are all derived from these lines.
+Recipes are pydantic models of `setting`s; the configurations of labeler and loader are dataclasses of `option`s. All of
+this is derived from them: the flags and help texts of the command lines, the listing of recipes, the settings that a
+store's plan keeps, those that a loader's state compares, and those that may change when a run is resumed.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from pydantic.fields import FieldInfo
 
 from labeler.base.errors import InputError
 
-# What another value of a setting would change: the values that are computed; values, but by way of something else that
-# is recorded and compared, such as the fingerprint of the images; only the rounding of values, to their last bits; or
-# nothing of them, but speed, places, or what is told.
+# What a different value of a setting changes: the computed values; values, but through something else that is recorded
+# and compared, such as the fingerprint of the images; only the rounding of values, in their last bits; or none of the
+# values, only speed, locations or output.
 Affects = Literal["values", "recorded", "rounding", "nothing"]
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true|false", type(None): "none"}
 
 
 class Settings(BaseModel):
-    """A group of settings: no unknown keys, no conversion of types, no change once it is made."""
+    """A group of settings: no unknown keys, no type conversion, immutable."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def setting(meaning: str, default: Any = ..., *, affects: Affects, **limits: Any) -> Any:
-    """A field of `Settings`.
+    """Declares a field of `Settings`.
 
     Args:
         meaning: One plain sentence or phrase; it is the help text.
-        default: Without one, the setting must be given.
-        affects: What another value changes.
+        default: Without one, the setting is required.
+        affects: What a different value changes.
         limits: Bounds, as `pydantic.Field` takes them.
     """
     return Field(default, description=meaning, json_schema_extra={"affects": affects}, **limits)
@@ -55,13 +55,26 @@ def option(
     lowest: float | None = None,
     highest: float | None = None,
 ) -> Any:
-    """A field of a dataclass of settings, whose `__post_init__` calls `check_options`. See `setting`."""
+    """Declares a field of a dataclass of settings, whose `__post_init__` calls `check_options`.
+
+    Args:
+        meaning: One plain sentence or phrase; it is the help text.
+        default: Without one, the setting is required.
+        affects: What a different value changes.
+        choices: The values that are allowed; empty: any.
+        lowest: Smallest number that is allowed.
+        highest: Largest number that is allowed.
+    """
     limits = {"choices": tuple(choices), "lowest": lowest, "highest": highest}
     return dataclasses.field(default=default, metadata={"meaning": meaning, "affects": affects, **limits})
 
 
 def check_options(config: Any) -> None:
-    """Raises InputError where an option is none of its choices, of another type, or out of bounds."""
+    """Checks all options of a dataclass.
+
+    Raises:
+        InputError: A value is not among its choices, not a number, or out of bounds.
+    """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, limits = getattr(config, field.name), field.metadata
@@ -74,6 +87,7 @@ def check_options(config: Any) -> None:
 
 
 def _check_number(name: str, value: Any, whole: bool, limits: Any) -> None:
+    """Raises InputError if the value is not a number within its limits."""
     lowest, highest = limits["lowest"], limits["highest"]
     number = type(value) is int or (not whole and isinstance(value, float) and math.isfinite(value))
     if number and value >= lowest and (highest is None or value <= highest):
@@ -85,7 +99,16 @@ def _check_number(name: str, value: Any, whole: bool, limits: Any) -> None:
 
 @dataclass(frozen=True)
 class SettingInfo:
-    """One setting, as help texts and listings show it."""
+    """One setting, as help texts and listings show it.
+
+    Attributes:
+        name: Its name.
+        meaning: Its help text.
+        kind: Its type in words, or its choices.
+        required: Whether it has no default.
+        default: Its default; None if it is required.
+        affects: What a different value changes.
+    """
 
     name: str
     meaning: str
@@ -96,7 +119,7 @@ class SettingInfo:
 
 
 def settings_of(group: Any) -> Iterator[SettingInfo]:
-    """All settings of a group, pydantic model or dataclass, in their order."""
+    """Yields all settings of a group, a pydantic model or a dataclass, in order of definition."""
     if dataclasses.is_dataclass(group):
         hints = typing.get_type_hints(group)
         for one in dataclasses.fields(group):
@@ -114,12 +137,18 @@ def settings_of(group: Any) -> Iterator[SettingInfo]:
 
 
 def names_that_affect(group: Any, *what: Affects) -> frozenset[str]:
-    """The settings of a group whose other values would change this."""
+    """Returns the names of the settings in a group that affect any of `what`."""
     return frozenset(one.name for one in settings_of(group) if one.affects in what)
 
 
 def add_flags(parser: Any, group: Any, *names: str) -> None:
-    """Flags for some options of a dataclass: `batch_size` becomes `--batch-size`, with its type, default and help."""
+    """Adds flags for options of a dataclass: `batch_size` becomes `--batch-size`, with its type, default and help.
+
+    Args:
+        parser: An argparse parser or group.
+        group: The dataclass.
+        names: The options to add.
+    """
     hints, fields = typing.get_type_hints(group), {field.name: field for field in dataclasses.fields(group)}
     for name in names:
         field = fields[name]
@@ -139,12 +168,13 @@ def add_flags(parser: Any, group: Any, *names: str) -> None:
 
 
 def _affects(field: FieldInfo) -> Affects:
+    """Returns what a pydantic field affects; "values" unless it was declared with `setting`."""
     extra = field.json_schema_extra
     return extra["affects"] if isinstance(extra, dict) else "values"  # type: ignore[return-value]
 
 
 def _words(annotation: Any) -> str:
-    """A type in words."""
+    """Describes a type in words."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _words(arguments[0])

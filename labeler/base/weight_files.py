@@ -1,7 +1,7 @@
-"""Files of weights as trainers write them: timm's, Lightning's, plain state dicts, safetensors. No code in them is run.
+"""Reads files of weights from timm, Lightning and others: state dicts and safetensors. No code in them is run.
 
-A training script leaves more in its file than weights: its arguments as an `argparse.Namespace`, paths, metrics as
-numpy scalars. These few harmless types are read as plain values; a file that asks for anything else is refused.
+Training scripts write more than weights into their files: arguments as an `argparse.Namespace`, paths, and metrics as
+numpy scalars. These few harmless types are read as plain values; a file with any other type is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from labeler.base.errors import InputError, told
+from labeler.base.errors import InputError, error_text
 from labeler.base.plain_tensors import load_plain
 
 MAX_BYTES = 32 << 30
@@ -32,11 +32,11 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class WeightFile:
-    """What a file of weights holds.
+    """The content of a file of weights.
 
     Attributes:
-        state: Named tensors, without the prefixes that wrappers put before the names.
-        averaged: Whether these are the averaged (EMA) weights of a file that holds both.
+        state: Named tensors, without the prefixes that wrappers add to the names.
+        averaged: Whether these are the averaged (EMA) weights of a file that has both.
         settings: The arguments of the script that wrote it, or None.
     """
 
@@ -46,24 +46,24 @@ class WeightFile:
 
 
 class _Dtype:
-    """Stands for numpy.dtype in a pickle: its code, and nothing that could take memory."""
+    """Replaces numpy.dtype in a pickle: keeps its code only, so it cannot take memory."""
 
     def __init__(self, code: object = "", *rest: object) -> None:
         self.code = str(code)
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and the like, which no number here needs."""
+        """Ignores byte order and other state, which no number here needs."""
 
 
 def _scalar(dtype: object, data: object = b"") -> Any:
-    """Stands for numpy's maker of scalars: a plain number, or None where it is anything else."""
+    """Replaces numpy's constructor of scalars: returns a plain number, or None for anything else."""
     code = getattr(dtype, "code", "")
     if not re.fullmatch(r"[<=|]?[fiub][1248]", code) or not isinstance(data, bytes):
         return None
     return np.frombuffer(data, code)[0].item() if len(data) == np.dtype(code).itemsize else None
 
 
-# As `torch.serialization.safe_globals` takes them: classes, or stand-ins under the name that a pickle asks for.
+# As `torch.serialization.safe_globals` takes them: classes, or substitutes with the name in the pickle.
 HARMLESS: list[Any] = [
     argparse.Namespace,
     (pathlib.PosixPath, "pathlib.PosixPath"),
@@ -77,19 +77,19 @@ HARMLESS: list[Any] = [
 def read_weight_file(
     path: str | Path, *, ema: bool | None = None, error: type[InputError] = InputError, max_bytes: int | None = None
 ) -> WeightFile:
-    """Read the weights in a file.
+    """Reads the weights in a file.
 
     Args:
         path: A .safetensors file, or what `torch.save` wrote: a state dict, or a trainer's checkpoint around one.
-        ema: Take the averaged weights, or the plain ones; None: averaged ones where the file has some.
-        error: The class of what is raised.
-        max_bytes: Largest file that is read; None: 32 GiB.
+        ema: Use averaged (EMA) weights, or plain ones; None: averaged ones if the file has any.
+        error: Class of the errors to raise.
+        max_bytes: Largest size of the file; None: 32 GiB.
 
     Returns:
-        The weights, and what the file says beside them.
+        The weights and other content.
 
     Raises:
-        InputError: There is no such file, it holds no weights, or it asks for code.
+        InputError: The file does not exist, has no weights, or could run code.
     """
     file = Path(path)
     if not file.is_file():
@@ -101,7 +101,7 @@ def read_weight_file(
     settings = content.get("args") if isinstance(content, Mapping) else None
     averaged = None if ema is False else _first_state(content, AVERAGED)
     if ema and averaged is None:
-        raise error(f"there are no averaged weights in {file}", remedy="Take the plain weights.")
+        raise error(f"there are no averaged weights in {file}", remedy="Use the plain weights.")
     state = averaged or _first_state(content, (*PLAIN, ""))
     if state is None:
         raise error(f"{file} holds no weights", got=f"a {type(content).__name__}", expected="a state dict")
@@ -110,11 +110,14 @@ def read_weight_file(
 
 
 def unwrapped(state: State, drop_others: bool = False) -> State:
-    """A state dict without the prefixes of wrappers: `module.`, `_orig_mod.`, and an attribute's such as `model.`.
+    """Removes the prefixes of wrappers from a state dict: `module.`, `_orig_mod.`, or an attribute such as `model.`.
 
     Args:
         state: Named tensors.
-        drop_others: Where most names begin with the attribute, leave out those that do not, such as a loss's.
+        drop_others: If most names begin with the attribute, drop those that do not, such as those of a loss.
+
+    Returns:
+        The state dict with shorter names.
     """
     matches = {name: match for name in state if (match := ATTRIBUTE.match(name))}
     attributes = {match[1] for match in matches.values()}
@@ -125,6 +128,7 @@ def unwrapped(state: State, drop_others: bool = False) -> State:
 
 
 def _content(file: Path, error: type[InputError]) -> Any:
+    """Reads a file safely."""
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -133,7 +137,7 @@ def _content(file: Path, error: type[InputError]) -> Any:
         return load_plain(file, HARMLESS)
     except Exception as cause:
         asked = re.search(r"GLOBAL ([\w.]+)", str(cause)) or re.search(r"asks for ([\w.]+)", str(cause))
-        lines = told(cause).splitlines() or [type(cause).__name__]
+        lines = error_text(cause).splitlines() or [type(cause).__name__]
         raise error(
             f"{file} is not a file of plain weights",
             got=f"a pickle that asks for {asked[1]}" if asked else lines[0][:200],
@@ -143,7 +147,7 @@ def _content(file: Path, error: type[InputError]) -> Any:
 
 
 def _first_state(content: Any, names: tuple[str, ...]) -> State | None:
-    """The first of `names` (empty: the content itself) that is a state dict."""
+    """Returns the first of `names` (empty: the content itself) that is a state dict."""
     for name in names:
         part = content if name == "" else content.get(name) if isinstance(content, Mapping) else None
         if isinstance(part, Mapping) and all(isinstance(key, str) for key in part):

@@ -1,7 +1,7 @@
-"""Publishing files so that each is either absent or whole, whatever dies in between.
+"""Atomic file writes: each file is either absent or complete, whatever crashes in between.
 
-A shard's file is complete on disk before its marker names it; the marker appears by an exclusive link, so of two
-writers the first wins and the other sweeps its own file away.
+A shard's file is complete on disk before its marker names it. The marker is created by an exclusive link, so of two
+writers the first wins and the other removes its own file.
 """
 
 from __future__ import annotations
@@ -27,10 +27,18 @@ MOST = 1 << 40  # bytes, or rows, of a shard
 
 @dataclass(frozen=True)
 class Marker:
-    """The record of one finished shard: what its file must be, and which of its images could not be labeled.
+    """The record of one finished shard: its file, and the images that could not be labeled.
 
-    quarantine  {"key", "reason"} of each image of the shard's slice that has no row
-    stats       sums over rows: kl, entropy (nats), coverage, known (rows with a target), agree (the map names it)
+    Attributes:
+        shard: Number of the shard.
+        file: Name of its file.
+        size: Size of the file in bytes.
+        sha256: Digest of the file.
+        rows: Rows in the file.
+        first_key: First key of the shard's slice, whether that image has a row or not.
+        last_key: Last key of the slice, likewise.
+        quarantine: {"key", "reason"} of each image of the slice that has no row.
+        stats: Sums over rows: kl, entropy (nats), coverage, known (rows with a target), agree (the map names it).
     """
 
     shard: int
@@ -45,11 +53,22 @@ class Marker:
 
 
 def shard_stem(shard: int, shards: int) -> str:
+    """Returns how the names of a shard's files begin, such as "shard-00000-of-00128"."""
     return f"shard-{shard:05d}-of-{shards:05d}"
 
 
 def publish_shard(store: Path, stem: str, data: bytes, fields: Mapping[str, Any]) -> bool:
-    """Write a shard's file, then its marker with `fields`; False where another writer's marker was there first."""
+    """Writes a shard's file, then its marker.
+
+    Args:
+        store: The store's folder.
+        stem: How the names of the shard's files begin, see `shard_stem`.
+        data: Bytes of the shard's file.
+        fields: The marker's other fields.
+
+    Returns:
+        False if another writer's marker was there first.
+    """
     digest = hashlib.sha256(data).hexdigest()
     path = store / f"{stem}.{digest[:12]}.h5"
     marker = Marker(file=path.name, size=len(data), sha256=digest, **fields)
@@ -63,13 +82,13 @@ def publish_shard(store: Path, stem: str, data: bytes, fields: Mapping[str, Any]
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """`path` becomes `data`, or stays as it was; durable on return."""
+    """Atomically replaces the content of `path` with `data`; durable on return."""
     _publish(path, data, os.rename)
 
 
 @contextmanager
 def text_written_whole(path: Path) -> Iterator[TextIO]:
-    """A file to write to, row by row, that becomes `path` at the end of the block; none, where the block raises."""
+    """Yields a text file that becomes `path` at the end of the block; if the block raises, `path` is unchanged."""
     temporary = _temporary_name(path)
     try:
         with open(temporary, "x", encoding="utf-8", errors="backslashreplace", newline="") as file:
@@ -83,7 +102,14 @@ def text_written_whole(path: Path) -> Iterator[TextIO]:
 
 
 def publish_exclusively(path: Path, data: bytes) -> bool:
-    """`path` becomes `data` unless it exists; durable on return. False where it existed."""
+    """Creates `path` with `data`, atomically; durable on return.
+
+    Returns:
+        False if the path existed already; it is left as it was.
+
+    Raises:
+        LabelingError: The file system has no hard links.
+    """
     try:
         _publish(path, data, os.link)
     except FileExistsError:
@@ -99,13 +125,14 @@ def publish_exclusively(path: Path, data: bytes) -> bool:
 
 
 def _publish(path: Path, data: bytes, give_name: Callable[[Path, Path], None]) -> None:
+    """Writes a temporary file and gives it its name with `os.rename` or `os.link`."""
     for last in (False, False, True):
         temporary = _write_temporary(path, data)
         try:
             give_name(temporary, path)
             break
         except FileNotFoundError:
-            # Another run on this store has just finished and swept the folder: write it again.
+            # Another run on this store has just finished and cleaned up the folder: write it again.
             if last:
                 raise
         finally:
@@ -114,6 +141,7 @@ def _publish(path: Path, data: bytes, give_name: Callable[[Path, Path], None]) -
 
 
 def _write_temporary(path: Path, data: bytes) -> Path:
+    """Writes `data` to a new temporary file beside `path`, durably, and returns its path."""
     temporary = _temporary_name(path)
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -135,6 +163,7 @@ def _temporary_name(path: Path) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
+    """Makes the names of files in a folder durable (fsync)."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -143,14 +172,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def sealed(record: dict[str, Any]) -> bytes:
-    """JSON with a checksum of its own, since nothing else covers a marker."""
+    """Returns a record as JSON that contains its own checksum, since nothing else covers a marker."""
     text = json.dumps(record, ensure_ascii=False, sort_keys=True)
     whole = {**record, "xxh3": xxhash.xxh3_64_hexdigest(text.encode())}
     return json.dumps(whole, ensure_ascii=False, indent=1).encode() + b"\n"
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """The record that `write_sealed` wrote. Raises IntegrityError where the file is damaged."""
+    """Reads a record that `write_sealed` wrote. Raises IntegrityError if the file is damaged."""
     try:
         record = json.loads(path.read_bytes())
         seal = record.pop("xxh3")
@@ -158,16 +187,17 @@ def read_sealed(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from None
     if seal != xxhash.xxh3_64_hexdigest(text.encode()):
-        raise _damaged(path, "a content that does not match its checksum")
+        raise _damaged(path, "content that does not match its checksum")
     return record
 
 
 def write_sealed(path: Path, record: dict[str, Any]) -> bool:
+    """Writes a record with its checksum. Returns False if the path existed already."""
     return publish_exclusively(path, sealed(record))
 
 
 def read_marker(store: Path, shard: int, shards: int) -> Marker | None:
-    """The shard's marker; None where it is absent. Raises IntegrityError where it is damaged."""
+    """Reads a shard's marker; None if there is none. Raises IntegrityError if it is damaged."""
     path = store / f"{shard_stem(shard, shards)}.json"
     try:
         record = read_sealed(path)
@@ -185,7 +215,7 @@ def read_marker(store: Path, shard: int, shards: int) -> Marker | None:
 
 
 def _check_types(marker: Marker) -> None:
-    """Raise TypeError where an entry is of a type that no marker has: it may be another's file."""
+    """Raises TypeError if an entry has a type that no marker has: the file may come from elsewhere."""
     kinds = {"shard": int, "size": int, "rows": int, "file": str, "sha256": str, "first_key": str, "last_key": str}
     kinds |= {"quarantine": list, "stats": dict}
     wrong = [name for name, kind in kinds.items() if type(getattr(marker, name)) is not kind]
@@ -203,7 +233,7 @@ def _check_types(marker: Marker) -> None:
 
 
 def check_file(store: Path, marker: Marker) -> None:
-    """Compare a shard's file with its marker, to the last bit. Raises IntegrityError."""
+    """Compares a shard's file with its marker, bit by bit. Raises IntegrityError if they differ."""
     path = store / marker.file
     try:
         with open(path, "rb") as file:
@@ -218,7 +248,7 @@ def check_file(store: Path, marker: Marker) -> None:
 
 
 def sweep(store: Path, markers: list[Marker]) -> None:
-    """Remove what writers that died or lost left behind. Only for a store whose every shard is committed."""
+    """Removes what crashed or slower writers left behind. Only for a store whose shards are all committed."""
     named = {marker.file for marker in markers}
     for path in store.iterdir():
         left_over = path.name.startswith("shard-") and path.suffix == ".h5" and path.name not in named
@@ -231,5 +261,5 @@ def _damaged(path: Path, got: str, expected: str | None = None) -> IntegrityErro
         f"{str(path)!r} is damaged",
         got=got,
         expected=expected,
-        remedy="Run the same labeling command again: it labels this shard anew.",
+        remedy="Run the same labeling command again: it labels this shard again.",
     )

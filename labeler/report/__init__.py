@@ -1,1 +1,1 @@
-"""The report: one HTML page that shows what is in a label store."""
+"""The report on a store: one page of figures, images and charts."""

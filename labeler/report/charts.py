@@ -1,4 +1,4 @@
-"""Small SVG charts and pictures for the report, as strings that need nothing else."""
+"""Small SVG charts and images for the report, as self-contained strings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-# Ten colours that stay apart over photographs and for most colour-blind readers.
+# Ten colors that are distinct over photographs and for most color-blind readers.
 COLOURS = (
     (230, 159, 0),
     (86, 180, 233),
@@ -33,7 +33,18 @@ Point = tuple[float, float, str]  # x, y, name
 def histogram(
     values: np.ndarray, label: str, *, bins: int = 32, top: float | None = None, percent: bool = False
 ) -> str:
-    """Bars of how many values fall where, with the median marked; from 0 to `top` or the largest value."""
+    """Draws a histogram with the median marked.
+
+    Args:
+        values: The values.
+        label: Caption.
+        bins: Number of bins.
+        top: End of the axis; None: the largest value.
+        percent: Show values in percent.
+
+    Returns:
+        The chart as HTML.
+    """
     values = np.asarray(values, np.float64).ravel()
     high = top if top is not None else max(float(values.max()), 1e-9)
     low = 0.0 if values.min() >= 0 and values.min() < high / 2 else float(values.min())
@@ -47,19 +58,19 @@ def histogram(
         for i, count in enumerate(counts.tolist())
     )
     middle = float(np.median(values))
-    place = LEFT + (WIDTH - LEFT) * (middle - edges[0]) / (edges[-1] - edges[0])
-    anchor = "end" if place > WIDTH - 110 else "start"
+    x = LEFT + (WIDTH - LEFT) * (middle - edges[0]) / (edges[-1] - edges[0])
+    anchor = "end" if x > WIDTH - 110 else "start"
     shift = -5 if anchor == "end" else 5
     marks = (
-        f'<line class="mark" x1="{place:.1f}" x2="{place:.1f}" y1="0" y2="{HEIGHT - BOTTOM}"/>'
-        f'<text class="strong" x="{place + shift:.1f}" y="12" text-anchor="{anchor}">'
+        f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{HEIGHT - BOTTOM}"/>'
+        f'<text class="strong" x="{x + shift:.1f}" y="12" text-anchor="{anchor}">'
         f"median {_tick(middle, percent)}</text>"
     )
     return _frame(bars + marks + _x_axis(edges[0], edges[-1], percent) + _y_axis(tall), label)
 
 
 def curve(values: Sequence[float], label: str) -> str:
-    """Shares (0 to 1) against 1, 2, 3 …, as a line with points."""
+    """Draws shares (0 to 1) against 1, 2, 3 … as a line with points."""
     count = len(values)
     step = (WIDTH - LEFT - 16) / max(1, count - 1)
     points = [(LEFT + 8 + i * step, (HEIGHT - BOTTOM) * (1 - 0.95 * value)) for i, value in enumerate(values)]
@@ -85,7 +96,7 @@ def curve(values: Sequence[float], label: str) -> str:
 
 
 def heat_grid(values: np.ndarray, label: str) -> str:
-    """A grid [H, W] of shares between 0 and 1; cells that are NaN stay empty."""
+    """Draws a grid [H, W] of shares between 0 and 1; NaN cells are empty."""
     height, width = values.shape
     side = min((WIDTH - LEFT) / width, (HEIGHT - BOTTOM + 10) / height)
     left = (WIDTH - side * width) / 2
@@ -100,7 +111,7 @@ def heat_grid(values: np.ndarray, label: str) -> str:
 
 
 def scatter(line: Sequence[Point], marks: Sequence[Point], label: str) -> str:
-    """Points joined by a line, and marked points with their names; x in doublings, y from 0."""
+    """Draws points joined by a line, and marked points with their names; x is logarithmic, y starts at 0."""
     every = [*line, *marks]
     low, high = (math.log2(end(x for x, _, _ in every)) + room for end, room in ((min, -0.3), (max, 0.3)))
     top = 1.15 * max(max(y for _, y, _ in every), 1e-9)
@@ -140,13 +151,13 @@ def scatter(line: Sequence[Point], marks: Sequence[Point], label: str) -> str:
 
 
 def _round_step(most: float) -> float:
-    """The largest of 1, 2 and 5 times a power of ten that is at most `most`."""
+    """Returns the largest of 1, 2 and 5 times a power of ten that is at most `most`."""
     power = 10.0 ** math.floor(math.log10(most))
     return max(power * k for k in (1, 2, 5) if power * k <= most * 1.000001)
 
 
 def bars(rows: Sequence[tuple[str, float]], label: str, form: str = ".1%") -> str:
-    """Named shares, or other numbers in the format `form`, as horizontal bars."""
+    """Draws named shares, or other numbers in the format `form`, as horizontal bars."""
     top = max((share for _, share in rows), default=1) or 1
     lines = "".join(
         f"<tr><th>{escape(name)}</th><td><div class='rule' style='width:{100 * share / top:.1f}%'></div></td>"
@@ -157,7 +168,7 @@ def bars(rows: Sequence[tuple[str, float]], label: str, form: str = ".1%") -> st
 
 
 def picture(image: Any, quality: int = 85) -> str:
-    """An <img> that carries a PIL image in itself."""
+    """Returns an <img> tag that contains a PIL image."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -165,7 +176,17 @@ def picture(image: Any, quality: int = 85) -> str:
 
 
 def lay_over(image: Any, colours: np.ndarray, strength: np.ndarray, region: np.ndarray) -> Any:
-    """The image with each cell of `region` tinted: colours uint8 [H, W, 3], strength float [H, W] from 0 to 1."""
+    """Tints a gray image with the colors of cells.
+
+    Args:
+        image: A PIL image.
+        colours: uint8 [H, W, 3]: color of each cell.
+        strength: float [H, W]: opacity of each cell, 0 to 1.
+        region: y0, x0, y1, x1 of the part that the cells cover, as fractions.
+
+    Returns:
+        The tinted image.
+    """
     from PIL import Image
 
     height, width = image.height, image.width
@@ -173,13 +194,14 @@ def lay_over(image: Any, colours: np.ndarray, strength: np.ndarray, region: np.n
     size = (max(1, box[2] - box[0]), max(1, box[3] - box[1]))
     tint = Image.fromarray(colours.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     mask = Image.fromarray((255 * strength).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
-    # A grey picture under the tint: two colours on one cell cannot be told apart.
+    # The image is gray under the tint, since its own colors would mix with those of the cells.
     base = image.convert("L").convert("RGB")
     base.paste(tint, box[:2], mask)
     return base
 
 
 def _frame(inside: str, label: str) -> str:
+    """Returns a figure with a caption."""
     return (
         f'<figure><svg viewBox="0 -4 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{inside}</svg>'
         f"<figcaption>{escape(label)}</figcaption></figure>"
@@ -187,6 +209,7 @@ def _frame(inside: str, label: str) -> str:
 
 
 def _x_axis(low: float, high: float, percent: bool) -> str:
+    """Draws the horizontal axis."""
     ticks = "".join(
         f'<text x="{LEFT + (WIDTH - LEFT) * i / 4:.1f}" y="{HEIGHT - BOTTOM + 15}" '
         f'text-anchor="{("start", "middle", "middle", "middle", "end")[i]}">'
@@ -197,10 +220,12 @@ def _x_axis(low: float, high: float, percent: bool) -> str:
 
 
 def _y_axis(tall: int) -> str:
+    """Labels the vertical axis."""
     return f'<text x="{LEFT - 6}" y="10" text-anchor="end">{tall:,}</text>'
 
 
 def _tick(value: float, percent: bool) -> str:
+    """Returns a number as text."""
     if percent:
         return f"{value:.1%}" if abs(value) < 0.1 else f"{value:.0%}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -20,14 +20,18 @@ from labeler.store.score_maps import ScoreMaps
 class Sample:
     """Random rows of a store as probabilities.
 
-    rows        int64 [n], rising
-    p           float32 [n, P, H, W]: of each palette class, 0 in unused places and where it counts as background
-    tail        float32 [n, H, W]: of all tail classes together
-    left        float32 [n, H, W]: of all that neither a code nor the tail names; p, tail and left sum to 1
-    shared      float32 [n, H, W]: of one class of the background
-    entropy     float32 [n, H, W], nats
-    confidence  float32 [n, H, W]: of the most probable class
-    target      int32 [n], −1 unknown
+    Attributes:
+        rows: int64 [n]: row numbers, ascending.
+        keys: Their keys.
+        maps: Their maps.
+        p: float32 [n, P, H, W]: probability of each palette class; 0 in unused slots and where it counts as background.
+        tail: float32 [n, H, W]: probability of all tail classes together.
+        left: float32 [n, H, W]: probability of all classes without a code or tail slot; p, tail and left sum to 1.
+        shared: float32 [n, H, W]: probability of one class of the background.
+        entropy: float32 [n, H, W]: in nats.
+        confidence: float32 [n, H, W]: probability of the most probable class.
+        target: int32 [n]: true classes, −1 where unknown.
+        image_size: int64 [n, 2]: height and width of the images.
     """
 
     rows: np.ndarray
@@ -65,10 +69,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class TruthCheck:
-    """How often the stored map names the true class of a cell, over cells that lie in one object by majority.
+    """How often the stored map has the true class of a cell, over cells that are mostly covered by one object.
 
-    mirrored, transposed: the same with the map turned on purpose, which shows what a misaligned map would score
-    by_cell float64 [H, W]: the share that is right at each place of the grid, NaN where no cell could be judged
+    Attributes:
+        cells: Number of cells that were judged.
+        images: Number of images with true maps.
+        right: Share of cells with the true class.
+        mirrored: The same with mirrored maps, to compare with.
+        transposed: The same with transposed maps; None if the grid is not square.
+        by_cell: float64 [H, W]: share of cells with the true class at each position; NaN where none was judged.
     """
 
     cells: int
@@ -80,7 +89,7 @@ class TruthCheck:
 
 
 def draw_sample(store: LabelStore, count: int, seed: int) -> Sample:
-    """At most `count` random rows, decoded."""
+    """Decodes up to `count` random rows of a store; `seed`: seed of the choice."""
     rows = np.sort(np.random.default_rng(seed).permutation(len(store))[:count])
     maps = store.read(rows)
     used, in_tail = (maps.classes >= 0)[:, :, None, None], maps.tail_classes >= 0
@@ -98,7 +107,7 @@ def draw_sample(store: LabelStore, count: int, seed: int) -> Sample:
     tail = shared * weights.sum(1)[:, None, None]
     left = shared * others
     total = p.sum(1) + tail + left
-    # −Σ p·log p, where log p is the score less log_total; a tail class's score is the background's and its offset.
+    # −Σ p·log p, where log p is the score minus log_total; a tail class's score is the background's plus its offset.
     log_total = best + np.log(total)
     offsets = (weights * maps.tail_offsets).sum(1)[:, None, None]
     scored = (p * np.where(named, maps.scores, 0)).sum(1) + (tail + left) * maps.background + shared * offsets
@@ -118,33 +127,45 @@ def draw_sample(store: LabelStore, count: int, seed: int) -> Sample:
 
 
 def _float32(values: np.ndarray) -> np.ndarray:
+    """Converts to float32."""
     return values.astype(np.float32)
 
 
 def check_truth(sample: Sample, folder: Path) -> TruthCheck:
-    """Compare the sample's maps with pictures of true class ids, `folder`/<key with .png>, see `cell_classes`."""
+    """Compares the sample's maps with images of true class ids.
+
+    Args:
+        sample: Rows of a store.
+        folder: Folder of PNGs of class ids, named by key with `.png` in place of the extension; see `cell_classes`.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        InputError: No image has a PNG, or one is not an image of class ids.
+    """
     from PIL import Image
 
     height, width = sample.top1.shape[1:]
     right, judged = np.zeros((height, width)), np.zeros((height, width))
     mirrored = transposed = images = 0
-    for key, found, region in zip(sample.keys, sample.top1, sample.maps.region, strict=True):
+    for key, top1, region in zip(sample.keys, sample.top1, sample.maps.region, strict=True):
         path = folder / f"{key.rpartition('.')[0]}.png"
         if not path.is_file():
             continue
         picture = np.asarray(Image.open(path))
         if picture.ndim != 2 or picture.dtype not in (np.uint8, np.uint16):
             raise InputError(
-                f"{str(path)!r} is no picture of class ids", got=f"{picture.dtype} {picture.shape}",
+                f"{str(path)!r} is not an image of class ids", got=f"{picture.dtype} {picture.shape}",
                 expected="one channel of 8 or 16 bits",
             )  # fmt: skip
         true = cell_classes(picture, region, (height, width))
         known = true >= 0
         images += 1
         judged += known
-        right += known & (found == true)
-        mirrored += int((known & (found[:, ::-1] == true)).sum())
-        transposed += int((known & (true == found.T)).sum()) if height == width else 0
+        right += known & (top1 == true)
+        mirrored += int((known & (top1[:, ::-1] == true)).sum())
+        transposed += int((known & (true == top1.T)).sum()) if height == width else 0
     if not images or not judged.any():
         raise InputError(f"no truth for the images below {str(folder)!r}", expected="<key>.png with class ids")
     cells = int(judged.sum())
@@ -161,9 +182,15 @@ def check_truth(sample: Sample, folder: Path) -> TruthCheck:
 
 
 def cell_classes(truth: np.ndarray, region: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """int64 [H, W]: the class that covers most of each cell of `region`, −1 where none covers more than half.
+    """Finds the class that covers more than half of each cell.
 
-    truth   uint8 or uint16 [h, w]: the class of each pixel, the largest number (255, 65,535) for none
+    Args:
+        truth: uint8 or uint16 [h, w]: the class of each pixel; the largest number (255 or 65,535) for none.
+        region: y0, x0, y1, x1 of the part that the cells cover, as fractions.
+        grid: H, W.
+
+    Returns:
+        int64 [H, W]: class ids, −1 where no class covers more than half.
     """
     (h, w), (height, width) = truth.shape, grid
     none = np.iinfo(truth.dtype).max
@@ -177,5 +204,5 @@ def cell_classes(truth: np.ndarray, region: np.ndarray, grid: tuple[int, int]) -
     counts = np.zeros((height * width, int(classes.max(initial=0)) + 1), np.int64)
     np.add.at(counts, (cell, classes), 1)
     best = counts.argmax(1)
-    found = np.where(2 * counts[np.arange(len(best)), best] > total, best, -1)
-    return found.reshape(grid)
+    majority = np.where(2 * counts[np.arange(len(best)), best] > total, best, -1)
+    return majority.reshape(grid)

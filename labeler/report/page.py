@@ -1,4 +1,4 @@
-"""The report on a label store: one self-contained HTML page of figures, pictures with their maps, and charts.
+"""The report on a label store: a self-contained HTML page of figures, images with their maps, and charts.
 
 Legend: n sampled rows; P palette size; H×W map grid.
 """
@@ -23,7 +23,7 @@ from labeler.store.label_store import LabelStore
 
 PICTURES = 24
 PICTURE_SIDE = 170
-LEGEND = 4  # classes told apart on one picture
+LEGEND = 4  # classes with a color in one map
 QUARANTINE_SHOWN = 200
 
 STYLE = Path(__file__).with_name("report.css").read_text("utf-8")
@@ -31,7 +31,14 @@ STYLE = Path(__file__).with_name("report.css").read_text("utf-8")
 
 @dataclass(frozen=True)
 class Findings:
-    """What a report compared, None where it was not asked for; `missing` of the `sampled` images were not found."""
+    """The results of a report's comparisons.
+
+    Attributes:
+        truth: Comparison with true maps; None if not requested.
+        audit: Errors of the labels; None if not requested.
+        sampled: Number of sampled images.
+        missing: Number of these that were not found.
+    """
 
     truth: TruthCheck | None
     audit: Audit | None
@@ -53,12 +60,27 @@ def write_report(
     trusted: bool = False,
     progress: bool = False,
 ) -> Findings:
-    """Write the page; returns what its comparisons gave.
+    """Writes the report on a store.
 
-    audit    run the store's teacher again on so many images, see `labeler.audit`; `device` and `trusted` are for that
+    Args:
+        store: The store's folder.
+        images: The image root that was labeled.
+        out: The page to write.
+        truth: Folder of PNGs of class ids, named by key; None: no comparison.
+        sample: Number of random rows for the charts.
+        title: Heading of the page.
+        seed: Seed of the random rows.
+        audit: Run the store's teacher again on this many images, see `labeler.audit`.
+        device: Device of the teacher.
+        trusted: Trust this store, so that its teacher may be run.
+        progress: Show a progress bar.
 
-    Raises InputError where the store, the images or the truth cannot be read, none of the store's images is there, or
-    the page cannot be written.
+    Returns:
+        The results of its comparisons.
+
+    Raises:
+        InputError: The store, the images or the truth cannot be read, none of the store's images is found, or the page
+            cannot be written.
     """
     root, labels = image_root(images), LabelStore(store, trusted=trusted)
     if not len(labels):
@@ -73,11 +95,11 @@ def write_report(
             expected=f"for example {drawn.keys[0]!r}", remedy="Give --images the folder that was labeled.",
         )  # fmt: skip
     checked = None if truth is None else check_truth(drawn, Path(truth))
-    found, costs = None, None
+    result, costs = None, None
     if audit:
-        found, logits = audit_labels(labels, root, audit, device=device, seed=seed, progress=progress)
-        costs = costs_of(labels, logits, found, progress)
-    findings = Findings(checked, found, len(drawn.keys), missing)
+        result, logits = audit_labels(labels, root, audit, device=device, seed=seed, progress=progress)
+        costs = costs_of(labels, logits, result, progress)
+    findings = Findings(checked, result, len(drawn.keys), missing)
     page = render(labels, drawn, root, findings, costs, title or f"Label store {Path(store).name}")
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +110,7 @@ def write_report(
 
 
 def render(store: LabelStore, sample: Sample, images: Path, findings: Findings, costs: Costs | None, title: str) -> str:
-    """The whole page as text."""
+    """Returns the whole page as HTML."""
     meta, truth = store.meta, findings.truth
     grid = "×".join(map(str, meta.grid))
     teacher = meta.teacher
@@ -98,18 +120,18 @@ def render(store: LabelStore, sample: Sample, images: Path, findings: Findings, 
         f'<p class="soft">{len(store):,} images, maps of {grid} cells over {meta.num_classes:,} classes, at most '
         f"{meta.palette} of them with a plane of scores per image{tail}, by <b>{escape(str(teacher['name']))}</b>. "
         "Charts are drawn from "
-        f"{len(sample.rows):,} random rows; figures marked “all” from every row.</p>",
+        f"{len(sample.rows):,} random rows; figures marked “all” are from every row.</p>",
         missing_note(findings.missing, findings.sampled, images),
         cards(store, sample, truth),
         *(f'<p class="note">{escape(note)}</p>' for note in teacher.get("notes", ())),
         "<h2>What the teacher sees, and where</h2>",
-        '<p class="soft">Left the image, right its stored map: each cell in the colour of its most probable class, the '
-        "stronger the surer; grey where it is none of those named below. Percentages are shares of the whole "
+        '<p class="soft">Left: the image. Right: its stored map, each cell in the color of its most probable class, '
+        "stronger if more probable; gray if the class is not named below. Percentages are shares of the whole "
         "map’s probability.</p>",
         f'<div class="maps">{_maps(store, sample, images)}</div>',
         _truth_part(truth),
         audit_part(store, findings.audit, costs),
-        "<h2>What the labels hold</h2>",
+        "<h2>What the labels contain</h2>",
         f'<div class="charts">{_charts(store, sample)}</div>',
         _agreement(store, sample),
         _quarantine(store),
@@ -122,37 +144,40 @@ def render(store: LabelStore, sample: Sample, images: Path, findings: Findings, 
 
 
 def class_name(store: LabelStore, number: int) -> str:
+    """Returns the name of a class, or "class N"."""
     names = store.meta.class_names
     return names[number] if 0 <= number < len(names) else f"class {number}"
 
 
 def _maps(store: LabelStore, sample: Sample, images: Path) -> str:
+    """Returns the images with their maps."""
     from labeler.sources.pixels import open_rgb
 
     chosen = np.random.default_rng(1).permutation(len(sample.rows))[:PICTURES]
-    found = []
+    parts = []
     for i in sorted(chosen.tolist()):
         try:
             image = open_rgb(image_path(images, sample.keys[i]).read_bytes(), store.meta.orientation)
         except (OSError, ValueError) as error:
-            found.append(
+            parts.append(
                 f'<div class="map"><div class="name">{escape(sample.keys[i])}: {escape(str(error))}</div></div>'
             )
             continue
         scale = PICTURE_SIDE / max(image.size)
         image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-        found.append(_one_map(store, sample, i, image))
-    return "".join(found)
+        parts.append(_one_map(store, sample, i, image))
+    return "".join(parts)
 
 
 def _one_map(store: LabelStore, sample: Sample, i: int, image: object) -> str:
+    """Returns one image with its map and legend."""
     names, counts = np.unique(sample.top1[i], return_counts=True)
-    shown = names[np.argsort(-counts, kind="stable")[:LEGEND]].tolist()
+    largest = names[np.argsort(-counts, kind="stable")[:LEGEND]].tolist()
     classes, share = (column[i] for column in sample.named)
     few = store.meta.num_classes <= len(COLOURS)
     colours = np.full((*sample.top1.shape[1:], 3), OTHER, np.uint8)
     legend = []
-    for order, number in enumerate(shown):
+    for order, number in enumerate(largest):
         colour = COLOURS[number if few else order]
         colours[sample.top1[i] == number] = colour
         percent = 100 * share[classes == number].sum()
@@ -160,8 +185,8 @@ def _one_map(store: LabelStore, sample: Sample, i: int, image: object) -> str:
             f'<span><i style="background:rgb{colour}"></i>{escape(class_name(store, number))} '
             f"{'&lt;1' if percent < 1 else round(percent)}%</span>"
         )
-    if len(names) > len(shown):
-        legend.append(f'<span><i style="background:rgb{OTHER}"></i>{len(names) - len(shown)} more</span>')
+    if len(names) > len(largest):
+        legend.append(f'<span><i style="background:rgb{OTHER}"></i>{len(names) - len(largest)} more</span>')
     overlay = lay_over(image, colours, 0.15 + 0.75 * sample.confidence[i], sample.maps.region[i])
     target = int(sample.target[i])
     label = f" · labeled <b>{escape(class_name(store, target))}</b>" if target >= 0 else ""
@@ -173,8 +198,9 @@ def _one_map(store: LabelStore, sample: Sample, i: int, image: object) -> str:
 
 
 def _charts(store: LabelStore, sample: Sample) -> str:
+    """Returns the charts of the sample."""
     meta = store.meta
-    kept = "codes and the tail name" if meta.tail else "the palette names"
+    kept = "codes and tail cover" if meta.tail else "the palette covers"
     charts = [
         histogram(store.row_bytes(sample.rows), "Bytes of score planes per image, as compressed"),
         palette_curve(sample),
@@ -182,40 +208,43 @@ def _charts(store: LabelStore, sample: Sample) -> str:
         histogram(sample.entropy, f"Entropy of each cell, nats (uniform over {meta.num_classes:,} classes: "
                   f"{np.log(meta.num_classes):.2f})", top=float(np.log(meta.num_classes))),
         histogram(sample.confidence, "Probability of each cell’s first class", top=1.0, percent=True),
-        bars(_common_classes(store, sample), "Share of cells by their first class, the most common"),
+        bars(_common_classes(store, sample), "Share of cells by their first class, the most common classes"),
     ]  # fmt: skip
     return "".join(charts)
 
 
 def _common_classes(store: LabelStore, sample: Sample) -> list[tuple[str, float]]:
+    """Returns (name, share of cells) of the most common first classes."""
     numbers, counts = np.unique(sample.top1, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:10]
     return [(class_name(store, int(numbers[i])), float(counts[i] / counts.sum())) for i in order]
 
 
 def _truth_part(truth: TruthCheck | None) -> str:
+    """Returns the comparison with true maps."""
     if truth is None:
         return ""
-    heat = heat_grid(truth.by_cell, "Share that is right, by place (green: all, red: none)")
-    turned = "" if truth.transposed is None else f", transposed {truth.transposed:.1%}"
+    heat = heat_grid(truth.by_cell, "Accuracy by position in the map (green: all right, red: none)")
+    turned = "" if truth.transposed is None else f", and when transposed, {truth.transposed:.1%}"
     return (
         "<h2>Is the right class in the right place?</h2>"
         f'<p class="soft">The true class of every pixel is known for {truth.images:,} of the sampled images. Of the '
-        f"{truth.cells:,} cells that one object fills by more than half, the stored map names its class in "
-        f"<b>{truth.right:.1%}</b>. The same maps, turned on purpose, would score: mirrored {truth.mirrored:.1%}"
+        f"{truth.cells:,} cells that are more than half covered by one object, the stored map has its class in "
+        f"<b>{truth.right:.1%}</b>. For comparison, the same maps score, when mirrored, {truth.mirrored:.1%}"
         f"{turned}. "
-        "A map that is out of place shows here at once.</p>"
+        "A misplaced map would be obvious here.</p>"
         f'<div class="charts">{heat}</div>'
     )
 
 
 def _agreement(store: LabelStore, sample: Sample) -> str:
+    """Returns the comparison with the folders' classes."""
     known = sample.target >= 0
     if not known.any():
         return ""
-    found, target = sample.image_class[known], sample.target[known]
+    predicted, target = sample.image_class[known], sample.target[known]
     wrong: dict[tuple[int, int], int] = {}
-    for pair in zip(target.tolist(), found.tolist(), strict=True):
+    for pair in zip(target.tolist(), predicted.tolist(), strict=True):
         if pair[0] != pair[1]:
             wrong[pair] = wrong.get(pair, 0) + 1
     rows = "".join(
@@ -229,15 +258,16 @@ def _agreement(store: LabelStore, sample: Sample) -> str:
     return (
         "<h2>Agreement with the folders</h2>"
         f'<p class="soft">The class with the largest share of the map is the folder’s in '
-        f"<b>{(found == target).mean():.1%}</b> of {len(found):,} sampled images. The most frequent "
+        f"<b>{(predicted == target).mean():.1%}</b> of {len(predicted):,} sampled images. The most frequent "
         f"differences:</p>{table}"
     )
 
 
 def _quarantine(store: LabelStore) -> str:
+    """Returns the list of images that could not be labeled."""
     entries = store.quarantine
     if not entries:
-        return '<h2>Quarantine</h2><p class="soft">Empty: every image has its labels.</p>'
+        return '<h2>Quarantine</h2><p class="soft">Empty: every image has labels.</p>'
     rows = "".join(
         f"<tr><td><code>{escape(e['key'])}</code></td><td>{escape(e['reason'])}</td></tr>"
         for e in entries[:QUARANTINE_SHOWN]
@@ -250,6 +280,7 @@ def _quarantine(store: LabelStore) -> str:
 
 
 def _settings(store: LabelStore) -> str:
+    """Returns the table of settings."""
     meta, plan = store.meta, store.plan
     facts: dict[str, object] = {f"teacher: {name}": value for name, value in meta.teacher.items() if name != "notes"}
     facts |= {f"setting: {name}": value for name, value in plan.settings.items()}

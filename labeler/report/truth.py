@@ -1,4 +1,4 @@
-"""The part of the report that says how true the labels are: figures of every row, and what an audit found.
+"""The part of the report on the accuracy of the labels: figures of every row, and the results of an audit.
 
 Legend: K images whose maps the audit kept; C classes; H×W map grid.
 """
@@ -29,7 +29,7 @@ STATS = ("kl", "coverage", "first_kept", "reference_kl", "compared_kl", "agree",
 
 
 def totals(store: LabelStore) -> dict[str, float]:
-    """What the markers sum up over every row; only what all of them have."""
+    """Returns the sums over all rows that all markers have."""
     return {
         name: sum(marker.stats[name] for marker in store.markers)
         for name in STATS
@@ -38,68 +38,72 @@ def totals(store: LabelStore) -> dict[str, float]:
 
 
 def cards(store: LabelStore, sample: Sample, truth: TruthCheck | None) -> str:
-    """The figures at the head of the page."""
-    rows, found = max(1, len(store)), totals(store)
+    """Returns the figures at the top of the page."""
+    rows, sums = max(1, len(store)), totals(store)
     size = sum(file.stat().st_size for file in store.path.iterdir())
-    shown = [(f"{size / rows:,.0f} B", "per image, all files of the store counted"), *truth_cards(store)]
+    figures = [(f"{size / rows:,.0f} B", "per image, with all files of the store"), *truth_cards(store)]
     if truth is not None:
-        shown.append((f"{truth.right:.1%}", f"of {truth.cells:,} object cells name the right class in the right place"))
-    if found.get("known"):
-        shown.append((f"{found['agree'] / found['known']:.1%}", "of images: the map’s class is the folder’s, all"))
-    shown += [
+        figures.append((f"{truth.right:.1%}", f"of {truth.cells:,} object cells have the right class"))
+    if sums.get("known"):
+        figures.append((f"{sums['agree'] / sums['known']:.1%}", "of images: the map’s class is the folder’s, all"))
+    figures += [
         (f"{np.median(sample.confidence):.0%}", "median probability of a cell’s first class"),
         (f"{len(store.quarantine):,}", "images in the quarantine"),
     ]
-    return f'<div class="cards">{"".join(f"<div class=card><b>{a}</b><span>{b}</span></div>" for a, b in shown)}</div>'
+    return (
+        f'<div class="cards">{"".join(f"<div class=card><b>{a}</b><span>{b}</span></div>" for a, b in figures)}</div>'
+    )
 
 
 def truth_cards(store: LabelStore) -> list[tuple[str, str]]:
-    """Figures of every row as (figure, what it is); none for an imported store, which does not know its teacher."""
-    found, rows = totals(store), max(1, len(store))
-    if store.meta.score_kind != "logprob" or not {"kl", "coverage"} <= found.keys():
+    """Returns (figure, meaning) of figures over all rows; none for an imported store, which has no teacher."""
+    sums, rows = totals(store), max(1, len(store))
+    if store.meta.score_kind != "logprob" or not {"kl", "coverage"} <= sums.keys():
         return []
-    shown = [(f"{found['kl'] / rows:.4f}", "nats lost per cell: KL from the teacher’s full softmax to the store, all")]
-    share = share_of_reference(found.get("compared_kl", 0.0), found.get("reference_kl", 0.0), rows)
+    figures = [(f"{sums['kl'] / rows:.4f}", "nats lost per cell: KL from the teacher’s full softmax to the store, all")]
+    share = share_of_reference(sums.get("compared_kl", 0.0), sums.get("reference_kl", 0.0), rows)
     if share is not None:
-        shown.append((f"{share:.2f}", "of what files of five float16 logits per cell lose of these maps"))
-    named = "codes and the tail name" if store.meta.tail else "the palette names"
-    shown.append((f"{found['coverage'] / rows:.1%}", f"of the probability is of classes that {named}, all"))
-    if "first_kept" in found:
-        shown.append((f"{found['first_kept'] / rows:.1%}", "of cells keep the teacher’s first class as the first, all"))
-    return shown
+        figures.append((f"{share:.2f}", "of what files of five float16 logits per cell lose of these maps"))
+    named = "have a code or a tail slot" if store.meta.tail else "are in the palette"
+    figures.append((f"{sums['coverage'] / rows:.1%}", f"of the probability is in classes that {named}, all"))
+    if "first_kept" in sums:
+        figures.append(
+            (f"{sums['first_kept'] / rows:.1%}", "of cells keep the teacher’s first class as the first, all")
+        )
+    return figures
 
 
 def palette_curve(sample: Sample) -> str:
-    """The probability that an image's 1, 2, 3 … largest palette classes hold, whatever their order in the store."""
+    """Plots the probability of an image's 1, 2, 3 … largest palette classes, whatever their order in the store."""
     share = np.sort(sample.p.mean((2, 3)), axis=1)[:, ::-1].mean(0)
-    places = max(1, int((share > 0).sum()))
+    slots = max(1, int((share > 0).sum()))
     label = "Probability kept with an image’s 1, 2, 3 … largest palette classes, mean over images"
     if sample.maps.tail_classes.shape[1]:
-        label += f"; the tail names {sample.tail.mean():.1%} more"
-    return curve(np.cumsum(share[:places]).tolist(), label)
+        label += f"; the tail has {sample.tail.mean():.1%} more"
+    return curve(np.cumsum(share[:slots]).tolist(), label)
 
 
 def audit_part(store: LabelStore, audit: Audit | None, costs: Costs | None) -> str:
-    """The heading, three sentences and two charts of an audit; a line on how to get one where there was none."""
+    """Returns heading, three sentences and two charts of an audit; without an audit, how to get one."""
     if audit is None:
         if store.meta.score_kind != "logprob":
             return ""
         return (
-            '<p class="soft">How far the maps are from what the teacher says of mirrored pictures and of crops, and '
-            "what more bytes would buy: <code>report --audit 48</code> runs the teacher again and adds it here.</p>"
+            '<p class="soft">How the maps differ from the teacher’s output for mirrored images and crops, and what '
+            "more bytes would gain: <code>report --audit 48</code> runs the teacher again and adds it here.</p>"
         )
     missing = f" ({audit.missing:,} more were not found, or have changed)" if audit.missing else ""
     advice = audit.advice()
     less = audit.storage_of_reference
     shares = ", ".join(f"{error:.2f} at {float(share):.0%}" for share, error in audit.crop.items())
     sentences = (
-        f"<b>Storage, {audit.storage:.3f} nats.</b> What the store keeps of a map differs from the map by this much in "
-        f"the mean cell, {less:.2f} of what files of five float16 logits per cell lose: {advice['storage']}.",
-        f"<b>Mirror, {audit.mirror:.3f} nats.</b> A mirrored picture shows the same things, yet one pass over it says "
-        f"something else by this much; one pass lies {audit.mirror_averaged:.3f} from the average of both: "
+        f"<b>Storage, {audit.storage:.3f} nats.</b> The mean difference of a cell between the teacher’s map and the "
+        f"stored map, {less:.2f} of what files of five float16 logits per cell lose: {advice['storage']}.",
+        f"<b>Mirror, {audit.mirror:.3f} nats.</b> A mirrored image shows the same things, but its map differs by this "
+        f"much; a single pass differs by {audit.mirror_averaged:.3f} from the average of both: "
         f"{advice['mirror']}.",
-        f"<b>Crop, {shares} of the sides.</b> Asked about a crop alone, enlarged to its input, the teacher says "
-        f"something else by this much than its stored map does of that part of the picture: {advice['crop']}.",
+        f"<b>Crop, {shares} of the sides.</b> The difference between the teacher’s output for a crop, enlarged to its "
+        f"input, and the stored map of that part of the image: {advice['crop']}.",
     )
     rows = [
         ("storage", audit.storage),
@@ -112,8 +116,8 @@ def audit_part(store: LabelStore, audit: Audit | None, costs: Costs | None) -> s
     if costs is not None:
         charts.append(costs.chart())
     return (
-        f'<h2>How true the labels are</h2><p class="soft">The teacher was run again on {audit.images:,} random '
-        f"images{missing}, mirrored ones and random crops of them.</p>"
+        f'<h2>How accurate the labels are</h2><p class="soft">The teacher was run again on {audit.images:,} random '
+        f"images{missing}, their mirror images and random crops.</p>"
         f"<ul>{''.join(f'<li>{sentence}</li>' for sentence in sentences)}</ul>"
         f'<div class="charts">{"".join(charts)}</div>'
     )
@@ -121,9 +125,13 @@ def audit_part(store: LabelStore, audit: Audit | None, costs: Costs | None) -> s
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Bytes per image and KL in nats of the same maps in several encodings, in the store's own, and in the reference's.
+    """Bytes per image and KL in nats of the same maps in several encodings.
 
-    images  that were measured; the store's own bytes are those of its shards, and its KL the audit's
+    Attributes:
+        images: Number of images that were measured.
+        several: Costs of encodings, from coarse to fine.
+        own: (bytes, KL) of the store: of its shards, and of the audit.
+        reference: (bytes, KL) of the reference's files.
     """
 
     images: int
@@ -132,7 +140,7 @@ class Costs:
     reference: tuple[float, float]
 
     def chart(self) -> str:
-        """KL against bytes."""
+        """Plots KL against bytes."""
         line = [
             (c.bytes, c.kl, f"levels {c.encoding.levels}, threshold {c.encoding.threshold:g}") for c in self.several
         ]
@@ -145,7 +153,17 @@ class Costs:
 
 
 def costs_of(store: LabelStore, logits: Tensor, audit: Audit, progress: bool = False) -> Costs:
-    """What maps [K, C, H, W] cost in encodings between low and high quality, and beyond."""
+    """Measures the costs of maps in encodings from below low to above high quality.
+
+    Args:
+        store: The store.
+        logits: Maps [K, C, H, W].
+        audit: The audit of the store.
+        progress: Show a progress bar.
+
+    Returns:
+        The costs.
+    """
     from tqdm import tqdm
 
     base = store.plan.encoding
@@ -156,21 +174,21 @@ def costs_of(store: LabelStore, logits: Tensor, audit: Audit, progress: bool = F
             levels=_levels(threshold), threshold=threshold,
         )  # fmt: skip
         several.append(measure(logits, encoding))
-    # As it is: the store may have been coded by an earlier version.
+    # As it is, since an earlier version may have written the store.
     own = sum(marker.size for marker in store.markers) / len(store), audit.storage
     reference = float(reference_bytes(store.meta.grid)), float(_reference_kl(logits))
     return Costs(len(logits), tuple(several), own, reference)
 
 
 def _levels(threshold: float) -> int:
-    """Levels that go with a threshold, on the line through the low and the high quality."""
+    """Interpolates the levels for a threshold between low and high quality."""
     low, high = QUALITIES["low"], QUALITIES["high"]
     way = math.log(threshold / low.threshold) / math.log(high.threshold / low.threshold)
     return round(low.levels + way * (high.levels - low.levels))
 
 
 def reference_bytes(grid: tuple[int, int]) -> int:
-    """Bytes of the reference's file of one map: five logits and five class ids per cell, float16."""
+    """Returns the bytes of a reference's file of one map: five logits and five class ids per cell, float16."""
     import torch
 
     buffer = io.BytesIO()
@@ -179,13 +197,14 @@ def reference_bytes(grid: tuple[int, int]) -> int:
 
 
 def _reference_kl(logits: Tensor) -> float:
+    """Returns the mean KL of the reference's files."""
     from labeler.store.encoder import reference_kl
 
     return float(reference_kl(logits.float()).mean())
 
 
 def missing_note(missing: int, sampled: int, images: object) -> str:
-    """A line where images of the sample are not below the folder that was given."""
+    """Returns a note if images of the sample were not found."""
     if not missing:
         return ""
     text = f"{missing:,} of the {sampled:,} sampled images were not found below {images}. Was that folder labeled?"

@@ -1,1 +1,1 @@
-"""Images: keys, folders and lists; how they are decoded; the names of classes."""
+"""Images: keys, folders and lists, decoding, and class names."""

@@ -1,4 +1,4 @@
-"""Class names, and the class ids that folder names stand for."""
+"""Class names, and the class ids of folder names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IMAGENET_CLASSES = 1000
 
 
 def read_class_names(path: str | Path, num_classes: int) -> tuple[str, ...]:
-    """One name a line. Raises InputError where the count is not the teacher's."""
+    """Reads a file of class names, one per line. Raises InputError if there are not `num_classes` names."""
     try:
         names = tuple(Path(path).read_text("utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
@@ -26,7 +26,7 @@ def read_class_names(path: str | Path, num_classes: int) -> tuple[str, ...]:
 
 
 def imagenet_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(WordNet ids, short descriptions) of the 1,000 ImageNet classes in their usual order."""
+    """Returns (WordNet ids, short descriptions) of the 1,000 ImageNet classes in their usual order."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")
@@ -37,11 +37,23 @@ def imagenet_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
 def name_classes(
     keys: tuple[str, ...], num_classes: int, names_file: str | None, known: tuple[str, ...] = ()
 ) -> tuple[tuple[str, ...], Mapping[str, int]]:
-    """(class names, folder name -> class id) for images whose first folder names their class.
+    """Finds class names, and the class ids of the images' first folders.
 
-    The folders are matched with the names of `names_file`, else with the `known` ones that the teacher brings, with
-    ImageNet's ids where the teacher has 1,000 classes, or in sorted order where there are as many folders as classes.
-    The mapping is empty where none of these fits, and the names are empty where nothing tells them.
+    The folders are matched with the names in `names_file`, or those that the teacher has; with ImageNet's ids if the
+    teacher has 1,000 classes; or in sorted order if there are as many folders as classes.
+
+    Args:
+        keys: Keys of all images.
+        num_classes: C.
+        names_file: File of class names, one per line; None: there is none.
+        known: Class names that the teacher has, used without a file; empty: none.
+
+    Returns:
+        (class names, folder name -> class id). The names are empty if they are not known, and the mapping is empty if
+        none of the three ways fits.
+
+    Raises:
+        InputError: The names cannot be read or are not C.
     """
     names = read_class_names(names_file, num_classes) if names_file else known
     folders = sorted({key.split("/", 1)[0] for key in keys if "/" in key})
@@ -58,9 +70,9 @@ def name_classes(
 
 
 def folder_classes(folders: Sequence[str], num_classes: int | None) -> dict[str, int]:
-    """Folder name -> class id where nothing but the names of all folders tells the classes.
+    """Returns folder name -> class id where only the names of the folders are known.
 
-    ImageNet's folders have its ids, also where only some of its 1,000 are there; other folders count in sorted order.
+    ImageNet's folders have its ids, even if only some of the 1,000 exist; other folders are numbered in sorted order.
     """
     if num_classes == IMAGENET_CLASSES and len(folders) != num_classes:
         synsets = _synset_classes()
@@ -70,16 +82,17 @@ def folder_classes(folders: Sequence[str], num_classes: int | None) -> dict[str,
 
 
 def with_the_rest_of_imagenet(folders: Mapping[str, int], num_classes: int) -> Mapping[str, int]:
-    """Where `folders` (name -> class id) are some of ImageNet's with their usual ids: all 1,000 of them."""
+    """Extends `folders` (name -> class id) to all 1,000 of ImageNet if they are some of these, with the usual ids."""
     if num_classes == IMAGENET_CLASSES and folders and folders.items() <= _synset_classes().items():
         return _synset_classes()
     return folders
 
 
 def _synset_classes() -> dict[str, int]:
+    """Returns WordNet id -> class id of ImageNet."""
     return {synset: i for i, synset in enumerate(imagenet_names()[0])}
 
 
 def targets_of(keys: tuple[str, ...], class_folders: Mapping[str, int]) -> np.ndarray:
-    """int32 [N]: the class id of each key's first folder, −1 where it is not known."""
+    """Returns int32 [N]: the class id of each key's first folder, −1 if it is not known."""
     return np.array([class_folders.get(key.split("/", 1)[0], -1) if "/" in key else -1 for key in keys], np.int32)

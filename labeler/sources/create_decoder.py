@@ -1,4 +1,4 @@
-"""The choice of a decoder."""
+"""Chooses a decoder."""
 
 from __future__ import annotations
 
@@ -10,19 +10,27 @@ from labeler.sources.decoder import Decoder, DecodeSettings
 
 
 def has_dali() -> bool:
-    """Whether DALI is installed; tells without importing it."""
+    """Whether DALI is installed. It is not imported."""
     return bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
 
 
 def automatic_decoder(device: str) -> str:
-    """What "auto" means on a device."""
+    """Returns the name of the decoder that "auto" stands for on a device."""
     return "dali" if device.startswith("cuda") and has_dali() else "pil"
 
 
 def create_decoder(name: str, settings: DecodeSettings) -> Decoder:
-    """`name` is "dali", "pil", or "auto": DALI for a GPU, where it is installed.
+    """Creates a decoder.
 
-    Raises InputError where DALI is asked for and cannot be imported.
+    Args:
+        name: "dali", "pil", or "auto": DALI for a GPU if it is installed.
+        settings: Settings of the decoder.
+
+    Returns:
+        The decoder.
+
+    Raises:
+        InputError: DALI is requested and cannot be imported.
     """
     name = automatic_decoder(settings.device) if name == "auto" else name
     if name == "pil":

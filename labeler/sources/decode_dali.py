@@ -1,4 +1,4 @@
-"""The fast decoder, with DALI: JPEG decoding and resizing in its own threads, on the CPU or the GPU.
+"""The fast decoder, with DALI: decodes and resizes in its own threads, on the CPU or the GPU.
 
 Legend: B images; S side of the teacher's square input.
 """
@@ -28,6 +28,7 @@ INTERPOLATIONS = {
 
 @pipeline_def
 def _teacher_input(settings: DecodeSettings) -> Any:
+    """DALI's pipeline from files to the teacher's input, and the sizes of the decoded images."""
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     images = fn.decoders.image(
         encoded,
@@ -47,10 +48,13 @@ def _teacher_input(settings: DecodeSettings) -> Any:
 
 
 class DaliDecoder:
-    """Encoded images to the teacher's input, a batch at a time; what DALI would read differently is decoded by PIL.
+    """Decodes a batch of images at a time. PIL decodes files that DALI would read differently.
 
-    An image that DALI cannot decode fails its whole batch and the pipeline with it; the batch is then decoded image
-    by image, those that DALI refuses by PIL, so that only the bad ones are lost and each is named.
+    An image that DALI cannot decode makes its whole batch fail, and the pipeline with it. Then the images are decoded
+    one by one, with PIL if DALI fails, so that only bad images are lost and each is named.
+
+    Args:
+        settings: Settings of the decoder.
     """
 
     name = "dali"
@@ -60,6 +64,7 @@ class DaliDecoder:
         self._pipeline: Any = None
 
     def __call__(self, encoded: list[bytes]) -> Decoded:
+        """Decodes a batch of image files."""
         with ThreadPoolExecutor(self.settings.threads, thread_name_prefix="pil") as pool:
             files = list(pool.map(self._file, encoded))
         failures = {i: file for i, file in enumerate(files) if isinstance(file, str)}
@@ -67,26 +72,27 @@ class DaliDecoder:
             pixels, sizes = self._run([file for file in files if isinstance(file, bytes)])
         except RuntimeError:
             alone = {i: self._run_alone(file) for i, file in enumerate(files) if isinstance(file, bytes)}
-            failures |= {i: found for i, found in alone.items() if isinstance(found, str)}
-            parts = [found for found in alone.values() if not isinstance(found, str)]
+            failures |= {i: result for i, result in alone.items() if isinstance(result, str)}
+            parts = [result for result in alone.values() if not isinstance(result, str)]
             columns = list(zip(*(parts or [self._nothing()]), strict=True))
             pixels, sizes = torch.cat(columns[0]), np.concatenate(columns[1])
         return Decoded(pixels, sizes, [i for i in range(len(files)) if i not in failures], failures)
 
     def _file(self, data: bytes) -> bytes | str:
-        """What DALI is given of an image, or why it cannot be decoded."""
+        """Returns what DALI gets of an image, or why it cannot be decoded."""
         return plain_file(data) or self._by_pil(data)
 
     def _by_pil(self, data: bytes) -> bytes | str:
+        """Decodes an image with PIL; returns a PPM, or why it cannot be decoded."""
         try:
             return as_ppm(open_rgb(data, self.settings.orientation))
-        except Exception as error:  # PIL's decoders raise many types
+        except Exception as error:  # PIL's decoders raise errors of many types
             return f"cannot be decoded: {error}"
 
     def _run_alone(self, file: bytes) -> tuple[torch.Tensor, np.ndarray] | str:
-        """One image, decoded by PIL where DALI refuses it, or why it cannot be decoded.
+        """Decodes one image, with PIL if DALI fails; returns why if it cannot be decoded.
 
-        Raises LabelingError where DALI does not take PIL's pixels either: then the image is not to blame.
+        Raises LabelingError if DALI fails on PIL's pixels as well: then the image is not the cause.
         """
         try:
             return self._run([file])
@@ -100,6 +106,7 @@ class DaliDecoder:
             raise _no_dali(error) from None
 
     def _run(self, encoded: list[bytes]) -> tuple[torch.Tensor, np.ndarray]:
+        """Runs the pipeline; returns pixels and sizes."""
         if not encoded:
             return self._nothing()
         if self._pipeline is None:
@@ -111,20 +118,21 @@ class DaliDecoder:
         except RuntimeError:
             self._pipeline = None  # it is invalid after an error
             raise
-        # The buffers are DALI's and are written again by the next run.
+        # The buffers belong to DALI, and the next run overwrites them.
         if self.settings.device.startswith("cuda"):
             pixels = torch.from_dlpack(resized.as_tensor()).clone()
-        else:  # with numpy: this is a thread of its own beside the teacher's, see `labeler.sources.resize`
+        else:  # with numpy, since this thread runs beside the teacher's, see `labeler.sources.resize`
             pixels = torch.from_numpy(np.array(resized.as_array()))
         return pixels, np.array(sizes.as_array(), np.int64)
 
     def _build(self) -> Any:
-        wanted = self.settings
+        """Builds the pipeline."""
+        settings = self.settings
         pipeline = _teacher_input(
-            wanted,
-            batch_size=wanted.batch_size,
-            num_threads=wanted.threads,
-            device_id=_gpu(wanted.device),
+            settings,
+            batch_size=settings.batch_size,
+            num_threads=settings.threads,
+            device_id=_gpu(settings.device),
             prefetch_queue_depth=1,
         )
         try:
@@ -134,24 +142,26 @@ class DaliDecoder:
         return pipeline
 
     def _nothing(self) -> tuple[torch.Tensor, np.ndarray]:
+        """Returns the pixels and sizes of no images."""
         return torch.zeros(0, self.settings.size, self.settings.size, 3).byte(), np.zeros((0, 2), np.int64)
 
 
 def _gpu(device: str) -> int | None:
-    """The GPU's number; None for a CPU."""
-    place = torch.device(device)
-    if place.type != "cuda":
+    """Returns the GPU's index; None for a CPU."""
+    torch_device = torch.device(device)
+    if torch_device.type != "cuda":
         return None
-    return torch.cuda.current_device() if place.index is None else place.index
+    return torch.cuda.current_device() if torch_device.index is None else torch_device.index
 
 
 def _no_dali(error: RuntimeError) -> LabelingError:
+    """Returns the error for when DALI does not work."""
     remedy = "Free memory or check the driver, and run the same command again; or give --decoder pil."
-    return LabelingError("DALI cannot decode images here", got=_told(error), remedy=remedy)
+    return LabelingError("DALI cannot decode images here", got=_error_line(error), remedy=remedy)
 
 
-def _told(error: RuntimeError) -> str:
-    """The line of DALI's many that says what failed."""
+def _error_line(error: RuntimeError) -> str:
+    """Returns the line of DALI's long message that says what failed."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines if "ailed" in line or "failure" in line]
-    return told[0] if told else lines[0]
+    matches = [line for line in lines if "ailed" in line or "failure" in line]
+    return matches[0] if matches else lines[0]

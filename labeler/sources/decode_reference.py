@@ -1,4 +1,4 @@
-"""The decoder for CPUs, with PIL: readable twin of `decode_dali`, and faster than that without a GPU.
+"""The decoder for CPUs, with PIL: the readable twin of `decode_dali`, and faster without a GPU.
 
 Legend: B images; S side of the teacher's square input.
 """
@@ -16,7 +16,7 @@ from labeler.sources.resize import resize
 
 
 class ReferenceDecoder:
-    """Encoded images to the teacher's input, each by itself, in as many threads as the settings say."""
+    """Decodes images one by one, in as many threads as the settings say."""
 
     name = "pil"
 
@@ -24,25 +24,26 @@ class ReferenceDecoder:
         self.settings = settings
 
     def __call__(self, encoded: list[bytes]) -> Decoded:
+        """Decodes a batch of image files."""
         with ThreadPoolExecutor(self.settings.threads, thread_name_prefix="pil") as pool:
-            shown = list(pool.map(self.show, encoded))
-        good = {i: found for i, found in enumerate(shown) if not isinstance(found, str)}
-        # With numpy: this is a thread of its own beside the teacher's, see `labeler.sources.resize`.
+            results = list(pool.map(self.load_image, encoded))
+        good = {i: result for i, result in enumerate(results) if not isinstance(result, str)}
+        # With numpy, since this thread runs beside the teacher's, see `labeler.sources.resize`.
         pixels = np.zeros((len(good), self.settings.size, self.settings.size, 3), np.uint8)
-        for place, (image, _) in enumerate(good.values()):
-            pixels[place] = image
+        for index, (image, _) in enumerate(good.values()):
+            pixels[index] = image
         sizes = np.array([size for _, size in good.values()], np.int64).reshape(-1, 2)
-        failures = {i: found for i, found in enumerate(shown) if isinstance(found, str)}
+        failures = {i: result for i, result in enumerate(results) if isinstance(result, str)}
         return Decoded(torch.from_numpy(pixels), sizes, list(good), failures)
 
-    def show(self, data: bytes) -> tuple[np.ndarray, tuple[int, int]] | str:
-        """One image [S, S, 3], and its height and width; or why it cannot be decoded."""
-        wanted = self.settings
+    def load_image(self, data: bytes) -> tuple[np.ndarray, tuple[int, int]] | str:
+        """Returns one image [S, S, 3] with its original height and width, or why it cannot be decoded."""
+        settings = self.settings
         try:
-            image = open_rgb(data, wanted.orientation)
-        except Exception as error:  # PIL's decoders raise many types
+            image = open_rgb(data, settings.orientation)
+        except Exception as error:  # PIL's decoders raise errors of many types
             return f"cannot be decoded: {error}"
         height, width = image.height, image.width
-        y0, x0, y1, x1 = teacher_region(height, width, wanted.view, wanted.crop_pct)
-        box = None if wanted.view == "full" else (y0 * height, x0 * width, y1 * height, x1 * width)
-        return resize(np.array(image), wanted.size, wanted.interpolation, box), (height, width)
+        y0, x0, y1, x1 = teacher_region(height, width, settings.view, settings.crop_pct)
+        box = None if settings.view == "full" else (y0 * height, x0 * width, y1 * height, x1 * width)
+        return resize(np.array(image), settings.size, settings.interpolation, box), (height, width)

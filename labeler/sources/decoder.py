@@ -1,4 +1,4 @@
-"""Encoded images to the teacher's square input: what a decoder gets, what it returns, and what it shows of an image.
+"""The interface of decoders, from encoded images to the teacher's square input.
 
 Legend: B images; S side of the teacher's square input.
 """
@@ -16,15 +16,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """What every decoder needs to know.
+    """Settings of a decoder.
 
-    size            S
-    view, crop_pct  see `teacher_region`
-    interpolation   "bilinear", "bicubic", …
-    orientation     "exif": turn images as their EXIF tag says; "ignore": do not
-    batch_size      most images at once
-    threads         CPU threads
-    device          "cpu" or "cuda…"
+    Attributes:
+        size: S, in pixels.
+        view: "full" or "center", see `teacher_region`.
+        crop_pct: See `teacher_region`.
+        interpolation: "bilinear", "bicubic", …
+        orientation: "exif": rotate images as their EXIF tag says; "ignore": do not.
+        batch_size: Most images per call.
+        threads: CPU threads.
+        device: "cpu" or "cuda…".
     """
 
     size: int
@@ -41,10 +43,11 @@ class DecodeSettings:
 class Decoded:
     """The images of a batch that could be decoded.
 
-    pixels    uint8 [K, S, S, 3]
-    sizes     int64 [K, 2]: height and width of the decoded image, after its orientation
-    kept      their K positions in the batch, rising
-    failures  position -> reason, for all others
+    Attributes:
+        pixels: uint8 [K, S, S, 3].
+        sizes: int64 [K, 2]: height and width of each decoded image, after its rotation.
+        kept: Positions of the K images in the batch, ascending.
+        failures: position -> reason, for all other images.
     """
 
     pixels: torch.Tensor
@@ -54,16 +57,27 @@ class Decoded:
 
 
 class Decoder(Protocol):
+    """Decodes image files and resizes them to the teacher's input."""
+
     name: str
 
-    def __call__(self, encoded: list[bytes]) -> Decoded: ...
+    def __call__(self, encoded: list[bytes]) -> Decoded:
+        """Decodes a batch of image files."""
+        ...
 
 
 def teacher_region(height: int, width: int, view: str, crop_pct: float) -> tuple[float, float, float, float]:
-    """y0, x0, y1, x1 of what the teacher sees, as fractions of the image.
+    """Returns the part of an image that the teacher sees.
 
-    "full": everything. "center": the square of `crop_pct` of the shorter side in the middle, which is what resizing
-    the shorter side to S / crop_pct and cropping S×S shows.
+    Args:
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        view: "full": the whole image. "center": the centered square whose side is `crop_pct` of the shorter side; it is
+            what remains after resizing the shorter side to S / crop_pct and cropping S×S.
+        crop_pct: Share of the shorter side.
+
+    Returns:
+        y0, x0, y1, x1 as fractions of the image.
     """
     if view == "full":
         return 0.0, 0.0, 1.0, 1.0

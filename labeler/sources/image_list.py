@@ -1,4 +1,4 @@
-"""Lists of images: a text file of keys, one a line, and what to say of a line that is almost one."""
+"""Lists of images: text files of keys, one per line, with helpful errors for lines that are almost a key."""
 
 from __future__ import annotations
 
@@ -14,24 +14,32 @@ from labeler.base.errors import InputError
 COLUMNS = re.compile(r"[,;\t]|\s+")
 LEFT_OUT_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPEG", ".JPG", ".webp")
 HEADERS = frozenset(["path", "paths", "filepath", "file", "files", "filename", "file_name", "image", "images", "key"])
-MOST_TRIES = 200  # of what a line may have meant
+MOST_TRIES = 200  # guesses at the meaning of a line
 MOST_SHOWN = 200  # characters of a line
 LONGEST_PATH = 4096
 
 
 def image_path(root: Path, key: str) -> Path:
+    """Returns the path of an image file."""
     return root / os.fsdecode(key.encode())
 
 
 def read_image_list(root: Path, list_file: Path, some_key: Callable[[], str | None]) -> list[tuple[str, int]]:
-    """(key, bytes of the file) of each line, in the file's order; empty lines count as nothing.
+    """Reads a list of images, one key per line; empty lines are skipped.
 
-    some_key  an image below the root, for an error to show
+    Args:
+        root: The image root.
+        list_file: The list.
+        some_key: Returns the key of an image below the root, as an example in errors.
 
-    Raises InputError for a line that leaves the root, repeats a key, names no file, or is more than a key.
+    Returns:
+        (key, file size in bytes) of each line, in order.
+
+    Raises:
+        InputError: A line leaves the root, repeats a key, names no file, or has more than a key.
     """
     real_root = os.path.realpath(root)
-    found: list[tuple[str, int]] = []
+    entries: list[tuple[str, int]] = []
     seen: dict[str, int] = {}
     lines = _lines(list_file)
     header = next((number for number, line in enumerate(lines, 1) if line.strip()), 0)
@@ -44,40 +52,40 @@ def read_image_list(root: Path, list_file: Path, some_key: Callable[[], str | No
         seen[key.casefold()] = number
         size = _size(root, real_root, key, where)
         if size is None:
-            meant, reason = _meant(root, key, number == header)
-            example = meant or some_key() or "folder/image.jpg"
+            guess, reason = _guess(root, key, number == header)
+            example = guess or some_key() or "folder/image.jpg"
             raise InputError(
                 where,
                 got=f"{key[:MOST_SHOWN]!r}, {reason}",
-                expected=f"nothing but the path of a file below {str(root)!r}, as {example!r}",
-                remedy="An image list is UTF-8 text with one such path a line, with / and without a header.",
+                expected=f"nothing but the path of a file below {str(root)!r}, such as {example!r}",
+                remedy="An image list is UTF-8 text with one such path per line, with / and without a header.",
             )
-        found.append((key, size))
-    if not found:
+        entries.append((key, size))
+    if not entries:
         raise InputError(f"the image list {str(list_file)!r} names no image")
-    return found
+    return entries
 
 
 def _lines(list_file: Path) -> list[str]:
-    """Without line ends, of Windows too, and without the mark that its editors put in front."""
+    """Reads the lines of a file, without line ends (of Windows too) and without a byte order mark."""
     try:
         data = list_file.read_bytes()
     except OSError as error:
         raise InputError(f"the image list {str(list_file)!r} cannot be read", got=str(error)) from None
     try:
-        # Not splitlines, which also splits at characters that a file name may hold.
+        # Not splitlines, which also splits at characters that a file name may contain.
         return [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         raise InputError(
             f"the image list {str(list_file)!r} cannot be read",
             got="UTF-16 text" if wide else str(error),
-            expected="UTF-8 text with one path below the image root a line",
+            expected="UTF-8 text with one path below the image root per line",
         ) from None
 
 
 def _size(root: Path, real_root: str, key: str, where: str) -> int | None:
-    """Bytes of the file that a key names; None where it names none."""
+    """Returns the size of a key's file; None if there is no such file."""
     if not _is_plain(key):
         return None
     path = image_path(root, key)
@@ -92,13 +100,13 @@ def _size(root: Path, real_root: str, key: str, where: str) -> int | None:
 
 
 def _is_plain(key: str) -> bool:
-    """Whether a line can be a key: relative, below the root, spelled in the one way that the labeler spells it."""
+    """Whether a line can be a key: relative, below the root, in the spelling that the labeler uses."""
     odd = "\0" in key or "\\" in key or key.startswith("/")
     return not odd and str(PurePosixPath(key)) == key and ".." not in key.split("/")
 
 
-def _meant(root: Path, line: str, first: bool) -> tuple[str | None, str]:
-    """(the key that a line seems to mean, what is wrong with the line). `first`: it may be a header."""
+def _guess(root: Path, line: str, first: bool) -> tuple[str | None, str]:
+    """Returns (the key that a line probably means, what is wrong with the line). `first`: it may be a header."""
     for key in islice(_guesses(line), MOST_TRIES):
         if _is_plain(key) and _is_file(image_path(root, key)):
             return key, _difference(line, key)
@@ -114,7 +122,7 @@ def _meant(root: Path, line: str, first: bool) -> tuple[str | None, str]:
 
 
 def _difference(line: str, key: str) -> str:
-    """What a line has that its key has not."""
+    """Describes how a line differs from its key."""
     plain = line.replace("\\", "/")
     before, _, after = plain.partition(key) if key in plain else ("", "", "")
     in_front = before.strip("\"' ")
@@ -134,7 +142,7 @@ def _is_absolute(line: str) -> bool:
 
 
 def _guesses(line: str) -> Iterator[str]:
-    """What a line may mean: whole or one of its columns, without quotes, from some folder on, with a suffix."""
+    """Yields keys that a line may mean: all of it or a column, without quotes or leading folders, with a suffix."""
     texts = dict.fromkeys([line, *COLUMNS.split(line)]) if len(line) <= LONGEST_PATH else {}
     plain = [text.strip().strip("\"'").replace("\\", "/") for text in texts if text.strip()]
     for text in plain:

@@ -1,4 +1,4 @@
-"""Image files: keys below a root, lists of keys, and the checks that need no decoding.
+"""Image files: keys below a root, lists of keys, and checks that need no decoding.
 
 A key is the file's path relative to the image root, with its extension and "/" as separator. Keys are sorted by code
 point, so that every machine cuts the same shards.
@@ -27,10 +27,10 @@ from labeler.sources.image_list import image_path, read_image_list
 SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".gif"]
 )
-# What labeler and loaders decode, see `labeler.sources.pixels`.
+# The formats that labeler and loaders decode, see `labeler.sources.pixels`.
 FORMATS = frozenset({"JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"})
 
-# Failures to read that say nothing of the image: too many open files, no memory, a network folder that went away.
+# Read errors that are not the image's fault: too many open files, no memory, a network folder that went away.
 OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
 OF_THE_MACHINE |= {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
 
@@ -43,10 +43,12 @@ class BadImage(Exception):
 class ImageSet:
     """The images of a run, sorted by key.
 
-    keys      unique keys; where `problems` has the position, a printable stand-in for a name that cannot be a key
-    sizes     int64 [N]: file sizes in bytes
-    problems  position -> why the file cannot be opened as an image of this root
-    other     number of files that do not look like images by their names, and were left alone
+    Attributes:
+        root: The image root.
+        keys: Unique keys; a printable substitute where the name cannot be a key, which `problems` then says.
+        sizes: int64 [N]: file sizes in bytes.
+        problems: position -> why the file cannot be opened as an image of this root.
+        other: Number of files that do not have the name of an image and were ignored.
     """
 
     root: Path
@@ -60,7 +62,7 @@ class ImageSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over every key and file size: changes when an image is added, removed, renamed or resized on disk."""
+        """sha256 over all keys and file sizes: changes if an image is added, removed, renamed or changes in size."""
         digest = hashlib.sha256()
         for key, size in zip(self.keys, self.sizes.tolist(), strict=True):
             digest.update(f"{len(key.encode())} {size} ".encode() + key.encode())
@@ -68,19 +70,27 @@ class ImageSet:
 
 
 def image_root(root: str | Path) -> Path:
-    """The folder as a path. Raises InputError where it is none."""
+    """Returns the folder as a path. Raises InputError if it is not a folder."""
     root = Path(root)
     if not root.is_dir():
-        found = "a file" if root.exists() else "nothing there"
-        raise InputError(f"{str(root)!r} is not a folder of images", got=found, expected="a folder")
+        got = "a file" if root.exists() else "nothing there"
+        raise InputError(f"{str(root)!r} is not a folder of images", got=got, expected="a folder")
     return root
 
 
 def find_images(root: str | Path, list_file: str | Path | None = None) -> ImageSet:
-    """All images below `root`, or those that `list_file` names, one key a line.
+    """Finds all images below a folder.
 
-    Raises InputError where the root is no folder, where nothing is found, and for a list line that leaves the root,
-    repeats a key or names no file.
+    Args:
+        root: The image root.
+        list_file: Text file of keys, one per line: use only these.
+
+    Returns:
+        The images, sorted by key.
+
+    Raises:
+        InputError: The root is not a folder, has no images, or a line of the list leaves the root, repeats a key or
+            names no file.
     """
     root = image_root(root)
     if list_file is not None:
@@ -91,7 +101,7 @@ def find_images(root: str | Path, list_file: str | Path | None = None) -> ImageS
         if os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
             other += 1
             continue
-        # Through the bytes: under an old locale Python itself would not read UTF-8 names.
+        # By way of bytes: with an old locale Python itself would not read UTF-8 names.
         name, problem = os.fsencode(relative.replace(os.sep, "/")), None
         key = name.decode("utf-8", "backslashreplace")
         if key.encode() != name:
@@ -103,25 +113,26 @@ def find_images(root: str | Path, list_file: str | Path | None = None) -> ImageS
     if not found_images:
         raise InputError(
             f"no images below {str(root)!r}",
-            got=f"{other} files of other kinds",
+            got=f"{other} files of other types",
             expected="files ending in " + " ".join(sorted(SUFFIXES)),
         )
     return _image_set(root, found_images, other)
 
 
-def _image_set(root: Path, found: list[tuple[str, int, str | None]], other: int) -> ImageSet:
-    found.sort()
+def _image_set(root: Path, entries: list[tuple[str, int, str | None]], other: int) -> ImageSet:
+    """Makes an ImageSet of (key, bytes, problem) entries."""
+    entries.sort()
     return ImageSet(
         root,
-        tuple(key for key, _, _ in found),
-        np.array([size for _, size, _ in found], np.int64),
-        {i: problem for i, (_, _, problem) in enumerate(found) if problem is not None},
+        tuple(key for key, _, _ in entries),
+        np.array([size for _, size, _ in entries], np.int64),
+        {i: problem for i, (_, _, problem) in enumerate(entries) if problem is not None},
         other,
     )
 
 
 def _walk(root: Path) -> Iterator[tuple[os.DirEntry, str]]:
-    """Every file below root with its relative path; folders behind links are not entered but given as entries."""
+    """Yields every file below root with its relative path; links to folders are yielded, not followed."""
     pending = [("", str(root))]
     while pending:
         prefix, folder = pending.pop()
@@ -139,7 +150,7 @@ def _walk(root: Path) -> Iterator[tuple[os.DirEntry, str]]:
 
 
 def _measure(root: Path, entry: os.DirEntry) -> tuple[int, str | None]:
-    """File size, and why the entry cannot be used."""
+    """Returns the file size, and why the entry cannot be used or None."""
     try:
         if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(os.path.realpath(root)):
             return 0, "a link that leaves the image root"
@@ -152,9 +163,11 @@ def _measure(root: Path, entry: os.DirEntry) -> tuple[int, str | None]:
 
 
 def _from_list(root: Path, list_file: Path) -> ImageSet:
+    """Returns the images that a list names."""
+
     def some_key() -> str | None:
-        found = (relative for _, relative in _walk(root) if os.path.splitext(relative)[1].lower() in SUFFIXES)
-        key = next(found, None)
+        images = (relative for _, relative in _walk(root) if os.path.splitext(relative)[1].lower() in SUFFIXES)
+        key = next(images, None)
         return None if key is None else os.fsencode(key.replace(os.sep, "/")).decode("utf-8", "backslashreplace")
 
     listed = read_image_list(root, list_file, some_key)
@@ -162,9 +175,19 @@ def _from_list(root: Path, list_file: Path) -> ImageSet:
 
 
 def read_image(root: Path, key: str, size: int | None = None) -> bytes:
-    """The file's bytes. Raises BadImage where it cannot be read, is empty, or is not of the size that was listed.
+    """Reads the bytes of an image file.
 
-    Raises LabelingError where this machine is to blame: another image would fare no better.
+    Args:
+        root: The image root.
+        key: The image's key.
+        size: Expected file size in bytes; None: any.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        BadImage: The file cannot be read, is empty, or has another size.
+        LabelingError: The machine is at fault, and other images would fail as well.
     """
     try:
         data = image_path(root, key).read_bytes()
@@ -173,7 +196,7 @@ def read_image(root: Path, key: str, size: int | None = None) -> bytes:
             raise LabelingError(
                 f"images below {str(root)!r} can no longer be read on {socket.gethostname()}",
                 got=f"{error.strerror or error} at {key!r}",
-                remedy="No image is held against it; once the folder is back, the same command goes on.",
+                remedy="No image was quarantined for it; once the folder is back, the same command resumes.",
             ) from None
         raise BadImage(f"cannot be read: {error.strerror or error}") from None
     if not data:
@@ -184,7 +207,7 @@ def read_image(root: Path, key: str, size: int | None = None) -> bytes:
 
 
 def _holds_files(root: Path) -> bool:
-    """Whether a folder is there and not empty, as it would be where its disk went away."""
+    """Whether a folder exists and is not empty; a mount point whose disk went away is empty."""
     try:
         with os.scandir(root) as entries:
             return next(entries, None) is not None
@@ -193,23 +216,32 @@ def _holds_files(root: Path) -> bool:
 
 
 def image_digest(data: bytes) -> int:
-    """xxh3-64 of an image file's bytes: tells a changed image from the one that was labeled."""
+    """Returns the xxh3-64 of an image file's bytes, to detect images that changed after labeling."""
     return xxhash.xxh3_64_intdigest(data)
 
 
 def check_header(data: bytes, min_side: int, max_pixels: int) -> None:
-    """Refuse, before any decoding, what cannot be an image for training. Raises BadImage."""
+    """Checks an image's header, before any decoding.
+
+    Args:
+        data: Bytes of the image file.
+        min_side: Smallest side in pixels that is allowed.
+        max_pixels: Most pixels that are allowed.
+
+    Raises:
+        BadImage: It cannot be an image for training.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        # The limit below is ours; PIL would print a warning about its own.
+        # The limit below is ours; PIL would warn about its own.
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
             kind, (width, height) = image.format, image.size
     except UnidentifiedImageError:
         raise BadImage("not an image, or of an unknown format") from None
     except Image.DecompressionBombError:
         raise BadImage("so many pixels that it could be a decompression bomb") from None
-    except Exception as error:  # decoders raise what they like on broken headers
+    except Exception as error:  # decoders raise errors of any type on broken headers
         raise BadImage(f"broken header: {error}") from None
     if kind not in FORMATS:
         raise BadImage(f"{kind} is not a format that the training loader decodes")
@@ -220,7 +252,7 @@ def check_header(data: bytes, min_side: int, max_pixels: int) -> None:
 
 
 def difference(images: ImageSet, keys: tuple[str, ...]) -> str:
-    """A few words on how the images below a root differ from stored keys, as far as these are known."""
+    """Describes in a few words how images differ from stored keys; `keys` is empty if these are not known."""
     if not keys:
         return f"{len(images)} images"
     now, then = set(images.keys), set(keys)
@@ -234,7 +266,7 @@ def difference(images: ImageSet, keys: tuple[str, ...]) -> str:
 
 
 def refuse_other_images(images: ImageSet, fingerprint: str, keys: tuple[str, ...], store: object) -> None:
-    """Raise MismatchError unless the images are those that the store was labeled from."""
+    """Raises MismatchError if the images are not those that the store was labeled from."""
     if images.fingerprint != fingerprint:
         raise MismatchError(
             f"the images below {str(images.root)!r} are not those of the store {str(store)!r}",

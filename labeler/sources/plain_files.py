@@ -1,7 +1,7 @@
-"""Which files DALI decodes as PIL does, told without decoding: ordinary JPEGs and PNGs, in 20 and 50 µs.
+"""Finds, without decoding, the files that DALI decodes like PIL: ordinary JPEGs and PNGs, in 20 and 50 µs.
 
-What is in doubt is not ordinary, and costs no more than being decoded by PIL. Tried with thousands of damaged files:
-of those that pass here and whose header PIL opens, DALI refused all that PIL did, and saw the same of the others.
+A doubtful file is not ordinary; PIL then decodes it, which only takes longer. Tested with thousands of damaged files:
+of those that pass here and whose header PIL opens, DALI refused all that PIL did, and decoded the others alike.
 """
 
 from __future__ import annotations
@@ -17,78 +17,78 @@ SCAN, EXIF, ADOBE = 0xDA, 0xE1, 0xEE
 # Tables, restart interval, application data, comments.
 OTHERS = frozenset({0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)})
 YCBCR = b"\1"  # of an Adobe marker
-COMPONENTS = frozenset({b"\0\1\2", b"\1\2\3"})  # ids of Y, Cb, Cr; others may stand for R, G, B
+COMPONENTS = frozenset({b"\0\1\2", b"\1\2\3"})  # ids of Y, Cb, Cr; others may mean R, G, B
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # in coded pixels: neither a byte 255 nor a restart
 
 PNG = b"\x89PNG\r\n\x1a\n"
-EIGHT_BITS = (b"\x08\0\0\0\0", b"\x08\2\0\0\0")  # of grey or RGB, not interlaced
+EIGHT_BITS = (b"\x08\0\0\0\0", b"\x08\2\0\0\0")  # of gray or RGB, not interlaced
 SILENT = frozenset({b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"pHYs", b"tIME", b"bKGD", b"tEXt"})  # change no pixel
 PROFILE = b"Raw profile"  # EXIF in a tEXt
 
 
 def plain_file(data: bytes) -> bytes | None:
-    """The file as DALI is to see it where that decodes it as PIL does; None where PIL must."""
+    """Returns the bytes to give to DALI if it decodes the file like PIL; None if PIL has to decode it."""
     return data if is_plain_png(data) else plain_jpeg(data)
 
 
 def is_plain_png(data: bytes) -> bool:
-    """Whether a file is an undamaged PNG of 8 bits, grey or RGB, without transparency, animation or orientation.
+    """Whether a file is an undamaged PNG of 8 bits, gray or RGB, without transparency, animation or orientation.
 
-    Chunks behind the pixels are in doubt: what PIL refuses in them it finds only while it decodes.
+    Chunks after the pixels count as doubtful: PIL finds errors in them only while it decodes.
     """
     if not data.startswith(PNG) or data[24:29] not in EIGHT_BITS:
         return False
-    view, place, before = memoryview(data), len(PNG), b""
-    while place + 12 <= len(data):
-        kind, end = data[place + 4 : place + 8], place + 8 + int.from_bytes(data[place : place + 4], "big")
-        if zlib.crc32(view[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+    view, offset, before = memoryview(data), len(PNG), b""
+    while offset + 12 <= len(data):
+        kind, end = data[offset + 4 : offset + 8], offset + 8 + int.from_bytes(data[offset : offset + 4], "big")
+        if zlib.crc32(view[offset + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             return False
         if kind == b"IEND":
             return before == b"IDAT" and end + 4 == len(data)
-        silent = kind in SILENT and before not in (b"", b"IDAT") and not data.startswith(PROFILE, place + 8)
+        silent = kind in SILENT and before not in (b"", b"IDAT") and not data.startswith(PROFILE, offset + 8)
         if not (kind == b"IDAT" or silent or (kind == b"IHDR" and not before)):
             return False
-        place, before = end + 4, kind
+        offset, before = end + 4, kind
     return False
 
 
 def plain_jpeg(data: bytes) -> bytes | None:
-    """An ordinary JPEG as DALI is to see it, None for anything else.
+    """Returns the bytes of an ordinary JPEG to give to DALI; None for anything else.
 
-    An ordinary JPEG is a whole one of 8 bits, grey or YCbCr. Whole is one with an end marker at its end and no stray
-    marker before it; other damage is for the decoder to find. Of an EXIF block only the orientation is left: DALI and
-    PIL do not agree on what a faulty one says.
+    An ordinary JPEG has 8 bits, is gray or YCbCr, and is complete: it ends with an end marker, without a stray marker
+    before it. Other damage is left to the decoder. Only the orientation is kept of an EXIF block, since DALI and PIL
+    read faulty ones differently.
     """
     if not data.startswith(START):
         return None
-    place, framed, exif = len(START), False, slice(0, 0)
-    while place + 4 <= len(data):
-        fill, marker, length = data[place], data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
-        start, place = place, place + 2 + length
-        segment = data[start + 4 : place]
+    offset, framed, exif = len(START), False, slice(0, 0)
+    while offset + 4 <= len(data):
+        fill, marker, length = data[offset], data[offset + 1], int.from_bytes(data[offset + 2 : offset + 4], "big")
+        start, offset = offset, offset + 2 + length
+        segment = data[start + 4 : offset]
         if marker == SCAN:
-            found = MARKER.search(data, place)
-            good = framed and found is not None
-            place = found.start() if found else place
+            match = MARKER.search(data, offset)
+            good = framed and match is not None
+            offset = match.start() if match else offset
         elif marker in FRAMES:
             good = not framed and _is_plain_frame(segment)
             framed = True
         elif marker == EXIF and segment.startswith(b"Exif\0\0"):
             good = not exif.stop and not framed
-            exif = slice(start, place)
+            exif = slice(start, offset)
         elif marker == ADOBE and segment.startswith(b"Adobe"):
             good = segment[11:12] == YCBCR
         else:
             good = marker in OTHERS
         if fill != 0xFF or length < 2 or not good:
             return None
-    if not framed or data[place:] != END:
+    if not framed or data[offset:] != END:
         return None
     return data[: exif.start] + _orientation_alone(data[exif]) + data[exif.stop :] if exif.stop else data
 
 
 def _is_plain_frame(segment: bytes) -> bool:
-    """8 bits, a size, and one component or Y with Cb and Cr that are no finer."""
+    """Whether a frame has 8 bits, a size, and one component or Y, Cb and Cr, the latter two not finer than Y."""
     count = segment[5] if len(segment) > 5 else 0
     sized = segment[0] == 8 and any(segment[1:3]) and any(segment[3:5]) if count else False
     if not sized or len(segment) != 6 + 3 * count:
@@ -97,7 +97,7 @@ def _is_plain_frame(segment: bytes) -> bool:
 
 
 def _orientation_alone(segment: bytes) -> bytes:
-    """An EXIF segment with nothing but the orientation of this one; none where it does not turn the image."""
+    """Returns an EXIF segment with only the orientation of this one; empty if that does not rotate the image."""
     tag = ORIENTATION_TAG.to_bytes(2, "big")
     if tag not in segment and tag[::-1] not in segment:
         return b""

@@ -1,1 +1,1 @@
-"""The label store: score maps and their code, shards that are whole or absent, reading and checking."""
+"""The label store: score maps and their encoding, atomic shards, reading and checking."""

@@ -1,4 +1,4 @@
-"""Checking a store: every bit of it, and its images. Its teacher is another matter, see `labeler.relabel`.
+"""Checks a store bit by bit, and its images. For a check against its teacher see `labeler.relabel`.
 
 Legend: n rows of a shard.
 """
@@ -26,10 +26,19 @@ MOST_PROBLEMS = 100
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked, and every problem found in one line each.
+    """What was checked, and the problems.
 
-    stored_kl: mean KL(teacher ‖ store) in nats of all rows, as it was when they were labeled; relabel_kl: the same of
-    the rows that were labeled again.
+    Attributes:
+        store: The store's folder.
+        shards: Shards of the plan.
+        rows: Rows that were checked.
+        quarantined: Images in the quarantine.
+        bytes: Size of the store.
+        images_checked: Image files that were compared with their digests.
+        relabeled: Rows that were labeled again.
+        relabel_kl: Mean KL(teacher ‖ store) of these rows, in nats; None if there are none.
+        stored_kl: The same of all rows, as it was when they were labeled.
+        problems: One line each.
     """
 
     store: str
@@ -44,6 +53,7 @@ class Verification:
     problems: tuple[str, ...]
 
     def text(self) -> str:
+        """Returns the summary in one line."""
         parts = [
             f"{self.shards} shards, {self.rows:,} rows, {self.bytes:,} bytes, {self.quarantined} in the quarantine"
         ]
@@ -53,15 +63,23 @@ class Verification:
             parts.append(
                 f"{self.relabeled} rows labeled again: KL {self.relabel_kl:.4f} (stored with {self.stored_kl:.4f})"
             )
-        parts.append(f"{len(self.problems)} problems" if self.problems else "all good")
+        parts.append(f"{len(self.problems)} problems" if self.problems else "no problems")
         return "; ".join(parts)
 
 
 def check_store(store: str | Path, *, trusted: bool = False, progress: bool = False) -> Verification:
-    """Check a store's plan, markers, digests, layout, rows and view.
+    """Checks a store's plan, markers, digests, layout, rows and view.
 
-    trusted  no check in a child process first: the store is your own, or you trust who made it
-    Raises InputError where there is no store at all; everything else is a problem in the result.
+    Args:
+        store: The store's folder.
+        trusted: Skip the check in a child process that comes first; for your own stores, or those of people you trust.
+        progress: Show a progress bar.
+
+    Returns:
+        What was checked, and all problems.
+
+    Raises:
+        InputError: There is no store.
     """
     path, problems = Path(store), []
     try:
@@ -81,8 +99,8 @@ def check_store(store: str | Path, *, trusted: bool = False, progress: bool = Fa
                 continue
             check_file(path, marker)
             reader = ShardReader(path / marker.file, plan.layout, marker.rows)
-            found = reader.read(np.arange(marker.rows))
-            bad = shard_problems(plan, shard, reader, marker.quarantine) + value_problems(plan, found)
+            values = reader.read(np.arange(marker.rows))
+            bad = shard_problems(plan, shard, reader, marker.quarantine) + value_problems(plan, values)
             problems += [f"{marker.file}: {problem}" for problem in bad]
         except IntegrityError as error:
             problems.append(str(error))
@@ -106,18 +124,22 @@ def check_images(
     images: str | Path,
     progress: bool = False,
 ) -> tuple[int, tuple[str, ...]]:
-    """Compare every image file with the digest that was stored when it was labeled: images compared, and problems.
+    """Compares every image file with the digest that was stored when it was labeled.
 
     Args:
         store: The store's folder, for messages.
-        plan: Its plan.
-        keys: Of all rows.
+        plan: The store's plan.
+        keys: Keys of all rows.
         digests: xxh3-64 of each row's image file.
         quarantined: Keys of the images that could not be labeled.
         images: The image root that was labeled.
+        progress: Show a progress bar.
+
+    Returns:
+        (number of images compared, problems in one line each).
     """
     root = image_root(images)
-    if not plan.settings.get("from_list"):  # a list may name files that a folder's listing leaves out
+    if not plan.settings.get("from_list"):  # a list may name files that a listing of the folder leaves out
         try:
             refuse_other_images(find_images(root), plan.meta.dataset_fingerprint, (*keys, *quarantined), store)
         except TokenLabelError as error:
@@ -131,17 +153,18 @@ def check_images(
         except BadImage as error:
             problems.append(f"{key!r} {error}")
         if len(problems) >= MOST_PROBLEMS:
-            problems.append("… and perhaps more")
+            problems.append("… and possibly more")
             break
     return compared, tuple(problems)
 
 
 def _view_problems(store: Path, rows: int, quarantined: int, count: Callable[[Path, str], int]) -> list[str]:
+    """Checks that the view and the quarantine are complete."""
     problems = []
     try:
-        found = count(store, "scores")
-        if found != rows:
-            problems.append(f"{VIEW_FILE} shows {found} rows of {rows}: run the labeling command again")
+        visible = count(store, "scores")
+        if visible != rows:
+            problems.append(f"{VIEW_FILE} shows {visible} rows of {rows}: run the labeling command again")
         lines = len((store / QUARANTINE_FILE).read_bytes().splitlines())
         if lines != quarantined:
             problems.append(
@@ -154,7 +177,8 @@ def _view_problems(store: Path, rows: int, quarantined: int, count: Callable[[Pa
     return problems
 
 
-def _progress(items: Any, name: str, shown: bool) -> Any:
+def _progress(items: Any, name: str, show_progress: bool) -> Any:
+    """Wraps items in a progress bar."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=name, disable=not shown)
+    return tqdm(items, desc=name, disable=not show_progress)

@@ -1,13 +1,13 @@
-"""Stores from elsewhere: checked from end to end by a child process, before this process opens them with HDF5.
+"""Stores from elsewhere: a child process checks them completely before this process opens them with HDF5.
 
-libhdf5 crashes on some damaged files, and a file can be made to cost any time or memory. So a store that this user has
-neither written nor checked is first read by a child whose memory and time are limited and which cannot write. It reads
-every shard, row and attribute. What it finds good is remembered by digest in the user's state folder
-(`$XDG_STATE_HOME/token-labeling/stores`, else `~/.local/state/…`), so that it is done once: a store's markers have the
-sha256 of every shard, and a shard that differs from its marker is never opened.
+libhdf5 crashes on some damaged files, and a malicious file can take any amount of time or memory. So a store that this
+user has neither written nor checked is first read by a child process that cannot write and has limited memory and time.
+It reads every shard, row and attribute. If all is well, the store's digest is noted in the user's state folder
+(`$XDG_STATE_HOME/token-labeling/stores`, else `~/.local/state/…`), so that the check is done once: a store's markers
+have the sha256 of every shard, and a shard that differs from its marker is never opened.
 
-The check took 1.6 s for 10 shards of 1,000 rows (18×18 cells, palette 16, 32 MB, one core): 0.3 s to begin, and 0.13 ms
-a row. Opening what is remembered takes 1 ms.
+The check took 1.6 s for 10 shards of 1,000 rows (18×18 cells, palette 16, 32 MB, one core): 0.3 s to start, and 0.13 ms
+per row. Opening a store that was checked before takes 1 ms.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ COMMAND = (sys.executable, "-P", "-m", "labeler.store.foreign_store")
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the child: bytes of memory beyond what it has when it starts, seconds of processor time, seconds by the clock.
+    """Limits of the child process. A valid store needs less memory than its size plus 2 GB, and a tenth of the time.
 
-    An honest store needs less than its size in memory beyond 2 GB, and a tenth of the time.
+    Attributes:
+        memory: Bytes of memory beyond what the child has when it starts.
+        cpu: Seconds of processor time.
+        wall: Seconds of real time.
     """
 
     memory: int
@@ -56,15 +59,22 @@ class Limits:
 
     @classmethod
     def of(cls, size: int) -> Limits:
+        """Returns the limits for a store of `size` bytes."""
         cpu = 60 + size // 2_000_000
         return cls((2 << 30) + size, cpu, 3 * cpu)
 
 
 def refuse_hostile(store: Path) -> bool:
-    """Check a store in a child process unless that was done before; whether this user wrote it.
+    """Checks a store in a child process unless that was done before.
 
-    Raises IntegrityError, with the file, where a shard is not what the labeler writes, or where the child crashed or
-    ran into a limit. A store that is incomplete or damaged passes: whoever opens it sees that without HDF5.
+    An incomplete or damaged store passes: that is noticed without HDF5 when it is opened.
+
+    Returns:
+        Whether this user wrote the store.
+
+    Raises:
+        IntegrityError: A shard is not what the labeler writes, or the child crashed or ran into a limit. It names the
+            file.
     """
     try:
         digest = _digest(store)
@@ -77,32 +87,36 @@ def refuse_hostile(store: Path) -> bool:
 
 
 def remember_written(store: Path) -> None:
-    """Note that this user wrote the whole store, so that it needs no check."""
+    """Records that this user wrote the whole store, so that it needs no check."""
     _note(_digest(store), WRITTEN)
 
 
 def _digest(store: Path) -> str:
-    """sha256 over plan and markers, and with them over every shard, as they are; nothing is parsed."""
+    """Returns the sha256 over plan and markers, and so over every shard. Nothing is parsed."""
     names = [name for name in os.listdir(store) if name.startswith("shard-") and name.endswith(".json")]
     digest, left = hashlib.sha256(), RECORDS_BYTES
     for name in [PLAN_FILE, *sorted(names)]:
-        # A pipe in place of a file would block otherwise.
+        # Otherwise a pipe in place of a file would block.
         with open(os.open(store / name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             left -= status.st_size
             if not stat.S_ISREG(status.st_mode) or left < 0:
-                raise _refused(store / name, "no regular file" if left >= 0 else f"more than {RECORDS_BYTES:,} bytes")
+                raise _refused(
+                    store / name, "not a regular file" if left >= 0 else f"more than {RECORDS_BYTES:,} bytes"
+                )
             data = file.read(status.st_size)
             digest.update(f"{name} {len(data)} ".encode("utf-8", "surrogateescape") + data)
     return digest.hexdigest()
 
 
 def _memory() -> Path:
+    """Returns the folder where checks are recorded."""
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return Path(home) / "token-labeling" / "stores"
 
 
 def _recall(digest: str) -> str | None:
+    """Returns what is recorded of a store: "written", "checked" or None."""
     try:
         return (_memory() / digest).read_text().strip()
     except OSError:
@@ -110,32 +124,46 @@ def _recall(digest: str) -> str | None:
 
 
 def _note(digest: str, how: str) -> None:
+    """Records that a store was written or checked."""
     try:
         _memory().mkdir(parents=True, exist_ok=True)
         (_memory() / digest).write_text(how + "\n")
     except OSError as error:
-        log.debug("the check of a store is not remembered: %s", error)
+        log.debug("the check of a store cannot be recorded: %s", error)
 
 
 def view_rows(store: Path, name: str) -> int:
-    """The rows that a data set of the store's `labels.h5` shows, which a child process opens: no digest covers it."""
+    """Returns the rows of a data set in `labels.h5`. A child process opens the file, since no digest covers it."""
     return int(run_child(store, None, name))
 
 
 def run_child(store: Path, limits: Limits | None = None, *more: str) -> str:
-    """Run the child; its finding. Raises IntegrityError with what it refused, or how it ended."""
-    # What is on the disk: a file with holes may claim any length.
+    """Runs the child process on a store.
+
+    Args:
+        store: The store's folder.
+        limits: Limits of the child; None: those for the store's size.
+        more: Name of a data set whose rows to count; none: check the store.
+
+    Returns:
+        The last line that the child printed.
+
+    Raises:
+        InputError: The child may not open as many files as there are shards.
+        IntegrityError: The child refused the store, crashed or ran into a limit.
+    """
+    # Blocks on the disk: a sparse file may claim any length.
     size = sum(entry.stat().st_blocks * 512 for entry in os.scandir(store) if entry.is_file())
     limits = limits or Limits.of(size)
     if size > 1 << 30:
-        log.warning("checking %s, %.1f GB, before it is opened for the first time", store, size / 1e9)
+        log.warning("checking %s (%.1f GB) before it is opened for the first time", store, size / 1e9)
     root = str(Path(__file__).parents[2])
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONIOENCODING": "utf-8",
         "HDF5_PLUGIN_PRELOAD": "::",
-        # Every thread of a BLAS reserves memory, which the limit would count.
+        # Every BLAS thread reserves memory, which would count against the limit.
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
     }
@@ -157,8 +185,8 @@ def run_child(store: Path, limits: Limits | None = None, *more: str) -> str:
         return lines[-1]
     if status == TOO_MANY_FILES:
         raise InputError(
-            f"the shards of {str(store)!r} are more files than may be open at once",
-            got=lines[-1], expected="all of them open, as a reader holds them", remedy="Raise the limit (ulimit -Hn).",
+            f"{str(store)!r} has more shards than this process may have open files",
+            got=lines[-1], expected="room to open them all, as a reader does", remedy="Raise the limit (ulimit -Hn).",
         )  # fmt: skip
     if status == 1 and len(lines) > 1:
         raise _refused(store / _printable(lines[-2]), _printable(lines[-1]))
@@ -166,28 +194,38 @@ def run_child(store: Path, limits: Limits | None = None, *more: str) -> str:
 
 
 def _ended(status: int, limits: Limits) -> str:
+    """Describes how the child ended."""
     if status == -signal.SIGXCPU:
-        return f"no end of the check within {limits.cpu} s of processor time, {limits.wall} s in all"
+        return f"the check did not end within {limits.cpu} s of processor time or {limits.wall} s in all"
     name = signal.Signals(-status).name if -status in set(signal.Signals) else f"exit status {status}"
     return f"a crash of the process that checked it ({name})"
 
 
 def _printable(text: str) -> str:
-    """Without what could steer a terminal."""
+    """Removes characters that could control a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)[:300]
 
 
 def _refused(path: Path, got: str) -> IntegrityError:
+    """Returns the error for a file that the check refused."""
     return IntegrityError(
         f"{str(path)!r} is refused", got=got, expected="what the labeler writes",
-        remedy="Nothing of the store was opened outside a child process. Get it from its author again, or label anew.",
+        remedy="The store was opened in a child process only. Get it from its author again, or label the images again.",
     )  # fmt: skip
 
 
 def inspect(store: Path, say: Callable[[str], None]) -> bool:
-    """Read all of a store; whether every shard was there and as its marker says. Only for the child.
+    """Reads all of a store. Only for the child process.
 
-    say  is told the name of each file before it is opened. Raises IntegrityError.
+    Args:
+        store: The store's folder.
+        say: Called with the name of each file before it is opened.
+
+    Returns:
+        Whether every shard exists and matches its marker.
+
+    Raises:
+        IntegrityError: A shard is not what the labeler writes.
     """
     say(PLAN_FILE)
     try:
@@ -204,27 +242,27 @@ def inspect(store: Path, say: Callable[[str], None]) -> bool:
                 continue
             say(marker.file)
             if not stat.S_ISREG(os.stat(store / marker.file).st_mode):
-                raise IntegrityError("no regular file")
+                raise IntegrityError("not a regular file")
             check_file(store, marker)
         except (IntegrityError, FileNotFoundError):
             continue
-        # All are kept, as in a process that uses the store: what it would need in memory counts.
+        # All readers are kept, so that the memory limit covers what a process that uses the store needs.
         readers.append(ShardReader(store / marker.file, plan.layout, marker.rows, files=files))
         last = _inspect_shard(plan, shard, readers[-1], marker.quarantine, last)
     return len(readers) == plan.meta.shards
 
 
 def _inspect_shard(plan: Plan, shard: int, reader: ShardReader, quarantine: list[dict[str, str]], last: str) -> str:
-    """Refuse what no labeler writes; the shard's last key. `last`: the key before its first."""
+    """Raises IntegrityError for what the labeler never writes; returns the last key. `last`: that of earlier shards."""
     problems = shard_problems(plan, shard, reader, quarantine)
     if plan.meta.format_version == FORMAT_VERSION and (more := reader.attributes.keys() - plan.meta.attributes(shard)):
         problems.append(f"unknown attributes {sorted(more)[:3]}")
     own = np.array(plan.code_values, np.float32)
     if reader.code_values is not None and not np.array_equal(reader.code_values, own):
-        problems.append("code values that are not the plan's")
+        problems.append("code values that differ from the plan's")
     keys = reader.keys
     if keys and keys[0] <= last:
-        problems.append("keys that are not above those of the shards before")
+        problems.append("keys that are not above those of earlier shards")
     problems += [f"a key that leaves the image root: {key!r}" for key in keys if not _stays_below(key)][:1]
     row = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in plan.layout.values())
     if row * reader.rows > DECODED_BYTES:
@@ -232,8 +270,8 @@ def _inspect_shard(plan: Plan, shard: int, reader: ShardReader, quarantine: list
     if not problems:
         step = max(1, BLOCK_BYTES // row)
         for start in range(0, reader.rows, step):
-            found = reader.read(np.arange(start, min(start + step, reader.rows)))
-            if problems := value_problems(plan, found):
+            rows = reader.read(np.arange(start, min(start + step, reader.rows)))
+            if problems := value_problems(plan, rows):
                 break
     if problems:
         raise IntegrityError("; ".join(problems))
@@ -241,11 +279,12 @@ def _inspect_shard(plan: Plan, shard: int, reader: ShardReader, quarantine: list
 
 
 def _stays_below(key: str) -> bool:
+    """Whether a key is a path below the image root."""
     return "\0" not in key and not {"", ".", ".."} & set(key.split("/"))
 
 
 def main(arguments: list[str]) -> int:
-    """The child. Prints the file that it is at, and at the end what it found."""
+    """Runs the child process. It prints each file before reading it, and the result at the end."""
     store, memory, cpu, name = Path(arguments[0]), int(arguments[1]), int(arguments[2]), "".join(arguments[3:])
     output = sys.stdout
     _limit(memory, cpu)
@@ -266,7 +305,7 @@ def main(arguments: list[str]) -> int:
     except MemoryError:
         say(f"more memory needed than {memory:,} bytes")
         return 1
-    except Exception as error:  # whatever the file brought about, it is not a store of ours
+    except Exception as error:  # whatever the file caused, it is not a store of ours
         if isinstance(error, OSError) and error.errno == errno.EMFILE:
             return TOO_MANY_FILES
         say(f"{type(error).__name__}: {error}")
@@ -274,11 +313,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _limit(memory: int, cpu: int) -> None:
+    """Limits memory, processor time, file writes and core dumps of this process."""
     import resource
 
     used = os.times()
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # of a store's shards there may be thousands
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a store may have thousands of shards
     with open("/proc/self/statm") if os.path.exists("/proc/self/statm") else open(os.devnull) as file:
         mapped = int((file.read().split() or ["0"])[0]) * resource.getpagesize()
     for limit, value in (
@@ -288,12 +328,12 @@ def _limit(memory: int, cpu: int) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         _, hard = resource.getrlimit(limit)
-        most = value + 5 * (limit == resource.RLIMIT_CPU)  # at the hard limit of time the end has no name
+        most = value + 5 * (limit == resource.RLIMIT_CPU)  # SIGXCPU first: at the hard limit the process is just killed
         if hard != resource.RLIM_INFINITY:
             value, most = min(value, hard), min(most, hard)
         try:
             resource.setrlimit(limit, (value, most))
-        except (ValueError, OSError):  # a system without this limit: the clock still counts
+        except (ValueError, OSError):  # a system without this limit; the one on real time still holds
             log.debug("no limit %d here", limit)
 
 

@@ -1,9 +1,9 @@
 """`LabelStore`: read a label store by row or by key.
 
-Legend: N rows asked for; P palette size; R tail size; H×W map grid.
+Legend: N requested rows; P palette size; R tail size; H×W map grid.
 
-The reader goes by the plan, the markers and shard arithmetic; it never follows links inside a file, and it compares
-every shard with its digest when it first opens it and every row with its checksum when it reads it.
+The reader uses the plan, the markers and shard arithmetic, and never follows links inside a file. It compares every
+shard with its digest when it first opens it, and every row with its checksum when it reads it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,15 @@ CACHES = (None, "ram", "ram-compressed")
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows as they are stored, for decoding elsewhere; `LabelStore.code` says what uint8 codes mean.
+    """Rows as they are stored, to be decoded elsewhere; `LabelStore.code` has the meaning of uint8 codes.
 
-    classes int64 [N, P] (−1 unused); scores uint8 or float16 [N, P, H, W]; background likewise [N, H, W], or None in a
-    `logit` store, where it is 0; region float32 [N, 4]; tail_classes int64 [N, R] (−1 unused); tail_offsets int8
-    [N, R], in quarter nats.
+    Attributes:
+        classes: int64 [N, P], −1 where unused.
+        scores: uint8 or float16 [N, P, H, W].
+        background: uint8 or float16 [N, H, W]; None in a `logit` store, where it is 0.
+        region: float32 [N, 4].
+        tail_classes: int64 [N, R], −1 where unused.
+        tail_offsets: int8 [N, R], in quarter nats.
     """
 
     classes: np.ndarray
@@ -48,30 +52,36 @@ class StoredRows:
     tail_offsets: np.ndarray
 
     def maps(self, code: ScoreCode, num_classes: int) -> ScoreMaps:
-        """Decoded."""
+        """Decodes the rows with their store's code and number of classes."""
         scores, background = code.decode(self.scores, self.background)
         offsets = self.tail_offsets.astype(np.float32) * np.float32(OFFSET_STEP)
         return ScoreMaps(self.classes, scores, background, self.region, num_classes, self.tail_classes, offsets)
 
 
 class LabelStore:
-    """A complete label store.
+    """A complete label store, open for reading.
 
-    path    the store's folder
-    cache   None: read rows from the files; "ram-compressed": hold the files in memory; "ram": hold the decoded codes
-    trusted  skip the check of a store from elsewhere (see `labeler.store.foreign_store`): 1.6 s for 10,000 rows, once
+    It can be used from several threads; a pickled copy in another process opens its own files. At most 256 of the
+    shards' files are open at a time, fewer if the process may open only few. `close()`, or the end of a
+    `with LabelStore(path) as store:`, closes them and drops the cache.
 
-    Raises InputError where there is no store, MismatchError for a newer format, IntegrityError where shards are missing
-    or damaged. Safe to use from several threads; a copy sent to another process opens its own files. Of the shards'
-    files at most 256 are open at a time, fewer where the process may open few; `close()`, or the end of a
-    `with LabelStore(path) as store:`, closes them and forgets what is cached.
+    Args:
+        path: The store's folder.
+        cache: None: read rows from the files; "ram-compressed": keep the files in memory; "ram": keep all codes in it.
+        trusted: Skip the check of a store from elsewhere (see `labeler.store.foreign_store`), which takes 1.6 s for
+            10,000 rows, once.
+
+    Raises:
+        InputError: There is no store.
+        MismatchError: The store has a newer format.
+        IntegrityError: Shards are missing or damaged.
     """
 
     def __init__(self, path: str | Path, cache: str | None = None, trusted: bool = False) -> None:
         if cache not in CACHES:
             raise InputError("cache is not known", got=repr(cache), expected='None, "ram" or "ram-compressed"')
         self.path, self.cache = Path(path), cache
-        # Whether its teacher, which the plan names, may be run here.
+        # Whether the teacher that the plan names may be run here.
         self.trusted = trusted or refuse_hostile(self.path)
         plan = load_plan(self.path)
         if plan is None:
@@ -82,13 +92,14 @@ class LabelStore:
             )
         self.plan: Plan = plan
         self.markers: list[Marker] = self._read_markers()
-        # First row of each shard, and of the one after the last.
+        # First row of each shard; at the end, the number of rows.
         self._starts = np.cumsum([0, *(marker.rows for marker in self.markers)])
         self._readers: dict[int, ShardReader] = {}
         self._files = OpenFiles()
         self.closed = False
 
     def _read_markers(self) -> list[Marker]:
+        """Reads the markers of all shards."""
         shards = self.plan.meta.shards
         markers = [read_marker(self.path, shard, shards) for shard in range(shards)]
         missing = [shard for shard, marker in enumerate(markers) if marker is None]
@@ -96,20 +107,20 @@ class LabelStore:
             raise IntegrityError(
                 f"the store {str(self.path)!r} is not complete",
                 got=f"{shards - len(missing)} of {shards} shards, without shard {missing[0]}",
-                remedy="Run the labeling command again: it goes on where it stopped.",
+                remedy="Run the labeling command again: it resumes where it stopped.",
             )
-        whole = [marker for marker in markers if marker is not None]
-        for marker in whole:
+        present = [marker for marker in markers if marker is not None]
+        for marker in present:
             part = self.plan.slice_of(marker.shard)
             if marker.rows > part.stop - part.start:
                 raise IntegrityError(
-                    f"the marker of shard {marker.shard} of {str(self.path)!r} cannot be",
+                    f"the marker of shard {marker.shard} of {str(self.path)!r} is impossible",
                     got=f"{marker.rows:,} rows", expected=f"at most {part.stop - part.start:,}",
                 )  # fmt: skip
-        return whole
+        return present
 
     def close(self) -> None:
-        """Close all files and forget what is cached; what is being read in other threads is still read to its end."""
+        """Closes all files and drops the cache; reads that are under way in other threads still finish."""
         self.closed = True
         self._readers.clear()
         self._files.close()
@@ -140,11 +151,12 @@ class LabelStore:
 
     @property
     def meta(self) -> StoreMeta:
+        """The content of the store."""
         return self.plan.meta
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the content of every shard: equal for equal stores only."""
+        """sha256 over the content of all shards: the same for equal stores only."""
         digest = hashlib.sha256(self.meta.dataset_fingerprint.encode())
         for marker in self.markers:
             digest.update(marker.sha256.encode())
@@ -157,21 +169,31 @@ class LabelStore:
 
     @cached_property
     def keys(self) -> list[str]:
-        """The key of every row, in row order, which is sorted."""
+        """The key of every row, in order of rows, which are sorted by key."""
         return [key for shard in range(len(self.markers)) for key in self.reader(shard).keys]
 
     @property
     def code(self) -> ScoreCode:
-        """What stored scores mean."""
+        """The meaning of stored scores."""
         return self.plan.code
 
     @property
     def code_values(self) -> np.ndarray | None:
-        """float32 [256]: the score of each uint8 code; None where scores are float16."""
+        """float32 [256]: the score of each uint8 code; None if scores are float16."""
         return self.code.values
 
     def row_of(self, key: str) -> int:
-        """The row of an image. Raises KeyError, with the reason where the image is in the quarantine."""
+        """Returns the row of an image.
+
+        Args:
+            key: The image's key.
+
+        Returns:
+            The row.
+
+        Raises:
+            KeyError: The image has no row. If it is in the quarantine, the message says why.
+        """
         shard = bisect_right([marker.first_key for marker in self.markers], key) - 1
         if shard >= 0:
             row = self.reader(shard).row_of(key)
@@ -183,32 +205,63 @@ class LabelStore:
         raise KeyError(f"{key!r} is not in the store {str(self.path)!r}")
 
     def column(self, name: str) -> np.ndarray:
-        """A small data set over all rows: classes, tail_…, region, image_size, target, image_digest or checksum."""
+        """Reads a small data set for all rows.
+
+        Args:
+            name: classes, tail_classes, tail_offsets, region, image_size, target, image_digest or checksum.
+
+        Returns:
+            The data set, as it is stored.
+        """
         return np.concatenate([self.reader(shard).small(name) for shard in range(len(self.markers))])
 
     def read(self, rows: Sequence[int] | np.ndarray) -> ScoreMaps:
-        """The maps of `rows`, in the order given; rows may repeat. Raises IndexError, IntegrityError."""
+        """Reads the maps of rows.
+
+        Args:
+            rows: Row numbers, in any order; they may repeat.
+
+        Returns:
+            The maps, in the order of `rows`.
+
+        Raises:
+            IndexError: A row is out of range.
+            IntegrityError: A row is damaged.
+            InputError: The store is closed.
+        """
         return self.read_codes(rows).maps(self.code, self.meta.num_classes)
 
     def read_codes(self, rows: Sequence[int] | np.ndarray, trim: bool = False) -> StoredRows:
-        """As `read`, before decoding: a quarter of the bytes to move to a GPU.
+        """Reads rows like `read`, without decoding them: a quarter of the bytes to move to a GPU.
 
-        trim  as few palette and tail places as the rows use, at least one and none
+        Args:
+            rows: Row numbers, in any order; they may repeat.
+            trim: Drop the palette and tail slots that no row uses, except for one of the palette.
+
+        Returns:
+            The rows, in the order of `rows`.
+
+        Raises:
+            IndexError: A row is out of range.
+            IntegrityError: A row is damaged.
+            InputError: The store is closed.
         """
         wanted = np.asarray(rows, np.int64).reshape(-1)
         if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
-            raise IndexError(f"rows {wanted.min()} to {wanted.max()} asked of a store with {len(self)} rows")
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} requested of a store with {len(self)} rows")
         self._refuse_closed()
         if self.cache == "ram":
             return _rows_of(self._decoded, wanted, trim)
-        found = self._gather(wanted)
-        return _rows_of(found, slice(None), trim) if trim else found
+        stored = self._gather(wanted)
+        return _rows_of(stored, slice(None), trim) if trim else stored
 
     @cached_property
     def _decoded(self) -> StoredRows:
+        """All rows, for the cache "ram"."""
         return self._gather(np.arange(len(self)))
 
     def _gather(self, wanted: np.ndarray) -> StoredRows:
+        """Reads rows from their shards."""
         n, layout = len(wanted), self.plan.layout
 
         def empty(name: str) -> np.ndarray:
@@ -222,44 +275,59 @@ class LabelStore:
         tail_offsets = np.empty((n, self.meta.tail), np.int8)
         shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
         for shard in np.unique(shard_of).tolist():
-            places = np.nonzero(shard_of == shard)[0]
-            found = self.read_shard(shard, wanted[places] - self._starts[shard])
-            scores[places], region[places] = found.scores, found.region
+            index = np.nonzero(shard_of == shard)[0]
+            part = self.read_shard(shard, wanted[index] - self._starts[shard])
+            scores[index], region[index] = part.scores, part.region
             if background is not None:
-                background[places] = found.background
-            classes[places] = _signed(found.classes)
-            if found.tail_classes is not None and found.tail_offsets is not None:
-                tail_classes[places], tail_offsets[places] = _signed(found.tail_classes), found.tail_offsets
+                background[index] = part.background
+            classes[index] = _signed(part.classes)
+            if part.tail_classes is not None and part.tail_offsets is not None:
+                tail_classes[index], tail_offsets[index] = _signed(part.tail_classes), part.tail_offsets
         return StoredRows(classes, scores, background, region, tail_classes, tail_offsets)
 
     def verify(self, images: str | Path | None = None) -> Verification:
-        """Check every bit of the store, and with `images` every image file."""
-        found = check_store(self.path)
-        if images is None or found.problems:
-            return found
+        """Checks the whole store, bit by bit.
+
+        Args:
+            images: The image root that was labeled: check every image file as well. None: only the store.
+
+        Returns:
+            What was checked, and all problems.
+        """
+        result = check_store(self.path)
+        if images is None or result.problems:
+            return result
         checked, problems = self.check_images(images)
-        return replace(found, images_checked=checked, problems=problems)
+        return replace(result, images_checked=checked, problems=problems)
 
     def check_images(self, images: str | Path, progress: bool = False) -> tuple[int, tuple[str, ...]]:
-        """Compare every image file with what was labeled: images compared, and problems."""
+        """Compares every image file with the one that was labeled.
+
+        Args:
+            images: The image root that was labeled.
+            progress: Show a progress bar.
+
+        Returns:
+            (number of images compared, problems in one line each).
+        """
         digests = self.column("image_digest").tolist()
         quarantined = [entry["key"] for entry in self.quarantine]
         return check_images(self.path, self.plan, self.keys, digests, quarantined, images, progress)
 
     def row_bytes(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """int64 [N]: the compressed bytes of the rows' score and background planes."""
+        """Returns int64 [N]: the compressed bytes of each row's score and background planes."""
         wanted = np.asarray(rows, np.int64)
         shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
-        places = zip(shard_of.tolist(), (wanted - self._starts[shard_of]).tolist(), strict=True)
-        return np.array([self.reader(shard).row_bytes(row) for shard, row in places], np.int64)
+        pairs = zip(shard_of.tolist(), (wanted - self._starts[shard_of]).tolist(), strict=True)
+        return np.array([self.reader(shard).row_bytes(row) for shard, row in pairs], np.int64)
 
     def read_shard(self, shard: int, rows: np.ndarray | None = None) -> ShardRows:
-        """Rows of one shard with everything stored about them; all of them where `rows` is None."""
+        """Reads rows of one shard with everything that is stored about them; `rows` None: all of them."""
         reader = self.reader(shard)
         return reader.read(np.arange(reader.rows) if rows is None else rows)
 
     def reader(self, shard: int) -> ShardReader:
-        """The open shard; its file is compared with its digest first."""
+        """Opens a shard, after comparing its file with its digest."""
         self._refuse_closed()
         reader = self._readers.get(shard)
         if reader is None:
@@ -273,27 +341,29 @@ class LabelStore:
         return reader
 
     def _open(self, marker: Marker) -> ShardReader:
+        """Opens a shard's file."""
         check_file(self.path, marker)
         held = self.cache == "ram-compressed"
         return ShardReader(self.path / marker.file, self.plan.layout, marker.rows, in_memory=held, files=self._files)
 
     def _refuse_closed(self) -> None:
+        """Raises InputError if the store is closed."""
         if self.closed:
             raise InputError(
                 f"the label store {str(self.path)!r} is closed", got="a read after close()", expected="an open store",
-                remedy="Read inside the `with`, or open it again with LabelStore(path).",
+                remedy="Read inside the `with` block, or open the store again with LabelStore(path).",
             )  # fmt: skip
 
 
 def _rows_of(rows: StoredRows, wanted: np.ndarray | slice, trim: bool) -> StoredRows:
-    """Some rows; with `trim` without the places that none of them uses."""
+    """Selects rows; with `trim` without the slots that none of them uses."""
     classes, tail_classes = rows.classes[wanted], rows.tail_classes[wanted]
-    places, tail = classes.shape[1], tail_classes.shape[1]
+    palette, tail = classes.shape[1], tail_classes.shape[1]
     if trim:
-        places, tail = max(1, _most_used(classes)), _most_used(tail_classes)
+        palette, tail = max(1, _most_used(classes)), _most_used(tail_classes)
     return StoredRows(
-        classes[:, :places],
-        rows.scores[wanted, :places],
+        classes[:, :palette],
+        rows.scores[wanted, :palette],
         None if rows.background is None else rows.background[wanted],
         rows.region[wanted],
         tail_classes[:, :tail],
@@ -302,11 +372,11 @@ def _rows_of(rows: StoredRows, wanted: np.ndarray | slice, trim: bool) -> Stored
 
 
 def _most_used(classes: np.ndarray) -> int:
-    """Places up to the last that any row uses; unused ones stand behind."""
+    """Returns the number of slots up to the last that any row uses; unused ones come last."""
     used = np.flatnonzero((classes >= 0).any(0))
     return int(used[-1]) + 1 if len(used) else 0
 
 
 def _signed(classes: np.ndarray) -> np.ndarray:
-    """int64, with −1 for the type's maximum, which marks an unused place."""
+    """Converts class ids to int64, with −1 for the type's maximum, which marks an unused slot."""
     return np.where(classes == np.iinfo(classes.dtype).max, -1, classes.astype(np.int64))

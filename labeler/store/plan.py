@@ -1,6 +1,6 @@
-"""The plan of a store: what is labeled, with which settings, cut into which shards. Written once, first of all.
+"""The plan of a store: images, settings and shards. It is written first, and never changed.
 
-Everything that decides a label's value stands in the plan; a later run that differs in any of it is refused.
+The plan has everything that affects the value of a label; a later run that differs in any of it is refused.
 """
 
 from __future__ import annotations
@@ -40,22 +40,30 @@ COMPARED = (
 KINDS = frozenset({("logprob", "uint8"), ("logprob", "float16"), ("logit", "float16")})
 MAX_CLASSES = 1 << 31
 MAX_ROW = 32 << 20  # scores of one image
-# Of a teacher's record: equal weights may lie elsewhere, and the rest is told for people.
+# Of a teacher's record: equal weights may be stored elsewhere, and the rest is information for people.
 NOT_COMPARED = frozenset({"checkpoint", "random_weights", "method", "self_test", "notes"})
 
 
 @dataclass(frozen=True)
 class StoreMeta:
-    """What a store holds; also the attributes of every shard.
+    """The content of a store; also the attributes of every shard.
 
-    grid                 H, W of the maps
-    score_kind           "logprob" or "logit" (see FORMAT.md)
-    precision            "uint8" or "float16"
-    palette              P; tail: R
-    class_names          one for each of `num_classes`, or empty
-    orientation          "exif" or "ignore": how the images were turned before labeling
-    teacher              name, weights_sha256, input_size, view, interpolation, mean, std, …
-    dataset_fingerprint  of the images that were listed, see `ImageSet.fingerprint`
+    Attributes:
+        num_classes: C.
+        class_names: One for each class, or empty.
+        palette: P, palette slots of a row.
+        grid: H, W of the maps.
+        score_kind: "logprob" or "logit" (see FORMAT.md).
+        precision: "uint8" or "float16".
+        orientation: "exif" or "ignore": whether images were rotated as their EXIF tag says before labeling.
+        teacher: name, weights_sha256, input_size, view, interpolation, mean, std, …
+        dataset_fingerprint: Fingerprint of the images, see `ImageSet.fingerprint`.
+        num_images: Number of images, quarantined ones included.
+        shards: Number of shards.
+        tail: R, tail slots of a row.
+        format: Always "token-label store".
+        format_version: Version of the format.
+        writer: Program and version that wrote the store.
     """
 
     num_classes: int
@@ -75,13 +83,13 @@ class StoreMeta:
     writer: str = f"token-labeling {__version__}"
 
     def attributes(self, shard: int | None = None) -> dict[str, Any]:
-        """The attributes of a shard's file, or of the view over all shards; structures as JSON text."""
+        """Returns the attributes of a shard's file, or (None) of the view over all shards; structures as JSON text."""
         plain = asdict(self)
         for name in ("class_names", "teacher"):
             plain[name] = json.dumps(plain[name], ensure_ascii=False, sort_keys=True)
         if self.format_version.startswith("1."):
             del plain["tail"]
-        elif shard is not None:  # a thousand names weigh more than a hundred rows: the plan and the view have them
+        elif shard is not None:  # a thousand names are larger than a hundred rows: the plan and the view have them
             del plain["class_names"]
         return plain if shard is None else {**plain, "shard": shard}
 
@@ -90,11 +98,13 @@ class StoreMeta:
 class Plan:
     """The plan of a store.
 
-    settings     the labeling settings that decide the labels' values
-    shard_size   images per shard; shard i holds the sorted keys from i·shard_size on
-    key_bytes    width of the key field: the longest key, in UTF-8 bytes
-    code_values  the 256 scores of the uint8 codes; empty for float16
-    class_folders  folder name -> class id, where the images' folders name their classes
+    Attributes:
+        meta: The content of the store.
+        settings: The labeling settings that affect the values of labels.
+        shard_size: Images per shard; shard i has the sorted keys from i·shard_size on.
+        key_bytes: Width of the key field: the longest key, in UTF-8 bytes.
+        code_values: The 256 scores of the uint8 codes; empty for float16.
+        class_folders: folder name -> class id; empty if the images' folders do not name their classes.
     """
 
     meta: StoreMeta
@@ -112,33 +122,45 @@ class Plan:
 
     @property
     def encoding(self) -> Encoding:
-        """How maps were, and are, made into rows."""
+        """How maps are encoded."""
         chosen = {name: self.settings[name] for name in ("levels", "threshold") if name in self.settings}
         return Encoding(self.meta.palette, self.meta.tail, precision=self.meta.precision, **chosen)
 
     @cached_property
     def code(self) -> ScoreCode:
-        """What the stored numbers mean."""
+        """The meaning of the stored numbers."""
         values = np.array(self.code_values, np.float32) if self.code_values else None
         return ScoreCode(values, as_background=values is not None and not self.meta.format_version.startswith("1."))
 
     def slice_of(self, shard: int) -> slice:
+        """Returns the slice of the sorted images that a shard covers."""
         return slice(shard * self.shard_size, min((shard + 1) * self.shard_size, self.meta.num_images))
 
     def save(self, store: Path) -> bool:
-        """Write the plan; False where another run's plan was there first."""
+        """Writes the plan. Returns False if another run's plan was there first."""
         return write_sealed(store / PLAN_FILE, asdict(self))
 
 
 def load_plan(store: Path) -> Plan | None:
-    """The plan of a store, None where there is none. Raises MismatchError (newer format), IntegrityError (damage)."""
+    """Reads the plan of a store.
+
+    Args:
+        store: The store's folder.
+
+    Returns:
+        The plan; None if there is none.
+
+    Raises:
+        MismatchError: The store has a newer format.
+        IntegrityError: The plan is damaged, or says what no plan says.
+    """
     path = store / PLAN_FILE
     try:
         record = read_sealed(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except IntegrityError as error:
-        # Unlike a shard it cannot be made anew: the shards there might be of any other settings.
+        # Unlike a shard it cannot be written again: existing shards could have any other settings.
         raise IntegrityError(
             error.problem, got=error.got, remedy="Restore it from a copy, or label into a new folder."
         ) from None
@@ -151,7 +173,7 @@ def load_plan(store: Path) -> Plan | None:
             f"{str(store)!r} cannot be read by this version",
             got=f"{meta.get('format')!r} format {version}",
             expected=f"{FORMAT_NAME!r} format {' or '.join(f'{major}.x' for major in READABLE)}",
-            remedy="Install a version of this package that knows the format.",
+            remedy="Install a version of this package that supports the format.",
         )
     known = {f.name for f in fields(StoreMeta)}
     try:
@@ -169,7 +191,7 @@ def load_plan(store: Path) -> Plan | None:
 
 
 def _impossible(plan: Plan) -> str | None:
-    """What no plan of ours says: whoever reads a store allocates by its plan. Wrong types may raise anything."""
+    """Returns what is impossible in a plan, or None: readers allocate memory by it. Wrong types may raise any error."""
     m = plan.meta
     limits = {
         "num_classes": (m.num_classes, MAX_CLASSES), "palette": (m.palette, 1 << 16), "shards": (m.shards, 1_000_000),
@@ -184,25 +206,35 @@ def _impossible(plan: Plan) -> str | None:
     wrong = {
         "names": any(type(text) is not str for text in texts) or len(m.class_names) not in (0, m.num_classes),
         "grid": len(m.grid) != 2,
-        "a score kind or a precision": (m.score_kind, m.precision) not in KINDS or m.orientation not in ORIENTATIONS,
-        "a number": any(type(n) not in (int, float) or not math.isfinite(n) for n in numbers),
+        "score kind, precision or orientation": (m.score_kind, m.precision) not in KINDS
+        or m.orientation not in ORIENTATIONS,
+        "numbers": any(type(n) not in (int, float) or not math.isfinite(n) for n in numbers),
         "code values": len(plan.code_values) != (256 if m.precision == "uint8" else 0),
         "class folders": any(not 0 <= n < m.num_classes for n in plan.class_folders.values()),
-        "a number of shards": m.shards != -(-m.num_images // plan.shard_size),
+        "number of shards": m.shards != -(-m.num_images // plan.shard_size),
         "settings": not isinstance(m.teacher, dict) or not isinstance(plan.settings, dict),
-        "rows too large": m.palette * m.grid[0] * m.grid[1] > MAX_ROW,
-        "a tail": type(m.tail) is not int or not 0 <= m.tail < 1 << 16 or (m.tail > 0 and m.precision != "uint8"),
+        "size of rows": m.palette * m.grid[0] * m.grid[1] > MAX_ROW,
+        "tail": type(m.tail) is not int or not 0 <= m.tail < 1 << 16 or (m.tail > 0 and m.precision != "uint8"),
     }
-    return next((f"{name} that cannot be" for name, fault in wrong.items() if fault), None)
+    return next((f"impossible {name}" for name, fault in wrong.items() if fault), None)
 
 
-def refuse_other_settings(store: Path, found: Plan, wanted: Plan) -> None:
-    """Raise MismatchError naming each setting in which a run differs from the store that it would continue."""
+def refuse_other_settings(store: Path, existing: Plan, wanted: Plan) -> None:
+    """Compares the plans of a store and of a run that would resume it.
+
+    Args:
+        store: The store's folder.
+        existing: The store's plan.
+        wanted: The plan of the run.
+
+    Raises:
+        MismatchError: They differ; it names each setting that does.
+    """
     pairs = [
-        *((name, getattr(found.meta, name), getattr(wanted.meta, name)) for name in COMPARED),
-        *((name, getattr(found, name), getattr(wanted, name)) for name in ("shard_size", "code_values")),
-        *_entries(found.settings, wanted.settings),
-        *_entries(found.meta.teacher, wanted.meta.teacher),
+        *((name, getattr(existing.meta, name), getattr(wanted.meta, name)) for name in COMPARED),
+        *((name, getattr(existing, name), getattr(wanted, name)) for name in ("shard_size", "code_values")),
+        *_entries(existing.settings, wanted.settings),
+        *_entries(existing.meta.teacher, wanted.meta.teacher),
     ]
     differences = [
         f"{name} {_short(new)}, the store has {_short(old)}" for name, old, new in pairs if plain(old) != plain(new)
@@ -211,17 +243,18 @@ def refuse_other_settings(store: Path, found: Plan, wanted: Plan) -> None:
         raise MismatchError(
             f"the store {str(store)!r} was begun with other settings",
             got="; ".join(dict.fromkeys(differences)),
-            remedy="Use the settings it was begun with, or another --store.",
+            remedy="Use the settings that it was begun with, or another --store.",
         )
 
 
-def _entries(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    names = sorted({*found, *wanted} - NOT_COMPARED)
-    return [(name, found.get(name), wanted.get(name)) for name in names]
+def _entries(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Returns (name, existing value, wanted value) of each entry to compare."""
+    names = sorted({*existing, *wanted} - NOT_COMPARED)
+    return [(name, existing.get(name), wanted.get(name)) for name in names]
 
 
 def plain(value: Any) -> Any:
-    """Tuples as lists, as JSON and HDF5 give them back."""
+    """Converts tuples to lists, which is how JSON and HDF5 return them."""
     return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 

@@ -1,4 +1,4 @@
-"""What no digest can tell of a shard: whether its attributes, counts and values are such as a labeler writes."""
+"""Checks of a shard beyond its digest: attributes, counts and values must be such as the labeler writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from labeler.store.shard_file import ShardReader, ShardRows
 
 
 def shard_problems(plan: Plan, shard: int, reader: ShardReader, quarantine: list[dict[str, str]]) -> list[str]:
-    """What a digest cannot tell: attributes, order and counts."""
+    """Returns the problems in a shard's attributes, order and counts."""
     meta = plan.meta
     problems = []
     expected = meta.attributes(shard)
@@ -26,7 +26,7 @@ def shard_problems(plan: Plan, shard: int, reader: ShardReader, quarantine: list
 
 
 def value_problems(plan: Plan, rows: ShardRows) -> list[str]:
-    """Values that no labeler writes."""
+    """Returns the problems in a shard's values: those that the labeler never writes."""
     meta, problems = plan.meta, []
     unused = np.iinfo(rows.classes.dtype).max
     named = rows.classes if rows.tail_classes is None else np.concatenate([rows.classes, rows.tail_classes], 1)
@@ -36,12 +36,12 @@ def value_problems(plan: Plan, rows: ShardRows) -> list[str]:
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
         problems.append("a class twice in one palette or tail")
     if rows.tail_offsets is not None and (np.abs(rows.tail_offsets.astype(np.int16)) > MAX_OFFSET * 4).any():
-        problems.append("a tail offset that is no offset")
+        problems.append("a tail offset out of range")
     if not np.isfinite(rows.scores).all() or (rows.background is not None and not np.isfinite(rows.background).all()):
         problems.append("scores that are not finite")
     y0, x0, y1, x1 = rows.region.T
     if not ((y0 >= 0) & (y0 < y1) & (y1 <= 1) & (x0 >= 0) & (x0 < x1) & (x1 <= 1)).all():
         problems.append("a region outside its image")
     if (rows.target >= meta.num_classes).any() or (rows.target < -1).any():
-        problems.append("a target that is no class")
+        problems.append("a target that is not a class")
     return problems

@@ -1,10 +1,10 @@
-"""The code of scores: what each of 256 codes stands for, and how finely maps are coded.
+"""How scores are coded: the meaning of the 256 codes, and the settings of the encoding.
 
 Legend: N images; P palette size; H×W map grid.
 
-The KL divergence of a small error d in a probability p is about d²/2p, so equal steps in √p spend bits where a loss
-feels them: code k of 1 … levels stands for p = (k / levels)². Code 0 says "as the background in this cell". The codes
-above `levels` are the background's own: 0, −0.25, −0.5 … nats.
+The KL divergence of a small error d in a probability p is about d²/2p, so equal steps in √p spend bits where they
+matter to a loss: code k of 1 … levels stands for p = (k / levels)². Code 0 says "as the background in this cell". The
+codes above `levels` are for the background only: 0, −0.25, −0.5 … nats.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 
 from labeler.base.errors import InputError
 
-LEAST_KL = 1e-5  # nats a cell; less is rounding
+LEAST_KL = 1e-5  # nats per cell; less is rounding
 NUM_CODES = 256
 BACKGROUND_STEP, FLOOR = 0.25, -20.0  # nats
 OFFSET_STEP = 0.25  # nats between the offsets of a tail, which are stored as whole numbers of steps
-MAX_OFFSET = 31  # nats that a tail class may lie above or below the background
+MAX_OFFSET = 31  # nats that a tail class may be above or below the background
 MIN_LEVELS, MAX_LEVELS = 4, NUM_CODES - 2 - round(-FLOOR / BACKGROUND_STEP)
 
 
@@ -28,12 +28,14 @@ MIN_LEVELS, MAX_LEVELS = 4, NUM_CODES - 2 - round(-FLOOR / BACKGROUND_STEP)
 class Encoding:
     """How maps become rows of a store.
 
-    palette    P, the most classes that get a score plane of their own
-    tail       R, the most classes that share the background plane, each with an offset
-    levels     steps of √p; more are truer and larger
-    threshold  nats of KL, summed over the cells of a map, that a byte must save to be spent, for a map of one cell; it
-               grows with the number of cells to the power 0.12. Smaller is truer and larger
-    precision  "uint8": codes; "float16": P dense planes of scores, chosen by their share, without threshold or tail
+    Attributes:
+        palette: P, the most classes that get their own score plane.
+        tail: R, the most classes that share the background plane, each with an offset.
+        levels: Quantization steps of √p. More are more accurate and larger.
+        threshold: Nats of KL, summed over the cells of a map, that each stored byte must save, for a map of one cell;
+            it grows with the number of cells to the power 0.12. Smaller is more accurate and larger.
+        precision: "uint8": codes; "float16": P dense planes of scores, of the classes with the largest share, without
+            threshold or tail.
     """
 
     palette: int = 64
@@ -49,10 +51,10 @@ class Encoding:
         if not 0 <= self.threshold < 1:
             raise InputError("the threshold is out of range", got=self.threshold, expected="0 ≤ threshold < 1")
         if self.tail < 0:
-            raise InputError("the tail is a number of classes", got=self.tail, expected="0 (no tail) or more")
+            raise InputError("the tail must be a number of classes", got=self.tail, expected="0 (no tail) or more")
 
     def places(self, num_classes: int) -> tuple[int, int]:
-        """(P, R) of a store of `num_classes` classes: none has more places than there are classes."""
+        """Returns (P, R) of a store of `num_classes` classes, neither more than the number of classes."""
         tail = 0 if self.precision == "float16" else min(self.tail, max(0, num_classes - 1))
         return min(self.palette, num_classes), tail
 
@@ -65,7 +67,7 @@ QUALITIES = {
 
 
 def code_table(levels: int) -> np.ndarray:
-    """float32 [256]: the score of each code. Code 0's own is the floor, for readers that do not know its meaning."""
+    """Returns float32 [256]: the score of each code; for code 0 the floor, for readers that do not know its meaning."""
     own = 2 * np.log(np.arange(1, levels + 1) / levels)
     shared = np.arange(0, FLOOR - BACKGROUND_STEP / 2, -BACKGROUND_STEP)
     values = np.concatenate([[FLOOR], own, shared])
@@ -74,17 +76,26 @@ def code_table(levels: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ScoreCode:
-    """What the stored numbers of a store mean.
+    """The meaning of the stored numbers of a store.
 
-    values         float32 [256]: the score of each uint8 code; None: scores are stored as they are
-    as_background  code 0 in a palette plane stands for the background's score (format 2.0)
+    Attributes:
+        values: float32 [256]: the score of each uint8 code; None: scores are stored as they are.
+        as_background: Whether code 0 in a palette plane stands for the background's score (format 2.0).
     """
 
     values: np.ndarray | None
     as_background: bool
 
     def decode(self, scores: np.ndarray, background: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Stored planes [N, P, H, W] and [N, H, W] (None: 0 everywhere) to float32 scores of the same shapes."""
+        """Decodes stored planes.
+
+        Args:
+            scores: Palette planes [N, P, H, W], uint8 or float16.
+            background: Background planes [N, H, W]; None: 0 everywhere.
+
+        Returns:
+            (scores, background), float32 of the same shapes.
+        """
         if background is None:
             shared = np.zeros((len(scores), *scores.shape[2:]), np.float32)
         else:
@@ -95,12 +106,19 @@ class ScoreCode:
         return decoded, shared
 
     def _values_of(self, stored: np.ndarray) -> Any:
+        """Looks up stored numbers."""
         return stored.astype(np.float32) if self.values is None else self.values[stored]
 
 
 def share_of_reference(compared_kl: float, reference_kl: float, rows: int) -> float | None:
-    """What labels lose as a share of what the reference's files lose of the same maps.
+    """Returns the KL of labels relative to that of the reference's files for the same maps.
 
-    Those keep five classes a cell, so of a teacher of five or fewer they lose nothing but rounding: None then.
+    Args:
+        compared_kl: Sum of the KL of labels over rows, in nats.
+        reference_kl: The same sum for the reference's files.
+        rows: Number of rows.
+
+    Returns:
+        The ratio; None if the reference loses only rounding, as with five or fewer classes, of which it keeps all.
     """
     return compared_kl / reference_kl if reference_kl > LEAST_KL * max(1, rows) else None

@@ -1,10 +1,10 @@
-"""Score maps as they are decoded: a palette of class planes, a background and a tail.
+"""Decoded score maps: a palette of class planes, a background and a tail.
 
 Legend: N images; C classes; P palette size; R tail size; H×W map grid.
 
 A cell's teacher distribution is the softmax over its P palette scores `v_p`, R scores `b + o_r` of the tail and
-C − P − R copies of the background score `b`. Unused palette and tail places (class −1) count as nothing: neither as
-palette or tail nor among the other classes.
+C − P − R copies of the background score `b`. Unused palette and tail slots (class −1) are ignored: they
+count neither as palette or tail nor among the other classes.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 class ScoreMaps:
     """Decoded label maps of N images, as numpy arrays or (after `to_torch`) as tensors.
 
-    classes       int64   [N, P]        class ids; −1 where the place is unused
-    scores        float32 [N, P, H, W]  log-probabilities (or logits, in a `logit` store)
-    background    float32 [N, H, W]     score of each class that is neither in the palette nor in the tail
-    region        float32 [N, 4]        y0, x0, y1, x1 of the image part that the map covers, fractions of the image;
-                                        None: all of it
-    num_classes   C
-    tail_classes  int64   [N, R]        classes that share the background plane; −1 where unused; None: no tail
-    tail_offsets  float32 [N, R]        nats that such a class lies above the background, in every cell
+    Attributes:
+        classes: int64 [N, P]: class ids of the palette; −1 where a slot is unused.
+        scores: float32 [N, P, H, W]: log-probabilities (or logits, in a `logit` store).
+        background: float32 [N, H, W]: score of each class that is neither in the palette nor in the tail.
+        region: float32 [N, 4]: y0, x0, y1, x1 of the part that the map covers, as fractions of the image; None: all.
+        num_classes: C.
+        tail_classes: int64 [N, R]: classes that share the background plane; −1 where unused; None: no tail.
+        tail_offsets: float32 [N, R]: nats that such a class is above the background, in every cell.
     """
 
     classes: Any
@@ -46,7 +46,7 @@ class ScoreMaps:
         if self.num_classes < 1:
             raise InputError("score maps need to know how many classes there are", remedy="Give num_classes.")
         if (self.tail_classes is None) != (self.tail_offsets is None):
-            raise InputError("a tail is classes and offsets", got="only one of them", expected="both, or neither")
+            raise InputError("a tail needs classes and offsets", got="only one of them", expected="both, or neither")
         n = self.classes.shape[0]
         if self.region is None:
             object.__setattr__(self, "region", _like(self.scores, np.tile(np.array([0, 0, 1, 1], np.float32), (n, 1))))
@@ -58,7 +58,7 @@ class ScoreMaps:
         return self.classes.shape[0]
 
     def dense(self) -> Any:
-        """float32 [N, C, H, W]: each cell's distribution over all classes."""
+        """Returns float32 [N, C, H, W]: each cell's distribution over all classes."""
         parts = self.classes, self.scores, self.background, self.tail_classes, self.tail_offsets
         logits = dense_scores(*parts, self.num_classes)
         if not isinstance(logits, np.ndarray):
@@ -67,21 +67,21 @@ class ScoreMaps:
         return weights / weights.sum(1, keepdims=True)
 
     def top1(self) -> np.ndarray:
-        """int64 [N, H, W]: the most probable class of each cell among those that the palette and the tail name."""
+        """Returns int64 [N, H, W]: the most probable class of each cell among those in the palette and the tail."""
         scores = np.where((self.classes >= 0)[:, :, None, None], self.scores, -np.inf)
         named, best = self.classes, scores
         if self.tail_classes.shape[1]:
-            # One tail class leads all others of the tail, in every cell alike.
+            # The same tail class is ahead of all others in every cell.
             offsets = np.where(self.tail_classes >= 0, self.tail_offsets, -np.inf)
             leader = offsets.argmax(1)[:, None]
             named = np.concatenate([named, np.take_along_axis(self.tail_classes, leader, 1)], 1)
             leading = np.take_along_axis(offsets, leader, 1)[:, :, None, None] + self.background[:, None]
             best = np.concatenate([scores, leading], 1)
-        place = best.argmax(1)
-        return np.take_along_axis(named[:, :, None, None], place[:, None], axis=1)[:, 0]
+        slot = best.argmax(1)
+        return np.take_along_axis(named[:, :, None, None], slot[:, None], axis=1)[:, 0]
 
     def to_torch(self, device: str | torch.device = "cpu") -> ScoreMaps:
-        """The same maps as tensors on `device`."""
+        """Returns the same maps as tensors on `device`."""
         import torch
 
         moved = {
@@ -93,27 +93,38 @@ class ScoreMaps:
 def dense_scores(
     classes: Any, scores: Any, background: Any, tail_classes: Any, tail_offsets: Any, num_classes: int
 ) -> Any:
-    """Scores of all classes, the plain reference for everything that avoids building them.
+    """Expands sparse scores to all classes: the plain reference for code that avoids doing so.
 
-    Args: classes [N, P], scores [N, P, …], background [N, …], tail_classes and tail_offsets [N, R]; arrays or tensors.
+    All arguments are arrays, or all are tensors.
 
-    Returns: [N, C, …], as the arguments are.
+    Args:
+        classes: [N, P].
+        scores: [N, P, …].
+        background: [N, …].
+        tail_classes: [N, R].
+        tail_offsets: [N, R].
+        num_classes: C.
+
+    Returns:
+        Scores [N, C, …], of the arguments' type.
     """
     shape = (len(classes), num_classes, *background.shape[1:])
     if isinstance(scores, np.ndarray):
         logits = np.broadcast_to(background[:, None], shape).copy()
-        (image, place), (of, tail) = np.nonzero(classes >= 0), np.nonzero(tail_classes >= 0)
+        (image, slot), (tail_image, tail_slot) = np.nonzero(classes >= 0), np.nonzero(tail_classes >= 0)
     else:
         logits = background[:, None].expand(shape).clone()
-        image, place = (classes >= 0).nonzero(as_tuple=True)
-        of, tail = (tail_classes >= 0).nonzero(as_tuple=True)
-    logits[of, tail_classes[of, tail]] += tail_offsets[of, tail].reshape(-1, *[1] * (len(shape) - 2))
-    logits[image, classes[image, place]] = scores[image, place]
+        image, slot = (classes >= 0).nonzero(as_tuple=True)
+        tail_image, tail_slot = (tail_classes >= 0).nonzero(as_tuple=True)
+    logits[tail_image, tail_classes[tail_image, tail_slot]] += tail_offsets[tail_image, tail_slot].reshape(
+        -1, *[1] * (len(shape) - 2)
+    )
+    logits[image, classes[image, slot]] = scores[image, slot]
     return logits
 
 
 def _like(array: Any, values: np.ndarray) -> Any:
-    """`values` as what `array` is: an array, or a tensor on the same device."""
+    """Converts `values` to the type of `array`: an array, or a tensor on the same device."""
     if isinstance(array, np.ndarray):
         return values
     import torch

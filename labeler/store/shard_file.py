@@ -2,9 +2,8 @@
 
 Legend: n rows of the shard; P palette size; R tail size; H×W map grid.
 
-A shard is built in memory, because libhdf5 ends the process when a disk fills up under it. A shard is read through
-HDF5 once, to check its layout and to learn where each chunk lies; rows are then read from the file directly, outside
-h5py's global lock.
+A shard is built in memory, because libhdf5 crashes the process when the disk is full. HDF5 reads a shard once, to check
+its layout and to locate each chunk; rows are then read from the file directly, outside of h5py's global lock.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# A file can name filter plug-ins of its own choice; "::" tells libhdf5 to load none. It is read when HDF5 starts.
+# A file can name any filter plug-in; "::" makes libhdf5 load none. The variable is read when HDF5 starts.
 os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
 
 import h5py
@@ -35,12 +34,12 @@ VIEW_FILE = "labels.h5"
 LEVEL = 9
 MOSTLY = 0.6  # share of zeros
 META_ROWS = 1024  # rows in a chunk of the small data sets
-_LIBRARY = ctypes.CDLL(h5py.h5p.__file__)  # its dependencies, and so libhdf5, are searched as well
-MOST_IN_4_BYTES = 1 << 30  # bytes of data before compression, in a file whose places take four bytes
+_LIBRARY = ctypes.CDLL(h5py.h5p.__file__)  # its dependencies, such as libhdf5, are searched as well
+MOST_IN_4_BYTES = 1 << 30  # bytes of data before compression, in a file with offsets of four bytes
 MAX_LINKS = 32
 MAX_ATTRIBUTES, MAX_ATTRIBUTE_BYTES = 100, 64 << 20  # of which class names need most
 Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # data set name -> (type, shape of one row)
-# Where a row's chunk lies. All rows of all open shards are held, so it is kept small.
+# Location of a row's chunk. It is small because it is in memory for all rows of all open shards.
 CHUNK = np.dtype([("offset", "<i8"), ("size", "<u4"), ("mask", "u1")])
 ALLOWED_FILTERS = frozenset({h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32})
 
@@ -49,14 +48,17 @@ ALLOWED_FILTERS = frozenset({h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h
 class ShardRows:
     """The rows of a shard as they are stored.
 
-    scores        uint8 codes or float16 [n, P, H, W]
-    background    likewise [n, H, W]; None in a `logit` store
-    classes       uint16 or uint32 [n, P]; the type's maximum where unused
-    tail_classes  likewise [n, R]; None in a store without a tail
-    tail_offsets  int8 [n, R], in quarter nats; likewise
-    region        float32 [n, 4]; image_size uint32 [n, 2]; target int32 [n] (−1 unknown)
-    image_digest  uint64 [n]: xxh3-64 of the image file's bytes
-    keys          n strings
+    Attributes:
+        scores: uint8 codes or float16 [n, P, H, W].
+        background: uint8 codes or float16 [n, H, W]; None in a `logit` store.
+        classes: uint16 or uint32 [n, P]; the type's maximum where unused.
+        region: float32 [n, 4].
+        image_size: uint32 [n, 2].
+        target: int32 [n]; −1 where unknown.
+        image_digest: uint64 [n]: xxh3-64 of the image file's bytes.
+        keys: n strings.
+        tail_classes: uint16 or uint32 [n, R]; None in a store without a tail.
+        tail_offsets: int8 [n, R], in quarter nats; None in a store without a tail.
     """
 
     scores: np.ndarray
@@ -74,7 +76,7 @@ class ShardRows:
         return len(self.keys)
 
     def checksums(self) -> np.ndarray:
-        """uint64 [n]: xxh3-64 over each row's little-endian bytes in the order of the docstring above, the key last."""
+        """Returns uint64 [n]: xxh3-64 over each row's little-endian bytes, in the order that FORMAT.md gives."""
         fields = [self.scores, self.background, self.classes, self.tail_classes, self.tail_offsets]
         fields += [self.region, self.image_size, self.target, self.image_digest]
         n = len(self)
@@ -87,22 +89,37 @@ class ShardRows:
 
 
 def little_endian(array: np.ndarray) -> np.ndarray:
+    """Converts an array to contiguous little-endian numbers."""
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
 
 
 def class_dtype(num_classes: int) -> np.dtype:
-    """The class id type: uint16, or uint32 where its maximum, which means "unused", could be a class."""
+    """Returns the type of class ids: uint16, or uint32 if uint16's maximum, which means "unused", could be a class."""
     return np.dtype("<u2" if num_classes <= 65_535 else "<u4")
 
 
 def score_dtype(precision: str) -> np.dtype:
+    """Returns the stored type of scores."""
     return np.dtype("u1" if precision == "uint8" else "<f2")
 
 
 def build_shard(
     rows: ShardRows, layout: Layout, attributes: Mapping[str, Any], code_values: np.ndarray | None = None
 ) -> bytes:
-    """The whole HDF5 file; equal arguments give equal bytes. Raises ValueError where rows do not fit `layout`."""
+    """Builds a shard's HDF5 file in memory. Equal arguments give equal bytes.
+
+    Args:
+        rows: The rows of the shard.
+        layout: Its data sets.
+        attributes: Its attributes.
+        code_values: float32 [256]: the score of each uint8 code; None for float16.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        ValueError: The rows do not fit the layout.
+    """
     keys = [key.encode() for key in rows.keys]
     if max(map(len, keys), default=0) > layout["key"][0].itemsize:
         raise ValueError(f"a key is longer than the {layout['key'][0].itemsize} bytes of the layout")
@@ -120,15 +137,21 @@ def build_shard(
                 raise ValueError(f"{name} is {array.dtype} {array.shape}, the layout has {dtype} {shape}")
             per_image = name in ("scores", "background")
             _add(file, name, array, (1 if per_image else min(META_ROWS, max(1, shape[0])), *shape[1:]))
-        _write_attributes(file, attributes)  # last: they fill space that the links left behind
+        _write_attributes(file, attributes)  # last: they fill space that the links left free
         file.flush()
         return file.id.get_file_image()
 
 
 def build_view(shards: Sequence[tuple[str, int]], layout: Layout, attributes: Mapping[str, Any]) -> bytes:
-    """`labels.h5` as bytes: one virtual data set over all shards, given as (file name, rows), per entry of `layout`.
+    """Builds `labels.h5`, the view over all shards, in memory.
 
-    layout: data set name -> (dtype, shape of one row); `code_values` is taken from the first shard.
+    Args:
+        shards: (file name, rows) of each shard.
+        layout: The data sets of a shard. Each becomes a virtual data set; `code_values` is that of the first shard.
+        attributes: Attributes of the view.
+
+    Returns:
+        The bytes of the file.
     """
     total = sum(rows for _, rows in shards)
     with _memory_file(0) as file:
@@ -152,7 +175,20 @@ def build_view(shards: Sequence[tuple[str, int]], layout: Layout, attributes: Ma
 def row_layout(
     palette: int, grid: tuple[int, int], num_classes: int, kind: str, precision: str, key_bytes: int, tail: int = 0
 ) -> Layout:
-    """Data set name -> (dtype, shape of one row) of every store with these settings."""
+    """Returns the data sets of a store with these settings.
+
+    Args:
+        palette: P.
+        grid: H, W.
+        num_classes: C.
+        kind: "logprob" or "logit".
+        precision: "uint8" or "float16".
+        key_bytes: Width of the key field.
+        tail: R.
+
+    Returns:
+        Data set name -> (type, shape of one row).
+    """
     scores = score_dtype(precision)
     layout: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
         "scores": (scores, (palette, *grid)),
@@ -180,9 +216,15 @@ def row_layout(
 class ShardReader:
     """Reads rows of one shard file; safe to use from several threads.
 
-    `layout` and `rows` are what the store's plan and the shard's marker say; a file that differs is refused with
-    IntegrityError before any of its data is read. With `in_memory` the file is held, compressed, in RAM; otherwise it
-    is among the open `files`, which readers share.
+    Args:
+        path: The shard's file.
+        layout: Its data sets, as the store's plan says.
+        rows: Its number of rows, as its marker says.
+        in_memory: Keep the compressed file in memory.
+        files: The pool of open files, which readers share; None: a pool of its own.
+
+    Raises:
+        IntegrityError: The file is damaged, or differs from `layout` and `rows`; no data has been read then.
     """
 
     def __init__(
@@ -196,7 +238,7 @@ class ShardReader:
                 check_attributes(file, path)
                 self.attributes = _read_attributes(file)
                 self._small = {name: file[name][()] for name in layout if name not in ("scores", "background") and rows}
-                # Held as the bytes they are, a third of what strings take; they must only be such as can be decoded.
+                # Kept as bytes, a third of the size of strings, after checking that they can be decoded.
                 b"\n".join(self.small("key").tolist()).decode()
                 self._chunks = {
                     name: _chunk_table(file[name], path) for name in ("scores", "background") if name in layout
@@ -213,45 +255,57 @@ class ShardReader:
 
     @property
     def keys(self) -> list[str]:
-        """The keys of all rows, decoded anew at each call."""
+        """The keys of all rows, decoded at each access."""
         return [key.decode() for key in self.small("key").tolist()]
 
     def row_of(self, key: str) -> int | None:
-        """The row of a key; None where the shard has none."""
-        # UTF-8 sorts as code points do; what it cannot express is no key.
+        """Returns the row of a key; None if the shard has none."""
+        # UTF-8 sorts in the order of code points; a text that it cannot express is not a key.
         keys, wanted = self.small("key"), key.encode(errors="surrogatepass")
         row = bisect_left(keys, wanted)
         return row if row < len(keys) and keys[row] == wanted else None
 
     def read(self, rows: np.ndarray) -> ShardRows:
-        """The rows [K] in the order asked for, each compared with its checksum. Raises IntegrityError with the key."""
+        """Reads rows and compares each with its checksum.
+
+        Args:
+            rows: int [K]: row numbers, in any order.
+
+        Returns:
+            The rows, in that order.
+
+        Raises:
+            IntegrityError: A row is damaged; it names the key.
+        """
         arrays = {name: self._planes(name, rows) for name in self._chunks}
         names = ("classes", "tail_classes", "tail_offsets", "region", "image_size", "target", "image_digest")
         small = {name: self.small(name)[rows] for name in names if name in self._layout}
-        found = ShardRows(
+        result = ShardRows(
             arrays["scores"],
             arrays.get("background"),
             **small,
             keys=tuple(key.decode() for key in self.small("key")[rows].tolist()),
         )
-        wrong = np.nonzero(found.checksums() != self.small("checksum")[rows])[0]
+        wrong = np.nonzero(result.checksums() != self.small("checksum")[rows])[0]
         if len(wrong):
-            raise _damaged(self.path, f"row {rows[wrong[0]]} ({found.keys[wrong[0]]!r}) does not match its checksum")
-        return found
+            raise _damaged(self.path, f"row {rows[wrong[0]]} ({result.keys[wrong[0]]!r}) does not match its checksum")
+        return result
 
     def row_bytes(self, row: int) -> int:
-        """Compressed bytes of one row's planes."""
+        """Returns the compressed bytes of one row's planes."""
         return sum(int(table["size"][row]) for _, table in self._chunks.values())
 
     @property
     def code_values(self) -> np.ndarray | None:
+        """float32 [256]: the score of each uint8 code; None if scores are float16."""
         return self._small.get("code_values")
 
     def small(self, name: str) -> np.ndarray:
-        """A small data set, whole: classes, tail_…, region, image_size, target, image_digest, key or checksum."""
+        """Returns a small data set: classes, tail_…, region, image_size, target, image_digest, key or checksum."""
         return self._small[name] if self.rows else np.zeros((0, *self._layout[name][1]), self._layout[name][0])
 
     def _planes(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Reads the planes of rows from /scores or /background."""
         dtype, shape = self._layout[name]
         planes = np.empty((len(rows), *shape), dtype)
         if not len(rows):
@@ -261,10 +315,10 @@ class ShardReader:
         stored = self._bytes()
         for i, row in enumerate(rows.tolist()):
             offset, size, mask = table[row].tolist()
-            # The last four bytes are HDF5's own fletcher32, which the row's checksum makes superfluous here.
+            # The last four bytes are HDF5's own fletcher32, not needed since the row has a checksum.
             packed = stored(offset, size)[:-4]
             try:
-                # One byte more than a row has shows that there is too much; a chunk could hold a thousandfold.
+                # One byte more than expected is enough to detect a chunk that expands too much.
                 limit = flat.shape[1] + 1
                 plain = np.frombuffer(packed if mask else zlib.decompressobj().decompress(packed, limit), np.uint8)
                 if len(plain) != flat.shape[1]:
@@ -275,34 +329,34 @@ class ShardReader:
         return planes
 
     def _bytes(self) -> Callable[[int, int], bytes]:
-        """What gives so many bytes of the file from an offset on."""
+        """Returns the function that reads the file: (offset, size) -> bytes."""
         image = self._image
         if image is not None:
             return lambda offset, size: image[offset : offset + size]
         try:
             return self._files.get(self.path).read
         except FileNotFoundError:
-            raise _damaged(self.path, "no such file any more") from None
+            raise _damaged(self.path, "the file no longer exists") from None
 
 
 def file_rows(store: Path, name: str) -> int:
-    """The rows that one data set of a store's view shows."""
+    """Returns the number of rows of a data set in a store's view."""
     with h5py.File(store / VIEW_FILE, "r") as file:
         return int(file[name].shape[0])
 
 
 def check_layout(file: h5py.File, layout: Layout, rows: int, path: Path) -> None:
-    """Refuse what a shard of this store never has: links, virtual or external data, other shapes, types, filters."""
+    """Raises IntegrityError for links, virtual or external data, and unexpected shapes, types or filters."""
     if set(file) != set(layout):
         raise _damaged(path, f"data sets {sorted(file)}, expected {sorted(layout)}")
     for name, (dtype, row_shape) in layout.items():
         if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-            raise _damaged(path, f"/{name} is a link to another place")
+            raise _damaged(path, f"/{name} is a link")
         data = file[name]
         shape = row_shape if name == "code_values" else (rows, *row_shape)
         if not isinstance(data, h5py.Dataset) or data.shape != shape or data.dtype != dtype:
-            found = (data.shape, str(data.dtype)) if isinstance(data, h5py.Dataset) else "a group"
-            raise _damaged(path, f"/{name} is {found}, expected {(shape, str(dtype))}")
+            got = (data.shape, str(data.dtype)) if isinstance(data, h5py.Dataset) else "a group"
+            raise _damaged(path, f"/{name} is {got}, expected {(shape, str(dtype))}")
         stored = data.id.get_type()
         if stored.committed() or not stored.equal(h5py.h5t.py_create(dtype)) or len(data.attrs):
             raise _damaged(path, f"/{name} has a type or attributes that the labeler does not write")
@@ -321,7 +375,7 @@ def check_layout(file: h5py.File, layout: Layout, rows: int, path: Path) -> None
 
 
 def check_attributes(file: h5py.File, path: Path) -> None:
-    """Refuse attributes of unlimited number or length."""
+    """Raises IntegrityError for attributes of other types, or too many or too long ones."""
     count, total = h5py.h5a.get_num_attrs(file.id), 0
     for i in range(min(count, MAX_ATTRIBUTES)):
         attribute = h5py.h5a.open(file.id, index=i)
@@ -335,7 +389,7 @@ def check_attributes(file: h5py.File, path: Path) -> None:
 
 
 def _chunk_table(data: h5py.Dataset, path: Path) -> tuple[bool, np.ndarray]:
-    """(bytes are shuffled, CHUNK [n]: file offset, size, filter mask of each row's chunk)."""
+    """Returns (whether bytes are shuffled, CHUNK [n]: file offset, size and filter mask of each row's chunk)."""
     table = np.zeros(data.shape[0], CHUNK)
     table["offset"] = -1
     if not data.shape[0]:
@@ -345,7 +399,7 @@ def _chunk_table(data: h5py.Dataset, path: Path) -> tuple[bool, np.ndarray]:
     deflate_bit = 2 if data.shuffle else 1
 
     def note(chunk: h5py.h5d.StoreInfo) -> None:
-        if chunk.filter_mask & ~deflate_bit:  # only what gzip would make larger may be left as it is
+        if chunk.filter_mask & ~deflate_bit:  # only gzip may be left out, where it would make a chunk larger
             raise _damaged(path, f"{data.name} has a chunk without its filters")
         table[chunk.chunk_offset[0]] = chunk.byte_offset, chunk.size, chunk.filter_mask
 
@@ -357,13 +411,13 @@ def _chunk_table(data: h5py.Dataset, path: Path) -> tuple[bool, np.ndarray]:
 
 
 def _memory_file(payload: int) -> h5py.File:
-    """A new file in memory for about `payload` bytes of data."""
+    """Creates an HDF5 file in memory for about `payload` bytes of data."""
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_fapl_core(backing_store=False)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
-    # A shard of few rows should not be mostly empty space: no blocks set aside, attributes and links in the header,
-    # and four bytes for a place in the file where that is enough.
+    # A shard of few rows should not be mostly empty space: no reserved blocks, attributes and links in the header, and
+    # file offsets of four bytes if that is enough.
     access.set_meta_block_size(0)
     _set_property("H5Pset_small_data_block_size", access, 0)
     creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
@@ -371,12 +425,13 @@ def _memory_file(payload: int) -> h5py.File:
     creation.set_obj_track_times(False)
     creation.set_attr_phase_change(MAX_ATTRIBUTES, MAX_ATTRIBUTES - 1)
     _set_property("H5Pset_link_phase_change", creation, MAX_LINKS, MAX_LINKS - 1)
-    # The name is never a file: it only has to differ from that of every other open memory file.
+    # There is no file of this name: it only has to differ from those of other open memory files.
     name = f"memory-{secrets.token_hex(8)}".encode()
     return h5py.File(h5py.h5f.create(name, h5py.h5f.ACC_TRUNC, fcpl=creation, fapl=access))
 
 
 def _add(file: h5py.File, name: str, array: np.ndarray, chunks: tuple[int, ...]) -> None:
+    """Adds a data set to a file."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     _set_property("H5Pset_dset_no_attrs_hint", properties, 1)
     data = little_endian(array)
@@ -402,11 +457,11 @@ def _add(file: h5py.File, name: str, array: np.ndarray, chunks: tuple[int, ...])
 
 
 def packed_planes(planes: bytes) -> bytes:
-    """A chunk as HDF5's gzip and fletcher32 filters read it.
+    """Compresses planes to a chunk that HDF5's gzip and fletcher32 filters can read.
 
-    Where most codes are 0, only runs are looked for: 10 to 40 times faster than any repetition, and 5 to 8 % smaller.
+    If most codes are 0, zlib only looks for runs: 10 to 40 times faster than its usual search, and 5 to 8 % smaller.
     """
-    used = planes.rstrip(b"\0")  # unused places stand last
+    used = planes.rstrip(b"\0")  # unused slots come last
     sparse = used.count(0) > MOSTLY * len(used)
     packer = zlib.compressobj(LEVEL, zlib.DEFLATED, 15, 9, zlib.Z_RLE if sparse else zlib.Z_DEFAULT_STRATEGY)
     packed = packer.compress(planes) + packer.flush()
@@ -414,7 +469,7 @@ def packed_planes(planes: bytes) -> bytes:
 
 
 def fletcher32(data: bytes) -> int:
-    """HDF5's checksum: sums of big-endian words, and of these sums, modulo 65,535, where only nothing sums up to 0."""
+    """Returns HDF5's checksum: sums of big-endian words, and of these sums, modulo 65,535; only zeros sum up to 0."""
     words = np.frombuffer(data + bytes(len(data) % 2), ">u2").astype(np.int64)
     sums = int(words.sum()), int((words * np.arange(len(words), 0, -1)).sum())
     first, second = ((value - 1) % 65_535 + 1 if value else 0 for value in sums)
@@ -422,7 +477,7 @@ def fletcher32(data: bytes) -> int:
 
 
 def _set_property(function: str, properties: Any, *values: int) -> None:
-    """Call a setter of libhdf5 that h5py does not wrap. Where it cannot be found, files only get some kB larger."""
+    """Calls a setter of libhdf5 that h5py does not wrap. If it is not found, files just get some kB larger."""
     setter = getattr(_LIBRARY, function, None)
     if setter is not None:
         with h5py._objects.phil:
@@ -430,6 +485,7 @@ def _set_property(function: str, properties: Any, *values: int) -> None:
 
 
 def _write_attributes(file: h5py.File, attributes: Mapping[str, Any]) -> None:
+    """Writes attributes, texts as fixed-length UTF-8."""
     for name, value in attributes.items():
         if isinstance(value, str):
             data = value.encode()
@@ -441,17 +497,19 @@ def _write_attributes(file: h5py.File, attributes: Mapping[str, Any]) -> None:
 
 
 def _read_attributes(file: h5py.File) -> dict[str, Any]:
-    found = {}
+    """Reads attributes as plain Python values."""
+    attributes = {}
     for name, value in file.attrs.items():
         if isinstance(value, bytes | np.bytes_):
             value = value.decode()
-        found[name] = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
-    return found
+        attributes[name] = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    return attributes
 
 
 def _damaged(path: Path, problem: str) -> IntegrityError:
+    """Returns the error for a damaged shard."""
     return IntegrityError(
         f"{str(path)!r} is damaged or not a shard of this store",
         got=problem,
-        remedy="Run the same labeling command again: it labels this shard anew.",
+        remedy="Run the same labeling command again: it labels this shard again.",
     )

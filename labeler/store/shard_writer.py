@@ -1,4 +1,4 @@
-"""Writing a store: begin it, write its shards in any order and from any process, finish it."""
+"""Writes a store: begin it, write its shards in any order and from any process, finish it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,24 @@ log = logging.getLogger("labeler")
 
 
 def begin_store(store: Path, plan: Plan) -> Plan:
-    """Create the store's folder and plan, or check that the one there was begun with the same settings and images.
+    """Creates a store's folder and plan, or checks that an existing store has the same settings and images.
 
-    Raises MismatchError where it was not, InputError where the folder cannot be written or holds something else.
+    Args:
+        store: The store's folder.
+        plan: The plan of this run.
+
+    Returns:
+        The plan in the store.
+
+    Raises:
+        MismatchError: The store was begun with other settings or images.
+        InputError: The folder cannot be written, or contains something else.
+        LabelingError: The disk is full or fails.
     """
     try:
         store.mkdir(parents=True, exist_ok=True)
-        found = load_plan(store)
-        if found is None:
+        existing = load_plan(store)
+        if existing is None:
             foreign = sorted(p.name for p in store.iterdir() if not p.name.startswith(".tmp-"))
             if foreign:
                 raise InputError(
@@ -48,14 +58,14 @@ def begin_store(store: Path, plan: Plan) -> Plan:
                 )
             if plan.save(store):
                 return plan
-            found = load_plan(store)
-            assert found is not None
+            existing = load_plan(store)
+            assert existing is not None
     except OSError as error:
         if error.errno in CANNOT_WRITE:
             raise InputError(f"the store {str(store)!r} cannot be written", got=error.strerror) from None
         raise disk_error(store, error) from None
-    refuse_other_settings(store, found, plan)
-    return found
+    refuse_other_settings(store, existing, plan)
+    return existing
 
 
 def write_shard(
@@ -67,9 +77,22 @@ def write_shard(
     stats: Mapping[str, float],
     keys: tuple[str, ...],
 ) -> bool:
-    """Commit one shard; `keys` are those of its slice. False where another writer was first.
+    """Commits one shard.
 
-    Raises LabelingError where the disk is full or fails; nothing is left behind then.
+    Args:
+        store: The store's folder.
+        plan: The store's plan.
+        shard: Number of the shard.
+        rows: Its rows.
+        quarantine: {"key", "reason"} of each image of its slice that has no row.
+        stats: Sums over its rows, see `Marker`.
+        keys: Keys of its slice.
+
+    Returns:
+        False if another writer was first.
+
+    Raises:
+        LabelingError: The disk is full or fails. No files are left behind.
     """
     table = np.array(plan.code_values, np.float32) if plan.code_values else None
     data = build_shard(rows, plan.layout, plan.meta.attributes(shard), table)
@@ -88,16 +111,17 @@ def write_shard(
 
 
 def disk_error(store: Path, error: OSError) -> LabelingError:
+    """Returns the error to raise when writing to a store failed."""
     return LabelingError(
         f"writing to the store {str(store)!r} failed",
         got=error.strerror or str(error),
-        remedy="Every committed shard is kept: mend the disk and run the same command again.",
+        remedy="Every committed shard is kept: free or repair the disk and run the same command again.",
     )
 
 
 def committed_shards(store: Path, plan: Plan) -> dict[int, Marker]:
-    """The shards that are finished and whole. A damaged one is withdrawn, so that it is labeled again."""
-    found = {}
+    """Returns shard number -> marker of all intact shards. Removes the markers of damaged ones, to label them again."""
+    markers = {}
     for shard in range(plan.meta.shards):
         try:
             marker = read_marker(store, shard, plan.meta.shards)
@@ -108,11 +132,12 @@ def committed_shards(store: Path, plan: Plan) -> dict[int, Marker]:
             log.warning("%s", error)
             _withdraw(store / f"{shard_stem(shard, plan.meta.shards)}.json")
             continue
-        found[shard] = marker
-    return found
+        markers[shard] = marker
+    return markers
 
 
 def _withdraw(marker: Path) -> None:
+    """Removes a marker."""
     try:
         marker.unlink(missing_ok=True)
         sync_folder(marker.parent)
@@ -121,7 +146,15 @@ def _withdraw(marker: Path) -> None:
 
 
 def finish_store(store: Path, plan: Plan) -> list[Marker]:
-    """Write `quarantine.jsonl` and the view over all shards; sweep. Raises IntegrityError, LabelingError."""
+    """Writes `quarantine.jsonl` and the view over all shards, and removes leftover files.
+
+    Returns:
+        The markers of all shards.
+
+    Raises:
+        IntegrityError: A shard is missing or its marker is damaged.
+        LabelingError: The disk is full or fails.
+    """
     markers = []
     for shard in range(plan.meta.shards):
         marker = read_marker(store, shard, plan.meta.shards)
@@ -140,6 +173,6 @@ def finish_store(store: Path, plan: Plan) -> list[Marker]:
 
 
 def store_classes(classes: np.ndarray, num_classes: int) -> np.ndarray:
-    """Class ids with −1 for unused places, as they are stored."""
+    """Converts class ids, −1 where unused, to the type and the mark for unused slots that are stored."""
     dtype = class_dtype(num_classes)
     return np.where(classes < 0, np.iinfo(dtype).max, classes).astype(dtype)

@@ -1,1 +1,1 @@
-"""Teachers: networks and their weights, and how they give a class score for every place of an image."""
+"""Teachers: networks with their weights, and how they compute class scores for every location of an image."""

@@ -1,8 +1,8 @@
-"""The classifier that a teacher is made from: found by name, built, given its weights, with its preprocessing.
+"""Builds the classifier of a teacher by name, with its weights and preprocessing.
 
 Names are timm's (`NAME` or `timm:NAME`, `hf-hub:…`, `local-dir:…`), the folder of a training run, torchvision's
 (`torchvision:NAME`) or a function's (`package.module:function`, called without arguments). Weights come from a
-checkpoint, else from the library, else (if asked for) from random.
+checkpoint, from the library, or are random if requested.
 
 Legend: S side of the square input.
 """
@@ -32,17 +32,22 @@ log = logging.getLogger("labeler")
 TIMM_SOURCES = ("local-dir:", "hf-hub:", "hf_hub:")
 RUN_FOLDER = "timm"  # within the folder of a training run
 ENTRY_POINTS = "token_labeling.timm_models"  # packages whose import registers more names with timm
-NO_WEIGHTS_REMEDY = "Give --checkpoint FILE, or --random-weights to try the machinery."
+NO_WEIGHTS_REMEDY = "Give --checkpoint FILE, or --random-weights to try out the tool."
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network with its weights, and how its images are to be prepared.
+    """A network with its weights and its preprocessing.
 
-    input_size  S, where the settings give none
-    crop_pct    side of the network's own evaluation crop as a share of the resized picture's shorter side
-    notes       what a user must know
-    class_names  one for each class, where the weights come with them
+    Attributes:
+        model: The network.
+        input_size: S, if the settings give none.
+        mean: Mean of each color channel, 0 to 1.
+        std: Standard deviation of each color channel.
+        interpolation: How images are resized.
+        crop_pct: Side of the network's own evaluation crop as a share of the resized image's shorter side.
+        notes: What a user must know.
+        class_names: One for each class, if the weights come with them; otherwise empty.
     """
 
     model: nn.Module
@@ -56,7 +61,7 @@ class Classifier:
 
 
 def build_classifier(config: TeacherConfig) -> Classifier:
-    """The configured network on the CPU, with its weights."""
+    """Builds the configured network on the CPU, with its weights. Raises TeacherError if that fails."""
     source, _, name = config.name.rpartition(":")
     state = read_checkpoint(config.checkpoint, config.ema) if config.checkpoint else None
     folder = Path(config.name)
@@ -72,6 +77,7 @@ def build_classifier(config: TeacherConfig) -> Classifier:
 
 
 def _from_timm(name: str, config: TeacherConfig, state: dict[str, Tensor] | None) -> Classifier:
+    """Builds a network by timm's name."""
     import timm
 
     if not timm.is_model(name):
@@ -94,7 +100,7 @@ def _from_timm(name: str, config: TeacherConfig, state: dict[str, Tensor] | None
         except TeacherError:
             if config.input_size is None or not hasattr(model, "set_input_size"):
                 raise
-            # Weights of the architecture's own input size: they are resampled once they are in place.
+            # Weights for the architecture's own input size: they are resampled after loading.
             model = _create(timm.create_model, arguments, "img_size", None, name)
             load_weights(model, state, config.checkpoint)
             model.set_input_size(img_size=config.input_size)
@@ -102,7 +108,7 @@ def _from_timm(name: str, config: TeacherConfig, state: dict[str, Tensor] | None
 
 
 def _from_folder_or_hub(name: str, config: TeacherConfig, state: dict[str, Tensor] | None) -> Classifier:
-    """A network that a folder or the Hugging Face hub describes, as timm writes and reads them."""
+    """Builds a network from a folder or from the Hugging Face Hub, in timm's format."""
     import timm
 
     register_other_models()
@@ -117,7 +123,7 @@ def _from_folder_or_hub(name: str, config: TeacherConfig, state: dict[str, Tenso
 
 
 def register_other_models() -> None:
-    """Let installed packages register their names with timm: those that an entry point of ENTRY_POINTS names."""
+    """Lets installed packages register their models with timm, through the entry points of ENTRY_POINTS."""
     for point in entry_points(group=ENTRY_POINTS):
         try:
             point.load()
@@ -126,6 +132,7 @@ def register_other_models() -> None:
 
 
 def _from_torchvision(name: str, config: TeacherConfig, state: dict[str, Tensor] | None) -> Classifier:
+    """Builds a network by torchvision's name."""
     from torchvision import models
 
     names = models.list_models(module=models)
@@ -149,21 +156,24 @@ def _from_torchvision(name: str, config: TeacherConfig, state: dict[str, Tensor]
 
 
 def _from_function(module: str, function: str, config: TeacherConfig, state: dict[str, Tensor] | None) -> Classifier:
+    """Builds a network with a function, called without arguments."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         model = getattr(importlib.import_module(module), function)()
-    except TokenLabelError:  # it says itself what is wrong
+    except TokenLabelError:  # it has its own message
         raise
     except Exception as error:
         raise TeacherError(
-            f"teacher {module}:{function} cannot be made", got=f"{type(error).__name__}: {first_line(error)}",
+            f"teacher {module}:{function} cannot be created", got=f"{type(error).__name__}: {first_line(error)}",
             expected="a timm name, torchvision:NAME or package.module:function",
             remedy="The function is called without arguments; its module must be importable from here.",
         ) from error  # fmt: skip
     if not isinstance(model, nn.Module):
         raise TeacherError(
-            f"teacher {module}:{function} is no network", got=type(model).__name__, expected="a torch.nn.Module"
+            f"teacher {module}:{function} does not return a network",
+            got=type(model).__name__,
+            expected="a torch.nn.Module",
         )
     if state is not None:
         load_weights(model, state, config.checkpoint)
@@ -171,12 +181,12 @@ def _from_function(module: str, function: str, config: TeacherConfig, state: dic
     if published:
         published = published if isinstance(published, Mapping) else asdict(published)
         return Classifier(model, **_timm_preprocessing(published))
-    note = "the module says nothing of its preprocessing: ImageNet's mean and std and 224 pixels unless given"
+    note = "the module does not define its preprocessing: ImageNet's mean and std and 224 pixels are used unless set"
     return Classifier(model, notes=(note,))
 
 
 def _create(factory: Callable[..., Any], arguments: dict[str, Any], size_name: str, size: int | None, name: str) -> Any:
-    """`factory(name, …)`, told the input size where the architecture takes one."""
+    """Calls `factory(name, …)`, with the input size if the architecture takes one."""
     arguments = {key: value for key, value in arguments.items() if value is not None}
     try:
         with weights_only():
@@ -195,6 +205,7 @@ def _create(factory: Callable[..., Any], arguments: dict[str, Any], size_name: s
 
 
 def _refuse_other_head(name: str, wanted: int | None, published: int) -> None:
+    """Raises TeacherError if the published weights have no head, or one of another number of classes."""
     if published == 0:
         raise TeacherError(f"{name} is published without a classification head", remedy=NO_WEIGHTS_REMEDY)
     if wanted is not None and wanted != published:
@@ -205,14 +216,16 @@ def _refuse_other_head(name: str, wanted: int | None, published: int) -> None:
 
 
 def _unknown_name(library: str, name: str, known: list[str]) -> TeacherError:
+    """Returns the error for an unknown name."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
     return TeacherError(
-        f"{library} knows no such model", got=repr(name), expected=f"a name such as {', '.join(near or known[:3])}",
+        f"{library} has no such model", got=repr(name), expected=f"a name such as {', '.join(near or known[:3])}",
         remedy="Other teachers: torchvision:NAME or package.module:function.",
     )  # fmt: skip
 
 
 def _timm_preprocessing(published: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the preprocessing in a `pretrained_cfg` of timm."""
     from timm.data import resolve_data_config
 
     view = resolve_data_config(pretrained_cfg=dict(published))

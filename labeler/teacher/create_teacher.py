@@ -1,9 +1,9 @@
-"""The teacher: a classifier, its weights and its preprocessing, ready to give dense class-logit maps.
+"""The teacher: a classifier with its weights and preprocessing, ready to produce dense class-logit maps.
 
 `create_teacher` takes a timm name, `torchvision:NAME` or `package.module:function`, builds the network
-(`classifiers`), finds out how it gives a dense map (`dense_maps`) and checks that on random images.
-Files of weights are never allowed to run code. A network whose class token does not stand in front of the patch tokens
-(DeMansia and Vim keep it in their middle) is refused unless it has a `score_maps(images)` of its own.
+(`classifiers`), finds a way to get a dense map from it (`dense_maps`) and tests that on random images.
+Files of weights are never allowed to run code. A network whose class token is not in front of the patch tokens
+(DeMansia and Vim have it in the middle) is refused unless it has its own `score_maps(images)`.
 
 Legend: B batch, C classes, H×W map grid, S side of the square input.
 """
@@ -25,22 +25,32 @@ from labeler.teacher.weights import weights_sha256
 
 
 class Teacher(Protocol):
-    """What the labeler asks of a teacher."""
+    """The interface that the labeler needs of a teacher."""
 
     def score_maps(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, S, S] to logits [B, C, H, W]."""
+        """Computes logits [B, C, H, W] of normalized images [B, 3, S, S]."""
         ...
 
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """What a label store keeps about its teacher; `dataclasses.asdict` of it is ready for JSON.
+    """What a label store records of its teacher; `dataclasses.asdict` of it is ready for JSON.
 
-    weights_sha256  digest of parameters and buffers: equal for equal weights, whatever file they came from
-    crop_pct        side of the teacher's own evaluation crop as a share of the resized picture's shorter side
-    autocast        "float32", "bfloat16" or "float16", as chosen for the device
-    grid            H, W of a map
-    method          how the maps are got; self_test: what a pass over random images showed; notes: what a user must know
+    Attributes:
+        name: The name that the teacher was created by.
+        weights_sha256: Digest of parameters and buffers: equal for equal weights, whatever file they came from.
+        num_classes: C.
+        input_size: S, in pixels.
+        mean: Mean of each color channel, 0 to 1.
+        std: Standard deviation of each color channel.
+        interpolation: How images are resized: "bilinear", "bicubic", …
+        crop_pct: Side of the teacher's own evaluation crop as a share of the resized image's shorter side.
+        autocast: "float32", "bfloat16" or "float16", as chosen for the device.
+        flip: Whether maps are averaged with those of the mirrored image.
+        grid: H, W of a map.
+        method: How maps are computed.
+        self_test: Result of a pass over random images.
+        notes: What a user must know.
     """
 
     name: str
@@ -64,21 +74,27 @@ class LoadedTeacher:
 
     With `info.flip`, logits of the image and of its mirror image (mirrored back along W) are averaged. Averaging
     log-probabilities instead would differ by one constant per location, which every softmax over the classes removes;
-    the logits cost no normalisation, and the mean of a map stays comparable with the classifier's output.
+    logits need no normalization, and the mean of a map stays comparable with the classifier's output.
+
+    Attributes:
+        dense: The function from images to maps.
+        info: What a store records of the teacher.
+        device: The device that it runs on.
+        class_names: One for each class, if the weights come with them; otherwise empty.
     """
 
     def __init__(
         self, dense: DenseMap, info: TeacherInfo, device: torch.device, class_names: tuple[str, ...] = ()
     ) -> None:
         self.dense, self.info, self.device, self.class_names = dense, info, device, class_names
-        # Once for every pixel of a row: three numbers broadcast along the colours would leave CPUs without vectors.
+        # Repeated for every pixel of a row: broadcasting three numbers along the channels would not vectorize on CPUs.
         self._mean, self._std = (
             (255 * torch.tensor(values, device=device)).repeat(info.input_size) for values in (info.mean, info.std)
         )
 
     @torch.inference_mode()
     def score_maps(self, images: Tensor) -> Tensor:
-        """Normalised float images [B, 3, S, S] to float32 logits [B, C, H, W]."""
+        """Computes float32 logits [B, C, H, W] of normalized float images [B, 3, S, S]."""
         images = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         dtype = DTYPES[self.info.autocast]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -89,7 +105,17 @@ class LoadedTeacher:
 
     @torch.inference_mode()
     def label(self, pixels: Tensor) -> Tensor:
-        """RGB pixels uint8 [B, S, S, 3] on any device to float32 logits [B, C, H, W]."""
+        """Normalizes RGB pixels and computes their maps.
+
+        Args:
+            pixels: uint8 [B, S, S, 3], on any device.
+
+        Returns:
+            float32 logits [B, C, H, W].
+
+        Raises:
+            TeacherError: The pixels have another type or shape.
+        """
         side = self.info.input_size
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (side, side, 3):
             raise TeacherError(
@@ -102,11 +128,20 @@ class LoadedTeacher:
 
 
 def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
-    """The configured teacher on `device` ("cpu", "cuda", "cuda:1", or "auto": a GPU if there is one), checked.
+    """Creates a teacher and tests it on random images. The global random generators are left as they were.
 
-    The global random generators are left as they were.
+    Args:
+        config: Settings of the teacher.
+        device: "cpu", "cuda", "cuda:1", or "auto": a GPU if there is one.
+
+    Returns:
+        The teacher on its device.
+
+    Raises:
+        InputError: This machine has no such device.
+        TeacherError: The network cannot be built, its weights do not fit, or it cannot produce a dense map.
     """
-    place = pick_device(device)
+    torch_device = pick_device(device)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         built = build_classifier(config)
@@ -114,15 +149,15 @@ def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
     digest = weights_sha256(model)
     # Weights of 3-D convolutions have no channels-last form.
     volumes = any(tensor.dim() == 5 for tensor in model.state_dict().values() if isinstance(tensor, Tensor))
-    model = model.to(place) if volumes else model.to(place, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(torch_device) if volumes else model.to(torch_device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = config.input_size or built.input_size
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(place)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(torch_device)
     with torch.inference_mode():
         dense, report = dense_map(model, images.contiguous(memory_format=torch.channels_last), config.name)
     if config.num_classes not in (None, report.num_classes):
         raise TeacherError(
             f"teacher {config.name} has another number of classes", got=report.num_classes, expected=config.num_classes,
-            remedy="Leave --num-classes away, or give the --checkpoint of such a head.",
+            remedy="Omit --num-classes, or give a --checkpoint with such a head.",
         )  # fmt: skip
     compile_notes = _compile(dense) if config.compile else ()
     info = TeacherInfo(
@@ -134,21 +169,21 @@ def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
         std=tuple(float(value) for value in config.std or built.std),
         interpolation=built.interpolation,
         crop_pct=float(built.crop_pct),
-        autocast=pick_precision(config.autocast, place),
+        autocast=pick_precision(config.autocast, torch_device),
         flip=config.flip,
         grid=report.grid,
         method=report.method,
         self_test=report.self_test,
         notes=(*built.notes, *report.notes, *compile_notes),
     )
-    teacher = LoadedTeacher(dense, info, place, built.class_names)
+    teacher = LoadedTeacher(dense, info, torch_device, built.class_names)
     if (config.compile or info.autocast != "float32") and not teacher.score_maps(images).isfinite().all():
         raise TeacherError(f"teacher {config.name} overflows in {info.autocast}", remedy="Use autocast float32.")
     return teacher
 
 
 def _compile(dense: Any) -> tuple[str, ...]:
-    """Compiles what gives the features, or notes why not."""
+    """Compiles the function that computes the features; returns a note if there is none to compile."""
     if not hasattr(dense, "features"):
         return ("not compiled: the pooling is replaced while the network runs",)
     dense.features = torch.compile(dense.features)

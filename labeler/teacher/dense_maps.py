@@ -1,12 +1,12 @@
 """Dense class-logit maps [B, C, H, W] from image classifiers that were built to return [B, C].
 
-A classifier pools its last feature map and sends the result through its head. Here the head sees every location by
-itself, as if that location were the whole map. Three ways, the first that fits is taken:
+A classifier pools its last feature map and applies its head to the result. Here the head is applied to every location
+by itself, as if that location were the whole map. There are three ways; the first that fits is used:
 
 1. a module with its own `score_maps(images)` is used as it is;
-2. timm's protocol: `forward_features`, then every location through the module's own `forward_head`
-   (`labeler.teacher.head_per_location`; torchvision's VisionTransformer goes the same way);
-3. any other module: the last global pooling of its forward pass is found by watching one pass, and is then replaced by
+2. timm's protocol: `forward_features`, then the module's own `forward_head` on every location
+   (`labeler.teacher.head_per_location`; torchvision's VisionTransformer is handled in the same way);
+3. any other module: the last global pooling of its forward pass is found by watching one pass. It is then replaced by
    "every location is a batch item", so that the rest of the forward pass is the head (`global_pooling`).
 
 Legend: B batch, C classes, H×W map grid, T patch tokens, D feature width, S side of the square input.
@@ -31,7 +31,7 @@ CLASS_TOKEN_NOTE = "the head was trained on the class token only: its scores of 
 
 
 class DenseMap(Protocol):
-    """Images [B, 3, S, S] to logits [B, C, H, W]; `method` says in a few words how."""
+    """A function from images [B, 3, S, S] to logits [B, C, H, W]; `method` describes it in a few words."""
 
     method: str
 
@@ -40,7 +40,15 @@ class DenseMap(Protocol):
 
 @dataclass(frozen=True)
 class DenseReport:
-    """What one pass over random images showed about a dense map; `notes` are for the user."""
+    """What a pass over random images showed about a dense map.
+
+    Attributes:
+        method: How maps are computed.
+        num_classes: C.
+        grid: H, W.
+        self_test: Result of comparing the map's mean with the model's output.
+        notes: What a user must know.
+    """
 
     method: str
     num_classes: int
@@ -50,14 +58,23 @@ class DenseReport:
 
 
 def dense_map(model: nn.Module, images: Tensor, name: str) -> tuple[DenseMap, DenseReport]:
-    """The way to a dense map that fits `model`, tried on `images` [B, 3, S, S], or a `TeacherError`.
+    """Finds a way to get a dense map from a model, and tests it.
 
-    The module must be in evaluation mode. B must be 2 or more: a wrongly replaced pooling could broadcast over B = 1.
+    Args:
+        model: The classifier, in evaluation mode.
+        images: Random images [B, 3, S, S]; B is at least 2, since a wrongly replaced pooling could broadcast over 1.
+        name: The teacher's name, for messages.
+
+    Returns:
+        The function from images to maps, and what the test showed.
+
+    Raises:
+        TeacherError: There is no such way, or the map contradicts the model's output.
     """
     notes: list[str] = []
     if hasattr(model, "score_maps"):
         dense: DenseMap = OwnScoreMaps(model)
-        maps = _tried(dense, images, name)
+        maps = _checked_maps(dense, images, name)
         self_test = "not applicable: the module makes its own maps"
     else:
         _refuse_missing_head(model, name)
@@ -69,7 +86,7 @@ def dense_map(model: nn.Module, images: Tensor, name: str) -> tuple[DenseMap, De
             dense, why_not = _from_torchvision_tokens(model), CLASS_TOKEN
         else:
             dense, why_not = _from_pooling(model, watcher, name)
-        maps = _tried(dense, images, name)
+        maps = _checked_maps(dense, images, name)
         self_test = _self_test(maps, logits, why_not, name)
         if why_not == CLASS_TOKEN and not isinstance(dense, TrainedTokenHead):
             notes.append(CLASS_TOKEN_NOTE)
@@ -90,12 +107,12 @@ class OwnScoreMaps:
         self.features: Callable[[Tensor], Tensor] = model.score_maps
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] to logits [B, C, H, W]."""
+        """Computes logits [B, C, H, W] of images [B, 3, S, S]."""
         return self.features(images)
 
 
 def _from_head(model: Any, images: Tensor, name: str) -> tuple[DenseMap, str | None]:
-    """The map of a timm model, and why its mean need not be the output (None: it must be)."""
+    """Returns the map of a timm model, and why its mean may differ from the output (None: it must not)."""
     features = model.forward_features(images)
     if not isinstance(features, Tensor) or features.dim() not in (3, 4):
         expected = "forward_features to return [B, D, H, W], [B, H, W, D] or [B, T, D]"
@@ -117,7 +134,7 @@ def _from_head(model: Any, images: Tensor, name: str) -> tuple[DenseMap, str | N
 
 
 def _readable_layout(model: Any, features: Tensor, name: str) -> HeadPerLocation:
-    """The layout is the one that the head can read: the wrong one has W features where it wants D."""
+    """Finds the layout that the head can read; the wrong one has W features where it needs D."""
     layouts = ["NCHW", "NHWC"] if str(getattr(model, "output_fmt", "NCHW")) == "NCHW" else ["NHWC", "NCHW"]
     failures: list[Exception] = []
     for layout in layouts if features.dim() == 4 else ["tokens"]:
@@ -133,7 +150,7 @@ def _readable_layout(model: Any, features: Tensor, name: str) -> HeadPerLocation
 
 
 def _has_auxiliary_head(model: Any, tokens: Tensor) -> bool:
-    """Whether the output for tokens [B, 1 + T, D] is the class head's plus half the largest token score."""
+    """Whether the output for tokens [B, 1 + T, D] is that of the class head plus half of the largest token score."""
     if not all(isinstance(getattr(model, part, None), nn.Linear) for part in ("head", "aux_head")):
         return False
     output = model.head(tokens[:, 0]) + 0.5 * model.aux_head(tokens[:, 1:]).amax(1)
@@ -141,10 +158,10 @@ def _has_auxiliary_head(model: Any, tokens: Tensor) -> bool:
 
 
 def _from_torchvision_tokens(model: Any) -> HeadPerToken:
-    """torchvision's VisionTransformer, whose forward pass keeps the class token only."""
+    """Returns the map of torchvision's VisionTransformer, whose forward pass keeps only the class token."""
 
     def tokens(images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] to patch tokens [B, T, D]."""
+        """Computes patch tokens [B, T, D] of images [B, 3, S, S]."""
         patches = model._process_input(images)
         class_token = model.class_token.expand(len(images), -1, -1)
         return model.encoder(torch.cat([class_token, patches], dim=1))[:, 1:]
@@ -153,21 +170,21 @@ def _from_torchvision_tokens(model: Any) -> HeadPerToken:
 
 
 def _from_pooling(model: nn.Module, watcher: PoolWatcher, name: str) -> tuple[DenseMap, str | None]:
-    """The map of a module whose pass was watched, and why its mean need not be the output (None: it must be)."""
+    """Returns the map of a module whose pass was watched, and why its mean may differ from the output (or None)."""
     if not watcher.pools:
-        problem = "has no global pooling to take apart (it reads a class token, or flattens a grid)"
+        problem = "has no global pooling to replace (it reads a class token, or flattens a grid)"
         raise _refusal(name, problem, None, "an average or maximum over the whole map before the head")
     last = watcher.pools[-1]
-    places = [place for place, pool in enumerate(watcher.pools) if pool.source is last.source]
+    indices = [i for i, pool in enumerate(watcher.pools) if pool.source is last.source]
     if mixing := next((call for call in watcher.calls[last.at + 1 :] if call in {SPATIAL_CONV, *POOLS}), None):
-        problem = "pools the whole map before it comes to its head"
+        problem = "pools the whole map before its head"
         raise _refusal(name, problem, f"{mixing} after it", "a head on single locations")
-    dense = PoolingReplaced(model, frozenset(places), last.name)
-    return dense, why_no_mean(watcher, [watcher.pools[place] for place in places], before_counts=False)
+    dense = PoolingReplaced(model, frozenset(indices), last.name)
+    return dense, why_no_mean(watcher, [watcher.pools[i] for i in indices], before_counts=False)
 
 
 def _self_test(maps: Tensor, logits: Tensor, why_not: str | None, name: str) -> str:
-    """How maps [B, C, H, W] and the classifier's logits [B, C] agree; a refusal where they must and do not."""
+    """Compares maps [B, C, H, W] with the classifier's logits [B, C]. Raises TeacherError if they contradict."""
     difference = float((maps.mean((2, 3)) - logits).abs().max() / logits.abs().max().clamp(min=1e-12))
     if why_not:
         return f"not applicable: {why_not}, measured difference {difference:.0e}"
@@ -180,20 +197,20 @@ def _self_test(maps: Tensor, logits: Tensor, why_not: str | None, name: str) -> 
 
 
 def _classifier_logits(model: nn.Module, images: Tensor, name: str) -> Tensor:
-    """The module's own output [B, C] for images [B, 3, S, S]."""
+    """Computes the module's own output [B, C] for images [B, 3, S, S]."""
     try:
         logits = model(images)
     except Exception as error:
         problem = f"does not run on {images.shape[-1]}×{images.shape[-1]} pixels"
-        remedy = "Give --input-size with the side that it was built for."
+        remedy = "Give the --input-size that it was built for."
         raise _refusal(name, problem, first_line(error), remedy=remedy) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
         raise _refusal(name, "is not an image classifier", _described(logits), "logits [B, C]")
     return logits
 
 
-def _tried(dense: DenseMap, images: Tensor, name: str) -> Tensor:
-    """The maps [B, C, H, W] of images [B, 3, S, S]; a refusal where they are none."""
+def _checked_maps(dense: DenseMap, images: Tensor, name: str) -> Tensor:
+    """Computes the maps [B, C, H, W] of images [B, 3, S, S]. Raises TeacherError if that fails."""
     try:
         maps = dense(images)
     except TeacherError:
@@ -201,13 +218,14 @@ def _tried(dense: DenseMap, images: Tensor, name: str) -> Tensor:
     except Exception as error:
         raise _refusal(name, f"cannot be used by {dense.method}", first_line(error)) from error
     if not isinstance(maps, Tensor) or maps.dim() != 4 or len(maps) != len(images):
-        raise _refusal(name, "gives no score maps", _described(maps), "logits [B, C, H, W]")
+        raise _refusal(name, "returns no score maps", _described(maps), "logits [B, C, H, W]")
     if not maps.isfinite().all():
-        raise _refusal(name, "gives scores that are not finite", remedy="Check its weights.")
+        raise _refusal(name, "returns scores that are not finite", remedy="Check its weights.")
     return maps
 
 
 def _refuse_missing_head(model: Any, name: str) -> None:
+    """Raises TeacherError if the model has no classification head."""
     if hasattr(model, "get_classifier"):
         heads = [model.get_classifier()]
     else:
@@ -220,13 +238,15 @@ def _refuse_missing_head(model: Any, name: str) -> None:
 def _refusal(
     name: str, problem: str, got: str | None = None, expected: str | None = None, remedy: str = GIVE_SCORE_MAPS
 ) -> TeacherError:
+    """Returns the error for a teacher that cannot be used."""
     return TeacherError(f"teacher {name} {problem}", got=got, expected=expected, remedy=remedy)
 
 
 def _described(output: object) -> str:
+    """Describes the output of a model."""
     return f"a tensor {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, short enough for one line."""
+    """Returns the message of an exception, short enough for one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")

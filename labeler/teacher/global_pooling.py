@@ -1,9 +1,9 @@
-"""Global poolings of a forward pass: found by watching its calls, replaced by "every location is a batch item".
+"""Finds the global poolings of a forward pass and reindices them with "every location is a batch item".
 
 A `TorchFunctionMode` sees every torch function that a module calls, whatever the module is made of. `PoolWatcher` lists
-the calls and the global poolings among them; `PoolingReplaced` lets a pooling hand on all that it would have pooled, so
-that the rest of the forward pass is a head on single locations; `why_no_mean` tells from the calls whether the mean of
-the locations' logits must be the classifier's output.
+the calls and the global poolings among them; `PoolingReplaced` makes a pooling return all that it would have pooled, so
+that the rest of the forward pass is a head on single locations; `why_no_mean` finds out from the calls whether the mean
+of the locations' logits must equal the classifier's output.
 
 Legend: B batch, C classes, H×W map grid, T = H·W tokens, D feature width, S side of the square input.
 """
@@ -35,7 +35,13 @@ LOCAL_CALLS = {
 
 @dataclass(frozen=True)
 class Pool:
-    """One global pooling of a pass: its place among all calls, its name and what it pooled."""
+    """One global pooling of a pass.
+
+    Attributes:
+        at: Its index among all calls.
+        name: Its name.
+        source: Its input.
+    """
 
     at: int
     name: str
@@ -43,7 +49,12 @@ class Pool:
 
 
 class PoolWatcher(TorchFunctionMode):
-    """Lists the calls and the global poolings of a pass."""
+    """Lists the calls and the global poolings of a pass.
+
+    Attributes:
+        calls: Names of all calls.
+        pools: The global poolings among them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,11 +71,11 @@ class PoolWatcher(TorchFunctionMode):
 
 
 class _PoolReplacer(TorchFunctionMode):
-    """Replaces those global poolings of a pass that are in `places`, counted from 0; `grid` is H, W of the last."""
+    """Reindices the global poolings of a pass whose indices are in `indices`; `grid` is H, W of the last."""
 
-    def __init__(self, places: frozenset[int]) -> None:
+    def __init__(self, indices: frozenset[int]) -> None:
         super().__init__()
-        self.places = places
+        self.indices = indices
         self.seen = 0
         self.grid = (0, 0)
 
@@ -74,33 +85,42 @@ class _PoolReplacer(TorchFunctionMode):
         if cells is None:
             return out
         self.seen += 1
-        if self.seen - 1 not in self.places:
+        if self.seen - 1 not in self.indices:
             return out
         self.grid = (cells.shape[1], cells.shape[2])
         return cells.reshape(-1, *out.shape[1:])
 
 
 class PoolingReplaced:
-    """Images [B, 3, S, S] to logits [B, C, H, W] of any module: its last global pooling hands on every location.
+    """Computes logits [B, C, H, W] of images [B, 3, S, S] with any module, by replacing its last global pooling.
 
-    places  which of the global poolings of a forward pass to replace, counted from 0
+    Args:
+        model: The module.
+        indices: Which global poolings of a forward pass to replace, counted from 0.
+        pooling: Name of the pooling.
     """
 
-    def __init__(self, model: nn.Module, places: frozenset[int], pooling: str) -> None:
-        self.model, self.places = model, places
+    def __init__(self, model: nn.Module, indices: frozenset[int], pooling: str) -> None:
+        self.model, self.indices = model, indices
         self.method = f"the module after its last {pooling}, on every location"
 
     def __call__(self, images: Tensor) -> Tensor:
-        with _PoolReplacer(self.places) as replacer:
+        """Computes logits [B, C, H, W] of images [B, 3, S, S]."""
+        with _PoolReplacer(self.indices) as replacer:
             logits = self.model(images)
         return logits.unflatten(0, (len(images), *replacer.grid)).permute(0, 3, 1, 2)
 
 
 def why_no_mean(watcher: PoolWatcher, pools: list[Pool], before_counts: bool) -> str | None:
-    """None where average pooling meets a linear head, so that the mean of the map is the output; or what is between.
+    """Explains why the mean of the map may differ from the output.
 
-    pools          the poolings of the watched pass that feed the head
-    before_counts  whether calls before the pooling belong to the head too
+    Args:
+        watcher: The watched pass.
+        pools: The poolings that feed the head.
+        before_counts: Whether calls before the pooling belong to the head too.
+
+    Returns:
+        None for average pooling before a linear head, where they must be equal; otherwise the reason.
     """
     if len(pools) != 1 or pools[0].name not in AVERAGES:
         return "the head pools by " + (" and ".join(pool.name for pool in pools) or "other means than an average")
@@ -112,7 +132,7 @@ def why_no_mean(watcher: PoolWatcher, pools: list[Pool], before_counts: bool) ->
 
 
 def _pooled_cells(name: str, args: Any, kwargs: dict[str, Any], out: Any) -> Tensor | None:
-    """The locations [B, H, W, D] that a call pooled into one, or None if it is no global pooling."""
+    """Returns the locations [B, H, W, D] that a call pooled into one; None if it is not a global pooling."""
     source = args[0] if args else None
     if not isinstance(source, Tensor) or not isinstance(out, Tensor):
         return None
@@ -128,7 +148,7 @@ def _pooled_cells(name: str, args: Any, kwargs: dict[str, Any], out: Any) -> Ten
 
 
 def _reduced_cells(source: Tensor, axes: list[int]) -> Tensor | None:
-    """[B, H, W, D] of [B, H, W, D], [B, D, H, W], [B, T, D] or [B, D, T] if `axes` are the whole map; T is a square."""
+    """Returns [B, H, W, D] of [B, H, W, D], [B, D, H, W], [B, T, D] or [B, D, T] if `axes` are the whole map."""
     if source.dim() == 4:
         if axes == [1, 2]:
             return source
@@ -141,7 +161,7 @@ def _reduced_cells(source: Tensor, axes: list[int]) -> Tensor | None:
 
 
 def _kind(name: str, args: Any) -> str:
-    """The name of a call; products of two activations and wide convolutions get names of their own."""
+    """Returns the name of a call; products of two activations and wide convolutions have their own names."""
     if name == "conv2d" and tuple(args[1].shape[-2:]) != (1, 1):
         return SPATIAL_CONV
     if name in SCALINGS and all(isinstance(arg, Tensor) and not isinstance(arg, nn.Parameter) for arg in args[:2]):

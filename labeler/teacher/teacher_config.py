@@ -1,4 +1,4 @@
-"""Settings of a teacher: typed, frozen, checked when they are made."""
+"""Settings of a teacher: typed, frozen, checked on creation."""
 
 from __future__ import annotations
 
@@ -13,41 +13,45 @@ AUTOCASTS = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Which network labels, and how it sees an image. The store's plan keeps all of it in the teacher's record."""
+    """The teacher network, and how it sees an image. The store's plan records all of it."""
 
     name: str = option(
         "a timm model, a run's folder, local-dir:DIR, hf-hub:NAME, torchvision:NAME, or package.module:function",
         affects="recorded",
     )
     checkpoint: str | None = option(
-        "weights, .safetensors or weights-only .pt; without it the library's pretrained ones", None, affects="recorded"
-    )
-    ema: bool | None = option(
-        "the checkpoint's averaged weights, or its plain ones; without it averaged ones where it has some",
+        "file of weights, .safetensors or weights-only .pt; default: the library's pretrained weights",
         None,
         affects="recorded",
     )
-    random_weights: bool = option("seeded random weights, to try the machinery", False, affects="recorded")
+    ema: bool | None = option(
+        "use the checkpoint's averaged (EMA) weights, or the plain ones; default: averaged weights if there are any",
+        None,
+        affects="recorded",
+    )
+    random_weights: bool = option(
+        "use random weights with a fixed seed, to try out the tool", False, affects="recorded"
+    )
     num_classes: int | None = option(
-        "classes of the head, where the name alone does not tell", None, affects="recorded", lowest=1
+        "number of classes of the head; default: that of the weights", None, affects="recorded", lowest=1
     )
     input_size: int | None = option(
-        "side of the square input in pixels; without it the teacher's own", None, affects="recorded", lowest=1
+        "side of the square input in pixels; default: the teacher's own", None, affects="recorded", lowest=1
     )
     mean: tuple[float, float, float] | None = option(
-        "mean of each color channel, 0 to 1; without it the teacher's own", None, affects="recorded"
+        "mean of each color channel, 0 to 1; default: the teacher's own", None, affects="recorded"
     )
     std: tuple[float, float, float] | None = option(
-        "standard deviation of each color channel; without it the teacher's own", None, affects="recorded"
+        "standard deviation of each color channel; default: the teacher's own", None, affects="recorded"
     )
     view: str = option(
-        "full: squeeze the whole picture to the input; center: the teacher's own evaluation crop",
+        "full: resize the whole image to the square input; center: the teacher's own evaluation crop",
         "full",
         affects="recorded",
         choices=VIEWS,
     )
     flip: bool = option(
-        "average with the pass over the mirrored image: truer maps at twice the cost", True, affects="recorded"
+        "average with the mirrored image: more accurate maps at twice the cost", True, affects="recorded"
     )
     autocast: str = option(
         "precision of the forward pass; auto: bfloat16 on a GPU, float16 on a V100 or T4, float32 on a CPU",

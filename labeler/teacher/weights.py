@@ -1,8 +1,8 @@
-"""Files of weights: read without running their code, put into a model, and known again by a digest.
+"""Files of weights: reads them without running their code, loads them into a model, and computes a digest.
 
-`read_checkpoint` gives the named tensors of a file, `load_weights` puts all of them into a model or tells which do not
-fit, `classes_in` reads the number of classes off the classifier's weight, `weights_sha256` is a model's fingerprint.
-`weights_only` forces it on libraries that fetch weights.
+`read_checkpoint` returns the named tensors of a file, `load_weights` loads all of them into a model or says which do
+not fit, `classes_in` gets the number of classes from the classifier's weight, `weights_sha256` identifies a model.
+`weights_only` makes libraries that fetch weights read them safely.
 
 Legend: C classes, D feature width.
 """
@@ -24,17 +24,23 @@ FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def read_checkpoint(path: str, ema: bool | None = None) -> dict[str, Tensor]:
-    """The named tensors in a file of weights; see `labeler.base.weight_files`.
+    """Reads the named tensors of a file of weights; see `labeler.base.weight_files`.
 
     Args:
         path: The file.
-        ema: Take averaged weights, or plain ones; None: averaged ones where the file has some.
+        ema: Use averaged (EMA) weights, or plain ones; None: averaged ones if the file has any.
+
+    Returns:
+        name -> tensor.
+
+    Raises:
+        TeacherError: The file does not exist, is too large, could run code, or has no weights.
     """
     return read_weight_file(path, ema=ema, error=TeacherError).state
 
 
 def classes_in(state: dict[str, Tensor] | None, classifiers: str | tuple[str, ...]) -> int | None:
-    """C, the rows of the last weight [C, D] of the classifier in a checkpoint, if it has one."""
+    """Returns C, the rows of the last weight [C, D] of the classifier in a checkpoint; None if there is none."""
     heads = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
     named = sorted((name, weight) for name, weight in (state or {}).items() if name.startswith(heads))
     rows = [weight.shape[0] for name, weight in named if name.endswith(".weight") and weight.dim() > 1]
@@ -42,7 +48,7 @@ def classes_in(state: dict[str, Tensor] | None, classifiers: str | tuple[str, ..
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | None) -> None:
-    """Every weight of the model from the checkpoint, and nothing left over."""
+    """Loads a checkpoint into a model. Raises TeacherError on missing, unknown or mis-shaped weights."""
     own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     counted = {name for name in own if name.endswith("num_batches_tracked")}
     faults = {
@@ -63,7 +69,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | None) -
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Digest of names, types, shapes and bytes of all weights and buffers; BatchNorm's batch counters do not count."""
+    """Returns the digest of names, types, shapes and bytes of all weights and buffers, without BatchNorm's counters."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor) and not name.endswith("num_batches_tracked"):
@@ -74,7 +80,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """While it is open, a library's plain torch.load of fetched weights may not unpickle code either."""
+    """Makes every torch.load inside of the block, such as a library's, refuse to unpickle code."""
     saved = {name: os.environ.pop(name, None) for name in (FORCE_SAFE, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")}
     os.environ[FORCE_SAFE] = "1"
     try:

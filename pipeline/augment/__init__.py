@@ -1,1 +1,1 @@
-"""What is random about a batch: crops, flips, RandAugment, erasing, mixing; drawn on the host, done on the device."""
+"""Random crops, flips, RandAugment, erasing and mixing: drawn on the host, applied on the device."""

@@ -1,4 +1,4 @@
-"""Which window of each image is shown: random-resized-crop for training, the centre for evaluation.
+"""The window of each image: random resized crop for training, center crop for evaluation.
 
 Legend: B images; S input side. Windows are (y0, x0, y1, x1) in pixels of the decoded image, half-open.
 """
@@ -15,30 +15,36 @@ ATTEMPTS = 10
 def random_resized_crops(
     sizes: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> np.ndarray:
-    """int64 [B, 4]: windows of whole pixels, drawn as torchvision draws them; their area is a share from `scale`.
+    """Draws windows of whole pixels, as torchvision does.
 
-    sizes  int64 [B, 2]: height and width of the images
-    ratio  width to height, drawn evenly in its logarithm
+    Args:
+        sizes: int64 [B, 2]: height and width of the images.
+        scale: Range of the share of the image area.
+        ratio: Range of the aspect ratio, width to height; its logarithm is uniform.
+        rng: Random number generator.
+
+    Returns:
+        int64 [B, 4]: windows.
     """
     n = len(sizes)
     height, width = sizes[:, :1], sizes[:, 1:]
     area = height * width * rng.uniform(*scale, (n, ATTEMPTS))
     aspect = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (n, ATTEMPTS)))
-    place = rng.random((n, 2))
+    position = rng.random((n, 2))
     w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
     h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
     fits = (w > 0) & (h > 0) & (w <= width) & (h <= height)
-    first = fits.argmax(1)  # the first attempt that fits; 0 where none does
+    first = fits.argmax(1)  # the first attempt that fits; 0 if none does
     drawn = np.stack([h[np.arange(n), first], w[np.arange(n), first]], 1)
-    corner = np.floor(place * (np.maximum(sizes - drawn, 0) + 1)).astype(np.int64)
-    fallback = _largest_centre(sizes, ratio)
+    corner = np.floor(position * (np.maximum(sizes - drawn, 0) + 1)).astype(np.int64)
+    fallback = _largest_center(sizes, ratio)
     shape = np.where(fits.any(1)[:, None], drawn, fallback)
     corner = np.where(fits.any(1)[:, None], corner, (sizes - fallback) // 2)
     return np.concatenate([corner, corner + shape], 1)
 
 
-def _largest_centre(sizes: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
-    """int64 [B, 2]: height and width of the largest part whose aspect ratio is allowed."""
+def _largest_center(sizes: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
+    """Returns int64 [B, 2]: height and width of the largest part with an allowed aspect ratio."""
     height, width = sizes[:, 0], sizes[:, 1]
     h = np.where(width < ratio[0] * height, np.rint(width / ratio[0]), height)
     w = np.where(width > ratio[1] * height, np.rint(height * ratio[1]), width)
@@ -46,9 +52,16 @@ def _largest_centre(sizes: np.ndarray, ratio: tuple[float, float]) -> np.ndarray
 
 
 def center_crops(sizes: np.ndarray, side: int, crop_pct: float, crop_mode: str) -> np.ndarray:
-    """float64 [B, 4]: what timm's evaluation shows, resize then centre crop S×S, with the same rounding.
+    """Computes the windows of timm's evaluation: resize, then center crop S×S, with the same rounding.
 
-    crop_mode  "center": the shorter side becomes S / crop_pct; "squash": both sides do
+    Args:
+        sizes: int64 [B, 2]: height and width of the images.
+        side: S.
+        crop_pct: S as a share of the resized side.
+        crop_mode: "center": the shorter side is resized to S / crop_pct; "squash": both sides are.
+
+    Returns:
+        float64 [B, 4]: windows.
     """
     resized_side = math.floor(side / crop_pct)
     if crop_mode == "squash":

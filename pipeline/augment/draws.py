@@ -1,9 +1,9 @@
-"""Everything random about a batch, drawn at once on the host before any pixel is read.
+"""All random numbers of a batch, drawn at once on the host before any pixel is read.
 
 Legend: B images; K augmentation operations; S input side.
 
-Both backends carry out the same draws, and a batch's draws depend on nothing but the seed, the epoch, the batch and the
-rank: a run that is resumed in the middle of an epoch draws what it would have drawn.
+Both backends use the same draws. These depend only on seed, epoch, batch and rank, so a run that is resumed in the
+middle of an epoch draws the same as without the interruption.
 """
 
 from __future__ import annotations
@@ -20,21 +20,25 @@ from pipeline.augment.policy import Policy, draw_augmentation
 from pipeline.config import LoaderConfig
 from pipeline.geometry import Views, compose, flips, identity
 
-DRAWS_VERSION = 1  # counts changes of what is drawn, or in which order: a state of another version cannot be resumed
-DRAWS_STREAM = 2  # of random numbers; `order` uses another
+DRAWS_VERSION = 1  # changes with what is drawn, or its order: a state of another version cannot be resumed
+DRAWS_STREAM = 2  # stream of random numbers; `order` uses another
 
 
 @dataclass(frozen=True)
 class Draws:
-    """
-    windows  [B, 4]: pixels of the decoded image that are shown; whole numbers in training
-    hflip    bool [B]; bicubic bool [B]: how the window is resized
-    kernels, amounts  [B, K]: see `augment_policy.Draws`
-    affine   float64 [B, 2, 3]: input -> flipped window, of the geometric operations
-    views    the same geometry as boxes and affine maps of the unflipped window, for the labels
-    erased   int64 [B, 4]: pixels of the input
-    mix      None where nothing is mixed
-    noise_seed  for the pixels that are erased
+    """The draws of a batch.
+
+    Attributes:
+        windows: [B, 4]: windows in pixels of the decoded images; whole numbers in training.
+        hflip: bool [B]: which windows are flipped.
+        bicubic: bool [B]: which windows are resized with bicubic interpolation; the others are bilinear.
+        kernels: int64 [B, K]: see `pipeline.augment.policy.Draws`.
+        amounts: float64 [B, K]: see `pipeline.augment.policy.Draws`.
+        affine: float64 [B, 2, 3]: the geometric operations, as maps from input to flipped window.
+        views: The same geometry as boxes and affine maps of the unflipped windows, for the labels.
+        erased: int64 [B, 4]: boxes to erase, in pixels of the input.
+        mix: The box in which images are mixed; None: no mixing.
+        noise_seed: Seed of the noise in erased boxes.
     """
 
     windows: np.ndarray
@@ -53,7 +57,18 @@ class Draws:
 
 
 def draw_batch(config: LoaderConfig, policies: tuple[Policy, ...], sizes: np.ndarray, epoch: int, batch: int) -> Draws:
-    """Draws for images of `sizes` int64 [B, 2]; see DRAWS_VERSION."""
+    """Draws everything that is random about a batch; see DRAWS_VERSION.
+
+    Args:
+        config: Settings of the loader.
+        policies: Augmentation policies.
+        sizes: int64 [B, 2]: height and width of the images.
+        epoch: Number of the epoch.
+        batch: Number of the batch in the epoch.
+
+    Returns:
+        The draws.
+    """
     n = len(sizes)
     rng = np.random.default_rng([DRAWS_STREAM, config.seed, epoch, batch, config.rank])
     if config.train:
@@ -79,6 +94,7 @@ def draw_batch(config: LoaderConfig, policies: tuple[Policy, ...], sizes: np.nda
 
 
 def _views(windows: np.ndarray, sizes: np.ndarray, hflip: np.ndarray, affine: np.ndarray) -> Views:
+    """Returns the geometry of a batch for its labels."""
     boxes = torch.from_numpy(windows / np.tile(sizes, (1, 2)))
     unflip = flips(torch.from_numpy(hflip)) if hflip.any() else identity(len(hflip))
     return Views(boxes, compose(unflip, torch.from_numpy(affine)))

@@ -1,4 +1,4 @@
-"""Random erasing: a rectangle of an input replaced by noise (Zhong et al., 2017), drawn as timm draws it.
+"""Random erasing: replaces a rectangle of an input with noise (Zhong et al., 2017), drawn as in timm.
 
 Legend: B images; S input side.
 """
@@ -16,23 +16,40 @@ ATTEMPTS = 10
 
 
 def draw_erased(n: int, side: int, prob: float, rng: np.random.Generator) -> np.ndarray:
-    """int64 [B, 4]: y0, x0, y1, x1 in pixels of the input; an empty box where nothing is erased."""
+    """Draws the boxes to erase.
+
+    Args:
+        n: B.
+        side: S.
+        prob: Probability of erasing.
+        rng: Random number generator.
+
+    Returns:
+        int64 [B, 4]: y0, x0, y1, x1 in pixels of the input; an empty box where nothing is erased.
+    """
     chosen = rng.random(n) < prob
     area = side * side * rng.uniform(*AREA, (n, ATTEMPTS))
     aspect = np.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1]), (n, ATTEMPTS)))
-    place = rng.random((n, 2))
+    position = rng.random((n, 2))
     shapes = np.rint(np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], -1)).astype(np.int64)
     fits = (shapes < side).all(-1)
     shape = shapes[np.arange(n), fits.argmax(1)]
     shape[~(chosen & fits.any(1))] = 0
-    corner = np.floor(place * (side - shape + 1)).astype(np.int64)
+    corner = np.floor(position * (side - shape + 1)).astype(np.int64)
     return np.concatenate([corner, corner + shape], 1)
 
 
 def erase(images: torch.Tensor, boxes: np.ndarray, mode: str, generator: torch.Generator) -> torch.Tensor:
-    """Normalised float images [B, 3, S, S], changed in place.
+    """Erases boxes of images, in place.
 
-    mode  "pixel": normal noise for every pixel; "const": zero, the mean colour
+    Args:
+        images: Normalized float images [B, 3, S, S].
+        boxes: int64 [B, 4]: y0, x0, y1, x1 in pixels; empty: nothing is erased.
+        mode: "pixel": normal noise for every pixel; "const": zero, the mean color.
+        generator: Random number generator of the images' device.
+
+    Returns:
+        The same images.
     """
     shapes = boxes[:, 2:] - boxes[:, :2]
     areas = 3 * shapes.prod(1)

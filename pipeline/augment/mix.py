@@ -1,8 +1,8 @@
-"""MixToken: a box on the token grid in which each image shows its partner, image B−1−b for image b.
+"""MixToken: a box of the token grid in which image b is replaced by its partner, image B−1−b.
 
 Legend: B images; S input side; h×w token grid, T = h·w.
 
-Jiang et al., "All Tokens Matter" (2021); the box is drawn as CutMix draws it (Yun et al., 2019), on tokens.
+Jiang et al., "All Tokens Matter" (2021); the box is drawn as in CutMix (Yun et al., 2019), in tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from labeler.base.errors import InputError
 
 @dataclass(frozen=True)
 class MixBox:
-    """Tokens y0 ≤ y < y1, x0 ≤ x < x1 come from the partner; lam is the share of tokens that do not."""
+    """The box: tokens y0 ≤ y < y1, x0 ≤ x < x1 come from the partner.
+
+    Attributes:
+        y0: First row.
+        x0: First column.
+        y1: Row after the last.
+        x1: Column after the last.
+        lam: Share of tokens outside of the box.
+    """
 
     y0: int
     x0: int
@@ -26,22 +34,30 @@ class MixBox:
     lam: float
 
     def mask(self, grid: tuple[int, int]) -> torch.Tensor:
-        """bool [T]: the tokens inside the box."""
+        """Returns bool [T]: the tokens inside of the box; `grid`: h, w."""
         inside = torch.zeros(grid, dtype=torch.bool, device="cpu")
         inside[self.y0 : self.y1, self.x0 : self.x1] = True
         return inside.flatten()
 
 
 def sample_mix_box(grid: tuple[int, int], alpha: float, generator: torch.Generator | None = None) -> MixBox:
-    """A box whose share of the grid is drawn from Beta(alpha, alpha), around a uniform centre, cut at the grid's edge.
+    """Draws a box: its share of the grid from Beta(alpha, alpha), its center uniformly; it is clipped to the grid.
 
-    grid       h, w in tokens
-    generator  a CPU generator; None: torch's global one
+    Args:
+        grid: h, w in tokens.
+        alpha: Parameter of the Beta distribution.
+        generator: A CPU generator; None: torch's global one.
+
+    Returns:
+        The box.
+
+    Raises:
+        InputError: `alpha` is not positive.
     """
     if not alpha > 0:
-        raise InputError("mix_alpha must be positive", got=alpha, remedy='Switch mixing off with mix="none".')
+        raise InputError("mix_alpha must be positive", got=alpha, remedy='Use mix="none" to turn mixing off.')
     h, w = grid
-    # Beta(a, a) as a ratio of two Gamma(a, 1). torch's public distributions take no generator.
+    # Beta(a, a) as a ratio of two Gamma(a, 1), since torch's public distributions take no generator.
     shape = torch.full((2,), float(alpha), dtype=torch.float64, device="cpu")
     first, second = torch._standard_gamma(shape, generator).tolist()
     share = second / (first + second) if first + second > 0 else 0.5
@@ -54,7 +70,16 @@ def sample_mix_box(grid: tuple[int, int], alpha: float, generator: torch.Generat
 
 
 def mix_pixels(images: torch.Tensor, mix: MixBox, patch: tuple[int, int]) -> torch.Tensor:
-    """Images [B, 3, S, S] with each one's partner in the box's patches; the given images are left as they are."""
+    """Replaces the box's patches of each image with those of its partner.
+
+    Args:
+        images: [B, 3, S, S]; they are not changed.
+        mix: The box, in patches.
+        patch: Height and width of a patch in pixels.
+
+    Returns:
+        The mixed images [B, 3, S, S].
+    """
     rows = slice(mix.y0 * patch[0], mix.y1 * patch[0])
     columns = slice(mix.x0 * patch[1], mix.x1 * patch[1])
     mixed = images.clone()

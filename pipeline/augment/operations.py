@@ -1,8 +1,8 @@
-"""Augmentation of a batch of byte images on any device, each image with its own operation and amount.
+"""Augments a batch of byte images on any device, each image with its own operation and amount.
 
 Legend: B, b images; S input side.
 
-Rounding follows PIL, which the tests compare with: tables, blends and warps cut, filters round.
+Rounding follows PIL, which the tests compare with: tables, blends and warps truncate, filters round.
 """
 
 from __future__ import annotations
@@ -16,14 +16,23 @@ from torch.nn import functional as F
 from pipeline.augment import policy
 from pipeline.geometry import apply_affine
 
-# ITU-R 601-2 luma in 16-bit fixed point, as PIL weighs it.
+# ITU-R 601-2 luma in 16-bit fixed point, with PIL's weights.
 LUMA = (19595, 38470, 7471)
 SOLARIZE_ADD_BELOW = 128
 BLUR_PASSES = 3
 
 
 def apply_kernels(images: torch.Tensor, kernels: np.ndarray, amounts: np.ndarray) -> torch.Tensor:
-    """uint8 [B, 3, S, S], changed in place: kernels int64 [B, K] with amounts [B, K], one column after the other."""
+    """Applies augmentation kernels, in place.
+
+    Args:
+        images: uint8 [B, 3, S, S].
+        kernels: int64 [B, K]: kernels of each image, applied one column after the other.
+        amounts: [B, K]: their amounts.
+
+    Returns:
+        The same images.
+    """
     for column, amount in zip(kernels.T, amounts.T, strict=True):
         for kernel in np.unique(column):
             if kernel == policy.KEEP:
@@ -36,38 +45,47 @@ def apply_kernels(images: torch.Tensor, kernels: np.ndarray, amounts: np.ndarray
 
 
 def warp(images: torch.Tensor, affine: torch.Tensor, fill: tuple[int, ...]) -> torch.Tensor:
-    """uint8 [b, 3, S, S] bent by affine [b, 2, 3] (input -> crop), bilinear; `fill` (0..255) where nothing is shown."""
+    """Warps images by affine maps, with bilinear interpolation.
+
+    Args:
+        images: uint8 [b, 3, S, S].
+        affine: [b, 2, 3]: maps from input to crop.
+        fill: Color, 0 to 255, of pixels that show nothing of the crop.
+
+    Returns:
+        uint8 [b, 3, S, S].
+    """
     side = images.shape[-1]
-    centres = (torch.arange(side, device=images.device, dtype=torch.float64) + 0.5) / side
-    places = torch.cartesian_prod(centres, centres)[None]
-    crop = apply_affine(affine.to(images.device), places.expand(len(images), -1, -1)).view(-1, side, side, 2)
+    centers = (torch.arange(side, device=images.device, dtype=torch.float64) + 0.5) / side
+    points = torch.cartesian_prod(centers, centers)[None]
+    crop = apply_affine(affine.to(images.device), points.expand(len(images), -1, -1)).view(-1, side, side, 2)
     outside = ((crop < 0) | (crop >= 1)).any(-1)[:, None]
-    ground = torch.tensor(fill, device=images.device, dtype=torch.uint8)[None, :, None, None]
+    background = torch.tensor(fill, device=images.device, dtype=torch.uint8)[None, :, None, None]
     grid = (crop.flip(-1) * 2 - 1).float()
-    bent = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
-    # Cut as PIL does; four weights in float32 may add up to a little less than 1.
-    return torch.where(outside, ground, (bent + 1e-3).to(torch.uint8))
+    warped = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    # Truncated as in PIL; four weights in float32 may add up to a little less than 1.
+    return torch.where(outside, background, (warped + 1e-3).to(torch.uint8))
 
 
-def _cut(values: torch.Tensor) -> torch.Tensor:
-    """float to uint8 as PIL's blends do: clamp, drop the fraction."""
+def _truncate(values: torch.Tensor) -> torch.Tensor:
+    """Converts float to uint8 like PIL's blends: clamp and truncate."""
     return values.clamp(0, 255).to(torch.uint8)
 
 
-def _blend(ground: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """ground + factor · (images − ground)."""
-    ground = ground.float()
-    return _cut(ground + factor * (images.float() - ground))
+def _blend(base: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Computes base + factor · (images − base)."""
+    base = base.float()
+    return _truncate(base + factor * (images.float() - base))
 
 
 def _luma(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [b, 3, S, S] -> int32 [b, 1, S, S]."""
+    """Converts RGB, uint8 [b, 3, S, S], to luma, int32 [b, 1, S, S]."""
     red, green, blue = images.to(torch.int32).split(1, 1)
     return (red * LUMA[0] + green * LUMA[1] + blue * LUMA[2] + 0x8000) >> 16
 
 
 def _look_up(tables: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Tables [b, 3, 256] of each image and channel, at its bytes."""
+    """Looks up the bytes of each image and channel in its table [b, 3, 256]."""
     return tables.gather(2, images.flatten(2).long()).view_as(images).to(torch.uint8)
 
 
@@ -98,7 +116,7 @@ def _invert(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
 
 
 def _posterize(images: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """Keep the upper `bits` bits of each byte."""
+    """Keeps the upper `bits` bits of each byte."""
     return images & ((255 << (8 - bits.to(torch.int32))) & 255).to(torch.uint8)
 
 
@@ -107,7 +125,7 @@ def _solarize(images: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
 
 
 def _solarize_add(images: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-    return torch.where(images < SOLARIZE_ADD_BELOW, _cut(images + added), images)
+    return torch.where(images < SOLARIZE_ADD_BELOW, _truncate(images + added), images)
 
 
 def _color(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -120,11 +138,11 @@ def _contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def _brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return _cut(images * factor)
+    return _truncate(images * factor)
 
 
 def _sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Away from (or towards) the image smoothed by a 3×3 filter, whose outermost pixels stay as they are."""
+    """Blends with the image smoothed by a 3×3 filter, which leaves the outermost pixels unchanged."""
     values = images.to(torch.int32)
     across = values[..., :-2] + values[..., 1:-1] + values[..., 2:]
     total = across[..., :-2, :] + across[..., 1:-1, :] + across[..., 2:, :] + 4 * values[..., 1:-1, 1:-1]
@@ -134,7 +152,7 @@ def _sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def _blur(images: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Gaussian with standard deviation `radius` pixels as three box filters, edges repeated before each."""
+    """Gaussian blur with standard deviation `radius` pixels as three box filters, each with replicated edges."""
     b, channels, _, side = images.shape
     taps = _box_taps(radius.view(b, 1)).repeat_interleave(channels, 0)[:, None]
     reach = taps.shape[-1] // 2
@@ -146,9 +164,9 @@ def _blur(images: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
 
 
 def _box_taps(radius: torch.Tensor) -> torch.Tensor:
-    """[b, 2·reach + 1]: a box with softened ends whose BLUR_PASSES-fold filter has variance `radius`² (radius [b, 1]).
+    """Returns [b, 2·reach + 1]: a box with soft ends; BLUR_PASSES of them have variance `radius`² (radius [b, 1]).
 
-    Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering" (2011); PIL blurs so.
+    Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering" (2011); as in PIL.
     """
     variance = radius**2 / BLUR_PASSES
     whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()

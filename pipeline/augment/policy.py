@@ -1,9 +1,9 @@
-"""Which augmentation each image gets: RandAugment in timm's notation, 3-Augment, colour jitter.
+"""The augmentation of each image: RandAugment in timm's notation, 3-Augment, color jitter.
 
 Legend: B images; K operations in a row per image.
 
-Everything random is drawn here, as arrays, on the host; `augment_ops` carries it out. Geometric operations are not
-carried out one by one: they are multiplied into one affine map per image, which bends the label map as well.
+All random numbers are drawn here, as arrays on the host, for `pipeline.augment.operations`. Geometric operations are
+not applied one by one: they are multiplied into one affine map per image, which warps the label map as well.
 
 Cubuk et al., "RandAugment" (2019); Touvron et al., "DeiT III" (2022); levels and ranges are timm's.
 """
@@ -19,14 +19,14 @@ import numpy as np
 
 from labeler.base.errors import InputError
 
-# Kernels of `augment_ops`, by number. The geometric ones are part of the affine map.
+# Kernels of `pipeline.augment.operations`, by number. The geometric ones are part of the affine map.
 KEEP, AUTOCONTRAST, EQUALIZE, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD = range(7)
 COLOR, CONTRAST, BRIGHTNESS, SHARPNESS, BLUR = range(7, 12)
 ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(12, 17)
 GEOMETRIC = (ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y)
 
 FULL_LEVEL = 10.0
-HIGHEST = {"p": 1, "inc": 1}  # of the notation's numbers
+HIGHEST = {"p": 1, "inc": 1}  # limits of numbers in the notation
 Amounts = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (level / FULL_LEVEL, a random sign) -> the kernel's amount
 
 
@@ -98,7 +98,13 @@ INCREASING = tuple(name + "Increasing" if name + "Increasing" in OPERATIONS else
 
 @dataclass(frozen=True)
 class Draws:
-    """Kernels int64 [B, K] in order, their amounts float64 [B, K]; the geometric ones as affine float64 [B, 2, 3]."""
+    """The augmentation of a batch.
+
+    Attributes:
+        kernels: int64 [B, K]: kernels in order; KEEP for none.
+        amounts: float64 [B, K]: their amounts.
+        affine: float64 [B, 2, 3]: the geometric kernels, as maps from input to crop.
+    """
 
     kernels: np.ndarray
     amounts: np.ndarray
@@ -107,9 +113,15 @@ class Draws:
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`layers` operations per image, each carried out with probability `prob`.
+    """RandAugment: random operations, each applied with a probability.
 
-    magnitude       level 0 to 10 (or `max_magnitude`), with a normal noise of `magnitude_std`; inf: evenly from 0
+    Attributes:
+        operations: Names of the operations to choose from.
+        layers: Operations per image.
+        prob: Probability of applying an operation.
+        magnitude: Level, 0 to `max_magnitude`.
+        magnitude_std: Standard deviation of normal noise on the level; inf: uniform from 0 to the level.
+        max_magnitude: Highest level.
     """
 
     operations: tuple[str, ...] = PLAIN
@@ -120,10 +132,10 @@ class RandAugment:
     max_magnitude: float = FULL_LEVEL
 
     def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(kernels, amounts), both [n, layers]."""
+        """Draws (kernels, amounts) of n images, both [n, layers]."""
         shape = (n, self.layers)
         chosen = rng.integers(0, len(self.operations), shape)
-        carried_out = rng.random(shape) < self.prob
+        applied = rng.random(shape) < self.prob
         sign = np.where(rng.random(shape) < 0.5, -1.0, 1.0)
         noise = rng.random(shape) if math.isinf(self.magnitude_std) else rng.standard_normal(shape)
         level = (
@@ -132,7 +144,7 @@ class RandAugment:
         level = np.clip(level, 0, self.max_magnitude) / FULL_LEVEL
         kernels, amounts = np.full(shape, KEEP), np.zeros(shape)
         for i, name in enumerate(self.operations):
-            here = (chosen == i) & carried_out
+            here = (chosen == i) & applied
             kernels[here] = OPERATIONS[name][0]
             amounts[here] = OPERATIONS[name][1](level[here], sign[here])
         return kernels, amounts
@@ -140,12 +152,16 @@ class RandAugment:
 
 @dataclass(frozen=True)
 class ThreeAugment:
-    """One of greyscale, solarize and blur (DeiT III); colour jitter usually follows."""
+    """3-Augment: one of grayscale, solarize and blur (DeiT III); color jitter usually follows.
+
+    Attributes:
+        max_radius: Largest standard deviation of the blur, in pixels.
+    """
 
     max_radius: float = 2.0
 
     def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(kernels, amounts), both [n, 1]."""
+        """Draws (kernels, amounts) of n images, both [n, 1]."""
         kernels = rng.choice([SOLARIZE, COLOR, BLUR], (n, 1))
         radius = rng.uniform(0.1, self.max_radius, (n, 1))
         return kernels, np.where(kernels == SOLARIZE, 128.0, np.where(kernels == COLOR, 0.0, radius))
@@ -153,12 +169,16 @@ class ThreeAugment:
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """Brightness, contrast and saturation, each by a factor from 1 − amount to 1 + amount, in random order."""
+    """Color jitter: brightness, contrast and saturation in random order.
+
+    Attributes:
+        amount: Each is changed by a factor from 1 − amount to 1 + amount.
+    """
 
     amount: float
 
     def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(kernels, amounts), both [n, 3]."""
+        """Draws (kernels, amounts) of n images, both [n, 3]."""
         kernels = rng.permuted(np.tile([BRIGHTNESS, CONTRAST, COLOR], (n, 1)), axis=1)
         return kernels, rng.uniform(max(0.0, 1 - self.amount), 1 + self.amount, (n, 3))
 
@@ -167,10 +187,17 @@ Policy = RandAugment | ThreeAugment | ColorJitter
 
 
 def create_policies(auto_augment: str | None, color_jitter: float) -> tuple[Policy, ...]:
-    """The policies in their order; as in timm, RandAugment takes the place of colour jitter, 3-Augment does not.
+    """Creates augmentation policies. As in timm, RandAugment replaces color jitter, 3-Augment does not.
 
-    auto_augment  "rand-m9-mstd0.5-inc1" and the like, "3a", or None
-    Raises InputError naming the part that is not understood.
+    Args:
+        auto_augment: timm's notation, such as "rand-m9-mstd0.5-inc1", "3a", "none" or None.
+        color_jitter: Strength of color jitter; 0: none.
+
+    Returns:
+        The policies, in order.
+
+    Raises:
+        InputError: `auto_augment` is not a known policy.
     """
     jitter = (ColorJitter(color_jitter),) if color_jitter else ()
     if not auto_augment or auto_augment == "none":
@@ -181,35 +208,54 @@ def create_policies(auto_augment: str | None, color_jitter: float) -> tuple[Poli
 
 
 def parse_rand_augment(text: str) -> RandAugment:
-    """timm's notation: "rand" and, joined by "-", m (magnitude), n (layers), p (probability), mstd, mmax, inc."""
+    """Parses timm's notation of RandAugment.
+
+    Args:
+        text: "rand" and, joined by "-", m (magnitude), n (layers), p (probability), mstd, mmax, inc.
+
+    Returns:
+        The policy.
+
+    Raises:
+        InputError: A part is unknown, repeated or out of range.
+    """
     head, *parts = text.split("-")
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for part in parts:
         match = re.fullmatch(r"(mstd|p)(\d+(?:\.\d+)?|inf)|(mmax|inc|m|n)(\d+)", part)
         name, value = (match[1] or match[3], match[2] or match[4]) if match else (part, "nan")
-        if head != "rand" or name in found or not float(value) <= HIGHEST.get(name, math.inf):
+        if head != "rand" or name in numbers or not float(value) <= HIGHEST.get(name, math.inf):
             head = ""
             break
-        found[name] = float(value)
-    if head != "rand" or found.get("n") == 0:
+        numbers[name] = float(value)
+    if head != "rand" or numbers.get("n") == 0:
         raise InputError(
             "auto_augment is not understood",
             got=repr(text),
             expected='"3a", or "rand" with any of -m9 -n2 -p0.5 -mstd0.5 -mmax10 -inc1, each once',
         )
-    std = found.get("mstd", 0.0)
+    std = numbers.get("mstd", 0.0)
     return RandAugment(
-        INCREASING if found.get("inc") else PLAIN,
-        int(found.get("n", 2)),
-        found.get("p", 0.5),
-        found.get("m", FULL_LEVEL),
+        INCREASING if numbers.get("inc") else PLAIN,
+        int(numbers.get("n", 2)),
+        numbers.get("p", 0.5),
+        numbers.get("m", FULL_LEVEL),
         math.inf if std > 100 else std,
-        found.get("mmax") or FULL_LEVEL,
+        numbers.get("mmax") or FULL_LEVEL,
     )
 
 
 def draw_augmentation(policies: tuple[Policy, ...], n: int, rng: np.random.Generator) -> Draws:
-    """Draw for n images, one policy after the other; geometric operations end in `affine` and leave KEEP behind."""
+    """Draws the augmentation of images; geometric operations become affine maps, with KEEP in their place.
+
+    Args:
+        policies: The policies, in order.
+        n: Number of images.
+        rng: Random number generator.
+
+    Returns:
+        The draws.
+    """
     drawn = [policy.draw(n, rng) for policy in policies]
     kernels = np.concatenate([kernel for kernel, _ in drawn] or [np.zeros((n, 0), np.int64)], 1)
     amounts = np.concatenate([amount for _, amount in drawn] or [np.zeros((n, 0))], 1)
@@ -219,9 +265,16 @@ def draw_augmentation(policies: tuple[Policy, ...], n: int, rng: np.random.Gener
 
 
 def compose_geometric(kernels: np.ndarray, amounts: np.ndarray) -> np.ndarray:
-    """float64 [B, 2, 3]: input -> crop (see `geometry`) of geometric kernels [B, K] carried out one after the other.
+    """Combines geometric kernels, applied one after the other, into affine maps.
 
-    Angles turn counter-clockwise about the centre; shears keep the upper left corner; shifts are shares of a side.
+    Rotations are counter-clockwise about the center, shears keep the upper left corner, shifts are shares of a side.
+
+    Args:
+        kernels: int64 [B, K]: geometric kernels or KEEP.
+        amounts: float64 [B, K]: their amounts.
+
+    Returns:
+        float64 [B, 2, 3]: maps from input to crop, see `pipeline.geometry`.
     """
     n, layers = kernels.shape
     total = np.tile(np.eye(3), (n, 1, 1))
@@ -236,6 +289,6 @@ def compose_geometric(kernels: np.ndarray, amounts: np.ndarray) -> np.ndarray:
         step[:, 0, 1] += np.where(kernel == SHEAR_Y, amount, 0.0)
         step[:, 1, 2] += np.where(kernel == TRANSLATE_X, amount, 0.0)
         step[:, 0, 2] += np.where(kernel == TRANSLATE_Y, amount, 0.0)
-        # The last operation is the first on the way from the finished input back to the crop.
+        # The last operation comes first on the way back from the input to the crop.
         total = total @ step
     return total[:, :2]

@@ -1,1 +1,1 @@
-"""Label maps to targets: rows of the store, cropped to the token grid of each view."""
+"""Targets from label maps: rows of the store, cropped to the token grid of each view."""

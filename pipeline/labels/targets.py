@@ -1,11 +1,11 @@
-"""Score maps and crops to token targets.
+"""Token targets from score maps and crops.
 
 Legend: B images; C classes; P palette size; R tail size; H×W map grid; h×w token grid, T = h·w.
 
-A target is the softmax over P palette scores, R scores of the tail (the background's and an offset) and C − P − R
-copies of the background score, for each token and for the whole crop. Scores are averaged over a token's area first and
-softmaxed after; a tail's offsets are the same all over the image, so that a crop leaves them as they are. Unused
-palette and tail places (class −1) count as nothing.
+A target is the softmax over P palette scores, R scores of the tail (the background score plus an offset) and C − P − R
+copies of the background score, for each token and for the whole crop. Scores are averaged over a token's area before
+the softmax; a tail's offsets are the same all over the image, so cropping does not change them. Unused palette and tail
+slots (class −1) are ignored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pipeline.geometry import (
 if TYPE_CHECKING:
     from labeler.store.score_maps import ScoreMaps
 
-# e to this power is 0 in every float type: the score of all classes that a known label rules out.
+# exp of this is 0 in every float type: the score of all classes that a known label excludes.
 NOTHING = -1e4
 
 
@@ -43,13 +43,14 @@ NOTHING = -1e4
 class TokenTargets:
     """Targets of a batch, sparse over the classes.
 
-    classes           int64 [B, P]       palette class ids; −1 where the place is unused
-    token_scores      float32 [B, P, T]  each palette class's score in each token, row by row
-    token_background  float32 [B, T]     the score of every other class
-    cls_scores        float32 [B, P]     the same for the whole crop
-    cls_background    float32 [B]
-    tail_classes      int64 [B, R]       classes that share the background; −1 where unused; None: no tail
-    tail_offsets      float32 [B, R]     nats that such a class lies above the background, in tokens and crop alike
+    Attributes:
+        classes: int64 [B, P]: class ids of the palette; −1 where a slot is unused.
+        token_scores: float32 [B, P, T]: score of each palette class in each token, in row-major order.
+        token_background: float32 [B, T]: score of every other class.
+        cls_scores: float32 [B, P]: score of each palette class for the whole crop.
+        cls_background: float32 [B]: score of every other class for the whole crop.
+        tail_classes: int64 [B, R]: classes that share the background; −1 where unused; None: no tail.
+        tail_offsets: float32 [B, R]: nats that such a class is above the background, in all tokens and in the crop.
     """
 
     classes: torch.Tensor
@@ -62,7 +63,7 @@ class TokenTargets:
 
     def __post_init__(self) -> None:
         if (self.tail_classes is None) != (self.tail_offsets is None):
-            raise InputError("a tail is classes and offsets", got="only one of them", expected="both, or neither")
+            raise InputError("a tail needs classes and offsets", got="only one of them", expected="both, or neither")
         if self.tail_classes is None:
             object.__setattr__(self, "tail_classes", self.classes[:, :0])
             object.__setattr__(self, "tail_offsets", self.cls_scores[:, :0])
@@ -71,31 +72,38 @@ class TokenTargets:
         return self.classes.shape[0]
 
     def dense_tokens(self, num_classes: int) -> torch.Tensor:
-        """float32 [B, T, C]: each token's distribution; the plain reference for everything that avoids building it."""
+        """Returns float32 [B, T, C]: each token's distribution.
+
+        It is the plain reference for code that avoids building it.
+
+        Args:
+            num_classes: C.
+        """
         return self._dense(self.token_scores, self.token_background, num_classes)
 
     def dense_cls(self, num_classes: int) -> torch.Tensor:
-        """float32 [B, C]: the whole crop's distribution."""
+        """Returns float32 [B, C]: the distribution of the whole crop; `num_classes`: C."""
         return self._dense(self.cls_scores[..., None], self.cls_background[:, None], num_classes)[:, 0]
 
     def _dense(self, scores: torch.Tensor, background: torch.Tensor, num_classes: int) -> torch.Tensor:
-        """Palette scores [B, P, T] and background [B, T] to distributions [B, T, C]."""
+        """Expands palette scores [B, P, T] and background [B, T] to distributions [B, T, C]."""
         logits = dense_scores(
             self.classes, scores, background, self.tail_classes, self.tail_offsets.to(scores.dtype), num_classes
         )
-        # Over dim 1, as the published code sums it: float32 rounds differently along the last one (2e-5 at C = 1000).
+        # Over dim 1, as in the published code: float32 rounds differently along the last one (2e-5 at C = 1000).
         return logits.softmax(1).transpose(1, 2)
 
     def tempered(self, temperature: float) -> TokenTargets:
-        """All scores divided by `temperature`: above 1 the targets are softer than the teacher, below 1 sharper."""
+        """Returns targets with scores divided by `temperature`: above 1 softer than the teacher, below 1 sharper."""
         names = ("token_scores", "token_background", "cls_scores", "cls_background", "tail_offsets")
         return dataclasses.replace(self, **{name: getattr(self, name) / temperature for name in names})
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> TokenTargets:
+        """Returns the targets on `device`."""
         return TokenTargets(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 
     def pin_memory(self) -> TokenTargets:
-        """In pinned memory, as `DataLoader(pin_memory=True)` asks for."""
+        """Returns the targets in pinned memory, for `DataLoader(pin_memory=True)`."""
         return TokenTargets(*(getattr(self, f.name).pin_memory() for f in fields(self)))
 
 
@@ -106,16 +114,24 @@ def crop_score_maps(
     hflip: torch.Tensor | None = None,
     affine: torch.Tensor | None = None,
 ) -> TokenTargets:
-    """The part of each map that a crop shows, on the token grid: adaptive ROI-align of scores.
+    """Crops score maps to the token grid: adaptive ROI-align of scores.
 
-    maps    of B images, as tensors (`ScoreMaps.to_torch`)
-    boxes   [B, 4]: y0, x0, y1, x1 of the crop, fractions of the image; float64, or float32 to reckon in float32
-    grid    h, w
-    hflip   bool [B]: the crop is shown mirrored
-    affine  [B, 2, 3]: input -> crop before the flip, see `pipeline.geometry`; tokens that show nothing of the crop
-            take the target of its nearest place
+    Parts of a crop outside of the map's region take the map's nearest cell.
 
-    Parts of a crop outside the map's region take the map's nearest cell.
+    Args:
+        maps: Maps of B images, as tensors (`ScoreMaps.to_torch`).
+        boxes: [B, 4]: y0, x0, y1, x1 of the crops, as fractions of the images; float64, or float32 to compute in
+            float32.
+        grid: h, w.
+        hflip: bool [B]: which crops are mirrored; None: none.
+        affine: [B, 2, 3]: maps from input to crop before the flip, see `pipeline.geometry`; None: the identity. Tokens
+            that show nothing of the crop take the target of its nearest point.
+
+    Returns:
+        The targets.
+
+    Raises:
+        InputError: There is not one box for each map.
     """
     if boxes.shape != (len(maps), 4):
         raise InputError("boxes do not fit the maps", got=tuple(boxes.shape), expected=(len(maps), 4))
@@ -131,14 +147,14 @@ def crop_score_maps(
 
 
 def _crop_planes(maps: ScoreMaps, views: Views, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [B, P + 1, T] and the whole crop [B, P + 1], background last; `views.boxes` are fractions of the map."""
-    # Map rows first: then the products run over whole matrices, without a copy.
+    """Returns tokens [B, P + 1, T] and whole crops [B, P + 1], background last; `views.boxes`: fractions of the map."""
+    # Map rows first, so that the products run over whole matrices without a copy.
     planes = torch.cat([maps.scores.transpose(1, 2), maps.background[:, :, None]], 2)
     turned = views.affine
     tokens, whole = _crop_upright(planes, views, grid)
     slanted = (~is_axis_aligned(turned)).nonzero()[:, 0]
     if len(slanted):
-        # In float64: a place that is off by a millionth of the map shows where scores are steep.
+        # In float64: an error of a millionth of the map is visible where scores are steep.
         some, part = Views(views.boxes[slanted].double(), turned[slanted]), planes[slanted].transpose(1, 2).double()
         tokens[slanted] = _crop_slanted(part, some, grid).flatten(2).to(tokens.dtype)
         whole[slanted] = _crop_slanted(part, some, (1, 1))[:, :, 0, 0].to(tokens.dtype)
@@ -146,15 +162,15 @@ def _crop_planes(maps: ScoreMaps, views: Views, grid: tuple[int, int]) -> tuple[
 
 
 def _crop_upright(planes: torch.Tensor, views: Views, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Planes [B, H, K, W] to tokens [B, K, T] and the whole crop [B, K], as if no view were rotated or sheared.
+    """Crops planes [B, H, K, W] to tokens [B, K, T] and whole crops [B, K], ignoring rotation and shear.
 
-    The whole crop is one more row and column of the products, the mean of a 1×1 grid.
+    The whole crop is an extra row and column of the products, the mean of a 1×1 grid.
     """
     (h, w), affine, (n, rows, k, columns) = grid, views.affine.to(views.boxes.dtype), planes.shape
     y0, x0, y1, x1 = views.boxes.unbind(1)
     in_y = (y0, y1, affine[:, 0, 0], affine[:, 0, 2], rows)
     in_x = (x0, x1, affine[:, 1, 1], affine[:, 1, 2], columns)
-    # On a GPU in float64: float32 products may be TF32 there, and these are small.
+    # On a GPU in float64, since float32 products may be TF32; these are small.
     work = torch.float64 if planes.is_cuda else planes.dtype
     along_y = torch.cat([axis_weights(*in_y, h), axis_weights(*in_y, 1)], 1).to(work)
     along_x = torch.cat([axis_weights(*in_x, w), axis_weights(*in_x, 1)], 1).to(work)
@@ -164,7 +180,7 @@ def _crop_upright(planes: torch.Tensor, views: Views, grid: tuple[int, int]) -> 
 
 
 def _crop_slanted(planes: torch.Tensor, views: Views, grid: tuple[int, int]) -> torch.Tensor:
-    """Planes [b, K, H, W] to [b, K, h, w] for rotated and sheared views: samples that no longer lie along the axes."""
+    """Crops planes [b, K, H, W] to [b, K, h, w] for rotated and sheared views, whose samples are not along the axes."""
     n = len(planes)
     extent = (views.boxes[:, 2:] - views.boxes[:, :2]) * torch.tensor(planes.shape[2:], device=planes.device)
     whole = torch.ones_like(extent[:, 0])
@@ -178,17 +194,25 @@ def _crop_slanted(planes: torch.Tensor, views: Views, grid: tuple[int, int]) -> 
     ).flatten(1, 2)
     in_crop = apply_affine(views.affine, pairs).clamp(0, 1)
     start, end = views.boxes[:, None, :2], views.boxes[:, None, 2:]
-    places = (start + in_crop * (end - start)).view(n, h * s, w * r, 2)
-    # grid_sample wants (x, y) in −1..1 and clamps to the outermost cell centres.
+    points = (start + in_crop * (end - start)).view(n, h * s, w * r, 2)
+    # grid_sample takes (x, y) in −1..1 and clamps to the outermost cell centers.
     samples = F.grid_sample(
-        planes, places.flip(-1) * 2 - 1, mode="bilinear", padding_mode="border", align_corners=False
+        planes, points.flip(-1) * 2 - 1, mode="bilinear", padding_mode="border", align_corners=False
     ).view(n, -1, h, s, w, r)
     return torch.einsum("bkhswr,bs,br->bkhw", samples, share_y, share_x)
 
 
 def label_targets(labels: torch.Tensor, tokens: int) -> TokenTargets:
-    """Targets that say the image's true class in every token and for the crop; labels int64 [B], none negative."""
+    """Creates targets with the image's true class in every token and for the whole crop.
+
+    Args:
+        labels: int64 [B]: true classes, none negative.
+        tokens: T.
+
+    Returns:
+        The targets.
+    """
     n = len(labels)
     scores = torch.zeros(n, 1, tokens, device=labels.device)
-    nothing = torch.full((n, tokens), NOTHING, device=labels.device)
-    return TokenTargets(labels[:, None], scores, nothing, scores[:, :, 0], nothing[:, 0])
+    excluded = torch.full((n, tokens), NOTHING, device=labels.device)
+    return TokenTargets(labels[:, None], scores, excluded, scores[:, :, 0], excluded[:, 0])

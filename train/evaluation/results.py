@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from labeler.base.errors import InputError, told
+from labeler.base.errors import InputError, error_text
 from labeler.base.whole_files import replace_file, text_written_whole
 from train.evaluation.tally import ClassAccuracy
 
@@ -81,7 +81,7 @@ def _check(path: Path, what: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"the {what} {str(path)!r} cannot be written", got=told(error)) from None
+        raise InputError(f"the {what} {str(path)!r} cannot be written", got=error_text(error)) from None
     if path.is_dir():
         raise InputError(f"the {what} {str(path)!r} cannot be written", got="a folder of that name")
     if not os.access(path.parent, os.W_OK):

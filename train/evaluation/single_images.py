@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 from labeler.base.cores import usable_cores
-from labeler.base.errors import InputError, told
+from labeler.base.errors import InputError, error_text
 from labeler.config import LabelerConfig
 from labeler.sources.images import OF_THE_MACHINE, BadImage, check_header, find_images, image_path
 from labeler.sources.pixels import open_rgb
 from pipeline.augment.crops import center_crops
-from pipeline.prefetcher import Ahead
+from pipeline.prefetcher import Prefetcher
 from train.errors import TrainError
 from train.evaluation.validate import Trained
 
@@ -128,7 +128,7 @@ def load_batches(
             for start in range(0, len(images), batch_size):
                 yield list(pool.map(load, images[start : start + batch_size]))
 
-    ahead = Ahead(batches(), depth=1)
+    ahead = Prefetcher(batches(), depth=1)
     try:
         yield from ahead
     finally:
@@ -154,7 +154,7 @@ def load_image(path: str | Path, trained: Trained) -> np.ndarray:
     except ValueError as error:  # a name that no file can have
         raise BadImage(f"cannot be read: {error}") from None
     except OSError as error:
-        reason = told(OSError(error.errno, error.strerror))
+        reason = error_text(OSError(error.errno, error.strerror))
         if error.errno in OF_THE_MACHINE:
             raise TrainError(f"the image {printable(path)!r} cannot be read on this machine", got=reason) from None
         raise BadImage(f"cannot be read: {reason}") from None
@@ -162,7 +162,7 @@ def load_image(path: str | Path, trained: Trained) -> np.ndarray:
     try:
         image = open_rgb(data, trained.transform["orientation"])
     except Exception as error:  # PIL's decoders raise many types
-        raise BadImage(f"cannot be decoded: {told(error)}") from None
+        raise BadImage(f"cannot be decoded: {error_text(error)}") from None
     side, how = trained.side, trained.transform
     window = center_crops(np.array([[image.height, image.width]]), side, how["crop_pct"], how["crop_mode"])
     y0, x0, y1, x1 = window[0].tolist()
