@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from labeler.base.errors import TokenLabelError
 from labeler.base.settings import names_that_affect
-from labeler.base.whole_files import Marker
 from labeler.choose_encoding import asked_encoding, fit_encoding
 from labeler.config import LabelerConfig
 from labeler.executor import refuse_absent_ray, run_in_process, run_on_ray
@@ -23,6 +22,7 @@ from labeler.store.foreign_store import remember_written
 from labeler.store.label_store import LabelStore
 from labeler.store.plan import Plan, StoreMeta, load_plan
 from labeler.store.score_code import Encoding, code_table, share_of_reference
+from labeler.store.shard_markers import Marker
 from labeler.store.shard_writer import begin_store, committed_shards, finish_store
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from labeler.base.errors import LabelingError, MismatchError, TeacherError
-from labeler.base.whole_files import read_marker
 from labeler.config import LabelerConfig
 from labeler.sources.create_decoder import create_decoder
 from labeler.sources.decoder import Decoded, Decoder, DecodeSettings, teacher_region
@@ -23,6 +22,7 @@ from labeler.sources.images import BadImage, check_header, image_digest, read_im
 from labeler.store.encoder import EncodedMaps, encode_maps
 from labeler.store.plan import Plan
 from labeler.store.shard_file import ShardRows
+from labeler.store.shard_markers import read_marker
 from labeler.store.shard_writer import store_classes, write_shard
 from labeler.teacher.create_teacher import LoadedTeacher, create_teacher
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from labeler.base.errors import BackendError, ModelError
 
 try:
-    from model import demansia, lvvit, vim
+    from model.backbones import demansia, lvvit, vim
 except ModuleNotFoundError as absent:
     if absent.name not in ("torch", "timm"):
         raise

@@ -20,10 +20,10 @@ from torch import nn
 
 from labeler.base.errors import ModelError
 from labeler.base.weight_files import read_weight_file
-from model.demansia import DeMansia
-from model.lvvit import SIZES as LVVIT_SIZES
-from model.patch_model import fit_position_embedding
-from model.vim import Vim
+from model.backbones.demansia import DeMansia
+from model.backbones.lvvit import SIZES as LVVIT_SIZES
+from model.backbones.patch_model import fit_position_embedding
+from model.backbones.vim import Vim
 
 MAX_BYTES = 8 << 30  # several times the largest published file, optimizer state included
 TRAINING_SIDES = (224, 256, 384, 448, 512)  # pixels that pictures are usually cropped to

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from pipeline.batch import Batch
     from pipeline.config import LoaderConfig
     from pipeline.geometry import Views
-    from pipeline.labels.targets import TokenTargets, crop_score_maps
+    from pipeline.labels.crop_score_maps import crop_score_maps
+    from pipeline.labels.token_targets import TokenTargets
     from pipeline.loader import TokenLabelLoader, create_loader
 
 _HOMES = {
@@ -21,10 +22,10 @@ _HOMES = {
     "LoaderConfig": "config",
     "MixBox": "augment.mix",
     "TokenLabelLoader": "loader",
-    "TokenTargets": "labels.targets",
+    "TokenTargets": "labels.token_targets",
     "Views": "geometry",
     "create_loader": "loader",
-    "crop_score_maps": "labels.targets",
+    "crop_score_maps": "labels.crop_score_maps",
     "mix_pixels": "augment.mix",
     "sample_mix_box": "augment.mix",
 }

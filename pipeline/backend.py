@@ -19,7 +19,7 @@ from labeler.store.score_maps import ScoreMaps
 from pipeline.augment.draws import Draws
 from pipeline.config import LoaderConfig
 from pipeline.labels.label_rows import HostRows
-from pipeline.labels.targets import TokenTargets
+from pipeline.labels.token_targets import TokenTargets
 from pipeline.sources import unreadable
 
 if TYPE_CHECKING:

@@ -23,10 +23,11 @@ from labeler.sources.pixels import as_ppm
 from labeler.sources.plain_files import plain_file
 from labeler.store.score_maps import ScoreMaps
 from pipeline.augment.draws import Draws
-from pipeline.augment.operations import apply_kernels, warp
+from pipeline.augment.kernels import apply_kernels, warp
 from pipeline.backend import LoaderBackend, Prepared, decoding_failed
 from pipeline.config import LoaderConfig
-from pipeline.labels.targets import TokenTargets, crop_score_maps
+from pipeline.labels.crop_score_maps import crop_score_maps
+from pipeline.labels.token_targets import TokenTargets
 
 log = logging.getLogger("pipeline")
 

@@ -28,7 +28,7 @@ from pipeline.backend import LoaderBackend, Prepared
 from pipeline.batch import Batch
 from pipeline.config import LoaderConfig
 from pipeline.labels.label_rows import LabelRows
-from pipeline.labels.targets import TokenTargets, label_targets
+from pipeline.labels.token_targets import TokenTargets, label_targets
 from pipeline.order import EpochOrder
 from pipeline.prefetcher import Prefetcher
 from pipeline.samples import open_samples, scan_sizes

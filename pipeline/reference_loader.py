@@ -19,9 +19,9 @@ from pipeline.augment import policy
 from pipeline.augment.draws import Draws
 from pipeline.backend import LoaderBackend, Prepared
 from pipeline.labels.crop_reference import crop_one_by_one
-from pipeline.labels.targets import TokenTargets
+from pipeline.labels.token_targets import TokenTargets
 
-OPERATIONS = {
+PIL_KERNELS = {
     policy.AUTOCONTRAST: lambda image, _: timm_ops.auto_contrast(image),
     policy.EQUALIZE: lambda image, _: timm_ops.equalize(image),
     policy.INVERT: lambda image, _: timm_ops.invert(image),
@@ -64,7 +64,7 @@ class ReferenceBackend(LoaderBackend):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         for kernel, amount in zip(draws.kernels[i], draws.amounts[i], strict=True):
             if kernel != policy.KEEP:
-                image = OPERATIONS[int(kernel)](image, float(amount))
+                image = PIL_KERNELS[int(kernel)](image, float(amount))
         return np.asarray(self.warp(image, draws.affine[i]))
 
     def warp(self, image: Any, affine: np.ndarray) -> Any:

@@ -17,7 +17,6 @@ import torch
 from tiny import CLASSES, GRID, colour_teacher, make_images
 
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, label_images
-from labeler.base.whole_files import publish_shard, read_marker, shard_stem
 from labeler.sources.decode_reference import ReferenceDecoder
 from labeler.sources.decoder import DecodeSettings
 from labeler.store.label_store import _most_used
@@ -31,6 +30,7 @@ from labeler.store.shard_file import (
     packed_planes,
     row_layout,
 )
+from labeler.store.shard_markers import publish_shard, read_marker, shard_stem
 from labeler.verify import verify_store
 
 

@@ -13,8 +13,9 @@ from tiny import ColourTeacher, encoded, picture
 
 from labeler import IntegrityError, LabelStore, TeacherConfig, label_images
 from labeler.__main__ import main
-from labeler.base.whole_files import read_marker, read_sealed, sealed
+from labeler.base.whole_files import read_sealed, sealed
 from labeler.relabel import teacher_kl, teacher_of
+from labeler.store.shard_markers import read_marker
 from labeler.verify import verify_store
 
 

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from labeler.base.errors import ModelError
 from model import checkpoints
+from model.backbones.demansia import DeMansia
+from model.backbones.lvvit import LVViT
+from model.backbones.vim import Vim
 from model.checkpoints import load_reference_checkpoint
-from model.demansia import DeMansia
-from model.lvvit import LVViT
-from model.vim import Vim
 
 VIM_NAME = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
 

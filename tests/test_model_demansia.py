@@ -13,7 +13,7 @@ import torch
 from fixtures import BACKENDS, SOURCES, close, keys, state, tensors
 
 import model  # noqa: F401  (registers the names)
-from model.demansia import DeMansia
+from model.backbones.demansia import DeMansia
 
 GRID = (4, 4)
 

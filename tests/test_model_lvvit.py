@@ -16,7 +16,7 @@ from timm.optim import param_groups_layer_decay
 
 import model  # noqa: F401  (registers the names)
 from labeler.base.errors import ModelError
-from model.lvvit import NAMES, LVViT
+from model.backbones.lvvit import NAMES, LVViT
 
 GRID = (4, 4)
 MICRO = {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}

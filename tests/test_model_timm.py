@@ -17,10 +17,10 @@ import torch
 from timm.optim import create_optimizer_v2
 
 from model import NAMES, ModelError
-from model.demansia import DeMansia
-from model.lvvit import LVViT
+from model.backbones.demansia import DeMansia
+from model.backbones.lvvit import LVViT
+from model.backbones.vim import Vim
 from model.summary import summarize
-from model.vim import Vim
 
 SMALL = {"img_size": 64, "num_classes": 7, "embed_dim": 48, "depth": 3}
 FAMILIES = {"demansia_tiny": SMALL, "vim_tiny": SMALL, "lvvit_t": {**SMALL, "num_heads": 3}}

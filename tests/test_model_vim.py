@@ -8,7 +8,7 @@ import torch
 from fixtures import BACKENDS, SOURCES, close, keys, state, tensors
 
 import model  # noqa: F401  (registers the names)
-from model.vim import Vim
+from model.backbones.vim import Vim
 
 SETTINGS = {"img_size": 64, "embed_dim": 32, "depth": 4, "num_classes": 10, "stem": "patch", "aux_head": False}
 

@@ -20,8 +20,8 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from labeler.base.errors import ModelError
+from model.backbones.lvvit import LVViT
 from model.feature_maps import layout
-from model.lvvit import LVViT
 from model.wrapper import TokenLabeled, token_label
 
 CLASSES = 5

@@ -25,7 +25,8 @@ from pipeline.geometry import (
     is_axis_aligned,
 )
 from pipeline.labels.crop_reference import crop_one_by_one
-from pipeline.labels.targets import TokenTargets, crop_score_maps, label_targets
+from pipeline.labels.crop_score_maps import crop_score_maps
+from pipeline.labels.token_targets import TokenTargets, label_targets
 
 CLASSES = 9
 FULL = (0.0, 0.0, 1.0, 1.0)

@@ -21,7 +21,7 @@ import train
 from labeler import LabelerConfig, TeacherConfig, label_images
 from labeler.report.charts import COLOURS
 from labeler.sources.pixels import ORIENTATION_TAG
-from model.vim import Vim
+from model.backbones.vim import Vim
 from pipeline.view import FAINTEST, GAP, LINE, MARGIN, MIDDLE, assign_colours
 from train.__main__ import main
 from train.evaluation.predict import ClassShare, Prediction, predict

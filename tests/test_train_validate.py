@@ -24,7 +24,7 @@ import train
 from labeler import TeacherConfig, label_images
 from labeler.base.errors import InputError
 from labeler.sources.class_names import imagenet_names
-from model.demansia import DeMansia
+from model.backbones.demansia import DeMansia
 from train.__main__ import main
 from train.evaluation.single_images import load_image, normalized
 from train.evaluation.validate import Trained, load_trained, validate

@@ -1,19 +1,13 @@
-"""Atomic file writes: each file is either absent or complete, whatever crashes in between.
-
-A shard's file is complete on disk before its marker names it. The marker is created by an exclusive link, so of two
-writers the first wins and the other removes its own file.
-"""
+"""Atomic file writes: each file is either absent or complete, whatever crashes in between."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,63 +16,6 @@ import xxhash
 from labeler.base.errors import IntegrityError, LabelingError
 
 TEMPORARY = ".tmp-"
-MOST = 1 << 40  # bytes, or rows, of a shard
-
-
-@dataclass(frozen=True)
-class Marker:
-    """The record of one finished shard: its file, and the images that could not be labeled.
-
-    Attributes:
-        shard: Number of the shard.
-        file: Name of its file.
-        size: Size of the file in bytes.
-        sha256: Digest of the file.
-        rows: Rows in the file.
-        first_key: First key of the shard's slice, whether that image has a row or not.
-        last_key: Last key of the slice, likewise.
-        quarantine: {"key", "reason"} of each image of the slice that has no row.
-        stats: Sums over rows: kl, entropy (nats), coverage, known (rows with a target), agree (the map names it).
-    """
-
-    shard: int
-    file: str
-    size: int
-    sha256: str
-    rows: int
-    first_key: str
-    last_key: str
-    quarantine: list[dict[str, str]] = field(default_factory=list)
-    stats: dict[str, float] = field(default_factory=dict)
-
-
-def shard_stem(shard: int, shards: int) -> str:
-    """Returns how the names of a shard's files begin, such as "shard-00000-of-00128"."""
-    return f"shard-{shard:05d}-of-{shards:05d}"
-
-
-def publish_shard(store: Path, stem: str, data: bytes, fields: Mapping[str, Any]) -> bool:
-    """Writes a shard's file, then its marker.
-
-    Args:
-        store: The store's folder.
-        stem: How the names of the shard's files begin, see `shard_stem`.
-        data: Bytes of the shard's file.
-        fields: The marker's other fields.
-
-    Returns:
-        False if another writer's marker was there first.
-    """
-    digest = hashlib.sha256(data).hexdigest()
-    path = store / f"{stem}.{digest[:12]}.h5"
-    marker = Marker(file=path.name, size=len(data), sha256=digest, **fields)
-    marker_path = store / f"{stem}.json"
-    replace_file(path, data)
-    if publish_exclusively(marker_path, sealed(asdict(marker))):
-        return True
-    if json.loads(marker_path.read_bytes())["file"] != path.name:
-        path.unlink(missing_ok=True)
-    return False
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -185,9 +122,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
         seal = record.pop("xxh3")
         text = json.dumps(record, ensure_ascii=False, sort_keys=True)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from None
+        raise damaged(path, f"{type(error).__name__}: {error}") from None
     if seal != xxhash.xxh3_64_hexdigest(text.encode()):
-        raise _damaged(path, "content that does not match its checksum")
+        raise damaged(path, "content that does not match its checksum")
     return record
 
 
@@ -196,67 +133,8 @@ def write_sealed(path: Path, record: dict[str, Any]) -> bool:
     return publish_exclusively(path, sealed(record))
 
 
-def read_marker(store: Path, shard: int, shards: int) -> Marker | None:
-    """Reads a shard's marker; None if there is none. Raises IntegrityError if it is damaged."""
-    path = store / f"{shard_stem(shard, shards)}.json"
-    try:
-        record = read_sealed(path)
-    except FileNotFoundError:
-        return None
-    try:
-        known = {entry.name for entry in fields(Marker)}  # later versions of the format may add some
-        marker = Marker(**{name: value for name, value in record.items() if name in known})
-        _check_types(marker)
-    except TypeError as error:
-        raise _damaged(path, str(error)) from None
-    if marker.shard != shard or not marker.file.startswith(shard_stem(shard, shards) + ".") or "/" in marker.file:
-        raise _damaged(path, f"shard {marker.shard}, file {marker.file!r}")
-    return marker
-
-
-def _check_types(marker: Marker) -> None:
-    """Raises TypeError if an entry has a type that no marker has: the file may come from elsewhere."""
-    kinds = {"shard": int, "size": int, "rows": int, "file": str, "sha256": str, "first_key": str, "last_key": str}
-    kinds |= {"quarantine": list, "stats": dict}
-    wrong = [name for name, kind in kinds.items() if type(getattr(marker, name)) is not kind]
-    if not wrong and not (0 <= marker.size < MOST and 0 <= marker.rows < MOST):
-        wrong = ["size or rows"]
-    if not wrong and not all(type(number) in (int, float) for number in marker.stats.values()):
-        wrong = ["stats"]
-    texts = [
-        (entry.get("key"), entry.get("reason")) if type(entry) is dict else () for entry in marker.quarantine or ()
-    ]
-    if not wrong and not all(list(map(type, pair)) == [str, str] for pair in texts):
-        wrong = ["quarantine"]
-    if wrong:
-        raise TypeError(f"{', '.join(wrong)} that no marker has")
-
-
-def check_file(store: Path, marker: Marker) -> None:
-    """Compares a shard's file with its marker, bit by bit. Raises IntegrityError if they differ."""
-    path = store / marker.file
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.file_digest(file, "sha256").hexdigest() if size == marker.size else None
-    except FileNotFoundError:
-        raise _damaged(path, "no such file", "the file that its marker names") from None
-    if size != marker.size:
-        raise _damaged(path, f"{size} bytes", f"{marker.size} bytes")
-    if digest != marker.sha256:
-        raise _damaged(path, f"sha256 {digest}"[:19], f"sha256 {marker.sha256}"[:19])
-
-
-def sweep(store: Path, markers: list[Marker]) -> None:
-    """Removes what crashed or slower writers left behind. Only for a store whose shards are all committed."""
-    named = {marker.file for marker in markers}
-    for path in store.iterdir():
-        left_over = path.name.startswith("shard-") and path.suffix == ".h5" and path.name not in named
-        if left_over or path.name.startswith(TEMPORARY):
-            path.unlink(missing_ok=True)
-
-
-def _damaged(path: Path, got: str, expected: str | None = None) -> IntegrityError:
+def damaged(path: Path, got: str, expected: str | None = None) -> IntegrityError:
+    """The error of a stored file that is not as it was written."""
     return IntegrityError(
         f"{str(path)!r} is damaged",
         got=got,

@@ -28,10 +28,10 @@ import numpy as np
 
 from labeler.base.errors import InputError, IntegrityError, TokenLabelError
 from labeler.base.open_files import OpenFiles
-from labeler.base.whole_files import check_file, read_marker
 from labeler.store.plan import FORMAT_VERSION, PLAN_FILE, Plan, load_plan
 from labeler.store.row_checks import shard_problems, value_problems
 from labeler.store.shard_file import VIEW_FILE, ShardReader, file_rows
+from labeler.store.shard_markers import check_file, read_marker
 
 log = logging.getLogger("labeler")
 

@@ -20,13 +20,13 @@ import numpy as np
 
 from labeler.base.errors import InputError, IntegrityError
 from labeler.base.open_files import OpenFiles
-from labeler.base.whole_files import Marker, check_file, read_marker
 from labeler.store.check_store import Verification, check_images, check_store
 from labeler.store.foreign_store import refuse_hostile
 from labeler.store.plan import Plan, StoreMeta, load_plan
 from labeler.store.score_code import OFFSET_STEP, ScoreCode
 from labeler.store.score_maps import ScoreMaps
 from labeler.store.shard_file import ShardReader, ShardRows
+from labeler.store.shard_markers import Marker, check_file, read_marker
 
 CACHES = (None, "ram", "ram-compressed")
 

@@ -11,18 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from labeler.base.errors import InputError, IntegrityError, LabelingError
-from labeler.base.whole_files import (
-    Marker,
-    check_file,
-    publish_shard,
-    read_marker,
-    replace_file,
-    shard_stem,
-    sweep,
-    sync_folder,
-)
+from labeler.base.whole_files import replace_file, sync_folder
 from labeler.store.plan import Plan, load_plan, refuse_other_settings
 from labeler.store.shard_file import VIEW_FILE, ShardRows, build_shard, build_view, class_dtype
+from labeler.store.shard_markers import Marker, check_file, publish_shard, read_marker, shard_stem, sweep
 
 QUARANTINE_FILE = "quarantine.jsonl"
 CANNOT_WRITE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})

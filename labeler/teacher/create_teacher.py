@@ -18,7 +18,7 @@ from torch import Tensor
 
 from labeler.base.errors import TeacherError
 from labeler.base.runtime import DTYPES, pick_device, pick_precision
-from labeler.teacher.classifiers import build_classifier
+from labeler.teacher.build_classifier import build_classifier
 from labeler.teacher.dense_maps import DenseMap, dense_map
 from labeler.teacher.teacher_config import TeacherConfig
 from labeler.teacher.weights import weights_sha256

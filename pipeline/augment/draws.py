@@ -32,8 +32,8 @@ class Draws:
         windows: [B, 4]: windows in pixels of the decoded images; whole numbers in training.
         hflip: bool [B]: which windows are flipped.
         bicubic: bool [B]: which windows are resized with bicubic interpolation; the others are bilinear.
-        kernels: int64 [B, K]: see `pipeline.augment.policy.Draws`.
-        amounts: float64 [B, K]: see `pipeline.augment.policy.Draws`.
+        kernels: int64 [B, K]: see `pipeline.augment.policy.DrawnKernels`.
+        amounts: float64 [B, K]: see `pipeline.augment.policy.DrawnKernels`.
         affine: float64 [B, 2, 3]: the geometric operations, as maps from input to flipped window.
         views: The same geometry as boxes and affine maps of the unflipped windows, for the labels.
         erased: int64 [B, 4]: boxes to erase, in pixels of the input.

@@ -2,7 +2,7 @@
 
 Legend: B images; K operations in a row per image.
 
-All random numbers are drawn here, as arrays on the host, for `pipeline.augment.operations`. Geometric operations are
+All random numbers are drawn here, as arrays on the host, for `pipeline.augment.kernels`. Geometric operations are
 not applied one by one: they are multiplied into one affine map per image, which warps the label map as well.
 
 Cubuk et al., "RandAugment" (2019); Touvron et al., "DeiT III" (2022); levels and ranges are timm's.
@@ -19,7 +19,7 @@ import numpy as np
 
 from labeler.base.errors import InputError
 
-# Kernels of `pipeline.augment.operations`, by number. The geometric ones are part of the affine map.
+# Kernels of `pipeline.augment.kernels`, by number. The geometric ones are part of the affine map.
 KEEP, AUTOCONTRAST, EQUALIZE, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD = range(7)
 COLOR, CONTRAST, BRIGHTNESS, SHARPNESS, BLUR = range(7, 12)
 ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(12, 17)
@@ -97,7 +97,7 @@ INCREASING = tuple(name + "Increasing" if name + "Increasing" in OPERATIONS else
 
 
 @dataclass(frozen=True)
-class Draws:
+class DrawnKernels:
     """The augmentation of a batch.
 
     Attributes:
@@ -132,7 +132,7 @@ class RandAugment:
     max_magnitude: float = FULL_LEVEL
 
     def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Draws (kernels, amounts) of n images, both [n, layers]."""
+        """DrawnKernels (kernels, amounts) of n images, both [n, layers]."""
         shape = (n, self.layers)
         chosen = rng.integers(0, len(self.operations), shape)
         applied = rng.random(shape) < self.prob
@@ -161,7 +161,7 @@ class ThreeAugment:
     max_radius: float = 2.0
 
     def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Draws (kernels, amounts) of n images, both [n, 1]."""
+        """DrawnKernels (kernels, amounts) of n images, both [n, 1]."""
         kernels = rng.choice([SOLARIZE, COLOR, BLUR], (n, 1))
         radius = rng.uniform(0.1, self.max_radius, (n, 1))
         return kernels, np.where(kernels == SOLARIZE, 128.0, np.where(kernels == COLOR, 0.0, radius))
@@ -178,7 +178,7 @@ class ColorJitter:
     amount: float
 
     def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Draws (kernels, amounts) of n images, both [n, 3]."""
+        """DrawnKernels (kernels, amounts) of n images, both [n, 3]."""
         kernels = rng.permuted(np.tile([BRIGHTNESS, CONTRAST, COLOR], (n, 1)), axis=1)
         return kernels, rng.uniform(max(0.0, 1 - self.amount), 1 + self.amount, (n, 3))
 
@@ -245,8 +245,8 @@ def parse_rand_augment(text: str) -> RandAugment:
     )
 
 
-def draw_augmentation(policies: tuple[Policy, ...], n: int, rng: np.random.Generator) -> Draws:
-    """Draws the augmentation of images; geometric operations become affine maps, with KEEP in their place.
+def draw_augmentation(policies: tuple[Policy, ...], n: int, rng: np.random.Generator) -> DrawnKernels:
+    """DrawnKernels the augmentation of images; geometric operations become affine maps, with KEEP in their place.
 
     Args:
         policies: The policies, in order.
@@ -261,7 +261,7 @@ def draw_augmentation(policies: tuple[Policy, ...], n: int, rng: np.random.Gener
     amounts = np.concatenate([amount for _, amount in drawn] or [np.zeros((n, 0))], 1)
     geometric = np.isin(kernels, GEOMETRIC)
     affine = compose_geometric(np.where(geometric, kernels, KEEP), amounts)
-    return Draws(np.where(geometric, KEEP, kernels), np.where(geometric, 0.0, amounts), affine)
+    return DrawnKernels(np.where(geometric, KEEP, kernels), np.where(geometric, 0.0, amounts), affine)
 
 
 def compose_geometric(kernels: np.ndarray, amounts: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 
 from labeler.store.score_maps import ScoreMaps
 from pipeline.geometry import Views, sample_counts
-from pipeline.labels.targets import TokenTargets
+from pipeline.labels.token_targets import TokenTargets
 
 
 def crop_one_by_one(maps: ScoreMaps, views: Views, grid: tuple[int, int]) -> TokenTargets:

@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from labeler.base.errors import ModelError
+from model.backbones.vision_mamba import Block, VisionMamba
 from model.mixer import BidirectionalMamba
 from model.ops import choose_backend
-from model.vision_mamba import Block, VisionMamba
 
 FAST = {"cpu": "cpu", "cuda": "triton"}  # device -> the backend of this project's scan that figures are of
 

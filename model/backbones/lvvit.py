@@ -23,8 +23,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from labeler.base.errors import ModelError
-from model.patch_embed import ConvStem
-from model.patch_model import PatchModel, build_patch_model, check_pool, untrained_cfg
+from model.backbones.patch_embed import ConvStem
+from model.backbones.patch_model import PatchModel, build_patch_model, check_pool, untrained_cfg
 
 NORM_EPS = 1e-5
 

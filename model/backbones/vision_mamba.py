@@ -1,4 +1,4 @@
-"""Vision Mamba as a backbone with timm's interface; `model.vim` and `model.demansia` register its sizes.
+"""Vision Mamba as a backbone with timm's interface; `vim` and `demansia` beside it register its sizes.
 
 Legend: B images; h×w token grid, T = h·w tokens; L = T + 1 sequence length; D model width.
 """
@@ -15,9 +15,9 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from labeler.base.errors import ModelError
+from model.backbones.patch_embed import ConvStem, PatchProjection
+from model.backbones.patch_model import PatchModel, check_pool
 from model.mixer import BidirectionalMamba, widen
-from model.patch_embed import ConvStem, PatchProjection
-from model.patch_model import PatchModel, check_pool
 
 NORM_EPS = 1e-5
 

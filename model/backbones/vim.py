@@ -6,8 +6,8 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
-from model.patch_model import build_patch_model, untrained_cfg
-from model.vision_mamba import VisionMamba
+from model.backbones.patch_model import build_patch_model, untrained_cfg
+from model.backbones.vision_mamba import VisionMamba
 
 
 class Vim(VisionMamba):
