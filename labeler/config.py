@@ -58,9 +58,14 @@ class LabelerConfig:
         affects="values",
         choices=ORIENTATIONS,
     )
-    min_side: int = option("images with a shorter side, in pixels, are quarantined", 8, affects="values", lowest=1)
+    min_side: int = option(
+        "shortest side of an image in pixels; smaller ones are quarantined", 8, affects="values", lowest=1
+    )
     max_pixels: int = option(
-        "images with more pixels are quarantined before they are decoded", 100_000_000, affects="values", lowest=1
+        "most pixels of an image; larger ones are quarantined without being decoded",
+        100_000_000,
+        affects="values",
+        lowest=1,
     )
     class_names: str | None = option(
         "file of class names, one per line in the teacher's order", None, affects="recorded"

@@ -144,8 +144,11 @@ def test_workers_get_the_most_cpus_with_which_all_find_room(config, caplog):
     with caplog.at_level(logging.WARNING):
         assert _threads([small], 1, wanted) == 1
         assert _threads([small], 0, dataclasses.replace(wanted, threads=16)) == 16
-    assert "no node of the Ray cluster has 1 CPU(s) and 1 GPU(s)" in caplog.text
-    assert "no node of the Ray cluster has 16 CPU(s) and 0 GPU(s) for a worker, the most are 8 and 0" in caplog.text
+    assert "no node of the Ray cluster has the 1 CPU(s) and 1 GPU(s)" in caplog.text
+    assert (
+        "no node of the Ray cluster has the 16 CPU(s) and 0 GPU(s) that a worker needs; the most are 8 and 0"
+        in caplog.text
+    )
 
 
 def test_a_store_of_many_shards_is_checked_though_few_files_may_be_open(images, tmp_path, config):
