@@ -374,4 +374,4 @@ def _probe(address: str) -> None:
         # Ray uses gRPC, hence HTTP/2, where a settings frame (type 4) comes first.
         server.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
         if server.recv(4)[3:] != b"\4":
-            raise OSError("the answer is not from Ray")
+            raise OSError("an answer that is not Ray's")
