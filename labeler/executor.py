@@ -13,16 +13,15 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from labeler.base.cores import usable_cores
 from labeler.base.errors import InputError, LabelingError, TokenLabelError
 from labeler.base.freed_memory import freed_memory_kept, keep_freed_memory
 from labeler.config import LabelerConfig
-from labeler.store.plan import Plan
-from labeler.worker import ShardLabeler, ShardResult, ShardTask
+from labeler.worker import LabelingJob, ShardLabeler, ShardResult, ShardTask
 
 log = logging.getLogger("labeler")
 
@@ -33,18 +32,12 @@ Advance = Callable[[int], None]
 PATIENCE = 60.0
 
 
-def run_in_process(
-    tasks: list[ShardTask], root: Path, store: Path, plan: Plan, config: LabelerConfig, device: str, advance: Advance
-) -> Iterator[ShardResult]:
+def run_in_process(tasks: list[ShardTask], job: LabelingJob, advance: Advance) -> Iterator[ShardResult]:
     """Labels shards one after the other in this process.
 
     Args:
         tasks: The shards.
-        root: The image root.
-        store: The store's folder.
-        plan: The store's plan.
-        config: Settings of the run.
-        device: Device of the teacher.
+        job: The run.
         advance: Called with the number of finished images.
 
     Yields:
@@ -53,8 +46,8 @@ def run_in_process(
     Raises:
         LabelingError: A shard could not be labeled.
     """
-    with freed_memory_kept(device == "cpu"):
-        labeler = ShardLabeler(root, store, plan, config, device, config.threads or usable_cores())
+    with freed_memory_kept(job.device == "cpu"):
+        labeler = ShardLabeler(job, job.config.threads or usable_cores())
         advance(0)
         for task in tasks:
             try:
@@ -75,9 +68,7 @@ def refuse_absent_ray() -> None:
         raise ModuleNotFoundError("workers need Ray. pip install 'token-labeling[label]'", name="ray")
 
 
-def run_on_ray(
-    tasks: list[ShardTask], root: Path, store: Path, plan: Plan, config: LabelerConfig, device: str, advance: Advance
-) -> Iterator[ShardResult]:
+def run_on_ray(tasks: list[ShardTask], job: LabelingJob, advance: Advance) -> Iterator[ShardResult]:
     """Labels shards with `config.workers` Ray actors, each with a teacher.
 
     Actors wait until the cluster has room for them, so workers come and go with the nodes. Errors that every worker
@@ -86,11 +77,7 @@ def run_on_ray(
 
     Args:
         tasks: The shards.
-        root: The image root.
-        store: The store's folder.
-        plan: The store's plan.
-        config: Settings of the run.
-        device: Device of the teachers.
+        job: The run.
         advance: Called with the number of finished images.
 
     Yields:
@@ -102,18 +89,19 @@ def run_on_ray(
     """
     import ray
 
+    config = job.config
+    elsewhere = replace(job, root=job.root.absolute(), store=job.store.absolute())
     ours = not ray.is_initialized()
     unfinished = {task.shard: task for task in tasks}
     while unfinished:
         if ours:
             with _own_signal_handlers():
                 _connect(config.ray_address, (config.threads or 1) * config.workers)
-        gpus = config.gpus_per_worker if device.startswith("cuda") else 0
+        gpus = config.gpus_per_worker if job.device.startswith("cuda") else 0
         threads = _threads([node["Resources"] for node in ray.nodes() if node["Alive"]], gpus, config)
         worker = ray.remote(num_cpus=threads, num_gpus=gpus)(_Worker)
         paths = [os.path.abspath(path) for path in sys.path]
-        arguments = (paths, device == "cpu", root.absolute(), store.absolute(), plan, config, device, threads)
-        pool = _Pool(ray, partial(worker.remote, *arguments), list(unfinished.values()), config, advance)
+        pool = _Pool(ray, partial(worker.remote, paths, elsewhere, threads), list(unfinished.values()), config, advance)
         try:
             for result in pool.results():
                 del unfinished[result.shard]
@@ -135,10 +123,10 @@ class _UnheardError(LabelingError):
 class _Worker:
     """The actor. It loads the teacher in a call of its own, whose errors reach the driver unchanged."""
 
-    def __init__(self, paths: list[str], keep_memory: bool, *arguments: Any) -> None:
+    def __init__(self, paths: list[str], job: LabelingJob, threads: int) -> None:
         # A teacher given as module:function may be where only the driver looks for modules.
         sys.path += [path for path in paths if path not in sys.path and os.path.isdir(path)]
-        self.arguments, self.keep_memory = arguments, keep_memory
+        self.job, self.threads = job, threads
         self.labeler: ShardLabeler | None = None
 
     def greet(self) -> None:
@@ -146,9 +134,9 @@ class _Worker:
 
     def prepare(self) -> None:
         """Loads the teacher."""
-        if self.keep_memory:
+        if self.job.device == "cpu":
             keep_freed_memory()
-        self.labeler = ShardLabeler(*self.arguments)
+        self.labeler = ShardLabeler(self.job, self.threads)
 
     def label(self, task: ShardTask) -> ShardResult:
         """Labels one shard."""

@@ -24,6 +24,7 @@ from labeler.store.plan import Plan, StoreMeta, load_plan
 from labeler.store.score_code import Encoding, code_table, share_of_reference
 from labeler.store.shard_markers import Marker
 from labeler.store.shard_writer import begin_store, committed_shards, finish_store
+from labeler.worker import LabelingJob, ShardTask
 
 if TYPE_CHECKING:
     from labeler.teacher.create_teacher import TeacherInfo
@@ -112,7 +113,8 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     _warn_of_other_folders(image_set, plan)
     markers = committed_shards(path, plan)
     tasks = [make_task(plan, image_set, shard) for shard in range(plan.meta.shards) if shard not in markers]
-    labeled, seconds = _run(tasks, image_set, path, plan, config, device, markers)
+    job = LabelingJob(image_set.root, path, plan, config, device)
+    labeled, seconds = _run(tasks, image_set, job, markers)
     finished = finish_store(path, plan)
     if not markers:  # existing shards may come from elsewhere
         remember_written(path)
@@ -234,10 +236,8 @@ def teacher_record(info: TeacherInfo, config: LabelerConfig) -> dict[str, Any]:
     return record
 
 
-def make_task(plan: Plan, images: ImageSet, shard: int) -> Any:
+def make_task(plan: Plan, images: ImageSet, shard: int) -> ShardTask:
     """Returns the `ShardTask` of one shard."""
-    from labeler.worker import ShardTask
-
     part = plan.slice_of(shard)
     keys = images.keys[part]
     return ShardTask(
@@ -249,23 +249,16 @@ def make_task(plan: Plan, images: ImageSet, shard: int) -> Any:
     )
 
 
-def _run(
-    tasks: list[Any],
-    images: ImageSet,
-    store: Path,
-    plan: Plan,
-    config: LabelerConfig,
-    device: str,
-    markers: dict[int, Marker],
-) -> tuple[int, float]:
+def _run(tasks: list[ShardTask], images: ImageSet, job: LabelingJob, markers: dict[int, Marker]) -> tuple[int, float]:
     """Labels the shards of `tasks`; returns the rows labeled and the seconds since the first worker was ready."""
     from tqdm import tqdm
 
     if not tasks:
         return 0, 0.0
-    done = sum(plan.slice_of(shard).stop - plan.slice_of(shard).start for shard in markers)
+    slices = [job.plan.slice_of(shard) for shard in markers]
+    done = sum(part.stop - part.start for part in slices)
     quarantined = sum(len(marker.quarantine) for marker in markers.values())
-    execute = run_on_ray if config.workers else run_in_process
+    execute = run_on_ray if job.config.workers else run_in_process
     began: list[float] = []
     labeled = 0
 
@@ -275,10 +268,10 @@ def _run(
 
     interval = 0.1 if sys.stderr.isatty() else 10
     with tqdm(
-        total=len(images), initial=done, unit="img", desc="label", disable=not config.progress, mininterval=interval
+        total=len(images), initial=done, unit="img", desc="label", disable=not job.config.progress, mininterval=interval
     ) as bar:
         bar.set_postfix(quarantined=quarantined, refresh=False)
-        for result in execute(tasks, images.root, store, plan, config, device, advance):
+        for result in execute(tasks, job, advance):
             quarantined += result.quarantined
             labeled += result.rows * result.committed  # without what another run on the same store committed meanwhile
             bar.set_postfix(quarantined=quarantined, refresh=False)

@@ -83,43 +83,58 @@ class LoadedBatch:
     failures: dict[int, str]
 
 
-class ShardLabeler:
-    """A worker's teacher and decoder, loaded once and used for one shard after another.
+@dataclass(frozen=True)
+class LabelingJob:
+    """What all workers of a run share.
 
-    Args:
+    Attributes:
         root: The image root.
         store: The store's folder.
         plan: The store's plan.
         config: Settings of the run.
-        device: Device of the teacher.
+        device: Device of the teachers.
+    """
+
+    root: Path
+    store: Path
+    plan: Plan
+    config: LabelerConfig
+    device: str
+
+
+class ShardLabeler:
+    """A worker's teacher and decoder, loaded once and used for one shard after another.
+
+    Args:
+        job: The run.
         threads: CPU threads.
 
     Raises:
         MismatchError: The teacher has other weights or another precision than the plan.
     """
 
-    def __init__(self, root: Path, store: Path, plan: Plan, config: LabelerConfig, device: str, threads: int) -> None:
+    def __init__(self, job: LabelingJob, threads: int) -> None:
         import torch
 
         # The last bits of sums depend on the thread count: fix it, so that labeling a shard again gives the same shard.
         torch.set_num_threads(threads)
-        self.root, self.store, self.plan, self.config = root, store, plan, config
-        self.teacher = create_teacher(config.teacher, device)
-        self.decoder = decoder_for(self.teacher, config, device, threads)
+        self.job, planned = job, job.plan.meta.teacher
+        self.teacher = create_teacher(job.config.teacher, job.device)
+        self.decoder = decoder_for(self.teacher, job.config, job.device, threads)
         weights = self.teacher.info.weights_sha256
-        if weights != plan.meta.teacher["weights_sha256"]:
+        if weights != planned["weights_sha256"]:
             raise MismatchError(
                 "this worker's teacher has other weights than the run",
                 got=weights[:12],
-                expected=plan.meta.teacher["weights_sha256"][:12],
+                expected=planned["weights_sha256"][:12],
                 remedy="Give every node the same checkpoint and the same library versions.",
             )
         precision = self.teacher.info.autocast
-        if precision != plan.meta.teacher["autocast"]:
+        if precision != planned["autocast"]:
             raise MismatchError(
                 "this worker's GPU uses another precision than the run",
                 got=precision,
-                expected=plan.meta.teacher["autocast"],
+                expected=planned["autocast"],
                 remedy="Start a new store with autocast float16, which all GPUs support, or use GPUs of one kind.",
             )
 
@@ -133,11 +148,37 @@ class ShardLabeler:
         Returns:
             The report.
         """
-        marker = read_marker(self.store, task.shard, self.plan.meta.shards)
+        marker = read_marker(self.job.store, task.shard, self.job.plan.meta.shards)
         if marker is not None:  # committed by another run on the same store
             advance(len(task.keys))
             return ShardResult(task.shard, marker.rows, len(marker.quarantine), committed=False)
-        return label_shard(task, self.root, self.store, self.plan, self.config, self.teacher, self.decoder, advance)
+        return self._label(task, advance)
+
+    def _label(self, task: ShardTask, advance: Callable[[int], None]) -> ShardResult:
+        """Decodes, labels, encodes and commits the images of `task`; those that cannot be labeled are quarantined."""
+        job = self.job
+        failures: dict[int, str] = {}
+        parts: list[ShardRows] = []
+        stats = dict.fromkeys((*SUMS, "agree", "known", "reference_kl", "compared_kl"), 0.0)
+        for batch in load_batches(task, job.root, job.config, self.decoder):
+            if batch.positions:
+                logits = self.teacher.label(batch.decoded.pixels)
+                means = logits.mean((2, 3))
+                finite = means.isfinite().all(1)
+                if not finite.all():
+                    batch = _without(batch, finite.tolist(), self.teacher)
+                    logits, means = logits[finite], means[finite]
+            failures |= batch.failures
+            if batch.positions:
+                maps = encode_maps(logits, job.plan.encoding)
+                parts.append(_rows(task, batch, maps, job.plan, job.config, self.teacher.info.crop_pct))
+                predicted = means.argmax(1).cpu().numpy()
+                _add_stats(stats, maps, predicted, parts[-1].target)
+            advance(len(batch.positions) + len(batch.failures))
+        quarantine = [{"key": task.keys[i], "reason": failures[i]} for i in sorted(failures)]
+        rows = _join(parts, job.plan)
+        committed = write_shard(job.store, job.plan, task.shard, rows, quarantine, stats, task.keys)
+        return ShardResult(task.shard, len(rows), len(quarantine), committed)
 
 
 def decoder_for(teacher: LoadedTeacher, config: LabelerConfig, device: str, threads: int) -> Decoder:
@@ -153,41 +194,6 @@ def decoder_for(teacher: LoadedTeacher, config: LabelerConfig, device: str, thre
         device=device,
     )
     return create_decoder(config.decoder, settings)
-
-
-def label_shard(
-    task: ShardTask,
-    root: Path,
-    store: Path,
-    plan: Plan,
-    config: LabelerConfig,
-    teacher: LoadedTeacher,
-    decoder: Decoder,
-    advance: Callable[[int], None],
-) -> ShardResult:
-    """Decodes, labels, encodes and commits the images of `task`; those that cannot be labeled are quarantined."""
-    failures: dict[int, str] = {}
-    parts: list[ShardRows] = []
-    stats = dict.fromkeys((*SUMS, "agree", "known", "reference_kl", "compared_kl"), 0.0)
-    for batch in load_batches(task, root, config, decoder):
-        if batch.positions:
-            logits = teacher.label(batch.decoded.pixels)
-            means = logits.mean((2, 3))
-            finite = means.isfinite().all(1)
-            if not finite.all():
-                batch = _without(batch, finite.tolist(), teacher)
-                logits, means = logits[finite], means[finite]
-        failures |= batch.failures
-        if batch.positions:
-            maps = encode_maps(logits, plan.encoding)
-            parts.append(_rows(task, batch, maps, plan, config, teacher.info.crop_pct))
-            predicted = means.argmax(1).cpu().numpy()
-            _add_stats(stats, maps, predicted, parts[-1].target)
-        advance(len(batch.positions) + len(batch.failures))
-    quarantine = [{"key": task.keys[i], "reason": failures[i]} for i in sorted(failures)]
-    rows = _join(parts, plan)
-    committed = write_shard(store, plan, task.shard, rows, quarantine, stats, task.keys)
-    return ShardResult(task.shard, len(rows), len(quarantine), committed)
 
 
 def load_batches(task: ShardTask, root: Path, config: LabelerConfig, decoder: Decoder) -> Iterator[LoadedBatch]:

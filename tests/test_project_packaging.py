@@ -76,7 +76,7 @@ def test_a_command_names_the_extra_that_it_needs(command, hidden, extra, store, 
     words = [re.sub("[A-Z]{3,}", lambda found: str(places.get(found[0], found[0])), word) for word in command.split()]
     done = run_without({hidden}, COMMAND, *words)
     assert done.returncode == 2, done.stderr
-    text = f"error: {hidden} is needed here and not installed. pip install 'token-labeling[{extra}]'\n"
+    text = f"error: {hidden} is required but not installed. pip install 'token-labeling[{extra}]'\n"
     assert done.stderr == text
     assert not (tmp_path / "new").exists()
 
