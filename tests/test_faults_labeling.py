@@ -265,7 +265,7 @@ def test_a_shard_for_which_memory_is_refused_is_named(images, tmp_path, config):
 def test_a_shard_whose_workers_the_kernel_kills_is_given_up_after_the_attempts(images, tmp_path, config, local_ray):
     red_image(images / "class1" / "red.jpg")
     killed = on_ray(config, teacher=TeacherConfig("labeling_runs:killed_for_its_memory"), max_attempts=2)
-    with pytest.raises(LabelingError, match=r"1 shard.*shard 2 .*2 failures.*exhausts the memory"):
+    with pytest.raises(LabelingError, match=r"1 shard.*shard 2 .*2 failures.*needs too much memory"):
         label_images(images, tmp_path / "labels", killed)
     assert len(list((tmp_path / "labels").glob("shard-*.json"))) == 3
     tally(6, kills=2)
