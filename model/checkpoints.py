@@ -78,22 +78,16 @@ def read_state_dict(path: str | Path, ema: bool = False) -> State:
 
 
 def _contents(file: Path, ema: bool) -> tuple[Path, State, Any]:
-    """The file that holds the weights, these, and its script's settings, None without them."""
-    if ema and not file.stem.endswith("EMA"):
-        second = file.with_name(f"{file.stem}-EMA{file.suffix}")
-        try:
-            found = read_weight_file(file, ema=True, error=ModelError, max_bytes=MAX_BYTES)
-        except ModelError as error:
-            if not error.problem.startswith("there are no averaged weights"):
-                raise
-            if not second.is_file():
-                raise ModelError(
-                    f"there are no averaged weights: got none in {file}, and no {second.name}; take the plain weights"
-                ) from None
-            return _contents(second, False)
+    """The file that holds the weights, the weights, and the training script's settings (None: not saved)."""
+    found = read_weight_file(file, ema=None if ema else False, error=ModelError, max_bytes=MAX_BYTES)
+    if not ema or found.averaged or file.stem.endswith("EMA"):
         return file, found.state, found.settings
-    found = read_weight_file(file, ema=False, error=ModelError, max_bytes=MAX_BYTES)
-    return file, found.state, found.settings
+    second = file.with_name(f"{file.stem}-EMA{file.suffix}")
+    if not second.is_file():
+        raise ModelError(
+            f"there are no averaged weights: got none in {file}, and no {second.name}; take the plain weights"
+        )
+    return _contents(second, False)
 
 
 def _refuse_faults(net: nn.Module, state: State, file: Path) -> None:

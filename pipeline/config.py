@@ -162,7 +162,6 @@ class LoaderConfig:
         refuse("scale", _are_numbers(scale, 2) and 0 < scale[0] <= scale[1] <= 1, "two shares, 0 < low ≤ high ≤ 1")
         refuse("ratio", _are_numbers(ratio, 2) and 0 < ratio[0] <= ratio[1], "two numbers, 0 < low ≤ high")
         refuse("crop_pct", _is_number(self.crop_pct) and 0 < self.crop_pct <= 1, "a share, more than 0, at most 1")
-        refuse("color_jitter", _is_number(self.color_jitter) and self.color_jitter >= 0, "0 or more")
         refuse("mean", _are_numbers(self.mean, 3), "one number per color")
         refuse("std", _are_numbers(self.std, 3) and min(self.std) > 0, "one positive number per color")
         if self.mix != "none":

@@ -145,3 +145,12 @@ def test_a_file_without_weights_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "empty.pth")
     with pytest.raises(InputError, match=r"holds no weights: got a \w+, expected a state dict"):
         read_weight_file(tmp_path / "empty.pth")
+
+
+def test_tensors_that_show_more_than_the_file_stores_count_in_full(tmp_path, monkeypatch):
+    """A few bytes can be shown as a large tensor: what is bounded is what the weights would take."""
+    torch.save({"w": torch.zeros(1).expand(50_000)}, tmp_path / "thin.pth")
+    assert read_weight_file(tmp_path / "thin.pth").state["w"].nbytes == 200_000
+    monkeypatch.setattr("labeler.base.weight_files.MAX_BYTES", 100_000)
+    with pytest.raises(InputError, match=r"too large: got 200,000 bytes of weights, expected at most 100,000"):
+        read_weight_file(tmp_path / "thin.pth")

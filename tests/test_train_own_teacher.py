@@ -12,7 +12,7 @@ import torch
 from tiny_runs import tiny_config, tiny_data
 
 import train
-from labeler import LabelerConfig, LabelStore, TeacherConfig, TeacherError, create_teacher, label_images
+from labeler import IntegrityError, LabelerConfig, LabelStore, TeacherConfig, TeacherError, create_teacher, label_images
 from labeler.store.check_store import check_store
 from train.evaluation.validate import load_trained
 from train.recipes.recipe import load_recipe
@@ -94,3 +94,15 @@ def test_the_packaged_teacher_trains_without_labels():
     config = load_recipe("teacher")
     assert (config.data.store, config.data.token_labels, config.loss.dense_weight) == (None, False, 0.0)
     assert json.loads(json.dumps(config.model.args)) == {"pretrained": True}
+
+
+def test_a_run_does_not_fail_where_no_folder_for_timm_can_be_left(images, tmp_path, monkeypatch, caplog):
+    def damaged(run: Path) -> None:
+        raise IntegrityError(f"all checkpoints below {run} are damaged")
+
+    monkeypatch.setattr("train.trainer.load_trained", damaged)
+    summary = train.fit(tiny_config(images, None, tmp_path / "run", **PLAIN))
+    assert summary.steps == 6
+    assert (tmp_path / "run" / "summary.json").is_file()
+    assert not (tmp_path / "run" / "timm").exists()
+    assert "no folder for timm is left" in caplog.text

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from labeler.base.errors import InputError, IntegrityError, MismatchError, error_text
+from labeler.base.errors import InputError, IntegrityError, MismatchError, TokenLabelError, error_text
 from labeler.base.freed_memory import freed_memory_kept
 from labeler.base.runtime import DTYPES, pick_precision, set_threads
 from labeler.base.whole_files import replace_file
@@ -215,11 +215,11 @@ class Trainer:
 
     def _leave_for_timm(self) -> None:
         """The best weights where timm, and the labeler, read them; a run does not fail for want of it."""
-        trained = load_trained(self.folder)
         try:
+            trained = load_trained(self.folder)
             names = [trained.class_name(number) for number in range(trained.net.num_classes)]
             write_timm_folder(self.folder, trained.net, trained.transform, names)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (TokenLabelError, OSError, ValueError, LookupError, AttributeError, AssertionError) as error:
             log.warning("no folder for timm is left in %s: %s", self.folder, error_text(error))
 
     def _opening(self) -> list[str]:

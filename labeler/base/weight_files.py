@@ -105,6 +105,8 @@ def read_weight_file(
     state = averaged or _first_state(content, (*PLAIN, ""))
     if state is None:
         raise error(f"{file} holds no weights", got=f"a {type(content).__name__}", expected="a state dict")
+    if (size := sum(tensor.nbytes for tensor in state.values())) > limit:  # tensors may share what the file stores
+        raise error(f"{file} is too large", got=f"{size:,} bytes of weights", expected=f"at most {limit:,}")
     lightning = isinstance(content, Mapping) and LIGHTNING in content
     return WeightFile(unwrapped(state, drop_others=lightning), averaged is not None, settings)
 

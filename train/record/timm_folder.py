@@ -17,6 +17,7 @@ from torch import nn
 
 from labeler.base.whole_files import TEMPORARY
 from model.wrapper import TokenLabeled
+from train.record.checkpoint import FOLDER as CHECKPOINTS
 
 FOLDER = "timm"
 
@@ -43,7 +44,8 @@ def write_timm_folder(run: Path, net: nn.Module, transform: Mapping[str, Any], c
     height, width = net.img_size  # type: ignore[misc]
     shown = {name: transform[name] for name in ("mean", "std", "crop_pct", "crop_mode")}
     shown |= {"input_size": (net.in_chans, height, width), "interpolation": "bicubic"}
-    temporary = run / f"{TEMPORARY}{FOLDER}-{os.getpid()}-{secrets.token_hex(4)}"
+    # Beside the checkpoints, where the next process of this run sweeps away what one that was killed left.
+    temporary = run / CHECKPOINTS / f"{TEMPORARY}{FOLDER}-{os.getpid()}-{secrets.token_hex(4)}"
     names = {"label_names": list(class_names)} if class_names else {}
     try:
         save_for_hf(backbone, str(temporary), model_config=names, safe_serialization=True, data_config=shown)
