@@ -214,7 +214,7 @@ class Trainer:
         return summary
 
     def _leave_for_timm(self) -> None:
-        """The best weights where timm, and the labeler, read them; a run does not fail for want of it."""
+        """Write the best weights for timm and the labeler. A run does not fail if that is not possible."""
         try:
             trained = load_trained(self.folder)
             names = [trained.class_name(number) for number in range(trained.net.num_classes)]
