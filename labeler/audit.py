@@ -17,7 +17,8 @@ import numpy as np
 
 from labeler.base.errors import InputError
 from labeler.relabel import refuse_foreign_teacher, teacher_of
-from labeler.sources.images import BadImage, image_digest, image_path, image_root, read_image
+from labeler.sources.image_source import BadImage, ImageSource, image_digest
+from labeler.sources.open_source import open_images
 from labeler.store.label_store import LabelStore
 
 if TYPE_CHECKING:
@@ -138,11 +139,12 @@ def audit_labels(
 
     if count < 1 or not len(labels):
         raise InputError("there is nothing to audit", got=f"{count} of {len(labels)} rows", expected="one or more")
-    root, meta = image_root(images), labels.meta
+    meta = labels.meta
     rows = np.sort(np.random.default_rng(seed).permutation(len(labels))[:count])
-    present = [row for row in rows.tolist() if image_path(root, labels.keys[row]).is_file()]
+    source = open_images(images, [labels.keys[row] for row in rows])
+    present = [i for i in range(len(rows)) if i not in source.problems]
     none = InputError(
-        f"none of the images below {str(root)!r} is one that was labeled", got=f"0 of {len(rows)}",
+        f"none of the images of {source.name!r} is one that was labeled", got=f"0 of {len(rows)}",
         remedy="Give --images the folder that was labeled.",
     )  # fmt: skip
     if not present:
@@ -156,8 +158,8 @@ def audit_labels(
     with tqdm(total=len(present), desc="audit", unit="img", disable=not progress) as bar:
         for start in range(0, len(present), step):
             chunk = present[start : start + step]
-            read = [_read_labeled(root, labels.keys[row], int(digests[row])) for row in chunk]
-            files = {row: data for row, data in zip(chunk, read, strict=True) if data is not None}
+            read = [_read_labeled(source, i, int(digests[rows[i]])) for i in chunk]
+            files = {int(rows[i]): data for i, data in zip(chunk, read, strict=True) if data is not None}
             if files:
                 errors, logits = errors_of(labels, files, teacher, decoder, seed, SHARES)
                 columns.append(errors)
@@ -176,10 +178,10 @@ def audit_labels(
     return audit, torch.cat(maps)
 
 
-def _read_labeled(root: Path, key: str, digest: int) -> bytes | None:
+def _read_labeled(source: ImageSource, position: int, digest: int) -> bytes | None:
     """Returns the image file's bytes; None if it is not what was labeled."""
     try:
-        data = read_image(root, key)
+        data = source.read(position)
     except BadImage:
         return None
     return data if image_digest(data) == digest else None

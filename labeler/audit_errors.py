@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from labeler.base.errors import IntegrityError
-from labeler.sources.pixels import open_rgb
-from labeler.sources.resize import resize
+from labeler.sources.decoding.pixels import open_rgb
+from labeler.sources.decoding.resize import resize
 from labeler.store.encoder import reference_kl
 from labeler.store.label_store import LabelStore
 from labeler.store.score_maps import ScoreMaps, dense_scores
@@ -22,7 +22,7 @@ from labeler.teacher.create_teacher import LoadedTeacher
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from labeler.sources.decoder import Decoder
+    from labeler.sources.decoding.decoder import Decoder
 
 Window = tuple[int, int, int, int]
 

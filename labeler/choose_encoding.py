@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from labeler.base.errors import InputError
 from labeler.config import LabelerConfig
-from labeler.sources.images import BadImage, ImageSet, check_header, read_image
+from labeler.sources.decoding.check_header import check_header
+from labeler.sources.image_source import BadImage, ImageSource
 from labeler.store.score_code import QUALITIES, Encoding, code_table
 from labeler.store.shard_file import ShardRows, build_shard, row_layout
 from labeler.store.shard_writer import store_classes
@@ -59,7 +60,7 @@ def asked_encoding(config: LabelerConfig) -> Encoding:
     return dataclasses.replace(QUALITIES[config.quality], **given)
 
 
-def fit_encoding(config: LabelerConfig, images: ImageSet, device: str) -> Encoding:
+def fit_encoding(config: LabelerConfig, images: ImageSource, device: str) -> Encoding:
     """Finds the most accurate encoding of at most `config.bytes_per_image` bytes, on a sample of the images.
 
     Args:
@@ -156,7 +157,7 @@ def row_bytes(maps: EncodedMaps, num_classes: int, encoding: Encoding) -> float:
     return (size(n) - size(1)) / (n - 1) if n > 1 else float(size(1) - size(0))
 
 
-def sample_logits(config: LabelerConfig, images: ImageSet, device: str, count: int = SAMPLE) -> Tensor:
+def sample_logits(config: LabelerConfig, images: ImageSource, device: str, count: int = SAMPLE) -> Tensor:
     """Returns float32 [n, C, H, W]: maps of up to `count` random images that can be labeled; on the CPU."""
     import torch
 
@@ -172,7 +173,7 @@ def sample_logits(config: LabelerConfig, images: ImageSet, device: str, count: i
         encoded = []
         for i in batch:
             try:
-                data = read_image(images.root, images.keys[i], int(images.sizes[i]))
+                data = images.read(i)
                 check_header(data, config.min_side, config.max_pixels)
                 encoded.append(data)
             except BadImage:

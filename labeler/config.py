@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from labeler.base.errors import InputError
 from labeler.base.settings import check_options, option
-from labeler.sources.pixels import ORIENTATIONS
+from labeler.sources.decoding.pixels import ORIENTATIONS
 from labeler.store.score_code import QUALITIES
 from labeler.teacher.teacher_config import TeacherConfig
 

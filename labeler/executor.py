@@ -90,7 +90,7 @@ def run_on_ray(tasks: list[ShardTask], job: LabelingJob, advance: Advance) -> It
     import ray
 
     config = job.config
-    elsewhere = replace(job, root=job.root.absolute(), store=job.store.absolute())
+    elsewhere = replace(job, store=job.store.absolute())
     ours = not ray.is_initialized()
     unfinished = {task.shard: task for task in tasks}
     while unfinished:

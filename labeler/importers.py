@@ -22,10 +22,11 @@ from labeler.base.errors import InputError
 from labeler.base.plain_tensors import load_plain
 from labeler.config import LabelerConfig
 from labeler.run import default_shard_size, make_task, stored_keys
-from labeler.sources.class_names import name_classes
-from labeler.sources.create_decoder import create_decoder
-from labeler.sources.decoder import DecodeSettings, teacher_region
-from labeler.sources.images import BadImage, ImageSet, find_images, refuse_other_images
+from labeler.sources.class_names import name_classes, true_classes
+from labeler.sources.decoding.create_decoder import create_decoder
+from labeler.sources.decoding.decoder import DecodeSettings, teacher_region
+from labeler.sources.image_source import BadImage, ImageSource, refuse_other_images
+from labeler.sources.open_source import open_source
 from labeler.store.foreign_store import remember_written
 from labeler.store.plan import Plan, StoreMeta, load_plan
 from labeler.store.shard_file import ShardRows
@@ -103,23 +104,23 @@ def import_token_label_files(
         MismatchError: The store was begun with other images or settings.
         LabelingError: The disk is full or fails.
     """
-    image_set, path, maps = find_images(images), Path(store), Path(files)
+    source, path, maps = open_source(images, progress=progress), Path(store), Path(files)
     if not maps.is_dir():
         raise InputError(f"{str(maps)!r} is not a folder of .pt maps")
     begun = load_plan(path)
     if begun is not None:
-        refuse_other_images(image_set, begun.meta.dataset_fingerprint, stored_keys(path), path)
-    sources = match_files(image_set, maps)
+        refuse_other_images(source, begun.meta.dataset_fingerprint, stored_keys(path), path)
+    sources = match_files(source, maps)
     grid, palette = _survey(sources, num_classes, progress)
-    plan = begin_store(path, _make_plan(image_set, grid, palette, num_classes, class_names, view, crop_pct))
+    plan = begin_store(path, _make_plan(source, grid, palette, num_classes, class_names, view, crop_pct))
     markers = committed_shards(path, plan)
+    targets = true_classes(source, plan.class_folders, num_classes)
     decoder_config = LabelerConfig(TeacherConfig("import"), orientation="ignore")
     # Decoded in full although only the size is kept: training relies on it that every image of a store can be decoded.
     decode = create_decoder("auto", DecodeSettings(size=8, orientation="ignore", threads=2))
     todo = [shard for shard in range(plan.meta.shards) if shard not in markers]
     for shard in _bar(todo, "import", progress):
-        task = make_task(plan, image_set, shard)
-        _import_shard(task, sources, image_set.root, path, plan, decoder_config, decode)
+        _import_shard(make_task(plan, source, targets, shard), sources, path, plan, decoder_config, decode)
     markers_now = finish_store(path, plan)
     if not markers:  # existing shards may come from elsewhere
         remember_written(path)
@@ -141,7 +142,7 @@ def import_token_label_files(
     )
 
 
-def match_files(images: ImageSet, maps: Path) -> dict[str, Path | str]:
+def match_files(images: ImageSource, maps: Path) -> dict[str, Path | str]:
     """Returns image key -> the file of its map, or why there is none. Raises InputError if no image has a map."""
     short = Counter(_cut_at_first_dot(key) for key in images.keys)
     files: dict[str, Path | str] = {}
@@ -234,7 +235,7 @@ def _survey(sources: dict[str, Path | str], num_classes: int, progress: bool) ->
 
 
 def _make_plan(
-    images: ImageSet,
+    images: ImageSource,
     grid: tuple[int, int],
     palette: int,
     num_classes: int,
@@ -243,7 +244,7 @@ def _make_plan(
     crop: float,
 ) -> Plan:
     """Returns the plan of an import."""
-    names, folders = name_classes(images.keys, num_classes, names_file)
+    names, folders = name_classes(images, num_classes, names_file)
     size = default_shard_size(len(images))
     meta = StoreMeta(
         num_classes=num_classes,
@@ -265,7 +266,6 @@ def _make_plan(
 def _import_shard(
     task: ShardTask,
     sources: dict[str, Path | str],
-    root: Path,
     store: Path,
     plan: Plan,
     config: LabelerConfig,
@@ -275,7 +275,7 @@ def _import_shard(
     meta, teacher = plan.meta, plan.meta.teacher
     failures: dict[int, str] = {}
     rows: list[tuple[Any, ...]] = []
-    for batch in load_batches(task, root, config, decode):
+    for batch in load_batches(task, config, decode):
         failures |= batch.failures
         for index, position in enumerate(batch.positions):
             source = sources[task.keys[position]]

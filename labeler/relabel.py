@@ -12,13 +12,14 @@ import numpy as np
 
 from labeler.base.errors import InputError, IntegrityError
 from labeler.config import LabelerConfig
-from labeler.sources.images import image_path
+from labeler.sources.image_source import BadImage, ImageSource
+from labeler.sources.open_source import open_images
 from labeler.store.label_store import LabelStore
 from labeler.store.plan import Plan
 from labeler.teacher.teacher_config import TeacherConfig
 
 if TYPE_CHECKING:
-    from labeler.sources.decoder import Decoder
+    from labeler.sources.decoding.decoder import Decoder
     from labeler.teacher.create_teacher import LoadedTeacher
 
 OLD_AUTOCASTS = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}  # words of format 1.0
@@ -94,14 +95,14 @@ def teacher_of(store: LabelStore, device: str) -> tuple[LoadedTeacher, Decoder]:
 
 
 def teacher_kl(
-    store: LabelStore, rows: np.ndarray, images: Path, teacher: LoadedTeacher, decoder: Decoder
+    store: LabelStore, rows: np.ndarray, images: str | Path, teacher: LoadedTeacher, decoder: Decoder
 ) -> np.ndarray:
     """Runs the teacher again and compares its maps with those in the store.
 
     Args:
         store: The store.
         rows: int [K]: row numbers.
-        images: The image root.
+        images: The images that were labeled, as for `open_source`.
         teacher: The store's teacher.
         decoder: The teacher's decoder.
 
@@ -112,8 +113,9 @@ def teacher_kl(
     from labeler.store.encoder import encode_maps, encode_planes
 
     plan, parts = store.plan, []
+    source = open_images(images, [store.keys[row] for row in sorted(set(rows.tolist()))])
     for chunk in np.array_split(rows, max(1, len(rows) // 16)):
-        decoded = decoder([image_path(images, store.keys[row]).read_bytes() for row in chunk])
+        decoded = decoder([_bytes_of(source, store.keys[row]) for row in chunk])
         if decoded.failures:
             raise IntegrityError(
                 "an image can no longer be decoded", got=store.keys[chunk[next(iter(decoded.failures))]]
@@ -128,3 +130,13 @@ def teacher_kl(
         kl = (log_p.exp() * (log_p - stored)).sum(1).mean((1, 2)).numpy()
         parts.append(np.stack([kl, again], 1))
     return np.concatenate(parts)
+
+
+def _bytes_of(source: ImageSource, key: str) -> bytes:
+    """Reads an image by its key. Raises IntegrityError if that fails."""
+    position = source.position(key)
+    assert position is not None
+    try:
+        return source.read(position)
+    except BadImage as error:
+        raise IntegrityError("an image can no longer be read", got=f"{key!r}: {error}") from None

@@ -1,4 +1,4 @@
-"""`label_images`: a complete labeling run, from a folder of images to a label store. It resumes automatically."""
+"""`label_images`: a complete labeling run, from images to a label store. It resumes automatically."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from labeler.base.errors import TokenLabelError
 from labeler.base.settings import names_that_affect
 from labeler.choose_encoding import asked_encoding, fit_encoding
 from labeler.config import LabelerConfig
 from labeler.executor import refuse_absent_ray, run_in_process, run_on_ray
-from labeler.sources.class_names import name_classes, targets_of
-from labeler.sources.images import ImageSet, find_images, refuse_other_images
+from labeler.sources.class_names import folders_of, name_classes, true_classes
+from labeler.sources.image_source import ImageSource, refuse_other_images
+from labeler.sources.open_source import open_source
 from labeler.store.foreign_store import remember_written
 from labeler.store.label_store import LabelStore
 from labeler.store.plan import Plan, StoreMeta, load_plan
@@ -76,10 +79,10 @@ class LabelSummary:
 
 
 def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -> LabelSummary:
-    """Labels every image below `images` and stores the labels. Shards that exist already are kept.
+    """Labels every image of `images` and stores the labels. Shards that exist already are kept.
 
     Args:
-        images: Folder of images.
+        images: Whatever `open_source` takes: a folder, a list, tar shards, parquet files.
         store: Folder of the label store; created if needed.
         config: Settings of the run.
 
@@ -97,10 +100,10 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
 
     if config.workers:
         refuse_absent_ray()
-    image_set, path = find_images(images, config.image_list), Path(store)
+    source, path = open_source(images, config.image_list, config.progress), Path(store)
     begun = load_plan(path)
-    if begun is not None and begun.meta.dataset_fingerprint != image_set.fingerprint:
-        refuse_other_images(image_set, begun.meta.dataset_fingerprint, stored_keys(path), path)
+    if begun is not None and begun.meta.dataset_fingerprint != source.fingerprint:
+        refuse_other_images(source, begun.meta.dataset_fingerprint, stored_keys(path), path)
     # The driver of a cluster may not have a GPU itself.
     elsewhere = config.workers and config.ray_address and config.device != "auto"
     device = config.device if elsewhere else str(pick_device(config.device))
@@ -108,30 +111,37 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     # Built here once, so that a wrong teacher is reported before any worker starts.
     teacher = create_teacher(settled.teacher, "cpu" if config.workers else device)
     info = teacher.info
-    encoding = _encoding(image_set, settled, "cpu" if elsewhere else device, begun)
-    plan = begin_store(path, make_plan(image_set, info, settled, encoding, begun, teacher.class_names))
-    _warn_of_other_folders(image_set, plan)
+    encoding = _encoding(source, settled, "cpu" if elsewhere else device, begun)
+    plan = begin_store(path, make_plan(source, info, settled, encoding, begun, teacher.class_names))
+    _warn_of_other_folders(source, plan)
     markers = committed_shards(path, plan)
-    tasks = [make_task(plan, image_set, shard) for shard in range(plan.meta.shards) if shard not in markers]
-    job = LabelingJob(image_set.root, path, plan, config, device)
-    labeled, seconds = _run(tasks, image_set, job, markers)
+    targets = true_classes(source, plan.class_folders, plan.meta.num_classes)
+    tasks = [make_task(plan, source, targets, shard) for shard in range(plan.meta.shards) if shard not in markers]
+    job = LabelingJob(path, plan, config, device)
+    labeled, seconds = _run(tasks, source, job, markers)
     finished = finish_store(path, plan)
     if not markers:  # existing shards may come from elsewhere
         remember_written(path)
-    summary = _summary(path, finished, labeled, seconds, image_set.other)
+    summary = _summary(path, finished, labeled, seconds, source.other)
     _warn_of_chance(summary, plan)
     return summary
 
 
-def _warn_of_other_folders(images: ImageSet, plan: Plan) -> None:
-    """Warns if the images are in folders whose names are not the teacher's classes."""
-    folders = sorted({key.split("/", 1)[0] for key in images.keys if "/" in key})
-    if len(folders) > 1 and not plan.class_folders:
+def _warn_of_other_folders(images: ImageSource, plan: Plan) -> None:
+    """Warns if the images' own classes, by folder or label, are not the teacher's."""
+    own = folders_of(images.keys) if images.labels is None else [*images.class_names]
+    if images.labels is not None and not own:
+        own = [f"class {i}" for i in range(int(images.labels.max(initial=-1)) + 1)]
+        unmatched = len(own) > plan.meta.num_classes
+    else:
+        unmatched = not plan.class_folders
+    if len(own) > 1 and unmatched:
         log.warning(
-            "the %d folders of %s (%s%s) are not the teacher's %d classes, so no image's true class is known: the "
+            "the %d %s of %s (%s%s) are not the teacher's %d classes, so no image's true class is known: the "
             "labels cannot be checked against it, and training cannot evaluate on these images. --class-names FILE "
-            "lists the class names, one per line in the teacher's order, to match the folders with.",
-            len(folders), images.root, ", ".join(folders[:3]), ", …" * (len(folders) > 3), plan.meta.num_classes,
+            "lists the class names, one per line in the teacher's order, to match them with.",
+            len(own), "folders" if images.labels is None else "labels", images.name, ", ".join(own[:3]),
+            ", …" * (len(own) > 3), plan.meta.num_classes,
         )  # fmt: skip
 
 
@@ -171,7 +181,7 @@ def stored_keys(store: Path) -> tuple[str, ...]:
         return ()
 
 
-def _encoding(images: ImageSet, config: LabelerConfig, device: str, begun: Plan | None) -> Encoding:
+def _encoding(images: ImageSource, config: LabelerConfig, device: str, begun: Plan | None) -> Encoding:
     """Returns the encoding of the settings, or the one that fits `bytes_per_image`."""
     if config.bytes_per_image is None:
         return asked_encoding(config)
@@ -181,7 +191,7 @@ def _encoding(images: ImageSet, config: LabelerConfig, device: str, begun: Plan 
 
 
 def make_plan(
-    images: ImageSet,
+    images: ImageSource,
     info: TeacherInfo,
     config: LabelerConfig,
     encoding: Encoding,
@@ -189,7 +199,7 @@ def make_plan(
     class_names: tuple[str, ...] = (),
 ) -> Plan:
     """Returns the plan for these settings. The shard size of an existing store is kept unless one is set."""
-    names, folders = name_classes(images.keys, info.num_classes, config.class_names, class_names)
+    names, folders = name_classes(images, info.num_classes, config.class_names, class_names)
     size = config.shard_size or (begun.shard_size if begun else default_shard_size(len(images)))
     coded = encoding.precision == "uint8"
     palette, tail = encoding.places(info.num_classes)
@@ -236,20 +246,15 @@ def teacher_record(info: TeacherInfo, config: LabelerConfig) -> dict[str, Any]:
     return record
 
 
-def make_task(plan: Plan, images: ImageSet, shard: int) -> ShardTask:
-    """Returns the `ShardTask` of one shard."""
+def make_task(plan: Plan, images: ImageSource, targets: np.ndarray, shard: int) -> ShardTask:
+    """Returns the `ShardTask` of one shard; targets: int32 [N], the true classes of all images."""
     part = plan.slice_of(shard)
-    keys = images.keys[part]
-    return ShardTask(
-        shard,
-        keys,
-        tuple(images.sizes[part].tolist()),
-        tuple(targets_of(keys, plan.class_folders).tolist()),
-        {i - part.start: reason for i, reason in images.problems.items() if part.start <= i < part.stop},
-    )
+    return ShardTask(shard, images.part(range(part.start, part.stop)), tuple(targets[part].tolist()))
 
 
-def _run(tasks: list[ShardTask], images: ImageSet, job: LabelingJob, markers: dict[int, Marker]) -> tuple[int, float]:
+def _run(
+    tasks: list[ShardTask], images: ImageSource, job: LabelingJob, markers: dict[int, Marker]
+) -> tuple[int, float]:
     """Labels the shards of `tasks`; returns the rows labeled and the seconds since the first worker was ready."""
     from tqdm import tqdm
 

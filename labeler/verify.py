@@ -52,11 +52,11 @@ def verify_store(
         refuse_foreign_teacher(trusted or refuse_hostile(Path(store)), opened.plan, Path(store), "--relabel")
     checked, problems = opened.check_images(images, progress)
     result = replace(result, images_checked=checked, problems=problems)
-    return _relabeled(result, opened, Path(images), relabel, device, seed) if relabel and not problems else result
+    return _relabeled(result, opened, images, relabel, device, seed) if relabel and not problems else result
 
 
 def _relabeled(
-    result: Verification, store: LabelStore, images: Path, count: int, device: str, seed: int
+    result: Verification, store: LabelStore, images: str | Path, count: int, device: str, seed: int
 ) -> Verification:
     """Labels random rows again; those that differ now are problems."""
     rows = np.sort(np.random.default_rng(seed).permutation(len(store))[:count])

@@ -16,9 +16,10 @@ import numpy as np
 
 from labeler.base.errors import LabelingError, MismatchError, TeacherError
 from labeler.config import LabelerConfig
-from labeler.sources.create_decoder import create_decoder
-from labeler.sources.decoder import Decoded, Decoder, DecodeSettings, teacher_region
-from labeler.sources.images import BadImage, check_header, image_digest, read_image
+from labeler.sources.decoding.check_header import check_header
+from labeler.sources.decoding.create_decoder import create_decoder
+from labeler.sources.decoding.decoder import Decoded, Decoder, DecodeSettings, teacher_region
+from labeler.sources.image_source import BadImage, ImageSource, image_digest
 from labeler.store.encoder import EncodedMaps, encode_maps
 from labeler.store.plan import Plan
 from labeler.store.shard_file import ShardRows
@@ -36,17 +37,18 @@ class ShardTask:
 
     Attributes:
         shard: Number of the shard.
-        keys: Keys of the images.
-        sizes: File sizes in bytes.
+        images: The images.
         targets: Class ids; −1 where unknown.
-        problems: position -> why the file cannot be opened.
     """
 
     shard: int
-    keys: tuple[str, ...]
-    sizes: tuple[int, ...]
+    images: ImageSource
     targets: tuple[int, ...]
-    problems: dict[int, str]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the images."""
+        return self.images.keys
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,12 @@ class LabelingJob:
     """What all workers of a run share.
 
     Attributes:
-        root: The image root.
         store: The store's folder.
         plan: The store's plan.
         config: Settings of the run.
         device: Device of the teachers.
     """
 
-    root: Path
     store: Path
     plan: Plan
     config: LabelerConfig
@@ -160,7 +160,7 @@ class ShardLabeler:
         failures: dict[int, str] = {}
         parts: list[ShardRows] = []
         stats = dict.fromkeys((*SUMS, "agree", "known", "reference_kl", "compared_kl"), 0.0)
-        for batch in load_batches(task, job.root, job.config, self.decoder):
+        for batch in load_batches(task, job.config, self.decoder):
             if batch.positions:
                 logits = self.teacher.label(batch.decoded.pixels)
                 means = logits.mean((2, 3))
@@ -196,7 +196,7 @@ def decoder_for(teacher: LoadedTeacher, config: LabelerConfig, device: str, thre
     return create_decoder(config.decoder, settings)
 
 
-def load_batches(task: ShardTask, root: Path, config: LabelerConfig, decoder: Decoder) -> Iterator[LoadedBatch]:
+def load_batches(task: ShardTask, config: LabelerConfig, decoder: Decoder) -> Iterator[LoadedBatch]:
     """Yields batches in order, read and decoded by a thread that works ahead of the teacher."""
     size, count = config.batch_size, len(task.keys)
     slices = iter([range(start, min(start + size, count)) for start in range(0, count, size)])
@@ -206,7 +206,7 @@ def load_batches(task: ShardTask, root: Path, config: LabelerConfig, decoder: De
         while True:
             for positions in islice(slices, 1 + BATCHES_AHEAD - len(pending)):
                 try:
-                    pending.append(thread.submit(_load, task, positions, root, config, decoder))
+                    pending.append(thread.submit(_load, task, positions, config, decoder))
                 except RuntimeError as error:
                     remedy = "Raise the limit on processes and threads (ulimit -u), or free some."
                     raise LabelingError("cannot start a thread to read images", got=error, remedy=remedy) from None
@@ -217,14 +217,12 @@ def load_batches(task: ShardTask, root: Path, config: LabelerConfig, decoder: De
         thread.shutdown(cancel_futures=True)
 
 
-def _load(task: ShardTask, positions: range, root: Path, config: LabelerConfig, decoder: Decoder) -> LoadedBatch:
+def _load(task: ShardTask, positions: range, config: LabelerConfig, decoder: Decoder) -> LoadedBatch:
     """Reads, checks and decodes the images at `positions`."""
     encoded, kept, failures = [], [], {}
     for i in positions:
         try:
-            if i in task.problems:
-                raise BadImage(task.problems[i])
-            data = read_image(root, task.keys[i], task.sizes[i])
+            data = task.images.read(i)
             check_header(data, config.min_side, config.max_pixels)
         except BadImage as error:
             failures[i] = str(error)

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from labeler.base.errors import IntegrityError
-from labeler.sources.pixels import open_rgb
+from labeler.sources.decoding.pixels import open_rgb
 from labeler.store.score_maps import ScoreMaps
 from pipeline.augment.draws import Draws
 from pipeline.config import LoaderConfig
 from pipeline.labels.label_rows import HostRows
 from pipeline.labels.token_targets import TokenTargets
-from pipeline.sources import unreadable
+from pipeline.samples import unreadable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,7 +88,7 @@ class LoaderBackend:
 
     def _path(self, key: str) -> str:
         """Returns the path of an image, for messages."""
-        return str(Path(self.config.images) / key)
+        return f"{str(self.config.images).rstrip('/')}/{key}"
 
     def images(self, prepared: Iterator[Prepared]) -> Iterator[tuple[Prepared, torch.Tensor]]:
         """Yields each batch with its images: normalized float32 [B, 3, S, S], on the device."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from labeler.base.errors import InputError
 from labeler.base.settings import check_options, option
-from labeler.sources.pixels import ORIENTATIONS
+from labeler.sources.decoding.pixels import ORIENTATIONS
 
 BACKENDS = ("auto", "dali", "reference")
 INTERPOLATIONS = ("random", "bilinear", "bicubic")

@@ -1,6 +1,7 @@
 """The fast backend: DALI decodes, crops and resizes in its threads or on the GPU; augmentation follows on the device.
 
-PIL decodes the files that DALI would read differently (`labeler.sources.plain_files`), in the threads that read files.
+PIL decodes the files that DALI would read differently (`labeler.sources.decoding.plain_files`), in the threads that
+read files.
 
 Legend: B images; S input side.
 
@@ -19,8 +20,8 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from labeler.sources.pixels import as_ppm
-from labeler.sources.plain_files import plain_file
+from labeler.sources.decoding.pixels import as_ppm
+from labeler.sources.decoding.plain_files import plain_file
 from labeler.store.score_maps import ScoreMaps
 from pipeline.augment.draws import Draws
 from pipeline.augment.kernels import apply_kernels, warp

@@ -18,7 +18,7 @@ from labeler.base.errors import InputError, MismatchError
 from labeler.base.runtime import pick_device, rank_threads
 from labeler.base.settings import names_that_affect
 from labeler.base.version import __version__
-from labeler.sources.create_decoder import has_dali
+from labeler.sources.decoding.create_decoder import has_dali
 from labeler.store.plan import plain
 from pipeline.augment.draws import DRAWS_VERSION, draw_batch
 from pipeline.augment.erasing import erase

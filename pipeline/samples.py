@@ -18,13 +18,14 @@ from itertools import islice
 import numpy as np
 from tqdm import tqdm
 
-from labeler.base.errors import InputError, IntegrityError, MismatchError, error_text
-from labeler.sources.class_names import folder_classes, targets_of
-from labeler.sources.images import FORMATS, BadImage, difference, image_digest
-from labeler.sources.pixels import decoded_size
+from labeler.base.errors import InputError, IntegrityError, LabelingError, MismatchError, error_text
+from labeler.sources.class_names import folder_classes, targets_of, true_classes
+from labeler.sources.decoding.check_header import FORMATS
+from labeler.sources.decoding.pixels import decoded_size
+from labeler.sources.image_source import BadImage, ImageSource, are_labeled_images, difference, image_digest
+from labeler.sources.open_source import open_source
 from labeler.store.label_store import LabelStore
 from pipeline.config import LoaderConfig
-from pipeline.sources import ImageSource, open_source, unreadable
 
 log = logging.getLogger("pipeline")
 
@@ -68,22 +69,24 @@ class Samples:
 
     def key(self, sample: int) -> str:
         """Returns the key of a sample."""
-        return self.source.images.keys[self.positions[sample]]
+        return self.source.keys[self.positions[sample]]
 
     def read(self, sample: int) -> bytes:
         """Reads an image file. Raises IntegrityError if that fails, or if it is not the file that was labeled."""
-        data = self.source.read(int(self.positions[sample]))
+        position = int(self.positions[sample])
+        try:
+            data = self.source.read(position)
+        except BadImage as error:
+            raise unreadable(self.source.path(position), str(error)) from None
         if self.digests is not None and image_digest(data) != self.digests[sample]:
             remedy = "Restore it or label again; `python -m labeler verify STORE --images DIR` lists all such images."
-            raise unreadable(
-                self.source.path(int(self.positions[sample])), "its bytes have changed since it was labeled", remedy
-            )
+            raise unreadable(self.source.path(position), "its bytes have changed since it was labeled", remedy)
         return data
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over keys, file sizes, true classes and the store, to check that a saved state belongs to them."""
-        digest = hashlib.sha256(self.source.images.fingerprint.encode())
+        digest = hashlib.sha256(self.source.fingerprint.encode())
         digest.update(self.positions.tobytes() + self.labels.tobytes())
         digest.update((self.store.fingerprint if self.store else "").encode())
         return digest.hexdigest()
@@ -117,8 +120,8 @@ def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) ->
     """Joins images with the rows of a store."""
     row_of = {key: row for row, key in enumerate(store.keys)}
     quarantined = {entry["key"] for entry in store.quarantine}
-    keys = source.images.keys
-    choose = "name the images to use in image_list" if source.groups is None else "make shards of the images to use"
+    keys = source.keys
+    choose = "name the images to use in image_list" if source.groups is None else "make archives of the images to use"
     positions = np.array([i for i, key in enumerate(keys) if key in row_of], np.int64)
     unlabeled = [key for key in keys if key not in row_of and key not in quarantined]
     name = str(store.path)
@@ -141,7 +144,8 @@ def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) ->
     if config.class_folders is not None:
         labels = targets_of(tuple(keys[i] for i in positions.tolist()), config.class_folders).astype(np.int64)
     elif source.labels is not None:
-        labels = np.where(source.labels[positions] >= 0, source.labels[positions], labels)
+        own = true_classes(source, store.plan.class_folders, store.meta.num_classes)[positions]
+        labels = np.where(own >= 0, own, labels)
     meta = store.meta
     if config.token_labels and (meta.grid[0] < config.grid[0] or meta.grid[1] < config.grid[1]):
         log.warning(
@@ -163,32 +167,31 @@ def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) ->
 
 def _check_same_images(source: ImageSource, store: LabelStore, rows: np.ndarray, choose: str) -> None:
     """Checks that a source has every labeled image, with the same file sizes. Raises MismatchError."""
-    if source.images.fingerprint == store.meta.dataset_fingerprint:
+    everything = tuple(sorted([*store.keys, *(entry["key"] for entry in store.quarantine)]))
+    if are_labeled_images(source, store.meta.dataset_fingerprint, everything):
         return
     left_out = np.ones(len(store), bool)
     left_out[rows] = False
     missing = [store.keys[row] for row in np.nonzero(left_out)[0]]
     if missing:
         raise MismatchError(
-            f"{len(missing):,} labeled images are missing below {str(source.images.root)!r}",
+            f"{len(missing):,} labeled images are missing in {source.name!r}",
             got=f"no {_some(missing)}",
             expected=f"the {len(store):,} images of {str(store.path)!r}",
             remedy=f"Restore them, or {choose}.",
         )
-    everything = tuple(sorted([*store.keys, *(entry["key"] for entry in store.quarantine)]))
     # Without the quarantined files, or in shards of many folders, the fingerprint of sizes cannot be compared.
-    if source.groups is None and len(source.images) == len(everything):
+    if source.groups is None and len(source) == len(everything):
         raise MismatchError(
-            f"images below {str(source.images.root)!r} changed after they were labeled",
-            got=difference(source.images, everything),
-            remedy=f"`python -m labeler verify {store.path} --images {source.images.root}` lists them; restore "
+            f"images of {source.name!r} changed after they were labeled",
+            got=difference(source, everything),
+            remedy=f"`python -m labeler verify {store.path} --images {source.name}` lists them; restore "
             "them or label them again.",
         )
 
 
 def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
     """Finds the true classes of images without a store."""
-    images = source.images
     count, folders = config.num_classes, config.class_folders
     labels = source.labels if folders is None else None
     if labels is None:
@@ -197,15 +200,15 @@ def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
             folders = folder_classes(source.folders, count)
             if count is not None and count != len(folders):
                 raise MismatchError(
-                    f"the folders below {str(images.root)!r} do not name the classes",
+                    f"the folders below {source.name!r} do not name the classes",
                     got=f"{len(folders)} folders",
                     expected=f"{count}, one for each class",
                     remedy=OTHER_FOLDERS,
                 )
-        labels = targets_of(images.keys, folders).astype(np.int64)
+        labels = targets_of(source.keys, folders).astype(np.int64)
         count = count or max(folders.values(), default=-1) + 1
-    count = count or int(labels.max()) + 1
-    n = len(images)
+    count = count or len(source.class_names) or int(labels.max()) + 1
+    n = len(source)
     unmeasured = np.zeros((n, 2), np.int64)
     samples = Samples(source, np.arange(n), None, np.full(n, -1), unmeasured, labels, None, config.orientation, count)
     _check_classes(config, samples)
@@ -235,7 +238,7 @@ def scan_sizes(source: ImageSource, orientation: str, threads: int | None, progr
                 raise BadImage(f"{image.format} is not a format that both loaders decode")
             return decoded_size(image, orientation)
 
-    bad = dict(source.images.problems)
+    bad = dict(source.problems)
 
     def size(position: int) -> tuple[int, int]:
         if position in bad:
@@ -244,21 +247,28 @@ def scan_sizes(source: ImageSource, orientation: str, threads: int | None, progr
             return parse(source.head(position))
         try:
             return parse(source.read(position))
-        except IntegrityError as error:
-            bad[position] = str(error.got)
+        except LabelingError:
+            raise
+        except BadImage as error:
+            bad[position] = str(error)
         except UnidentifiedImageError:
             bad[position] = "not an image, or of an unknown format"
         except Exception as error:
             bad[position] = f"cannot be read as an image: {error_text(error)}"
         return 0, 0
 
-    n = len(source.images)
+    n = len(source)
     with ThreadPoolExecutor(threads or 4) as pool:
         results = tqdm(pool.map(size, range(n)), "image headers", n, disable=not progress or n < PROGRESS_FROM)
         sizes = np.array(list(results), np.int64).reshape(-1, 2)
     if bad:
         raise _all_unreadable({source.path(position): bad[position] for position in sorted(bad)}, n)
     return sizes
+
+
+def unreadable(path: str, reason: str, remedy: str = "Restore the file, or leave it out.") -> IntegrityError:
+    """Returns the error for an image that cannot be used."""
+    return IntegrityError(f"the image {path!r} cannot be used", got=reason, remedy=remedy)
 
 
 def _all_unreadable(bad: Mapping[str, str], count: int) -> IntegrityError:

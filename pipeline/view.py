@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from labeler.base.errors import InputError
 from labeler.report.charts import COLOURS, OTHER, lay_over
 from labeler.report.page import class_name
-from labeler.sources.pixels import open_rgb
+from labeler.sources.decoding.pixels import open_rgb
 from labeler.store.score_maps import ScoreMaps
 from pipeline.batch import Batch
 from pipeline.loader import TokenLabelLoader
@@ -203,7 +203,7 @@ def _rows(batch: Batch, loader: TokenLabelLoader) -> list[Row]:
     pixels = ((batch.images.cpu() * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     rows = []
     for b, (key, crop) in enumerate(zip(batch.keys, batch.views.boxes.numpy(), strict=True)):
-        sample = int(np.searchsorted(samples.positions, samples.source.images.keys.index(key)))
+        sample = int(np.searchsorted(samples.positions, samples.source.keys.index(key)))
         image = open_rgb(samples.read(sample), samples.orientation)
         region = WHOLE if stored is None else stored.region[b].numpy()
         rows.append(Row(image, maps[b], region, corners[b], crop, Image.fromarray(pixels[b]), tokens[b], box))

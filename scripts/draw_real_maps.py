@@ -24,8 +24,8 @@ from labeler.base.errors import InputError
 from labeler.base.whole_files import replace_file
 from labeler.report.charts import COLOURS, OTHER, lay_over
 from labeler.sources.class_names import IMAGENET_CLASSES, imagenet_names
-from labeler.sources.images import image_path
-from labeler.sources.pixels import open_rgb
+from labeler.sources.decoding.pixels import open_rgb
+from labeler.sources.image_list import image_path
 
 # Pixels. A README shows the picture at half its width, so everything is twice as large as it looks.
 WIDTH, MARGIN, GAP = 1720, 20, 16

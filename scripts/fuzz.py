@@ -276,7 +276,8 @@ class ImageListTarget:
         self.seed = "\n".join(p.relative_to(self.root).as_posix() for p in sorted(self.root.glob("class*/*"))).encode()
 
     def run_one(self) -> str:
-        from labeler.sources.images import find_images, image_path
+        from labeler.sources.folder_source import find_images
+        from labeler.sources.image_list import image_path
 
         lines = [line for line in self.seed.split(b"\n") if self.rng.random() < 0.8]
         self.rng.shuffle(lines)

@@ -17,9 +17,11 @@ from PIL import Image
 from tiny import ColourTeacher, encoded, make_images, picture
 
 from labeler import InputError, LabelStore, TeacherConfig, TeacherError, label_images
-from labeler.sources.create_decoder import create_decoder
-from labeler.sources.decoder import DecodeSettings, teacher_region
-from labeler.sources.images import BadImage, check_header, find_images, image_digest
+from labeler.sources.decoding.check_header import check_header
+from labeler.sources.decoding.create_decoder import create_decoder
+from labeler.sources.decoding.decoder import DecodeSettings, teacher_region
+from labeler.sources.folder_source import find_images
+from labeler.sources.image_source import BadImage, image_digest
 from labeler.verify import verify_store
 
 PICTURE = picture(7, 48, 64)
@@ -190,11 +192,11 @@ def test_only_bad_images_give_an_empty_store_with_a_full_quarantine(tmp_path, co
 
 @pytest.mark.fault(19)
 def test_a_file_that_changes_during_the_run_is_not_labeled(tmp_path, config):
-    from labeler.sources.images import read_image
-
     (tmp_path / "a.jpg").write_bytes(JPEG)
+    source = find_images(tmp_path)
+    (tmp_path / "a.jpg").write_bytes(JPEG[:-1])
     with pytest.raises(BadImage, match="changed after the run began"):
-        read_image(tmp_path, "a.jpg", len(JPEG) + 1)
+        source.read(0)
 
 
 def test_the_fingerprint_sees_names_and_sizes(tmp_path):

@@ -14,8 +14,8 @@ from tiny import colour_teacher
 
 from labeler import LabelStore, MismatchError, label_images
 from labeler.report.page import write_report
-from labeler.sources.decode_reference import ReferenceDecoder
-from labeler.sources.decoder import DecodeSettings
+from labeler.sources.decoding.decode_reference import ReferenceDecoder
+from labeler.sources.decoding.decoder import DecodeSettings
 from labeler.verify import verify_store
 from pipeline import LoaderConfig, create_loader
 from pipeline.labels.label_rows import LabelRows

@@ -10,7 +10,7 @@ import pytest
 from tiny import make_images
 
 from labeler import InputError
-from labeler.sources.images import find_images
+from labeler.sources.folder_source import find_images
 
 NEAR_MISSES = {
     # lines of a list -> the line that is wrong, what is said of it, and the right line that is shown

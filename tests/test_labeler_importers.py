@@ -11,7 +11,7 @@ from tiny import encoded, make_images, picture
 
 from labeler import InputError, LabelStore, MismatchError, import_token_label_files
 from labeler.importers import read_map
-from labeler.sources.images import BadImage
+from labeler.sources.image_source import BadImage
 from labeler.verify import verify_store
 
 CLASSES, GRID = 50, 6

@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +19,13 @@ from tiny import ColourTeacher, encoded, make_images, picture
 
 from labeler import InputError, LabelingError, LabelStore, TeacherConfig, label_images
 from labeler.executor import _threads
-from labeler.sources.decoder import DecodeSettings
-from labeler.sources.images import BadImage, read_image
+from labeler.sources import folder_source
+from labeler.sources.decoding.decoder import DecodeSettings
+from labeler.sources.folder_source import find_images
+from labeler.sources.image_source import BadImage
 from labeler.store.foreign_store import run_child
 
+DALI = "labeler.sources.decoding.decode_dali"
 ROOT_THAT_LEAVES: list[Path] = []
 
 
@@ -59,20 +63,25 @@ def test_images_that_go_away_during_a_run_stop_it_and_are_not_quarantined(images
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT])
 def test_an_error_of_the_machine_is_none_of_the_image(images, monkeypatch, number):
-    def fail(path: Path) -> bytes:
-        raise OSError(number, "broken")
+    def failing(number: int, reason: str) -> Any:
+        def read_at(path: bytes, offset: int, size: int) -> bytes:
+            raise OSError(number, reason)
 
-    key = "class0/img000.jpg"
-    monkeypatch.setattr(Path, "read_bytes", fail)
+        return read_at
+
+    source = find_images(images)
+    monkeypatch.setattr(folder_source, "read_at", failing(number, "broken"))
     with pytest.raises(LabelingError, match=r"broken at 'class0/img000\.jpg'"):
-        read_image(images, key)
-    monkeypatch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "a bad sector")))
+        source.read(0)
+    monkeypatch.setattr(folder_source, "read_at", failing(errno.EIO, "a bad sector"))
     with pytest.raises(BadImage, match="a bad sector"):
-        read_image(images, key)
+        source.read(0)
 
 
 def test_dali_that_cannot_start_or_decodes_nothing_more_blames_no_image(monkeypatch):
-    dali = pytest.importorskip("labeler.sources.decode_dali", reason="DALI has no wheel here", exc_type=ImportError)
+    dali = pytest.importorskip(
+        "labeler.sources.decoding.decode_dali", reason="DALI has no wheel here", exc_type=ImportError
+    )
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA driver failed: too old")
@@ -91,7 +100,9 @@ def test_dali_that_cannot_start_or_decodes_nothing_more_blames_no_image(monkeypa
 
 
 def test_dali_decodes_on_the_gpu_of_the_teacher():
-    dali = pytest.importorskip("labeler.sources.decode_dali", reason="DALI has no wheel here", exc_type=ImportError)
+    dali = pytest.importorskip(
+        "labeler.sources.decoding.decode_dali", reason="DALI has no wheel here", exc_type=ImportError
+    )
     assert dali._gpu("cuda:1") == 1
     assert dali._gpu("cpu") is None
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny import picture
 
-from labeler.sources.resize import resize
+from labeler.sources.decoding.resize import resize
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

@@ -17,8 +17,8 @@ import torch
 from tiny import CLASSES, GRID, colour_teacher, make_images
 
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, label_images
-from labeler.sources.decode_reference import ReferenceDecoder
-from labeler.sources.decoder import DecodeSettings
+from labeler.sources.decoding.decode_reference import ReferenceDecoder
+from labeler.sources.decoding.decoder import DecodeSettings
 from labeler.store.label_store import _most_used
 from labeler.store.row_checks import value_problems
 from labeler.store.shard_file import (

@@ -22,7 +22,7 @@ from labeler.base.errors import InputError, MismatchError, TeacherError
 from labeler.base.runtime import pick_device, pick_precision
 from labeler.config import LabelerConfig
 from labeler.run import _with_autocast, make_plan
-from labeler.sources.images import find_images
+from labeler.sources.folder_source import find_images
 from labeler.store.score_code import Encoding
 from labeler.teacher import weights as checkpoints
 from labeler.teacher.create_teacher import LoadedTeacher, create_teacher

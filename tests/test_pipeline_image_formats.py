@@ -16,10 +16,10 @@ from faults import tally
 from tiny import encoded, make_images, picture
 
 from labeler import IntegrityError, LabelerConfig, LabelStore, label_images
-from labeler.sources.create_decoder import create_decoder
-from labeler.sources.decoder import DecodeSettings
-from labeler.sources.pixels import open_rgb
-from labeler.sources.plain_files import plain_file
+from labeler.sources.decoding.create_decoder import create_decoder
+from labeler.sources.decoding.decoder import DecodeSettings
+from labeler.sources.decoding.pixels import open_rgb
+from labeler.sources.decoding.plain_files import plain_file
 from pipeline import LoaderConfig, create_loader
 
 SIDE = 32
@@ -176,7 +176,7 @@ def test_a_faulty_exif_block_turns_an_image_for_dali_as_for_pil(tag):
 
 def refuse_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let all files go to DALI as they are, as if the check of their heads knew nothing."""
-    monkeypatch.setattr("labeler.sources.decode_dali.plain_file", lambda data: data)
+    monkeypatch.setattr("labeler.sources.decoding.decode_dali.plain_file", lambda data: data)
     monkeypatch.setattr("pipeline.dali_loader.plain_file", lambda data: data)
 
 
@@ -229,7 +229,7 @@ def test_labels_of_another_size_than_the_image_has_are_refused_by_name(good, tmp
     images = write(tmp_path / "images", {"a.tif": good["fax.tif"][0]})
     with monkeypatch.context() as patch:
         squeezed = lambda data, _: open_rgb(data, "exif").resize((20, 20))  # noqa: E731
-        patch.setattr("labeler.sources.decode_reference.open_rgb", squeezed)
+        patch.setattr("labeler.sources.decoding.decode_reference.open_rgb", squeezed)
         label_images(images, tmp_path / "labels", config)
     for backend in ("reference", "dali"):
         with pytest.raises(IntegrityError, match=r"/images/c/a\.tif'.*48×64 pixels instead of 20×20.*Label it again"):

@@ -26,7 +26,7 @@ BELOW = {
 ONE_FILE = {
     "h5py": {"labeler/store/shard_file.py"},
     "ray": {"labeler/executor.py"},
-    "nvidia": {"labeler/sources/decode_dali.py", "pipeline/dali_loader.py"},
+    "nvidia": {"labeler/sources/decoding/decode_dali.py", "pipeline/dali_loader.py"},
     "triton": {"model/ops/scan_triton_kernels.py", "model/ops/scan_triton.py", "train/loss/loss_triton.py"},
 }
 MOST_FILES = 14

@@ -20,8 +20,8 @@ from tiny import make_images
 from tiny_runs import outcome, tiny_config, tiny_data
 
 from labeler import InputError
+from labeler.sources.image_source import ImageSource
 from pipeline import Batch, TokenLabelLoader
-from pipeline.sources import FolderSource
 from train import fit
 from train.__main__ import main
 from train.recipes.recipe import to_toml
@@ -309,9 +309,9 @@ def test_what_needs_no_data_is_refused_before_any_image_is_looked_at_and_leaves_
     run, tmp_path, monkeypatch, what
 ):
     read: list[str] = []
-    opened = FolderSource.__init__
-    monkeypatch.setattr(FolderSource, "__init__", lambda *given: read.append("listed") or opened(*given))
-    monkeypatch.setattr(FolderSource, "head", lambda *given: read.append("opened"))
+    opened = ImageSource.__init__
+    monkeypatch.setattr(ImageSource, "__init__", lambda *given, **more: read.append("listed") or opened(*given, **more))
+    monkeypatch.setattr(ImageSource, "head", lambda *given: read.append("opened"))
     monkeypatch.setitem(sys.modules, "trackio", None)
     overrides, expected = (NEEDS_NO_DATA | NEEDS_THEIR_NUMBER)[what]
     status, error = run("data.token_labels=false", "data.store=none", *overrides)

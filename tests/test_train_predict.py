@@ -20,7 +20,7 @@ from tiny_runs import tiny_config, tiny_data
 import train
 from labeler import LabelerConfig, TeacherConfig, label_images
 from labeler.report.charts import COLOURS
-from labeler.sources.pixels import ORIENTATION_TAG
+from labeler.sources.decoding.pixels import ORIENTATION_TAG
 from model.backbones.vim import Vim
 from pipeline.view import FAINTEST, GAP, LINE, MARGIN, MIDDLE, assign_colours
 from train.__main__ import main

@@ -19,7 +19,7 @@ from tiny import encoded, make_images, picture
 from tiny_runs import tiny_config, tiny_data
 
 import train
-from labeler.sources.images import find_images
+from labeler.sources.folder_source import find_images
 from train.__main__ import main
 from train.errors import TrainError
 from train.evaluation import single_images

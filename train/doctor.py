@@ -194,7 +194,7 @@ def _scan(name: str) -> str:
 
 
 def _automatic_loader() -> str:
-    from labeler.sources.create_decoder import has_dali
+    from labeler.sources.decoding.create_decoder import has_dali
 
     return "dali" if has_dali() else "reference"
 
@@ -208,7 +208,7 @@ def _reference_loader() -> str:
 
 
 def _dali_loader() -> str:
-    from labeler.sources.create_decoder import has_dali
+    from labeler.sources.decoding.create_decoder import has_dali
 
     if not has_dali():
         return f"does not run: DALI is not installed; pip install {NEEDED['nvidia.dali']}, or data.backend=reference"

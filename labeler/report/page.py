@@ -18,7 +18,8 @@ from labeler.relabel import refuse_foreign_teacher
 from labeler.report.charts import COLOURS, OTHER, bars, heat_grid, histogram, lay_over, picture
 from labeler.report.figures import Sample, TruthCheck, check_truth, draw_sample
 from labeler.report.truth import Costs, audit_part, cards, costs_of, missing_note, palette_curve
-from labeler.sources.images import image_path, image_root
+from labeler.sources.image_source import BadImage, ImageSource
+from labeler.sources.open_source import open_images
 from labeler.store.label_store import LabelStore
 
 PICTURES = 24
@@ -82,14 +83,15 @@ def write_report(
         InputError: The store, the images or the truth cannot be read, none of the store's images is found, or the page
             cannot be written.
     """
-    root, labels = image_root(images), LabelStore(store, trusted=trusted)
+    labels = LabelStore(store, trusted=trusted)
     if not len(labels):
         raise InputError(f"{str(store)!r} has no rows", remedy="See its quarantine.jsonl.")
     if audit:
         refuse_foreign_teacher(labels.trusted, labels.plan, labels.path, "--audit")
     drawn = draw_sample(labels, sample, seed)
-    missing = sum(not image_path(root, key).is_file() for key in drawn.keys)
-    if missing == len(drawn.keys) and not any(image_path(root, key).is_file() for key in labels.keys):
+    source = open_images(images, drawn.keys)
+    missing = len(source.problems)
+    if missing == len(drawn.keys) and len(open_images(images, labels.keys).problems) == len(labels):
         raise InputError(
             f"none of the store's images is below {str(images)!r}", got=f"0 of {len(labels):,}",
             expected=f"for example {drawn.keys[0]!r}", remedy="Give --images the folder that was labeled.",
@@ -97,10 +99,10 @@ def write_report(
     checked = None if truth is None else check_truth(drawn, Path(truth))
     result, costs = None, None
     if audit:
-        result, logits = audit_labels(labels, root, audit, device=device, seed=seed, progress=progress)
+        result, logits = audit_labels(labels, images, audit, device=device, seed=seed, progress=progress)
         costs = costs_of(labels, logits, result, progress)
     findings = Findings(checked, result, len(drawn.keys), missing)
-    page = render(labels, drawn, root, findings, costs, title or f"Label store {Path(store).name}")
+    page = render(labels, drawn, source, findings, costs, title or f"Label store {Path(store).name}")
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         replace_file(Path(out), page.encode())
@@ -109,7 +111,9 @@ def write_report(
     return findings
 
 
-def render(store: LabelStore, sample: Sample, images: Path, findings: Findings, costs: Costs | None, title: str) -> str:
+def render(
+    store: LabelStore, sample: Sample, images: ImageSource, findings: Findings, costs: Costs | None, title: str
+) -> str:
     """Returns the whole page as HTML."""
     meta, truth = store.meta, findings.truth
     grid = "×".join(map(str, meta.grid))
@@ -121,7 +125,7 @@ def render(store: LabelStore, sample: Sample, images: Path, findings: Findings, 
         f"{meta.palette} of them with a plane of scores per image{tail}, by <b>{escape(str(teacher['name']))}</b>. "
         "Charts are drawn from "
         f"{len(sample.rows):,} random rows; figures marked “all” are from every row.</p>",
-        missing_note(findings.missing, findings.sampled, images),
+        missing_note(findings.missing, findings.sampled, images.name),
         cards(store, sample, truth),
         *(f'<p class="note">{escape(note)}</p>' for note in teacher.get("notes", ())),
         "<h2>What the teacher sees, and where</h2>",
@@ -149,16 +153,16 @@ def class_name(store: LabelStore, number: int) -> str:
     return names[number] if 0 <= number < len(names) else f"class {number}"
 
 
-def _maps(store: LabelStore, sample: Sample, images: Path) -> str:
+def _maps(store: LabelStore, sample: Sample, images: ImageSource) -> str:
     """Returns the images with their maps."""
-    from labeler.sources.pixels import open_rgb
+    from labeler.sources.decoding.pixels import open_rgb
 
     chosen = np.random.default_rng(1).permutation(len(sample.rows))[:PICTURES]
     parts = []
     for i in sorted(chosen.tolist()):
         try:
-            image = open_rgb(image_path(images, sample.keys[i]).read_bytes(), store.meta.orientation)
-        except (OSError, ValueError) as error:
+            image = open_rgb(images.read(images.keys.index(sample.keys[i])), store.meta.orientation)
+        except (BadImage, OSError, ValueError) as error:
             parts.append(
                 f'<div class="map"><div class="name">{escape(sample.keys[i])}: {escape(str(error))}</div></div>'
             )

@@ -1,1 +1,1 @@
-"""Images: keys, folders and lists, decoding, and class names."""
+"""Images: keys, folders, lists, tar shards, parquet files, and class names. Their decoding has a room of its own."""

@@ -1,13 +1,17 @@
-"""Class names, and the class ids of folder names."""
+"""Class names, and the class ids of folders and of the labels that a source has."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from labeler.base.errors import InputError
+
+if TYPE_CHECKING:
+    from labeler.sources.image_source import ImageSource
 
 IMAGENET_CLASSES = 1000
 
@@ -35,28 +39,29 @@ def imagenet_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def name_classes(
-    keys: tuple[str, ...], num_classes: int, names_file: str | None, known: tuple[str, ...] = ()
+    images: ImageSource, num_classes: int, names_file: str | None, known: tuple[str, ...] = ()
 ) -> tuple[tuple[str, ...], Mapping[str, int]]:
-    """Finds class names, and the class ids of the images' first folders.
+    """Finds class names, and the class ids of the images' own classes: their first folders, or the source's labels.
 
     The folders are matched with the names in `names_file`, or those that the teacher has; with ImageNet's ids if the
-    teacher has 1,000 classes; or in sorted order if there are as many folders as classes.
+    teacher has 1,000 classes; or in sorted order if there are as many folders as classes. Names of labels likewise, but
+    in the source's order.
 
     Args:
-        keys: Keys of all images.
+        images: The images.
         num_classes: C.
         names_file: File of class names, one per line; None: there is none.
         known: Class names that the teacher has, used without a file; empty: none.
 
     Returns:
-        (class names, folder name -> class id). The names are empty if they are not known, and the mapping is empty if
-        none of the three ways fits.
+        (class names, folder or label -> class id). The names are empty if they are not known, and the mapping is empty
+        if none of the three ways fits, or if the labels are ids.
 
     Raises:
         InputError: The names cannot be read or are not C.
     """
     names = read_class_names(names_file, num_classes) if names_file else known
-    folders = sorted({key.split("/", 1)[0] for key in keys if "/" in key})
+    folders = folders_of(images.keys) if images.labels is None else list(images.class_names)
     by_name = {name: i for i, name in enumerate(names)}
     if folders and all(folder in by_name for folder in folders):
         return names, {folder: by_name[folder] for folder in folders}
@@ -93,6 +98,48 @@ def _synset_classes() -> dict[str, int]:
     return {synset: i for i, synset in enumerate(imagenet_names()[0])}
 
 
+def folders_of(keys: tuple[str, ...]) -> list[str]:
+    """Returns the sorted names of the keys' first folders."""
+    return sorted({key.split("/", 1)[0] for key in keys if "/" in key})
+
+
+def true_classes(images: ImageSource, class_folders: Mapping[str, int], num_classes: int) -> np.ndarray:
+    """Finds the true class of each image.
+
+    Args:
+        images: The images.
+        class_folders: Folder or label -> class id, from `name_classes`.
+        num_classes: C.
+
+    Returns:
+        int32 [N]: class ids, −1 where they are not known. Labels that are numbers are the ids, if all are below C.
+    """
+    if images.labels is None:
+        return targets_of(images.keys, class_folders)
+    if images.class_names:
+        ids = np.array([*(class_folders.get(name, -1) for name in images.class_names), -1])
+        return ids[images.labels].astype(np.int32)
+    fits = images.labels.max(initial=-1) < num_classes
+    return images.labels.astype(np.int32) if fits else np.full(len(images), -1, np.int32)
+
+
 def targets_of(keys: tuple[str, ...], class_folders: Mapping[str, int]) -> np.ndarray:
     """Returns int32 [N]: the class id of each key's first folder, −1 if it is not known."""
     return np.array([class_folders.get(key.split("/", 1)[0], -1) if "/" in key else -1 for key in keys], np.int32)
+
+
+def number_labels(labels: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Converts labels as a list or an archive has them to class ids.
+
+    Args:
+        labels: N texts: all of them class ids, or else names; "" or "-1" where an image has none.
+
+    Returns:
+        (int64 [N]: class ids, −1 where there is none; the sorted names, empty if the labels are ids).
+    """
+    texts = ["" if label == "-1" else label for label in labels]
+    given = sorted({label for label in texts if label})
+    if all(label.isdecimal() for label in given):
+        return np.array([int(label) if label else -1 for label in texts], np.int64), ()
+    ids = {name: i for i, name in enumerate(given)}
+    return np.array([ids.get(label, -1) for label in texts], np.int64), tuple(given)

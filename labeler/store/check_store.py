@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from labeler.base.errors import InputError, IntegrityError, TokenLabelError
-from labeler.sources.images import BadImage, find_images, image_digest, image_root, read_image, refuse_other_images
+from labeler.sources.image_source import BadImage, image_digest, refuse_other_images
+from labeler.sources.open_source import open_images, open_source
 from labeler.store.foreign_store import refuse_hostile, view_rows
 from labeler.store.plan import Plan, load_plan
 from labeler.store.row_checks import shard_problems, value_problems
@@ -132,23 +133,22 @@ def check_images(
         keys: Keys of all rows.
         digests: xxh3-64 of each row's image file.
         quarantined: Keys of the images that could not be labeled.
-        images: The image root that was labeled.
+        images: The images that were labeled, as for `open_source`.
         progress: Show a progress bar.
 
     Returns:
         (number of images compared, problems in one line each).
     """
-    root = image_root(images)
     if not plan.settings.get("from_list"):  # a list may name files that a listing of the folder leaves out
         try:
-            refuse_other_images(find_images(root), plan.meta.dataset_fingerprint, (*keys, *quarantined), store)
+            refuse_other_images(open_source(images), plan.meta.dataset_fingerprint, (*keys, *quarantined), store)
         except TokenLabelError as error:
             return 0, (str(error),)
-    compared, problems = 0, []
+    compared, problems, source = 0, [], open_images(images, keys)
     for key, digest in _progress(list(zip(keys, digests, strict=True)), "images", progress):
         compared += 1
         try:
-            if image_digest(read_image(root, key)) != digest:
+            if image_digest(source.read(compared - 1)) != digest:
                 problems.append(f"{key!r} is not the image that was labeled: its bytes have changed")
         except BadImage as error:
             problems.append(f"{key!r} {error}")

@@ -18,7 +18,7 @@ import numpy as np
 from labeler.base.errors import IntegrityError, MismatchError
 from labeler.base.version import __version__
 from labeler.base.whole_files import read_sealed, write_sealed
-from labeler.sources.pixels import ORIENTATIONS
+from labeler.sources.decoding.pixels import ORIENTATIONS
 from labeler.store.score_code import Encoding, ScoreCode
 from labeler.store.shard_file import Layout, row_layout
 

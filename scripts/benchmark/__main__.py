@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from labeler.base.errors import TokenLabelError
-from labeler.sources.images import find_images
+from labeler.sources.folder_source import find_images
 from scripts.benchmark.machine import describe, versions
 from scripts.benchmark.measure import Options, in_own_process
 from scripts.benchmark.table import render, text

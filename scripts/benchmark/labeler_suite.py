@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from labeler import LabelerConfig, TeacherConfig, label_images
 from labeler.base.freed_memory import keep_freed_memory
-from labeler.sources.create_decoder import automatic_decoder
-from labeler.sources.images import find_images
+from labeler.sources.decoding.create_decoder import automatic_decoder
+from labeler.sources.folder_source import find_images
 from labeler.store.encoder import encode_maps
 from labeler.store.score_code import Encoding
 from labeler.teacher.create_teacher import create_teacher
@@ -96,7 +96,7 @@ class Photographs(Dataset):
 
     def __init__(self, images: str, model: nn.Module) -> None:
         found = find_images(images)
-        self.paths = [found.root / key for i, key in enumerate(found.keys) if i not in found.problems]
+        self.paths = [Path(found.name) / key for i, key in enumerate(found.keys) if i not in found.problems]
         self.transform = create_transform(**resolve_data_config({}, model=model))
 
     def __len__(self) -> int:

@@ -31,7 +31,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 from torchvision.transforms import functional as tv
 
 from labeler import LabelerConfig, LabelStore, TeacherConfig, label_images
-from labeler.sources.create_decoder import has_dali
+from labeler.sources.decoding.create_decoder import has_dali
 from pipeline import LoaderConfig, create_loader
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 from scripts.benchmark import photographs

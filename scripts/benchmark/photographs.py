@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from labeler.base.errors import InputError
-from labeler.sources.images import find_images
+from labeler.sources.folder_source import find_images
 
 DRAWN, FOLDERS, QUALITY = 96, 4, 90
 LONG, SHORT = 500, (333, 376)  # pixels; the short side is drawn from this range

@@ -127,7 +127,7 @@ def teacher_maps(options: Options, size: int) -> Tensor:
     """float32 [n, C, H, W]. Raises TokenLabelError where the teacher, its weights or the images are missing."""
     from labeler import LabelerConfig, TeacherConfig
     from labeler.choose_encoding import sample_logits
-    from labeler.sources.images import find_images
+    from labeler.sources.folder_source import find_images
 
     teacher = TeacherConfig(options.teacher, checkpoint=options.checkpoint, input_size=size)
     config = LabelerConfig(teacher, batch_size=BATCH, threads=options.cores, device=options.device)

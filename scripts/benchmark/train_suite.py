@@ -25,7 +25,7 @@ import model  # noqa: F401  registers the names
 from labeler import LabelerConfig, TeacherConfig, label_images
 from labeler.base.freed_memory import keep_freed_memory
 from labeler.base.runtime import set_threads
-from labeler.sources.create_decoder import has_dali
+from labeler.sources.decoding.create_decoder import has_dali
 from pipeline.batch import Batch
 from scripts.benchmark.limits import Limits, model_cost, step_limit
 from scripts.benchmark.measure import (

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from labeler.base.errors import InputError
-from labeler.sources.images import BadImage
+from labeler.sources.image_source import BadImage
 from train.evaluation.single_images import ClassShare, list_images, load_batches, normalized, printable
 from train.evaluation.token_map import draw_map, picture_names, write_picture
 from train.evaluation.validate import Trained, load_trained

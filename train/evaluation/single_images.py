@@ -19,8 +19,11 @@ from PIL import Image
 from labeler.base.cores import usable_cores
 from labeler.base.errors import InputError, error_text
 from labeler.config import LabelerConfig
-from labeler.sources.images import OF_THE_MACHINE, BadImage, check_header, find_images, image_path
-from labeler.sources.pixels import open_rgb
+from labeler.sources.decoding.check_header import check_header
+from labeler.sources.decoding.pixels import open_rgb
+from labeler.sources.image_list import image_path
+from labeler.sources.image_source import OF_THE_MACHINE, BadImage, ImageSource
+from labeler.sources.open_source import holds_images, open_source
 from pipeline.augment.crops import center_crops
 from pipeline.prefetcher import Prefetcher
 from train.errors import TrainError
@@ -48,26 +51,34 @@ class ImageFile(NamedTuple):
     """An image file.
 
     Attributes:
-        folder: the folder that was searched; "": the file was named itself.
+        folder: the folder or archive that was searched; "": the file was named itself.
         key: its path below that folder.
         problem: why it cannot be opened, if that is known already.
+        archive: the archive that it is in, and its position there; None: it is a file.
     """
 
     folder: str
     key: str
     problem: str | None = None
+    archive: tuple[ImageSource, int] | None = None
 
     @property
     def path(self) -> str:
         """The file's path."""
+        if self.archive is not None:
+            return f"{self.folder}/{self.key}"
         return str(image_path(Path(self.folder), self.key)) if self.folder else self.key
+
+    def read(self) -> bytes:
+        """Read the file. Raises BadImage or TrainError if that fails."""
+        return read_file(self.path) if self.archive is None else self.archive[0].read(self.archive[1])
 
 
 def list_images(paths: Iterable[str | Path], lines: Iterable[str] = ()) -> list[ImageFile]:
-    """List image files as they are named, and all images below each folder, in the labeler's order.
+    """List image files as they are named, and all images of each folder, list or archive, in the labeler's order.
 
     Args:
-        paths: files and folders; "-" stands for the paths in `lines`.
+        paths: files, and what `open_source` takes; "-" stands for the paths in `lines`.
         lines: paths, one per line.
 
     Returns:
@@ -83,9 +94,13 @@ def list_images(paths: Iterable[str | Path], lines: Iterable[str] = ()) -> list[
             if not named:
                 raise InputError("no image is named on standard input", expected="one path per line")
             files += named
-        elif os.path.isdir(path):
-            images = find_images(path)
-            files += [ImageFile(str(path), key, images.problems.get(i)) for i, key in enumerate(images.keys)]
+        elif holds_images(path):
+            images = open_source(path)
+            folder, packed = images.folder, images.folder is None
+            files += [
+                ImageFile(folder or str(path), key, images.problems.get(i), (images, i) if packed else None)
+                for i, key in enumerate(images.keys)
+            ]
         else:
             try:
                 os.stat(path)
@@ -119,7 +134,7 @@ def load_batches(
         if image.problem is not None:
             return BadImage(image.problem)
         try:
-            return load_image(image.path, trained)
+            return load_image(image, trained)
         except BadImage as error:
             return error
 
@@ -135,11 +150,11 @@ def load_batches(
         ahead.close()
 
 
-def load_image(path: str | Path, trained: Trained) -> np.ndarray:
+def load_image(image: str | Path | ImageFile, trained: Trained) -> np.ndarray:
     """Load an image file, resized and cropped as in the evaluation.
 
     Args:
-        path: the file.
+        image: the file.
         trained: the model, for its preprocessing.
 
     Returns:
@@ -149,8 +164,22 @@ def load_image(path: str | Path, trained: Trained) -> np.ndarray:
         BadImage: the file is not an image that can be decoded.
         TrainError: this machine cannot read the file.
     """
+    data = image.read() if isinstance(image, ImageFile) else read_file(image)
+    check_header(data, 1, LabelerConfig.max_pixels)
     try:
-        data = Path(path).read_bytes()
+        pixels = open_rgb(data, trained.transform["orientation"])
+    except Exception as error:  # PIL's decoders raise many types
+        raise BadImage(f"cannot be decoded: {error_text(error)}") from None
+    side, how = trained.side, trained.transform
+    window = center_crops(np.array([[pixels.height, pixels.width]]), side, how["crop_pct"], how["crop_mode"])
+    y0, x0, y1, x1 = window[0].tolist()
+    return np.asarray(pixels.resize((side, side), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1)))
+
+
+def read_file(path: str | Path) -> bytes:
+    """Read an image file. Raises BadImage if that fails, or TrainError if this machine is at fault."""
+    try:
+        return Path(path).read_bytes()
     except ValueError as error:  # a name that no file can have
         raise BadImage(f"cannot be read: {error}") from None
     except OSError as error:
@@ -158,15 +187,6 @@ def load_image(path: str | Path, trained: Trained) -> np.ndarray:
         if error.errno in OF_THE_MACHINE:
             raise TrainError(f"the image {printable(path)!r} cannot be read on this machine", got=reason) from None
         raise BadImage(f"cannot be read: {reason}") from None
-    check_header(data, 1, LabelerConfig.max_pixels)
-    try:
-        image = open_rgb(data, trained.transform["orientation"])
-    except Exception as error:  # PIL's decoders raise many types
-        raise BadImage(f"cannot be decoded: {error_text(error)}") from None
-    side, how = trained.side, trained.transform
-    window = center_crops(np.array([[image.height, image.width]]), side, how["crop_pct"], how["crop_mode"])
-    y0, x0, y1, x1 = window[0].tolist()
-    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1)))
 
 
 def normalized(images: Sequence[np.ndarray], trained: Trained) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from labeler.base.errors import InputError, ModelError
 from labeler.base.runtime import DTYPES, pick_precision
 from labeler.sources.class_names import IMAGENET_CLASSES, imagenet_names
-from labeler.sources.images import find_images
+from labeler.sources.folder_source import find_images
 from model import load_reference_checkpoint
 from model.token_heads import TokenLabelHeads
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD

@@ -14,9 +14,9 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 
 from labeler.base.errors import LabelingError
-from labeler.sources.decoder import Decoded, DecodeSettings
-from labeler.sources.pixels import as_ppm, open_rgb
-from labeler.sources.plain_files import plain_file
+from labeler.sources.decoding.decoder import Decoded, DecodeSettings
+from labeler.sources.decoding.pixels import as_ppm, open_rgb
+from labeler.sources.decoding.plain_files import plain_file
 
 INTERPOLATIONS = {
     "bicubic": types.INTERP_CUBIC,
@@ -121,7 +121,7 @@ class DaliDecoder:
         # The buffers belong to DALI, and the next run overwrites them.
         if self.settings.device.startswith("cuda"):
             pixels = torch.from_dlpack(resized.as_tensor()).clone()
-        else:  # with numpy, since this thread runs beside the teacher's, see `labeler.sources.resize`
+        else:  # with numpy, since this thread runs beside the teacher's, see `labeler.sources.decoding.resize`
             pixels = torch.from_numpy(np.array(resized.as_array()))
         return pixels, np.array(sizes.as_array(), np.int64)
 

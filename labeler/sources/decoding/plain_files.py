@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import zlib
 
-from labeler.sources.pixels import ORIENTATION_TAG, read_orientation
+from labeler.sources.decoding.pixels import ORIENTATION_TAG, read_orientation
 
 START, END = b"\xff\xd8", b"\xff\xd9"
 FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive, all with Huffman codes

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 from labeler.base.errors import InputError
-from labeler.sources.decode_reference import ReferenceDecoder
-from labeler.sources.decoder import Decoder, DecodeSettings
+from labeler.sources.decoding.decode_reference import ReferenceDecoder
+from labeler.sources.decoding.decoder import Decoder, DecodeSettings
 
 
 def has_dali() -> bool:
@@ -36,7 +36,7 @@ def create_decoder(name: str, settings: DecodeSettings) -> Decoder:
     if name == "pil":
         return ReferenceDecoder(settings)
     try:
-        from labeler.sources.decode_dali import DaliDecoder
+        from labeler.sources.decoding.decode_dali import DaliDecoder
     except ImportError as error:
         raise InputError(
             "DALI cannot be imported", got=str(error), remedy="Install it, or use --decoder pil."

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from labeler.sources.decoder import Decoded, DecodeSettings, teacher_region
-from labeler.sources.pixels import open_rgb
-from labeler.sources.resize import resize
+from labeler.sources.decoding.decoder import Decoded, DecodeSettings, teacher_region
+from labeler.sources.decoding.pixels import open_rgb
+from labeler.sources.decoding.resize import resize
 
 
 class ReferenceDecoder:
@@ -28,7 +28,7 @@ class ReferenceDecoder:
         with ThreadPoolExecutor(self.settings.threads, thread_name_prefix="pil") as pool:
             results = list(pool.map(self.load_image, encoded))
         good = {i: result for i, result in enumerate(results) if not isinstance(result, str)}
-        # With numpy, since this thread runs beside the teacher's, see `labeler.sources.resize`.
+        # With numpy, since this thread runs beside the teacher's, see `labeler.sources.decoding.resize`.
         pixels = np.zeros((len(good), self.settings.size, self.settings.size, 3), np.uint8)
         for index, (image, _) in enumerate(good.values()):
             pixels[index] = image
