@@ -12,18 +12,22 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("labeler", "pipeline", "model", "train")
 OURS = {*PACKAGES, "scripts", "tests", "examples"}
 # Rooms and packages, with those that they may import beside themselves. `labeler/` itself is the run and its commands.
+GROUND = {"labeler/base", "labeler/remote"}
 BELOW = {
     "labeler/base": set(),
-    "labeler/sources": {"labeler/base"},
-    "labeler/store": {"labeler/base", "labeler/sources"},
+    "labeler/remote": {"labeler/base"},
+    "labeler/sources": GROUND,
+    "labeler/store": {*GROUND, "labeler/sources"},
     "labeler/teacher": {"labeler/base"},
-    "labeler": {"labeler/base", "labeler/sources", "labeler/store", "labeler/teacher"},
-    "labeler/report": {"labeler", "labeler/base", "labeler/sources", "labeler/store", "labeler/teacher"},
-    "pipeline": {"labeler", "labeler/base", "labeler/sources", "labeler/store", "labeler/report"},
+    "labeler": {*GROUND, "labeler/sources", "labeler/store", "labeler/teacher"},
+    "labeler/report": {"labeler", *GROUND, "labeler/sources", "labeler/store", "labeler/teacher"},
+    "pipeline": {"labeler", *GROUND, "labeler/sources", "labeler/store", "labeler/report"},
     "model": {"labeler/base"},
-    "train": {"pipeline", "model", "labeler", "labeler/base", "labeler/sources", "labeler/store", "labeler/report"},
+    "train": {"pipeline", "model", "labeler", *GROUND, "labeler/sources", "labeler/store", "labeler/report"},
 }
 ONE_FILE = {
+    "fsspec": {"labeler/remote/remote_files.py"},
+    "pyarrow": {"labeler/sources/parquet_source.py"},
     "h5py": {"labeler/store/shard_file.py"},
     "ray": {"labeler/executor.py"},
     "nvidia": {"labeler/sources/decoding/decode_dali.py", "pipeline/dali_loader.py"},

@@ -94,6 +94,12 @@ class IntegrityError(TokenLabelError):
     exit_status = 4
 
 
+class RemoteError(TokenLabelError):
+    """A service could not be reached, or keeps giving wrong answers. What was transferred is kept."""
+
+    exit_status = 1
+
+
 class LabelingError(TokenLabelError):
     """A labeling run could not finish. Committed shards are kept, and the same command resumes the run."""
 
