@@ -181,9 +181,9 @@ def unpack_group(file: ArchiveFile, column: str, group: int) -> bytes:
     Raises:
         BadImage: The row group is damaged.
     """
+    parquet = _open(file)
     import pyarrow
 
-    parquet = _open(file)
     try:
         values = parquet.read_row_group(group, columns=[column], use_threads=False).flatten().column(0)
         images = [b"" if value is None else value for value in values.cast(pyarrow.large_binary()).to_pylist()]
@@ -217,9 +217,9 @@ def _open(file: ArchiveFile) -> Any:
 
 def _read_index(file: ArchiveFile) -> tuple[Columns, list[str], list[str] | None, np.ndarray]:
     """Returns (columns, key of each row, text of its label, int32 [n, 2]: its row group and its row in it)."""
+    parquet = _open(file)
     import pyarrow
 
-    parquet = _open(file)
     columns = _columns(file.where, parquet.schema_arrow)
     wanted = [column for column in (columns.path, columns.label) if column is not None]
     rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
