@@ -278,7 +278,7 @@ def test_a_server_that_fails_for_a_while_costs_no_image_and_one_that_is_gone_sto
         source = open_source(url)
         source.storage.remote.patience = Patience(tries=2, first=0.01)
         server.faults += [("class1", 500)] * 2
-        with pytest.raises(LabelingError, match="answer 500 in each of 2 tries.* No image was quarantined for it"):
+        with pytest.raises(LabelingError, match=r"answer 500 in each of 2 tries.* No image was quarantined for it"):
             source.read(source.position("class1/img001.jpg"))
 
 
