@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import nn
-from torch.nn import functional as F
 
 from labeler.base.errors import ModelError
 
@@ -107,11 +107,7 @@ def resize_position_embedding(
     if old_grid == new_grid and old_index == new_index:
         return embedding
     cls, grid = embedding[:, old_index : old_index + 1], without_token(embedding, old_index)
-    planes = grid.mT.reshape(1, -1, *old_grid)
-    if old_grid != new_grid:
-        resized = F.interpolate(planes.float(), new_grid, mode="bicubic", antialias=True, align_corners=False)
-        planes = resized.to(embedding.dtype)
-    return insert_token(planes.flatten(2).mT, cls, new_index)
+    return insert_token(resample_abs_pos_embed(grid, new_grid, old_grid, num_prefix_tokens=0), cls, new_index)
 
 
 class TokenLabelHeads(nn.Module):

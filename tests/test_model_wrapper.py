@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from labeler.base.errors import ModelError
 from model.backbones.lvvit import LVViT
+from model.create import token_label
 from model.feature_maps import layout
-from model.wrapper import TokenLabeled, token_label
+from model.wrapper import TokenLabeled
 
 CLASSES = 5
 TWO: dict[str, Any] = {"depth": 2}

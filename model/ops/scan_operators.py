@@ -24,6 +24,7 @@ from model.ops.scan_reference import state_dtype
 # Per step, channel and state: decay times state, plus input times B; then times C into the output. Products and sums
 # count separately, as in flop counters.
 FLOPS_PER_STATE = 6
+NAMESPACE = "token_labeling"  # of the operators
 TENSORS = 7  # u, delta, A, B, C, D, delta_bias
 
 
@@ -61,7 +62,7 @@ def _register(
     `saved_directions` is the dimension of K in the tensor that `forward` saves.
     """
 
-    @torch.library.custom_op(f"token_labeling::{name}", mutates_args=())
+    @torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
     def operator(
         u: torch.Tensor,
         delta: torch.Tensor,
@@ -76,7 +77,7 @@ def _register(
         backwards = tuple(bool(one) for one in reverse)
         return kernels().forward(u, delta, A, B, C, D, delta_bias, delta_softplus, backwards)
 
-    @torch.library.custom_op(f"token_labeling::{name}_backward", mutates_args=())
+    @torch.library.custom_op(f"{NAMESPACE}::{name}_backward", mutates_args=())
     def operator_backward(
         grad_y: torch.Tensor,
         u: torch.Tensor,
@@ -112,8 +113,9 @@ def _register(
     def flops_backward(grad_shape: Sequence[int], *shapes: Any, **_: Any) -> int:
         return 2 * scan_flops(*shapes)
 
-    register_flop_formula(getattr(torch.ops.token_labeling, name))(scan_flops)
-    register_flop_formula(getattr(torch.ops.token_labeling, f"{name}_backward"))(flops_backward)
+    operators = getattr(torch.ops, NAMESPACE)
+    register_flop_formula(getattr(operators, name))(scan_flops)
+    register_flop_formula(getattr(operators, f"{name}_backward"))(flops_backward)
 
     def scan(*inputs: Any) -> torch.Tensor:
         *tensors, delta_softplus, reverse = inputs
