@@ -20,14 +20,14 @@ MAX_BYTES = 8 << 30  # several times the largest published file, optimizer state
 def load_reference_checkpoint(path: str | Path, model: nn.Module | None = None, ema: bool = False) -> nn.Module:
     """Load the weights of a published checkpoint into a model.
 
-    Vim was also published with overlapping patches, which are not supported. Its files say so in their saved settings;
-    a bare state dict does not, and is refused where both readings are likely, as for 27×27 positions of 16-pixel
-    patches: 432 pixels without overlap, or 224 with half a patch shared. Pass `model` to decide.
+    Vim was also published with overlapping patches, which are not supported. The settings saved in its files tell the
+    two apart. A bare state dict does not, and is refused if overlap is likely: 27×27 positions of 16-pixel patches fit
+    432 pixels without overlap, and 224 pixels with patches that overlap by half. Pass `model` to load it anyway.
 
     Args:
         path: the checkpoint file.
-        model: the model to load into; its resolution may differ from the file's. None: built to fit the weights, for
-            square images.
+        model: the model to load into; its resolution may differ from the file's. None: a model for square images is
+            built to fit the weights.
         ema: load the averaged weights: those in the same file, or in DeMansia's second file, `…-EMA.ckpt`.
 
     Returns:
@@ -70,7 +70,7 @@ def _contents(file: Path, ema: bool) -> PublishedWeights:
     second = file.with_name(f"{file.stem}-EMA{file.suffix}")
     if not second.is_file():
         raise ModelError(
-            f"there are no averaged weights: got none in {file}, and no {second.name}; take the plain weights"
+            f"there are no averaged weights: got none in {file}, and no {second.name}; load the plain weights instead"
         )
     return _contents(second, False)
 
@@ -91,8 +91,8 @@ def _refuse_faults(net: nn.Module, state: State, file: Path) -> None:
         some = {fault: ", ".join(keys[:3]) + ", …" * (len(keys) > 3) for fault, keys in faults.items() if keys}
         lines = [f"{len(faults[fault])} {fault} ({names})" for fault, names in some.items()]
         raise ModelError(
-            f"{file} does not fit {type(net).__name__}: got {'; '.join(lines)}, expected each weight once; "
-            "check the model's size and num_classes, or omit model="
+            f"{file} does not fit {type(net).__name__}: got {'; '.join(lines)}, expected exactly "
+            "the model's own weights; check its size and num_classes, or omit model="
         )
 
 
@@ -105,7 +105,7 @@ def _refuse_non_finite(net: nn.Module, state: State, file: Path) -> None:
         names = ", ".join(broken[:3]) + ", …" * (len(broken) > 3)
         raise ModelError(
             f"{file} has weights that are not finite: got NaN or infinity in {len(broken)} tensors ({names}), expected "
-            "numbers; the training diverged, or the file is damaged; use an earlier checkpoint"
+            "numbers; either the training diverged or the file is damaged; use an earlier checkpoint"
         )
 
 

@@ -28,18 +28,18 @@ def token_label(
     """Add an auxiliary token head to a timm backbone.
 
     Args:
-        name_or_module: a name for `timm.create_model`, or a model that is built already.
+        name_or_module: a name for `timm.create_model`, or a model that is already built.
         num_classes: classes of both heads; None: as many as the backbone has.
         grid: h, w of the auxiliary logits; None: the grid of the backbone's own features.
         pretrained: load timm's pretrained weights (for a name).
-        timm_kwargs: passed to `timm.create_model`. `img_size` may also be given for a backbone that takes any size or
-            is built already, and `in_chans` for one that is built: its features are then measured on such images.
+        timm_kwargs: passed to `timm.create_model`. A backbone that takes no `img_size`, because it accepts any size
+            or is already built, is probed with images of this size; one that is built, with `in_chans` channels.
 
     Returns:
         The model with both heads: a `TokenLabeled`, or the backbone itself if it has its own token head.
 
     Raises:
-        ModelError: the backbone keeps no map of tokens, or the arguments do not fit it.
+        ModelError: the backbone returns no feature map, or the arguments do not fit it.
     """
     net = name_or_module
     if isinstance(net, str):
@@ -48,7 +48,11 @@ def token_label(
         heads = {} if family is None else family.token_head
         net = create_backbone(net, **{**heads, "pretrained": pretrained, **timm_kwargs, **classes})
     elif unknown := timm_kwargs.keys() - {"img_size", "in_chans"}:
-        raise ModelError(f"the model is built already: got {sorted(unknown)}, expected img_size or in_chans")
+        raise ModelError(
+            "arguments for a model that is already built",
+            got=", ".join(sorted(unknown)),
+            expected="img_size or in_chans",
+        )
     elif num_classes not in (None, getattr(net, "num_classes", None)):
         net.reset_classifier(num_classes)  # type: ignore[operator]
     if not isinstance(net, TokenLabelHeads):

@@ -57,7 +57,9 @@ def mix_mask(mix: Mix, grid: tuple[int, int], device: torch.device) -> torch.Ten
         return mix.to(device)
     height, width = grid
     if not (0 <= mix.y0 <= mix.y1 <= height and 0 <= mix.x0 <= mix.x1 <= width):
-        raise ModelError(f"the mix box {mix} leaves the grid of {height}×{width} tokens; draw it for this grid")
+        raise ModelError(
+            f"the mix box does not lie inside the grid: got {mix}, expected a box on {height}×{width} tokens"
+        )
     inside = torch.zeros(height, width, dtype=torch.bool, device=device)
     inside[mix.y0 : mix.y1, mix.x0 : mix.x1] = True
     return inside
@@ -96,10 +98,10 @@ def resize_position_embedding(
 
     Args:
         embedding: [1, L, D], the class token's entry included.
-        old_grid: h, w of the grid that it was made for.
-        new_grid: h, w of the grid that it is needed for.
-        old_index: where the class token's entry stands in `embedding`.
-        new_index: where it stands in the result.
+        old_grid: h, w of its grid.
+        new_grid: h, w of the grid to resize it to.
+        old_index: index of the class token's entry in `embedding`.
+        new_index: index of the class token's entry in the result.
 
     Returns:
         [1, L, D] for the new grid.
@@ -205,7 +207,7 @@ class TokenLabelHeads(nn.Module):
         _, aux = self.token_logits(features)
         if aux is None or not self.num_classes:
             raise ModelError(
-                "this model has no auxiliary head, so no scores for its tokens; build it with aux_head=True"
+                "this model has no auxiliary head, and so no scores of its tokens; build it with aux_head=True"
             )
         return aux.mT.unflatten(2, self.grid_of(images))
 

@@ -71,7 +71,7 @@ class TokenLabeled(TokenLabelHeads):
         return stem if isinstance(stem, PatchEmbed) else embed if isinstance(embed, nn.Module) else None
 
     def _fit(self, size: Size) -> None:
-        """Run a blank image to learn the layout of the features and where tokens can be mixed."""
+        """Run the backbone on a blank image to find the layout of its features and where tokens can be mixed."""
         like, patch_embed = next(self.backbone.parameters()), self._patch_embed()
         images = torch.zeros(1, self.in_chans, *size, device=like.device, dtype=like.dtype)
         embedded: list[torch.Tensor] = []
@@ -86,7 +86,9 @@ class TokenLabeled(TokenLabelHeads):
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             got = f"{self.in_chans} channels of {size[0]}×{size[1]} pixels"
-            raise ModelError(f"{self.name} does not run on {got} ({reason}); give its img_size and in_chans") from error
+            raise ModelError(
+                f"{self.name} does not run on {got} ({reason}); pass the img_size and in_chans that it was built for"
+            ) from error
         self.num_prefix_tokens = 0
         if isinstance(features, torch.Tensor) and features.ndim == 3:
             known = getattr(self.backbone, "num_prefix_tokens", None)
@@ -95,7 +97,7 @@ class TokenLabeled(TokenLabelHeads):
         maps = self.feature_map(features, size)
         if maps.shape[2:] == (1, 1):
             raise ModelError(
-                f"{self.name} gives a single token for {size[0]}×{size[1]} pixels: give a larger img_size, "
+                f"{self.name} returns a single token for {size[0]}×{size[1]} pixels: pass a larger img_size, "
                 "or choose another backbone if this one returns only its class token"
             )
         self.img_size, self.num_features = size, maps.shape[1]
@@ -145,7 +147,8 @@ class TokenLabeled(TokenLabelHeads):
         cls = self.backbone.forward_head(features)
         if not isinstance(cls, torch.Tensor):
             raise ModelError(
-                f"{self.name}'s head returns {len(cls)} outputs, expected one; turn off its distilled training"
+                f"{self.name}'s head returns several outputs: got {len(cls)}, expected one; "
+                "turn off its distilled training"
             )
         maps = resample(self.feature_map(features, size or self.img_size), self.wanted_grid)
         return cls, self.aux_head(maps.flatten(2).mT)
@@ -230,9 +233,9 @@ class TokenLabeled(TokenLabelHeads):
         return {f"backbone.{name}" for name in marked}
 
     def group_matcher(self, coarse: bool = False) -> Any:
-        """The backbone's parameter groups, for names that begin with `backbone.`.
+        """The backbone's parameter groups, with `backbone.` in front of each name.
 
-        timm matches from the start of a name, with or without `^`.
+        timm matches patterns from the start of a name, with or without `^`.
         """
         groups = self.backbone.group_matcher(coarse=coarse)
         if callable(groups):

@@ -214,7 +214,7 @@ def test_a_mix_box_swaps_the_tokens_inside_it_and_nothing_else(name):
     inside = torch.zeros(4, 4, dtype=torch.bool)
     inside[1:3, 0:2] = True
     assert torch.allclose(found, torch.where(inside[..., None], own.flip(0), own), atol=1e-6)
-    with pytest.raises(ModelError, match="leaves the grid"):
+    with pytest.raises(ModelError, match="does not lie inside the grid"):
         net.embed(images(), SimpleNamespace(y0=0, x0=0, y1=5, x1=2))
 
 

@@ -71,7 +71,7 @@ class LVViT(PatchModel):
         stem_width: channels of the stem's convolutions.
         aux_head: add an auxiliary head on the patch tokens.
         drop_rate: dropout on the embedded tokens and in the blocks.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 over the blocks.
+        drop_path_rate: rate of stochastic depth in the last block; the rates rise linearly from 0 in the first.
         global_pool: input of the class head, see `TokenLabelHeads`.
 
     Raises:

@@ -69,9 +69,9 @@ class VisionMamba(PatchModel):
         aux_head: add an auxiliary head on the patch tokens.
         cls_place: position of the class token: "middle" or "start" of the sequence.
         drop_rate: dropout on the embedded tokens.
-        drop_path_rate: stochastic depth of the last layer; it rises linearly from 0 over the layers.
+        drop_path_rate: rate of stochastic depth in the last layer; the rates rise linearly from 0 in the first.
         global_pool: input of the class head, see `TokenLabelHeads`.
-        d_state: see `BidirectionalMamba`, as for the arguments below.
+        d_state: state size N; this and the arguments down to `backend` are passed to the mixer.
         d_conv: taps of the causal convolution.
         expand: E / D.
         dt_rank: rank of the step size; None: D / 16, rounded up.
@@ -79,7 +79,7 @@ class VisionMamba(PatchModel):
         halve: average the two directions instead of adding them.
         layer_scale: initial factor of each output channel; None: none.
         backend: backend of the scan, see `model.ops.selective_scan`.
-        mixer: name of the mixer, see `create_mixer`. It gets all arguments from `d_state` to `backend`.
+        mixer: name of the mixer, see `create_mixer`.
         mixer_options: further options of the mixer; None: none.
 
     Raises:

@@ -18,7 +18,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from labeler.base.errors import ModelError
-from model.ops import scan_cpu as cpu_kernels
+from model.ops import scan_cpu as cpu_scan
 from model.ops.scan_reference import state_dtype
 
 # Per step, channel and state: decay times state, plus input times B; then times C into the output. Products and sums
@@ -28,17 +28,17 @@ NAMESPACE = "token_labeling"  # of the operators
 TENSORS = 7  # u, delta, A, B, C, D, delta_bias
 
 
-def _triton_kernels() -> ModuleType:
+def _triton_scan() -> ModuleType:
     return importlib.import_module("model.ops.scan_triton")
 
 
 def _saved_cpu(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
-    return u.new_empty(cpu_kernels.saved_shape(u, A), dtype=state_dtype(u, delta, A, *rest))
+    return u.new_empty(cpu_scan.saved_shape(u, A), dtype=state_dtype(u, delta, A, *rest))
 
 
 def _saved_triton(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
     directions, batch, length, width = u.shape
-    chunks = (length + _triton_kernels().CHUNK - 1) // _triton_kernels().CHUNK
+    chunks = (length + _triton_scan().CHUNK - 1) // _triton_scan().CHUNK
     return u.new_empty(directions, batch, chunks, width, A.shape[2], dtype=torch.float32)
 
 
@@ -54,11 +54,12 @@ def scan_flops(u: Sequence[int], delta: Sequence[int], A: Sequence[int], *_: Any
 
 
 def _register(
-    name: str, kernels: Callable[[], Any], saved_like: Callable[..., torch.Tensor], saved_directions: int
+    name: str, implementation: Callable[[], Any], saved_like: Callable[..., torch.Tensor], saved_directions: int
 ) -> Callable[..., torch.Tensor]:
-    """Register scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse) -> y with a module's kernels.
+    """Register scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse) -> y as a torch operator.
 
-    `kernels` returns the module; it is called at the first use, so that registering imports no vendor library.
+    `implementation` returns the module with `forward` and `backward`; it is called at the first use, so that
+    registering imports no vendor library.
     `saved_directions` is the dimension of K in the tensor that `forward` saves.
     """
 
@@ -75,7 +76,7 @@ def _register(
         reverse: Sequence[int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         backwards = tuple(bool(one) for one in reverse)
-        return kernels().forward(u, delta, A, B, C, D, delta_bias, delta_softplus, backwards)
+        return implementation().forward(u, delta, A, B, C, D, delta_bias, delta_softplus, backwards)
 
     @torch.library.custom_op(f"{NAMESPACE}::{name}_backward", mutates_args=())
     def operator_backward(
@@ -92,7 +93,9 @@ def _register(
         reverse: Sequence[int],
     ) -> list[torch.Tensor]:
         backwards = tuple(bool(one) for one in reverse)
-        gradients = kernels().backward(grad_y, u, delta, A, B, C, D, delta_bias, saved, delta_softplus, backwards)
+        gradients = implementation().backward(
+            grad_y, u, delta, A, B, C, D, delta_bias, saved, delta_softplus, backwards
+        )
         return [gradient for gradient in gradients if gradient is not None]  # an operator cannot return None
 
     @operator.register_fake
@@ -202,5 +205,5 @@ def _no_second_derivatives(ctx: Any, *_: Any) -> Any:
     raise ModelError("the hand-written scans have no second derivatives", expected='a model with backend="reference"')
 
 
-scan_cpu = _register("scan_cpu", lambda: cpu_kernels, _saved_cpu, 1)
-scan_triton = _register("scan_triton", _triton_kernels, _saved_triton, 0)
+scan_cpu = _register("scan_cpu", lambda: cpu_scan, _saved_cpu, 1)
+scan_triton = _register("scan_triton", _triton_scan, _saved_triton, 0)
