@@ -15,10 +15,25 @@ except ModuleNotFoundError as absent:
     text = f"models need {absent.name}, which is not installed. pip install 'token-labeling[train]'"
     raise ModuleNotFoundError(text, name=absent.name) from None
 from model.checkpoints import load_reference_checkpoint
+from model.create import token_label
+from model.families import Family, PublishedWeights, register_family
+from model.mixers import Mixer, create_mixer, register_mixer
 from model.ops import selective_scan
-from model.wrapper import token_label
 
 NAMES = tuple(name for family in (demansia, vim, lvvit) for name in family.NAMES)
 """The models that this package registers with timm, by the names that `timm.create_model` takes."""
 
-__all__ = ["NAMES", "BackendError", "ModelError", "load_reference_checkpoint", "selective_scan", "token_label"]
+__all__ = [
+    "NAMES",
+    "BackendError",
+    "Family",
+    "Mixer",
+    "ModelError",
+    "PublishedWeights",
+    "create_mixer",
+    "load_reference_checkpoint",
+    "register_family",
+    "register_mixer",
+    "selective_scan",
+    "token_label",
+]

@@ -40,12 +40,12 @@ def token_grid(count: int, size: Size) -> Size | None:
 
 
 def layout(x: Any, owner: Any, size: Size) -> str | None:
-    """The layout of a module's output.
+    """Find the layout of a module's output.
 
     Args:
         x: the output.
-        owner: the module, whose `output_fmt` or `num_features` decide where they can.
-        size: height, width of the image, whose shape decides otherwise.
+        owner: the module; its `output_fmt` or `num_features` decide if they can.
+        size: height, width of the image; otherwise its aspect ratio decides.
 
     Returns:
         "tokens", "NCHW" or "NHWC"; None: none of these.

@@ -13,8 +13,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.ops.scan_operators import scan_flops
-from model.wrapper import create_backbone
+from model.create import create_backbone
+from model.mixers import Mixer
+from model.ops.scan_operators import NAMESPACE, scan_flops
+
+OURS = f"{NAMESPACE}."  # how the names of the project's operators begin
 
 
 @dataclass(frozen=True)
@@ -99,31 +102,47 @@ def _cost(name: str, side: int, num_classes: int) -> Cost:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    counter = FlopCounterMode(display=False)
+    counter, by_mixers = FlopCounterMode(display=False), _counted_by_mixers(net)
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         net(image)
     macs = _macs_by_part(counter.get_flop_counts(), type(net).__name__)
+    macs |= {part: count + macs.get(part, 0) for part, count in by_mixers.items()}
     tokens = (net.grid[0] * net.grid[1]) if hasattr(net, "grid") else 0
     return Cost(side, tokens, {part: count // 2 for part, count in macs.items()}, sum(kept.values()) // 2)
 
 
+def _counted_by_mixers(net: nn.Module) -> dict[str, int]:
+    """A dictionary to which each mixer adds its own multiply-adds when it runs."""
+    macs: dict[str, int] = defaultdict(int)
+
+    def count(mixer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        for part, each in mixer.macs_per_token().items():
+            macs[part] += each * inputs[0].shape[0] * inputs[0].shape[1]
+
+    for module in net.modules():
+        if isinstance(module, Mixer):
+            module.register_forward_pre_hook(count)
+    return macs
+
+
 def _macs_by_part(counts: dict[str, dict[Any, int]], root: str) -> dict[str, int]:
-    """Multiply-adds of both images by direct child of the model, scans apart; a multiply-add counts as two flops."""
+    """Multiply-adds of a forward pass by direct child of the model; a multiply-add counts as two flops.
+
+    A list of blocks is not called itself, so what is summed are the outermost modules that were called. The project's
+    own operators are left out: the mixers count them, on any backend.
+    """
+
+    def total(by_operator: dict[Any, int]) -> int:
+        return sum(flops for operator, flops in by_operator.items() if not str(operator).startswith(OURS)) // 2
+
     macs: dict[str, int] = defaultdict(int)
     for path, by_operator in counts.items():
         parts = path.split(".")
-        if parts[0] == root and (len(parts) == 2 or (len(parts) == 3 and parts[1] in ("layers", "blocks"))):
-            macs[parts[1]] += sum(flops for operator, flops in by_operator.items() if not _is_scan(operator)) // 2
-    everything = counts.get("Global", {})
-    scans = sum(flops for operator, flops in everything.items() if _is_scan(operator)) // 2
-    missing = sum(everything.values()) // 2 - sum(macs.values()) - scans
-    if missing > 0:
-        macs["other"] = missing
-    return {**macs, "scan": scans} if scans else dict(macs)
-
-
-def _is_scan(operator: Any) -> bool:
-    return str(operator).startswith("token_labeling.scan")
+        outer = (".".join(parts[:n]) for n in range(2, len(parts)))
+        if parts[0] == root and len(parts) > 1 and not any(one in counts for one in outer):
+            macs[parts[1]] += total(by_operator)
+    missing = total(counts.get("Global", {})) - sum(macs.values())
+    return {**macs, "other": missing} if missing > 0 else dict(macs)
 
 
 def fvcore_handles() -> dict[str, Any]:
@@ -136,4 +155,4 @@ def fvcore_handles() -> dict[str, Any]:
         shapes = [value.type().sizes() for value in inputs[:3]]
         return scan_flops(*shapes) // 2
 
-    return {f"token_labeling::{name}": handle for name in ("scan_cpu", "scan_triton")}
+    return {f"{NAMESPACE}::{name}": handle for name in ("scan_cpu", "scan_triton")}

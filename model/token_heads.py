@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import nn
-from torch.nn import functional as F
 
 from labeler.base.errors import ModelError
 
@@ -57,7 +57,9 @@ def mix_mask(mix: Mix, grid: tuple[int, int], device: torch.device) -> torch.Ten
         return mix.to(device)
     height, width = grid
     if not (0 <= mix.y0 <= mix.y1 <= height and 0 <= mix.x0 <= mix.x1 <= width):
-        raise ModelError(f"the mix box {mix} leaves the grid of {height}×{width} tokens; draw it for this grid")
+        raise ModelError(
+            f"the mix box does not lie inside the grid: got {mix}, expected a box on {height}×{width} tokens"
+        )
     inside = torch.zeros(height, width, dtype=torch.bool, device=device)
     inside[mix.y0 : mix.y1, mix.x0 : mix.x1] = True
     return inside
@@ -96,10 +98,10 @@ def resize_position_embedding(
 
     Args:
         embedding: [1, L, D], the class token's entry included.
-        old_grid: h, w of the grid that it was made for.
-        new_grid: h, w of the grid that it is needed for.
-        old_index: where the class token's entry stands in `embedding`.
-        new_index: where it stands in the result.
+        old_grid: h, w of its grid.
+        new_grid: h, w of the grid to resize it to.
+        old_index: index of the class token's entry in `embedding`.
+        new_index: index of the class token's entry in the result.
 
     Returns:
         [1, L, D] for the new grid.
@@ -107,11 +109,7 @@ def resize_position_embedding(
     if old_grid == new_grid and old_index == new_index:
         return embedding
     cls, grid = embedding[:, old_index : old_index + 1], without_token(embedding, old_index)
-    planes = grid.mT.reshape(1, -1, *old_grid)
-    if old_grid != new_grid:
-        resized = F.interpolate(planes.float(), new_grid, mode="bicubic", antialias=True, align_corners=False)
-        planes = resized.to(embedding.dtype)
-    return insert_token(planes.flatten(2).mT, cls, new_index)
+    return insert_token(resample_abs_pos_embed(grid, new_grid, old_grid, num_prefix_tokens=0), cls, new_index)
 
 
 class TokenLabelHeads(nn.Module):
@@ -209,7 +207,7 @@ class TokenLabelHeads(nn.Module):
         _, aux = self.token_logits(features)
         if aux is None or not self.num_classes:
             raise ModelError(
-                "this model has no auxiliary head, so no scores for its tokens; build it with aux_head=True"
+                "this model has no auxiliary head, and so no scores of its tokens; build it with aux_head=True"
             )
         return aux.mT.unflatten(2, self.grid_of(images))
 

@@ -1,4 +1,4 @@
-"""Token labeling for any timm backbone: `token_label("resnet50")` adds an auxiliary head and token mixing.
+"""Token labeling around a timm backbone: an auxiliary head and token mixing.
 
 Legend: B images; C classes; D width of the features; h×w token grid, T = h·w tokens; P prefix tokens.
 
@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable
 from typing import Any, cast
 
-import timm
 import torch
 from timm.layers import PatchEmbed, to_2tuple, trunc_normal_
 from torch import nn
@@ -22,77 +21,8 @@ from model.feature_maps import ChangedOutput, Size, evaluation, grid_in, layout,
 from model.token_heads import Logits, Mix, TokenLabelHeads, mix_mask, mix_tokens
 
 
-def token_label(
-    name_or_module: str | nn.Module,
-    num_classes: int | None = None,
-    grid: int | Size | None = None,
-    pretrained: bool = False,
-    **timm_kwargs: Any,
-) -> TokenLabelHeads:
-    """Add an auxiliary token head to a timm backbone.
-
-    Args:
-        name_or_module: a name for `timm.create_model`, or a model that is built already.
-        num_classes: classes of both heads; None: as many as the backbone has.
-        grid: h, w of the auxiliary logits; None: the grid of the backbone's own features.
-        pretrained: load timm's pretrained weights (for a name).
-        timm_kwargs: passed to `timm.create_model`. `img_size` may also be given for a backbone that takes any size or
-            is built already, and `in_chans` for one that is built: its features are then measured on such images.
-
-    Returns:
-        The model with both heads: a `TokenLabeled`, or the backbone itself if it has its own token head.
-
-    Raises:
-        ModelError: the backbone keeps no map of tokens, or the arguments do not fit it.
-    """
-    net = name_or_module
-    if isinstance(net, str):
-        net = _create(net, num_classes, pretrained, timm_kwargs)
-    elif unknown := timm_kwargs.keys() - {"img_size", "in_chans"}:
-        raise ModelError(f"the model is built already: got {sorted(unknown)}, expected img_size or in_chans")
-    elif num_classes not in (None, getattr(net, "num_classes", None)):
-        net.reset_classifier(num_classes)  # type: ignore[operator]
-    if not isinstance(net, TokenLabelHeads):
-        return TokenLabeled(net, grid, timm_kwargs.get("img_size"), timm_kwargs.get("in_chans"))
-    if net.aux_head is None or (grid is not None and to_2tuple(grid) != getattr(net, "grid", None)):
-        raise ModelError(f"{type(net).__name__} has its own token head: build it with aux_head=True, without grid")
-    return net
-
-
-def _create(name: str, num_classes: int | None, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    kwargs = kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
-    if name.startswith("vim_"):
-        kwargs = {"aux_head": True, **kwargs}
-    return create_backbone(name, pretrained=pretrained, **kwargs)
-
-
-def create_backbone(name: str, **kwargs: Any) -> nn.Module:
-    """`timm.create_model`, but without `img_size` for backbones that do not take it.
-
-    Args:
-        name: a name of `timm.list_models()`.
-        kwargs: passed to `timm.create_model`.
-
-    Returns:
-        The backbone.
-
-    Raises:
-        ModelError: timm does not know the name.
-    """
-    try:
-        return timm.create_model(name, **kwargs)
-    except TypeError as error:
-        if "img_size" not in kwargs or "img_size" not in str(error):
-            raise
-    except RuntimeError as error:
-        if "Unknown model" in str(error):
-            raise ModelError(f"unknown model: got {name!r}, expected a name of timm.list_models()") from error
-        raise
-    return timm.create_model(name, **{key: value for key, value in kwargs.items() if key != "img_size"})
-
-
 class TokenLabeled(TokenLabelHeads):
-    """A backbone with an auxiliary head; made by `token_label`.
+    """A backbone with an auxiliary head; made by `model.token_label`.
 
     The names of the backbone's parameters get the prefix `backbone.`.
 
@@ -141,7 +71,7 @@ class TokenLabeled(TokenLabelHeads):
         return stem if isinstance(stem, PatchEmbed) else embed if isinstance(embed, nn.Module) else None
 
     def _fit(self, size: Size) -> None:
-        """Run a blank image to learn the layout of the features and where tokens can be mixed."""
+        """Run the backbone on a blank image to find the layout of its features and where tokens can be mixed."""
         like, patch_embed = next(self.backbone.parameters()), self._patch_embed()
         images = torch.zeros(1, self.in_chans, *size, device=like.device, dtype=like.dtype)
         embedded: list[torch.Tensor] = []
@@ -156,7 +86,9 @@ class TokenLabeled(TokenLabelHeads):
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             got = f"{self.in_chans} channels of {size[0]}×{size[1]} pixels"
-            raise ModelError(f"{self.name} does not run on {got} ({reason}); give its img_size and in_chans") from error
+            raise ModelError(
+                f"{self.name} does not run on {got} ({reason}); pass the img_size and in_chans that it was built for"
+            ) from error
         self.num_prefix_tokens = 0
         if isinstance(features, torch.Tensor) and features.ndim == 3:
             known = getattr(self.backbone, "num_prefix_tokens", None)
@@ -165,7 +97,7 @@ class TokenLabeled(TokenLabelHeads):
         maps = self.feature_map(features, size)
         if maps.shape[2:] == (1, 1):
             raise ModelError(
-                f"{self.name} gives a single token for {size[0]}×{size[1]} pixels: give a larger img_size, "
+                f"{self.name} returns a single token for {size[0]}×{size[1]} pixels: pass a larger img_size, "
                 "or choose another backbone if this one returns only its class token"
             )
         self.img_size, self.num_features = size, maps.shape[1]
@@ -215,7 +147,8 @@ class TokenLabeled(TokenLabelHeads):
         cls = self.backbone.forward_head(features)
         if not isinstance(cls, torch.Tensor):
             raise ModelError(
-                f"{self.name}'s head returns {len(cls)} outputs, expected one; turn off its distilled training"
+                f"{self.name}'s head returns several outputs: got {len(cls)}, expected one; "
+                "turn off its distilled training"
             )
         maps = resample(self.feature_map(features, size or self.img_size), self.wanted_grid)
         return cls, self.aux_head(maps.flatten(2).mT)
@@ -300,9 +233,9 @@ class TokenLabeled(TokenLabelHeads):
         return {f"backbone.{name}" for name in marked}
 
     def group_matcher(self, coarse: bool = False) -> Any:
-        """The backbone's parameter groups, for names that begin with `backbone.`.
+        """The backbone's parameter groups, with `backbone.` in front of each name.
 
-        timm matches from the start of a name, with or without `^`.
+        timm matches patterns from the start of a name, with or without `^`.
         """
         groups = self.backbone.group_matcher(coarse=coarse)
         if callable(groups):

@@ -220,7 +220,7 @@ def test_settings_that_do_not_fit_are_refused():
         small(img_size=50)
     with pytest.raises(ModelError, match="num_heads=5"):
         small(num_heads=5)
-    with pytest.raises(ModelError, match="leaves the grid"):
+    with pytest.raises(ModelError, match="does not lie inside the grid"):
         small()(torch.randn(2, 3, 32, 48), SimpleNamespace(y0=0, x0=0, y1=3, x1=1))
 
 

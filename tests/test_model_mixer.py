@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from fixtures import BACKENDS, SOURCES, close, state, tensors
+from timm.models import register_model
 
-from model.mixer import BidirectionalMamba
+from labeler.base.errors import ModelError
+from model import create_mixer, register_mixer
+from model.backbones.demansia import DeMansia
+from model.mixers import BidirectionalMamba, Mixer
+from model.summary import summarize
 
 
 def mixer_of(found: dict[str, torch.Tensor], **settings: object) -> BidirectionalMamba:
@@ -104,3 +110,68 @@ def test_step_sizes_begin_between_their_bounds():
     assert steps.min() >= 0.99e-3
     assert steps.max() <= 1.01e-1
     assert 0.005 < steps.median() < 0.02  # even in the logarithm
+
+
+@register_mixer("mean of the sequence")
+class Mean(torch.nn.Module):
+    """The least that a block needs of a mixer."""
+
+    def __init__(self, width: int, gain: float = 1.0, **_: object) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.full((1, width), gain))
+        self.out_proj = torch.nn.Linear(width, width)
+        torch.nn.init.ones_(self.out_proj.weight)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.out_proj((hidden + hidden.mean(1, keepdim=True)) * self.gain)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"gain"}
+
+    def macs_per_token(self) -> dict[str, int]:
+        return {"mean": self.gain.numel()}
+
+
+def test_a_mixer_of_ones_own_works_in_a_model_by_its_name():
+    settings = {"img_size": 32, "embed_dim": 8, "depth": 4, "num_classes": 3}
+    net = timm.create_model("demansia_nano", mixer="mean of the sequence", mixer_options={"gain": 2.0}, **settings)
+    assert all(type(layer.mixer) is Mean and layer.mixer.gain[0, 0] == 2 for layer in net.layers)
+    assert torch.equal(net.layers[0].mixer.out_proj.weight, torch.full((8, 8), 0.5))  # 1 / √4
+    assert net.no_weight_decay() == {"pos_embed", "cls_token", *(f"layers.{i}.mixer.gain" for i in range(4))}
+    cls, aux = net.train()(torch.randn(2, 3, 32, 32))
+    (cls.sum() + aux.sum()).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in net.parameters())
+
+
+def test_a_mixer_tells_the_summary_what_counters_do_not_see():
+    """Each block runs on T + 1 tokens; the linear layer is counted where it runs, in the blocks."""
+
+    @register_model
+    def mean_mixers(pretrained: bool = False, **kwargs: object) -> DeMansia:
+        fixed = {"mixer": "mean of the sequence", "embed_dim": 8, "depth": 4}
+        return DeMansia(**{**fixed, **{key: kwargs[key] for key in ("img_size", "num_classes") if key in kwargs}})
+
+    macs = summarize("mean_mixers", (32,), 3).costs[0].macs
+    assert macs["mean"] == 4 * (4 + 1) * 8
+    assert macs["layers"] == 4 * (4 + 1) * 8 * 8
+
+
+def test_the_scan_is_counted_alike_on_any_backend(monkeypatch):
+    """A loop of plain operators does the same multiply-adds as the operator that flop counters know."""
+    costs = []
+    for backend in ("cpu", "reference"):
+        monkeypatch.setenv("TOKEN_LABELING_SCAN", backend)
+        costs.append(summarize("demansia_nano", (32,)).costs[0].macs)
+    assert costs[0] == costs[1]
+    assert costs[0]["scan"] == 12 * (4 + 1) * 2 * 256 * 16 * 3  # layers, tokens, directions, E, N
+
+
+def test_mixers_are_built_by_name_and_width():
+    mixer = create_mixer("mamba", 24, d_state=4, bidirectional=False)
+    assert isinstance(mixer, Mixer)
+    assert isinstance(mixer, BidirectionalMamba)
+    assert mixer.A_log.shape == (48, 4)
+    assert mixer.no_weight_decay() == {"A_log", "D"}
+    for build in (lambda: create_mixer("mambo", 24), lambda: timm.create_model("vim_tiny", depth=1, mixer="mambo")):
+        with pytest.raises(ModelError, match=r"unknown mixer: got 'mambo'\. Did you mean 'mamba'\?"):
+            build()

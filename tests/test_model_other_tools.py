@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from labeler.base.errors import ModelError
-from model.mixer import BidirectionalMamba
+from model.mixers import BidirectionalMamba
 from model.ops import selective_scan
 from model.summary import fvcore_handles, summarize
 

@@ -214,10 +214,10 @@ def test_errors_of_use_in_the_layout_of_mamba():
 def test_a_forced_backend_that_cannot_run_says_why(backend, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setenv("TOKEN_LABELING_SCAN", backend)
-    with pytest.raises(BackendError, match=f"{backend}.* cannot be used .TOKEN_LABELING_SCAN names it.*reference"):
+    with pytest.raises(BackendError, match=f"{backend}.* named by TOKEN_LABELING_SCAN, cannot run.*reference"):
         directional_scan(*make(dtype=torch.float32), True, BOTH_WAYS)
     monkeypatch.delenv("TOKEN_LABELING_SCAN")
-    with pytest.raises(BackendError, match=f"{backend}.* cannot be used .*(GPU|CUDA|imported|installed).*reference"):
+    with pytest.raises(BackendError, match=f"{backend}.* cannot run.*(GPU|CUDA|imported|installed).*reference"):
         directional_scan(*make(dtype=torch.float32), True, BOTH_WAYS, backend)
     with pytest.raises(BackendError, match="float64"):
         directional_scan(*make(), True, BOTH_WAYS, backend)
@@ -266,8 +266,8 @@ def test_the_environment_variable_overrides_auto(monkeypatch, caplog):
     assert choose_backend("auto", "cpu") == "reference"
     assert choose_backend("cpu", "cpu") == "cpu"
     assert [record.getMessage() for record in caplog.records] == [
-        "selective scan on cpu: backend cpu, because the tensors are on a CPU",
-        "selective scan on cpu: backend reference, because TOKEN_LABELING_SCAN names it",
+        "selective scan on cpu: backend cpu, chosen because the tensors are on a CPU",
+        "selective scan on cpu: backend reference, named by TOKEN_LABELING_SCAN",
     ]
     monkeypatch.setenv("TOKEN_LABELING_SCAN", "fast")
     with pytest.raises(ModelError, match="TOKEN_LABELING_SCAN: got 'fast'"):

@@ -15,12 +15,16 @@ import pytest
 import timm
 import torch
 from timm.optim import create_optimizer_v2
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import NAMES, ModelError
 from model.backbones.demansia import DeMansia
 from model.backbones.lvvit import LVViT
 from model.backbones.vim import Vim
+from model.create import create_backbone
 from model.summary import summarize
+from model.token_heads import insert_token, resize_position_embedding
 
 SMALL = {"img_size": 64, "num_classes": 7, "embed_dim": 48, "depth": 3}
 FAMILIES = {"demansia_tiny": SMALL, "vim_tiny": SMALL, "lvvit_t": {**SMALL, "num_heads": 3}}
@@ -210,7 +214,7 @@ def test_a_mix_box_swaps_the_tokens_inside_it_and_nothing_else(name):
     inside = torch.zeros(4, 4, dtype=torch.bool)
     inside[1:3, 0:2] = True
     assert torch.allclose(found, torch.where(inside[..., None], own.flip(0), own), atol=1e-6)
-    with pytest.raises(ModelError, match="leaves the grid"):
+    with pytest.raises(ModelError, match="does not lie inside the grid"):
         net.embed(images(), SimpleNamespace(y0=0, x0=0, y1=5, x1=2))
 
 
@@ -240,6 +244,37 @@ def test_the_summary_takes_any_timm_model():
     assert sum(found.costs[1].macs.values()) > 2 * sum(found.costs[0].macs.values())
     with pytest.raises(ModelError, match="unknown model: got 'test_restnet'"):
         summarize("test_restnet")
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "convnext_atto", "lvvit_t"])
+def test_the_parts_of_the_summary_add_up_to_what_torch_counts(name):
+    """Blocks in a list, in a Sequential, and in stages: each multiply-add belongs to one part."""
+    cost = summarize(name, (160,)).costs[0]
+    net = create_backbone(name, img_size=160).eval()
+    with FlopCounterMode(display=False) as counter:
+        net(torch.randn(1, 3, 160, 160))
+    assert sum(cost.macs.values()) == counter.get_total_flops() // 2
+    assert "other" not in cost.macs
+
+
+def test_drop_path_rates_rise_linearly_to_the_last_block(name):
+    def rates(depth: int) -> list[float]:
+        net = small(name, depth=depth, drop_path_rate=0.3)
+        return [block.drop_path.drop_prob for block in getattr(net, net.BLOCKS)]
+
+    assert rates(4) == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert rates(1) == [0]
+
+
+@pytest.mark.parametrize(("old", "new"), [((4, 4), (6, 4)), ((14, 14), (24, 24)), ((9, 5), (3, 7)), ((2, 8), (4, 4))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_are_resampled_bicubically_around_the_class_token(old, new, dtype):
+    """Also where the old and the new grid have equally many tokens."""
+    torch.manual_seed(0)
+    planes, cls = torch.randn(1, 6, *old).to(dtype), torch.randn(1, 1, 6).to(dtype)
+    found = resize_position_embedding(insert_token(planes.flatten(2).mT, cls, 3), old, new, 3, 2)
+    resized = F.interpolate(planes.float(), new, mode="bicubic", antialias=True, align_corners=False).to(dtype)
+    assert torch.equal(found, insert_token(resized.flatten(2).mT, cls, 2))
 
 
 def test_the_summary_counts_what_the_design_counts():

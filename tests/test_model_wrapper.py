@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from labeler.base.errors import ModelError
 from model.backbones.lvvit import LVViT
+from model.create import token_label
 from model.feature_maps import layout
-from model.wrapper import TokenLabeled, token_label
+from model.wrapper import TokenLabeled
 
 CLASSES = 5
 TWO: dict[str, Any] = {"depth": 2}
@@ -169,7 +170,7 @@ def test_another_grid_takes_means_or_interpolates():
 def test_a_backbone_without_a_place_to_mix_says_what_to_do():
     with pytest.raises(ModelError, match=r'ResNet cannot mix tokens.*mix="image"'):
         built("test_resnet")(torch.randn(2, 3, 64, 64), box(0, 0, 1, 1))
-    with pytest.raises(ModelError, match="leaves the grid"):
+    with pytest.raises(ModelError, match="does not lie inside the grid"):
         built("vit_tiny_patch16_224")(torch.randn(2, 3, 64, 64), box(0, 0, 5, 1))
 
 
@@ -178,7 +179,7 @@ def test_volo_keeps_its_own_auxiliary_head():
     plain = timm.create_model("volo_d1_224", img_size=64, num_classes=CLASSES).eval()
     x = torch.randn(2, 3, 64, 64)
     expected = plain(x)
-    with pytest.raises(ModelError, match=r"VOLO does not run on 3 channels of 224×224 pixels.*give its img_size"):
+    with pytest.raises(ModelError, match=r"VOLO does not run on 3 channels of 224×224 pixels.*pass the img_size"):
         token_label(plain)
     net = token_label(plain, img_size=64)
     assert torch.allclose(net(x), expected, atol=1e-6)

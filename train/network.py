@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from labeler.base.errors import InputError, IntegrityError, ModelError, did_you_mean
 from model import load_reference_checkpoint, token_label
 from model.checkpoints import read_state_dict
+from model.families import family_of_name
 from model.token_heads import TokenLabelHeads
 from train.recipes.config import BEGINNING, ModelConfig
 from train.record.checkpoint import CheckpointInfo, checkpoint_of, find_checkpoint, read_weights
@@ -202,7 +203,7 @@ def _begin_with(path: Path, config: ModelConfig) -> tuple[dict[str, torch.Tensor
         described = f"{info.model['name']} with {settings or 'its usual settings'}"
         return read_weights(folder, info, ema), info.num_classes, int(info.model["img_size"]), described
     try:
-        if not _is_ours(config.name):
+        if family_of_name(config.name) is None:  # a timm backbone, which `TokenLabeled` wraps
             return _of_timm(read_state_dict(path, ema), config)
         net = load_reference_checkpoint(path, ema=ema)
     except ModelError as error:
@@ -212,11 +213,6 @@ def _begin_with(path: Path, config: ModelConfig) -> tuple[dict[str, torch.Tensor
         raise InputError(f"{path} is not for square images", got=size)
     described = f"{type(net).__name__} with embed_dim {net.embed_dim}, depth {len(net.feature_info)}"  # type: ignore[arg-type]
     return net.state_dict(), net.num_classes, size[0], described  # type: ignore[return-value, index]
-
-
-def _is_ours(name: str) -> bool:
-    """Whether the model is one of `model`; all others are timm's, wrapped in `TokenLabeled`."""
-    return timm.is_model(name) and timm.model_entrypoint(name).__module__.partition(".")[0] == "model"
 
 
 def _of_timm(state: dict[str, torch.Tensor], config: ModelConfig) -> tuple[dict[str, torch.Tensor], int, int, str]:

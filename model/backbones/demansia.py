@@ -10,47 +10,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from timm import create_model
 from timm.models import generate_default_cfgs, register_model
+from torch import nn
 
-from model.backbones.patch_model import build_patch_model, untrained_cfg
+from model.backbones.published import MIXER, PROJECTION, STEM, mamba_arguments, registered_size
+from model.backbones.registration import build_patch_model, fit_position_embedding, untrained_cfg
 from model.backbones.vision_mamba import VisionMamba
+from model.families import Family, PublishedWeights, State, register_family
 
 
 class DeMansia(VisionMamba):
     """DeMansia: `VisionMamba` with a convolutional stem, the class token in the middle and an auxiliary head."""
 
 
-NAMES = ("demansia_nano", "demansia_tiny", "demansia_small", "demansia_base")
+SIZES: dict[str, dict[str, Any]] = {
+    "demansia_nano": {"embed_dim": 128, "depth": 12},
+    "demansia_tiny": {"embed_dim": 192, "depth": 24},
+    "demansia_small": {"img_size": 384, "embed_dim": 384, "depth": 24},
+    "demansia_base": {"embed_dim": 768, "depth": 24},
+}
+NAMES = tuple(SIZES)
 default_cfgs = generate_default_cfgs(
-    {f"{name}.untrained": untrained_cfg(384 if name == "demansia_small" else 224) for name in NAMES}
+    {f"{name}.untrained": untrained_cfg(size.get("img_size", 224)) for name, size in SIZES.items()}
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> DeMansia:
-    return build_patch_model(DeMansia, variant, pretrained, **kwargs)
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> DeMansia:
+    return build_patch_model(DeMansia, variant, pretrained, **{**SIZES[variant], **kwargs})
 
 
 @register_model
 def demansia_nano(pretrained: bool = False, **kwargs: Any) -> DeMansia:
     """DeMansia of width 128 with 12 layers; `kwargs` as for `VisionMamba`."""
-    return _create("demansia_nano", pretrained, **{"embed_dim": 128, "depth": 12, **kwargs})
+    return _create("demansia_nano", pretrained, kwargs)
 
 
 @register_model
 def demansia_tiny(pretrained: bool = False, **kwargs: Any) -> DeMansia:
     """DeMansia of width 192 with 24 layers; `kwargs` as for `VisionMamba`."""
-    return _create("demansia_tiny", pretrained, **{"embed_dim": 192, "depth": 24, **kwargs})
+    return _create("demansia_tiny", pretrained, kwargs)
 
 
 @register_model
 def demansia_small(pretrained: bool = False, **kwargs: Any) -> DeMansia:
     """DeMansia of width 384 with 24 layers, for 384² pixels; `kwargs` as for `VisionMamba`."""
-    return _create("demansia_small", pretrained, **{"img_size": 384, "embed_dim": 384, "depth": 24, **kwargs})
+    return _create("demansia_small", pretrained, kwargs)
 
 
 @register_model
 def demansia_base(pretrained: bool = False, **kwargs: Any) -> DeMansia:
     """DeMansia of width 768 with 24 layers; `kwargs` as for `VisionMamba`."""
-    return _create("demansia_base", pretrained, **{"embed_dim": 768, "depth": 24, **kwargs})
+    return _create("demansia_base", pretrained, kwargs)
+
+
+def _recognize(state: State) -> bool:
+    return {f"{MIXER}A_log", STEM, "pos_embed"} <= state.keys()
+
+
+def _builder(weights: PublishedWeights) -> Callable[[], nn.Module]:
+    arguments = mamba_arguments(weights, 2 * weights.state[PROJECTION].shape[-1])
+    name = registered_size(SIZES, arguments)
+    return partial(create_model, name, **arguments) if name else partial(DeMansia, **arguments)
+
+
+register_family(
+    Family("DeMansia", NAMES, _recognize, _builder, convert=fit_position_embedding, token_head={"aux_head": True})
+)

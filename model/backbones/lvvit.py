@@ -15,16 +15,22 @@ Legend: B images; h×w token grid, T = h·w tokens; L = T + 1 sequence length; D
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Attention, DropPath, Mlp, to_2tuple, trunc_normal_
+from timm import create_model
+from timm.layers import Attention, DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from labeler.base.errors import ModelError
 from model.backbones.patch_embed import ConvStem
-from model.backbones.patch_model import PatchModel, build_patch_model, check_pool, untrained_cfg
+from model.backbones.patch_model import PatchModel, check_pool
+from model.backbones.published import PROJECTION, STEM, patch_arguments, registered_size
+from model.backbones.registration import build_patch_model, fit_position_embedding, untrained_cfg
+from model.families import Family, PublishedWeights, State, register_family
 
 NORM_EPS = 1e-5
 
@@ -65,7 +71,7 @@ class LVViT(PatchModel):
         stem_width: channels of the stem's convolutions.
         aux_head: add an auxiliary head on the patch tokens.
         drop_rate: dropout on the embedded tokens and in the blocks.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 over the blocks.
+        drop_path_rate: rate of stochastic depth in the last block; the rates rise linearly from 0 in the first.
         global_pool: input of the class head, see `TokenLabelHeads`.
 
     Raises:
@@ -107,7 +113,7 @@ class LVViT(PatchModel):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid) + 1, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
-        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
+        rates = calculate_drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
             [Block(embed_dim, num_heads, mlp_ratio, skip_lam, drop_rate, rate) for rate in rates]
         )
@@ -182,3 +188,22 @@ def lvvit_m(pretrained: bool = False, **kwargs: Any) -> LVViT:
 def lvvit_l(pretrained: bool = False, **kwargs: Any) -> LVViT:
     """LV-ViT-L, width 768 with 24 blocks; `kwargs` as for `LVViT`."""
     return _create("lvvit_l", pretrained, kwargs)
+
+
+def _recognize(state: State) -> bool:
+    return {"blocks.0.attn.qkv.weight", STEM, "pos_embed"} <= state.keys()
+
+
+def _builder(weights: PublishedWeights) -> Callable[[], nn.Module]:
+    arguments = patch_arguments(weights, 2 * weights.state[PROJECTION].shape[-1], "blocks")
+    if name := registered_size(SIZES, arguments):
+        return partial(create_model, name, **arguments)
+    raise ModelError(
+        f"{weights.file} has no known LV-ViT size, so its num_heads and skip_lam are unknown: got width "
+        f"{arguments['embed_dim']}, {arguments['depth']} blocks, expected those of {', '.join(SIZES)}; pass model="
+    )
+
+
+register_family(
+    Family("LV-ViT", NAMES, _recognize, _builder, convert=fit_position_embedding, token_head={"aux_head": True})
+)

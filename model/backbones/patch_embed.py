@@ -29,7 +29,7 @@ class ConvStem(nn.Module):
     def __init__(self, in_chans: int, embed_dim: int, patch_size: int = 16, hidden: int = 64) -> None:
         super().__init__()
         if patch_size % 2 or patch_size < 2:
-            raise ModelError(f"the stem halves the image first: patch_size must be even, got {patch_size}")
+            raise ModelError("the stem halves the image", got=f"patch_size={patch_size}", expected="an even number")
         self.patch_size = patch_size
         self.conv1 = nn.Conv2d(in_chans, hidden, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)

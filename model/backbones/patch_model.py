@@ -6,14 +6,11 @@ Legend: B images; h×w token grid, T = h·w tokens; L = T + 1 sequence length; D
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.fx
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -240,86 +237,3 @@ class PatchModel(TokenLabelHeads):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turn activation checkpointing of the blocks on or off."""
         self.grad_checkpointing = enable
-
-
-def fit_position_embedding(state: Mapping[str, torch.Tensor], model: PatchModel) -> dict[str, torch.Tensor]:
-    """Resize the position embedding of a state dict to the model's grid.
-
-    A state dict does not record its grid. If the length is the model's, the grid is taken to be the model's too;
-    otherwise the image is taken to have been square.
-
-    Args:
-        state: weights, perhaps with a "pos_embed" [1, L, D].
-        model: the model that they are for.
-
-    Returns:
-        A copy of `state` that fits.
-
-    Raises:
-        ModelError: the position embedding is not that of a square image.
-    """
-    fitted = dict(state)
-    embedding = fitted.get("pos_embed")
-    if embedding is not None and embedding.ndim == 3 and embedding.shape != model.pos_embed.shape:
-        side = math.isqrt(embedding.shape[1] - 1)
-        if side * side != embedding.shape[1] - 1:
-            raise ModelError(
-                "pos_embed cannot be resized: its grid is unknown",
-                got=f"{embedding.shape[1] - 1} tokens",
-                expected="a square number",
-            )
-        old, new = (model.cls_position(n) for n in (embedding.shape[1], model.pos_embed.shape[1]))
-        fitted["pos_embed"] = resize_position_embedding(embedding, (side, side), model.grid, old, new)
-    return fitted
-
-
-def untrained_cfg(
-    side: int = 224,
-    first_conv: str = "patch_embed.conv1",
-    classifier: str | tuple[str, ...] = ("head", "aux_head"),
-) -> dict[str, Any]:
-    """timm's configuration of a model without weights to download.
-
-    Args:
-        side: image side in pixels.
-        first_conv: name of the first convolution.
-        classifier: names of the heads.
-
-    Returns:
-        An entry of timm's `default_cfgs`.
-    """
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "fixed_input_size": True,
-        "interpolation": "bicubic",
-        "crop_pct": 0.9,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": first_conv,
-        "classifier": classifier,
-        "license": "apache-2.0",
-    }
-
-
-def build_patch_model(model_cls: type[PatchModel], variant: str, pretrained: bool, **kwargs: Any) -> Any:
-    """Build a registered model as timm does, with resized position embeddings and `features_only`.
-
-    Args:
-        model_cls: the model's class.
-        variant: its registered name.
-        pretrained: load pretrained weights.
-        kwargs: for the constructor and `build_model_with_cfg`.
-
-    Returns:
-        The model, or its feature extractor with `features_only`.
-    """
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=fit_position_embedding,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **kwargs,
-    )

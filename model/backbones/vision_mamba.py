@@ -6,23 +6,23 @@ Legend: B images; h×w token grid, T = h·w tokens; L = T + 1 sequence length; D
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 import torch.fx
-from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
-from timm.models import register_notrace_module
+from timm.layers import DropPath, calculate_drop_path_rates, lecun_normal_, to_2tuple, trunc_normal_
 from torch import nn
 
 from labeler.base.errors import ModelError
 from model.backbones.patch_embed import ConvStem, PatchProjection
 from model.backbones.patch_model import PatchModel, check_pool
-from model.mixer import BidirectionalMamba, widen
+from model.mixers import Mixer, create_mixer
+from model.mixers.mamba import widen
 
 NORM_EPS = 1e-5
 
 
-register_notrace_module(BidirectionalMamba)  # its scan is one operator, with nothing to trace in it
 torch.fx.wrap("widen")
 
 
@@ -35,12 +35,19 @@ class SumNorm(nn.RMSNorm):
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), with the sum in at least float32."""
+    """x + mixer(norm(x)), with the sum in at least float32.
 
-    def __init__(self, dim: int, drop_path: float, **mixer: Any) -> None:
+    Args:
+        dim: model width D.
+        drop_path: rate of stochastic depth.
+        mixer: name of a registered mixer.
+        options: passed to the mixer.
+    """
+
+    def __init__(self, dim: int, drop_path: float, mixer: str = "mamba", **options: Any) -> None:
         super().__init__()
         self.norm = SumNorm(dim, eps=NORM_EPS)
-        self.mixer = BidirectionalMamba(dim, **mixer)
+        self.mixer = create_mixer(mixer, dim, **options)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,7 +56,7 @@ class Block(nn.Module):
 
 
 class VisionMamba(PatchModel):
-    """Bidirectional Mamba layers on patch tokens and a class token.
+    """Layers of a norm and a mixer, by default bidirectional Mamba, on patch tokens and a class token.
 
     Args:
         img_size: side, or (height, width), in pixels; other sizes are refused (see `set_input_size`).
@@ -62,9 +69,9 @@ class VisionMamba(PatchModel):
         aux_head: add an auxiliary head on the patch tokens.
         cls_place: position of the class token: "middle" or "start" of the sequence.
         drop_rate: dropout on the embedded tokens.
-        drop_path_rate: stochastic depth of the last layer; it rises linearly from 0 over the layers.
+        drop_path_rate: rate of stochastic depth in the last layer; the rates rise linearly from 0 in the first.
         global_pool: input of the class head, see `TokenLabelHeads`.
-        d_state: see `BidirectionalMamba`, as for the arguments below.
+        d_state: state size N; this and the arguments down to `backend` are passed to the mixer.
         d_conv: taps of the causal convolution.
         expand: E / D.
         dt_rank: rank of the step size; None: D / 16, rounded up.
@@ -72,9 +79,11 @@ class VisionMamba(PatchModel):
         halve: average the two directions instead of adding them.
         layer_scale: initial factor of each output channel; None: none.
         backend: backend of the scan, see `model.ops.selective_scan`.
+        mixer: name of the mixer, see `create_mixer`.
+        mixer_options: further options of the mixer; None: none.
 
     Raises:
-        ModelError: an unknown stem, cls_place or global_pool, or an img_size that does not divide into patches.
+        ModelError: an unknown stem, cls_place, global_pool or mixer, or an img_size that does not divide into patches.
     """
 
     BLOCKS, NORM = "layers", "norm_f"
@@ -101,6 +110,8 @@ class VisionMamba(PatchModel):
         halve: bool = True,
         layer_scale: float | None = None,
         backend: str = "auto",
+        mixer: str = "mamba",
+        mixer_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.num_classes, self.embed_dim, self.num_features = num_classes, embed_dim, embed_dim
@@ -121,16 +132,19 @@ class VisionMamba(PatchModel):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens + 1, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
-        mixer: dict[str, Any] = {
+        options: dict[str, Any] = {
             "d_state": d_state,
             "d_conv": d_conv,
             "expand": expand,
             "dt_rank": dt_rank,
+            "bidirectional": bidirectional,
+            "halve": halve,
+            "layer_scale": layer_scale,
             "backend": backend,
+            **(mixer_options or {}),
         }
-        mixer |= {"bidirectional": bidirectional, "halve": halve, "layer_scale": layer_scale}
-        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
-        self.layers = nn.ModuleList([Block(embed_dim, rate, **mixer) for rate in rates])
+        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        self.layers = nn.ModuleList([Block(embed_dim, rate, mixer, **options) for rate in rates])
         self.norm_f: nn.Module = SumNorm(embed_dim, eps=NORM_EPS)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.aux_head = (nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()) if aux_head else None
@@ -161,10 +175,12 @@ class VisionMamba(PatchModel):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that should have no weight decay: A, D, positions; timm adds norms and biases."""
-        marked = ("A_log", "A_b_log", "D", "D_b")
-        states = {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in marked}
-        return states | {"pos_embed", "cls_token"}
+        """Names of the parameters that should have no weight decay; timm adds norms and biases."""
+        names = {"pos_embed", "cls_token"}
+        for path, module in self.named_modules():
+            if isinstance(module, Mixer):
+                names |= {f"{path}.{name}" for name in module.no_weight_decay()}
+        return names
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

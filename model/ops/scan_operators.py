@@ -18,26 +18,27 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from labeler.base.errors import ModelError
-from model.ops import scan_cpu as cpu_kernels
+from model.ops import scan_cpu as cpu_scan
 from model.ops.scan_reference import state_dtype
 
 # Per step, channel and state: decay times state, plus input times B; then times C into the output. Products and sums
 # count separately, as in flop counters.
 FLOPS_PER_STATE = 6
+NAMESPACE = "token_labeling"  # of the operators
 TENSORS = 7  # u, delta, A, B, C, D, delta_bias
 
 
-def _triton_kernels() -> ModuleType:
+def _triton_scan() -> ModuleType:
     return importlib.import_module("model.ops.scan_triton")
 
 
 def _saved_cpu(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
-    return u.new_empty(cpu_kernels.saved_shape(u, A), dtype=state_dtype(u, delta, A, *rest))
+    return u.new_empty(cpu_scan.saved_shape(u, A), dtype=state_dtype(u, delta, A, *rest))
 
 
 def _saved_triton(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
     directions, batch, length, width = u.shape
-    chunks = (length + _triton_kernels().CHUNK - 1) // _triton_kernels().CHUNK
+    chunks = (length + _triton_scan().CHUNK - 1) // _triton_scan().CHUNK
     return u.new_empty(directions, batch, chunks, width, A.shape[2], dtype=torch.float32)
 
 
@@ -53,15 +54,16 @@ def scan_flops(u: Sequence[int], delta: Sequence[int], A: Sequence[int], *_: Any
 
 
 def _register(
-    name: str, kernels: Callable[[], Any], saved_like: Callable[..., torch.Tensor], saved_directions: int
+    name: str, implementation: Callable[[], Any], saved_like: Callable[..., torch.Tensor], saved_directions: int
 ) -> Callable[..., torch.Tensor]:
-    """Register scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse) -> y with a module's kernels.
+    """Register scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse) -> y as a torch operator.
 
-    `kernels` returns the module; it is called at the first use, so that registering imports no vendor library.
+    `implementation` returns the module with `forward` and `backward`; it is called at the first use, so that
+    registering imports no vendor library.
     `saved_directions` is the dimension of K in the tensor that `forward` saves.
     """
 
-    @torch.library.custom_op(f"token_labeling::{name}", mutates_args=())
+    @torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
     def operator(
         u: torch.Tensor,
         delta: torch.Tensor,
@@ -74,9 +76,9 @@ def _register(
         reverse: Sequence[int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         backwards = tuple(bool(one) for one in reverse)
-        return kernels().forward(u, delta, A, B, C, D, delta_bias, delta_softplus, backwards)
+        return implementation().forward(u, delta, A, B, C, D, delta_bias, delta_softplus, backwards)
 
-    @torch.library.custom_op(f"token_labeling::{name}_backward", mutates_args=())
+    @torch.library.custom_op(f"{NAMESPACE}::{name}_backward", mutates_args=())
     def operator_backward(
         grad_y: torch.Tensor,
         u: torch.Tensor,
@@ -91,7 +93,9 @@ def _register(
         reverse: Sequence[int],
     ) -> list[torch.Tensor]:
         backwards = tuple(bool(one) for one in reverse)
-        gradients = kernels().backward(grad_y, u, delta, A, B, C, D, delta_bias, saved, delta_softplus, backwards)
+        gradients = implementation().backward(
+            grad_y, u, delta, A, B, C, D, delta_bias, saved, delta_softplus, backwards
+        )
         return [gradient for gradient in gradients if gradient is not None]  # an operator cannot return None
 
     @operator.register_fake
@@ -112,8 +116,9 @@ def _register(
     def flops_backward(grad_shape: Sequence[int], *shapes: Any, **_: Any) -> int:
         return 2 * scan_flops(*shapes)
 
-    register_flop_formula(getattr(torch.ops.token_labeling, name))(scan_flops)
-    register_flop_formula(getattr(torch.ops.token_labeling, f"{name}_backward"))(flops_backward)
+    operators = getattr(torch.ops, NAMESPACE)
+    register_flop_formula(getattr(operators, name))(scan_flops)
+    register_flop_formula(getattr(operators, f"{name}_backward"))(flops_backward)
 
     def scan(*inputs: Any) -> torch.Tensor:
         *tensors, delta_softplus, reverse = inputs
@@ -200,5 +205,5 @@ def _no_second_derivatives(ctx: Any, *_: Any) -> Any:
     raise ModelError("the hand-written scans have no second derivatives", expected='a model with backend="reference"')
 
 
-scan_cpu = _register("scan_cpu", lambda: cpu_kernels, _saved_cpu, 1)
-scan_triton = _register("scan_triton", _triton_kernels, _saved_triton, 0)
+scan_cpu = _register("scan_cpu", lambda: cpu_scan, _saved_cpu, 1)
+scan_triton = _register("scan_triton", _triton_scan, _saved_triton, 0)

@@ -32,7 +32,7 @@ Gradients = tuple[
 
 
 def is_available() -> tuple[bool, str]:
-    """Whether the kernels can run in this process, and on what, or why not."""
+    """Whether the kernels can run in this process, and the device that runs them or the reason why none does."""
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -182,9 +182,9 @@ def choose_backend(backend: str, device: str, double: bool = False) -> str:
         ModelError: the backend is unknown.
         BackendError: the named backend cannot run here.
     """
-    asked, why = backend, "it was asked for"
+    asked, why = backend, "named by backend="
     if backend == "auto" and os.environ.get(VARIABLE):
-        asked, why = os.environ[VARIABLE], f"{VARIABLE} names it"
+        asked, why = os.environ[VARIABLE], f"named by {VARIABLE}"
     if asked not in (*BACKENDS, "auto"):
         where = f" in {VARIABLE}" if backend == "auto" else ""
         raise ModelError(
@@ -194,26 +194,26 @@ def choose_backend(backend: str, device: str, double: bool = False) -> str:
         asked, why = _automatic(device, double)
     elif problem := _obstacle(asked, device, double):
         raise BackendError(
-            f"the scan backend {asked!r} cannot be used ({why}): {problem}",
-            remedy='backend="auto" chooses one that runs here, backend="reference" runs everywhere',
+            f"the scan backend {asked!r}, {why}, cannot run: {problem}",
+            remedy='backend="auto" chooses one that runs here; backend="reference" runs everywhere.',
         )
     if asked not in _announced:
         _announced.add(asked)
-        logger.info("selective scan on %s: backend %s, because %s", device, asked, why)
+        logger.info("selective scan on %s: backend %s, %s", device, asked, why)
     return asked
 
 
 def _automatic(device: str, double: bool) -> tuple[str, str]:
     if device == "cpu":
-        return "cpu", "the tensors are on a CPU"
+        return "cpu", "chosen because the tensors are on a CPU"
     problem = _obstacle("triton", device, double)
     if problem is None:
-        return "triton", "it runs on this device"
-    return "reference", f"triton does not run here: {problem}"
+        return "triton", "chosen because it runs on this device"
+    return "reference", f"chosen because triton does not run here: {problem}"
 
 
 def _obstacle(name: str, device: str, double: bool) -> str | None:
-    """Why a backend cannot run on tensors of this device; None if it can."""
+    """The reason why a backend cannot run on tensors of this device; None if it can."""
     if name == "cpu" and device != "cpu":
         return f"the tensors are on {device}, not on the CPU"
     if name in ("triton", "mamba_ssm") and double:
@@ -258,7 +258,7 @@ def _scan_mamba_ssm(
     delta_softplus: bool,
     reverse: Sequence[bool],
 ) -> torch.Tensor:
-    """Transpose, flip and cast for mamba_ssm: [B, E, L], one direction, and one dtype for u, delta, B and C."""
+    """Call mamba_ssm, which takes [B, E, L], one direction at a time, and one dtype for u, delta, B and C."""
     outputs = []
     for k, backwards in enumerate(reverse):
         steps = [(x[k].flip(1) if backwards else x[k]).to(u.dtype).mT.contiguous() for x in (u, delta, B, C)]

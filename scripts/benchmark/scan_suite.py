@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from labeler.base.freed_memory import freed_memory_kept
-from model.mixer import BidirectionalMamba
+from model.mixers import BidirectionalMamba
 from model.ops import directional_scan, scan_reference
 from scripts.benchmark.limits import Limits, scan_limit
 from scripts.benchmark.measure import KEPT, Case, Options, Result, milliseconds, note_of, take_turns

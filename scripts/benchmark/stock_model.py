@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from labeler.base.errors import ModelError
 from model.backbones.vision_mamba import Block, VisionMamba
-from model.mixer import BidirectionalMamba
+from model.mixers import BidirectionalMamba
 from model.ops import choose_backend
 
 FAST = {"cpu": "cpu", "cuda": "triton"}  # device -> the backend of this project's scan that figures are of

@@ -13,10 +13,13 @@ import math
 
 import torch
 import torch.fx
+from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
+from model.mixers.registry import register_mixer
 from model.ops import directional_scan
+from model.ops.scan_operators import FLOPS_PER_STATE
 
 DT_MIN, DT_MAX = 1e-3, 0.1  # step sizes at the start of training
 
@@ -59,6 +62,8 @@ class StepSize(nn.Linear):
         return wide_linear(x, self.weight, self.bias)
 
 
+@register_mixer("mamba")
+@register_notrace_module  # its scan is one operator, with nothing to trace in it
 class BidirectionalMamba(nn.Module):
     """A Mamba mixer that scans the sequence in both directions.
 
@@ -89,11 +94,11 @@ class BidirectionalMamba(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.d_state, self.backend = d_state, backend
+        self.d_inner, self.d_state, self.backend = expand * d_model, d_state, backend
         self.dt_rank = dt_rank or math.ceil(d_model / 16)
         self.directions = ("", "_b") if bidirectional else ("",)
         self.scale = 0.5 if bidirectional and halve else 1.0
-        inner = expand * d_model
+        inner = self.d_inner
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
         for name in self.directions:
             self.register_parameter(f"A{name}_log", nn.Parameter(_initial_a_log(inner, d_state)))
@@ -138,6 +143,14 @@ class BidirectionalMamba(nn.Module):
         )
         out = self.out_proj((y.sum(0) * self.scale) * F.silu(z))
         return out if self.gamma is None else out * self.gamma
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that should have no weight decay: A and D of each direction."""
+        return {part for name in self.directions for part in (f"A{name}_log", f"D{name}")}
+
+    def macs_per_token(self) -> dict[str, int]:
+        """Multiply-adds of the scans per token, on any backend."""
+        return {"scan": len(self.directions) * self.d_inner * self.d_state * FLOPS_PER_STATE // 2}
 
     def _scan_inputs(self, x: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
         """Of one direction, from x [B, L, E]: u, delta [B, L, E], A [E, N], B and C [B, L, N], D [E].
