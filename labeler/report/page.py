@@ -242,7 +242,7 @@ def _settings(store: LabelStore) -> dict[str, object]:
         **{f"teacher: {name}": value for name, value in meta.teacher.items() if name != "notes"},
         **{f"setting: {name}": value for name, value in plan.settings.items()},
         "shards": f"{meta.shards} of at most {plan.shard_size} images",
-        "scores": f"{meta.score_kind}, {meta.precision}",
+        "scores": f"{meta.score_kind}, score precision {meta.precision}",
         "image orientation": meta.orientation,
         "data-set fingerprint": meta.dataset_fingerprint,
         "store fingerprint": store.fingerprint,
