@@ -45,7 +45,7 @@ class Audit:
         crop: share of the sides kept -> KL(teacher's output for a crop ‖ mean of the stored map there).
         flip: Whether the store's maps are averages of both passes.
         input_size: S.
-        precision: Precision of the store.
+        precision: Score precision of the store.
     """
 
     store: str

@@ -47,7 +47,7 @@ class LabelerConfig:
         "nats of KL divergence that each stored byte must save; default: set by the quality", None, affects="recorded"
     )
     precision: str = option(
-        "uint8: codes into a table of 256 scores; float16: the scores themselves, as dense planes",
+        "score precision of the store; uint8: codes into a table of 256 scores; float16: scores in dense planes",
         "uint8",
         affects="recorded",
         choices=PRECISIONS,

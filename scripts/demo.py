@@ -2,7 +2,7 @@
 
     python -m scripts.demo --out demo        (this is `make demo`)
 
-Takes about seven minutes on two CPU cores; a second run keeps finished parts. All files are written below --out.
+Takes about four minutes on two CPU cores; a second run keeps finished parts. All files are written below --out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INPUT = "--image-size 64 --patch 8"
 
 
 def main() -> int:
-    """Run the demo from the command line. Returns the exit status."""
+    """Runs the demo from the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo"), help="output folder (%(default)s)")
     parser.add_argument("--train", type=int, default=2000, help="number of scenes to label (%(default)s)")
@@ -101,12 +101,12 @@ def main() -> int:
 
 
 def quoted(path: Path) -> str:
-    """The path, quoted for a shell."""
+    """Returns the path, quoted for a shell."""
     return shlex.quote(str(path))
 
 
 def time_epoch(images: Path, store: Path) -> float:
-    """Loader speed in images per second, over one epoch of 64-pixel crops with RandAugment and token targets."""
+    """Returns the loader's images per second over one epoch of 64-pixel crops with RandAugment and token targets."""
     config = LoaderConfig(
         str(images), str(store), batch_size=32, image_size=64, grid=(8, 8), auto_augment="rand-m9-mstd0.5-inc1",
         mix="token", cache="ram",
@@ -123,12 +123,12 @@ def heading(number: int, text: str) -> None:
 
 def print_summary(results: dict[str, Any], students: list[Student], page: Path, picture: Path) -> None:
     rate = statistics.mean(student.images_per_s for student in students)
-    labeled = f"at {results['images_per_s']:.0f} images/s" if results["images_per_s"] else "before"
+    labeled = f"at {results['images_per_s']:.0f} images/s" if results["images_per_s"] else "in an earlier run"
     print(
         f"\n{results['images']:,} scenes labeled {labeled}, "
         f"{results['bytes_per_image']:,.0f} bytes each, {results['problems']} problems found\n"
         f"teacher: {results['teacher_accuracy']:.1%} of test scenes right\n"
-        f"labels:  {results['map_accuracy']:.1%} of object cells name the right class in the right place\n"
+        f"labels:  {results['map_accuracy']:.1%} of object cells have the right class\n"
         f"         (KL from the teacher {results['kl']:.4f} nats, "
         f"first class kept in {results['first_kept']:.1%} of the cells)\n"
         f"batches: {results['loader_images_per_s']:.0f} images/s, augmented, with their token targets\n"

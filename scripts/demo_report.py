@@ -6,15 +6,17 @@ Legend: B images; C classes; h×w token grid.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from PIL import Image
 
 from labeler.base.whole_files import replace_file
 from labeler.report.charts import COLOURS, lay_over, picture
+from labeler.report.template import fill
 from pipeline.view import WHOLE
 from scripts.demo_students import Student
 from train.evaluation.single_images import load_image, normalized
@@ -24,38 +26,42 @@ from train.record.curves import draw_comparison
 PICTURES, SIDE = 16, 170
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A test scene and what the students predict.
+
+    Attributes:
+        image: The scene as an <img> tag.
+        overlay: The same with the last student's tokens.
+        legend: (color, class name) of the tokens' most common classes.
+        true: Name of the true class.
+        predicted: (student, class name) of each student.
+    """
+
+    image: Markup
+    overlay: Markup
+    legend: list[tuple[tuple[int, int, int], str]]
+    true: str
+    predicted: list[tuple[str, str]]
+
+
 def add_students(page: Path, students: Sequence[Student], scenes: Path) -> None:
-    """Insert the comparison before the first chapter of the labeler's report."""
+    """Inserts the comparison before the first heading of the report on the labels."""
     curves = page.with_name("students.png")
     draw_comparison({student.arm: student.folder for student in students}, curves)
-    rows = "".join(
-        f"<tr><td>{escape(s.arm)}</td><td class='n'>{s.accuracy:.1%}</td><td class='n'>{s.images_per_s:,.0f}</td></tr>"
-        for s in students
-    )
-    parts = [
-        "<h2>Does it help?</h2>",
-        '<p class="soft">The same small DeMansia, trained on the same scenes for the same few steps with one seed, '
-        "taught in three ways. The middle one has a loss on every token, too, but no map: what lies between it and the "
-        "last is what the <b>map</b> adds. Scenes made for it and a short training: not what to expect elsewhere.</p>",
-        "<table><tr><th>taught by</th><th class='n'>right on unseen scenes</th><th class='n'>images/s</th></tr>",
-        f"{rows}</table>",
-        f"<p>{picture_of(curves)}</p><h2>What the students answer</h2>",
-        '<p class="soft">Unseen scenes. Right of each image, the tokens of the student with token labels, in the '
-        "colour of their most probable class, the stronger the surer.</p>",
-        f'<div class="maps">{answers(students, scenes / "test")}</div>',
-    ]
+    with Image.open(curves) as image:
+        drawn = picture(image.convert("RGB"), 92)
+    part = fill(
+        "demo_report.html", Path(__file__).parent,
+        students=students, curves=drawn, answers=answers(students, scenes / "test"),
+    )  # fmt: skip
     text = page.read_text("utf-8")
-    replace_file(page, text.replace("<h2>", "\n".join(parts) + "<h2>", 1).encode())
-
-
-def picture_of(path: Path) -> str:
-    with Image.open(path) as image:
-        return picture(image.convert("RGB"), 92).replace("<img ", '<img style="max-width:100%;height:auto" ')
+    replace_file(page, text.replace("<h2>", f"{part}<h2>", 1).encode())
 
 
 @torch.inference_mode()
-def answers(students: Sequence[Student], images: Path) -> str:
-    """HTML of some test scenes with each student's prediction."""
+def answers(students: Sequence[Student], images: Path) -> list[Answer]:
+    """Predicts some test scenes with each student."""
     trained = [load_trained(student.folder) for student in students]
     files = sorted(images.glob("*/*.jpg"))
     files = [files[i] for i in np.sort(np.random.default_rng(0).permutation(len(files))[:PICTURES])]
@@ -64,21 +70,15 @@ def answers(students: Sequence[Student], images: Path) -> str:
     guesses = [one.net(inputs).argmax(1).tolist() for one in trained]
     confidence, classes = trained[-1].net.score_maps(inputs).softmax(1).max(1)
     names = trained[0].class_names
-    parts = []
+    found = []
     for b, file in enumerate(files):
-        truth = trained[0].class_folders[file.parent.name]
         image = Image.fromarray(pixels[b]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         tints = np.array(COLOURS, np.uint8)[classes[b].numpy()]
         overlay = lay_over(image, tints, 0.15 + 0.75 * confidence[b].numpy(), WHOLE)
-        lines = "".join(
-            f"<div>{'✓' if guess[b] == truth else '✗'} {escape(student.arm)}: {escape(names[guess[b]])}</div>"
-            for student, guess in zip(students, guesses, strict=True)
-        )
         count = classes[b].flatten().bincount()
-        present = [c for c in count.argsort(descending=True).tolist()[:3] if count[c]]
-        legend = "".join(f'<span><i style="background:rgb{COLOURS[c]}"></i>{escape(names[c])}</span>' for c in present)
-        parts.append(
-            f'<div class="map"><div class="pair">{picture(image)}{picture(overlay)}</div>'
-            f'<div class="legend">{legend}</div><div class="name">is <b>{escape(names[truth])}</b>{lines}</div></div>'
-        )
-    return "".join(parts)
+        common = [c for c in count.argsort(descending=True).tolist()[:3] if count[c]]
+        predicted = [(student.arm, names[guess[b]]) for student, guess in zip(students, guesses, strict=True)]
+        true = names[trained[0].class_folders[file.parent.name]]
+        legend = [(COLOURS[c], names[c]) for c in common]
+        found.append(Answer(picture(image), picture(overlay), legend, true, predicted))
+    return found

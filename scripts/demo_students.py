@@ -2,8 +2,8 @@
 
     python -m scripts.demo_students demo --seeds 0 1 2        (after `make demo`, which runs seed 0)
 
-All arms have the same network, images, crops, steps and seed; only the targets differ. The middle arm is the
-control: it has a loss on every token, as token labels do, but no map. A run that is there already is kept.
+All arms have the same network, images, crops, steps and seed; only the targets differ. The middle arm is the control:
+it has a loss on every token, like token labels, but no map. Finished runs are kept.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Student:
 
 
 def train_students(demo: Path, seed: int = 0, steps: int = 400) -> list[Student]:
-    """Train every arm with `python -m train fit demo`, as a user would."""
+    """Trains every arm with `python -m train fit demo`, as a user would."""
     return [train_student(demo, arm, seed, steps) for arm in ARMS]
 
 
@@ -51,7 +51,7 @@ def train_student(demo: Path, arm: str, seed: int, steps: int) -> Student:
 
 
 def command(package: str, arguments: str) -> str:
-    """Run a package's command as a user would. Returns its standard output; exits the demo if it fails."""
+    """Runs a package's command as a user would. Returns its standard output; exits the demo if it fails."""
     print(f"$ python -m {package} {arguments}", flush=True)
     done = subprocess.run([sys.executable, "-m", package, *shlex.split(arguments)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -60,7 +60,7 @@ def command(package: str, arguments: str) -> str:
 
 
 def table(students: Sequence[Sequence[Student]]) -> str:
-    """One line for each arm: mean and standard deviation over seeds; the argument has one list of arms per seed."""
+    """Returns a line for each arm, with mean and standard deviation over seeds; `students`: a list of arms per seed."""
     lines = []
     for same in zip(*students, strict=True):
         values = [student.accuracy for student in same]

@@ -2,7 +2,7 @@
 
     python -m scripts.demo_teacher SCENES OUT.safetensors --steps 400
 
-Training and labeling see a scene alike: squeezed to `LABEL_SIDE`, then, in training only, cropped.
+Training and labeling resize a scene to a square of `LABEL_SIDE` pixels; training then crops it.
 
 Legend: N scenes; B batch; S side of a square picture.
 """
@@ -40,7 +40,7 @@ RECIPE = 2  # increase with any change that affects the weights: stored teachers
 
 @dataclass(frozen=True)
 class TeacherReport:
-    """The file of weights and the result of the training; `seconds` and `images_per_s` are of the training only."""
+    """The file of weights and the result of the training; `seconds` and `images_per_s` are for training only."""
 
     checkpoint: str
     test_accuracy: float
@@ -49,7 +49,7 @@ class TeacherReport:
 
 
 def scene_teacher() -> nn.Module:
-    """The untrained network: average pooling and a linear head, so the mean of its map is its output."""
+    """Returns the untrained network; with average pooling and a linear head, its output is the mean of its map."""
     model = ResNet(
         BasicBlock,
         layers=(1, 1, 0, 0),
@@ -64,7 +64,7 @@ def scene_teacher() -> nn.Module:
 
 
 def described(model: ResNet, side: int) -> ResNet:
-    """The model with the attributes that the labeler needs of a teacher: input size, mean and std."""
+    """Returns the model with the attributes that the labeler needs of a teacher: input size, mean and std."""
     model.pretrained_cfg = model.default_cfg = {
         "input_size": (3, side, side),
         "mean": MEAN,
@@ -77,10 +77,10 @@ def described(model: ResNet, side: int) -> ResNet:
 
 
 def train_teacher(scenes: Path, out: Path, steps: int, progress: bool, seed: int = 0) -> TeacherReport:
-    """Train on `scenes`/train, test on `scenes`/test, and write the weights to the .safetensors file `out`.
+    """Trains on `scenes`/train, tests on `scenes`/test, and writes the weights to the .safetensors file `out`.
 
-    Settings and result are kept in that file: where it holds the same settings, nothing is trained. The same seed gives
-    the same weights on the same machine with the same number of threads.
+    The file also has the settings and the result. If it exists with the same settings, nothing is trained. The same
+    seed gives the same weights on the same machine with the same number of threads.
     """
     scenes, out = Path(scenes), Path(out)
     if steps < 2 or out.suffix != ".safetensors":
@@ -109,7 +109,7 @@ def load_split(
     side: int = LABEL_SIDE,
     classes: Sequence[str] = CLASSES,
 ) -> tuple[Tensor, Tensor]:
-    """All images of a split at the teacher's input size: pixels uint8 [N, 3, S, S] and labels int64 [N]."""
+    """Loads all images of a split at the teacher's input size: pixels uint8 [N, 3, S, S] and labels int64 [N]."""
     files = sorted(folder.glob("*/*.jpg"))
     pixels = np.empty((len(files), 3, side, side), np.uint8)
     for i, file in enumerate(tqdm(files, title, disable=not progress, unit="img")):
@@ -119,7 +119,7 @@ def load_split(
 
 
 def random_crops(pixels: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Random resized crops, half of them flipped: uint8 [B, 3, S, S] to float [B, 3, side, side] in 0..255."""
+    """Takes random resized crops and flips half of them: uint8 [B, 3, S, S] to float [B, 3, side, side] in 0..255."""
 
     def draw(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(len(pixels), generator=generator)
@@ -150,7 +150,7 @@ def fit_teacher(
     side: int = TRAIN_SIDE,
     bfloat16: bool = False,
 ) -> None:
-    """Train `model` on random crops of `side` pixels; `bfloat16`: in its forward pass, for CPUs that support it."""
+    """Trains `model` on random crops of `side` pixels; `bfloat16`: compute precision of its forward pass."""
     optimizer = create_optimizer_v2(model, opt="adamw", lr=RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.2)
     order = torch.empty(0, dtype=torch.int64)
@@ -173,7 +173,7 @@ def fit_teacher(
 
 @torch.inference_mode()
 def top1(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy of the model."""
+    """Returns the top-1 accuracy of the model."""
     guesses = torch.cat([model(_normalised(part)).argmax(1) for part in pixels.split(100)])
     return (guesses == labels).double().mean().item()
 
@@ -191,19 +191,19 @@ def _complete_set(scenes: Path) -> dict:
 
 
 def stored_report(out: Path, settings: dict) -> TeacherReport | None:
-    """The report in `out`, if that file is a teacher with these settings."""
+    """Returns the report in `out`, if that file is a teacher with these settings."""
     try:
         with safe_open(out, "pt") as file:
             kept = file.metadata() or {}
         if json.loads(kept["settings"]) == settings:
             return TeacherReport(**{**json.loads(kept["report"]), "checkpoint": str(out)})
-    except Exception:  # no file, another's file, or a damaged one: train
+    except Exception:  # a missing, foreign or damaged file: train
         return None
     return None
 
 
 def store_teacher(model: nn.Module, out: Path, settings: dict, report: TeacherReport) -> None:
-    """Write weights, settings and report to the .safetensors file `out`, completely or not at all."""
+    """Writes weights, settings and report to the .safetensors file `out`, completely or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}

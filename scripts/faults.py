@@ -1,10 +1,10 @@
-"""The fault matrix: runs the tests that inject faults, prints which rows passed, and writes `docs/reliability.md`.
+"""The fault matrix: runs the tests that inject faults, prints which rows hold, and writes `docs/reliability.md`.
 
     python -m scripts.faults            full counts (this is `make faults`; about ten minutes on two CPU cores)
     python -m scripts.faults --quick    the counts of the ordinary suite; writes no page
 
-A row holds when every test that is marked with its number passed, and at least one did. A row whose tests were skipped
-is not shown to hold, and says why.
+A row holds if all tests that are marked with its number passed, and at least one did. If its tests were skipped, the
+row gives the reason instead.
 """
 
 from __future__ import annotations
@@ -101,12 +101,12 @@ class Recorder:
             self.ended.setdefault(report.nodeid, ("passed", ""))
 
     def of_row(self, number: int) -> list[tuple[str, str, str]]:
-        """(test, outcome, reason) of every test of a row."""
+        """Returns (test, outcome, reason) of every test of a row."""
         return [(test, *self.ended[test]) for test, rows in self.rows.items() if number in rows and test in self.ended]
 
 
 def outcome(tests: list[tuple[str, str, str]]) -> str:
-    """ "held", or why not."""
+    """Returns "held", or why a row does not hold."""
     failed = [test for test, how, _ in tests if how == "failed"]
     skipped = [reason for _, how, reason in tests if how == "skipped"]
     if failed:
@@ -160,7 +160,7 @@ def page(outcomes: dict[int, str], by_row: dict[int, Counter[str]], told: str, t
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="reduced counts; only print the result")
+    parser.add_argument("--quick", action="store_true", help="run with reduced counts; only print the result")
     parser.add_argument(
         "--row", type=int, action="append", choices=ROWS, metavar="N", help="run only these rows; only print the result"
     )
@@ -191,7 +191,7 @@ def main() -> int:
 
 
 class _OnlyRows:
-    """Deselect the tests of other rows."""
+    """A pytest plugin that deselects the tests of other rows."""
 
     def __init__(self, rows: list[int]) -> None:
         self._rows = set(rows)

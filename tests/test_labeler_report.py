@@ -215,6 +215,23 @@ def test_missing_images_and_the_quarantine_are_shown(images, tmp_path, config):
     assert "No such file" in page
 
 
+def test_names_of_files_and_classes_are_text_wherever_they_stand_on_the_page(images, tmp_path, config):
+    """In legends, charts and tables, of images that have a row, have none, or are no longer there."""
+    names = [f"<script>{i}" for i in range(6)]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    folder = next(path for path in sorted(images.iterdir()) if path.is_dir())
+    first = sorted(folder.glob("*.jpg"))
+    first[0].rename(folder / "<script>a&b.jpg")
+    first[1].rename(folder / "<script>gone.jpg")
+    (folder / "<script>bad.jpg").write_bytes(b"text")
+    label_images(images, tmp_path / "labels", dataclasses.replace(config, class_names=str(tmp_path / "names.txt")))
+    (folder / "<script>gone.jpg").unlink()
+    page = read_page(tmp_path / "labels", images, tmp_path / "report.html", title="<script>")
+    assert "<script" not in page
+    for text in ("&lt;script&gt;a&amp;b.jpg", "&lt;script&gt;gone.jpg", "&lt;script&gt;bad.jpg", "&lt;script&gt;0"):
+        assert text in page
+
+
 def test_cards_say_what_the_markers_sum_up(sparse, images, tmp_path, config):
     labels = LabelStore(sparse)
     page = read_page(sparse, images, tmp_path / "report.html")

@@ -1,4 +1,4 @@
-"""Device, precision and CPU threads, chosen here for labeler, loader and training."""
+"""Device, compute precision and CPU threads, chosen here for labeler, loader and training."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pick_device(name: str, index: int | None = None) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """Returns the precision of forward passes: "float32", "bfloat16" or "float16".
+    """Returns the compute precision of forward passes: "float32", "bfloat16" or "float16".
 
     Args:
         name: One of these, or "auto": float32 on a CPU, bfloat16 on a GPU that supports it, float16 on older GPUs.

@@ -1,15 +1,18 @@
-"""Small SVG charts and images for the report, as self-contained strings."""
+"""Small SVG charts and images for the report, as self-contained HTML."""
 
 from __future__ import annotations
 
 import base64
 import io
 import math
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
+
+from labeler.report.template import fill
 
 # Ten colors that are distinct over photographs and for most color-blind readers.
 COLOURS = (
@@ -27,12 +30,30 @@ COLOURS = (
 OTHER = (128, 128, 128)
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 360, 190, 44, 34
+FLOOR = HEIGHT - BOTTOM  # y of the horizontal axis
 Point = tuple[float, float, str]  # x, y, name
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An element of an SVG image.
+
+    Attributes:
+        tag: Its SVG name.
+        attributes: Its SVG attributes.
+        text: Its text.
+        hover: Text that is shown when the pointer is on it.
+    """
+
+    tag: str
+    attributes: dict[str, str]
+    text: str
+    hover: str
 
 
 def histogram(
     values: np.ndarray, label: str, *, bins: int = 32, top: float | None = None, percent: bool = False
-) -> str:
+) -> Markup:
     """Draws a histogram with the median marked.
 
     Args:
@@ -49,68 +70,65 @@ def histogram(
     high = top if top is not None else max(float(values.max()), 1e-9)
     low = 0.0 if values.min() >= 0 and values.min() < high / 2 else float(values.min())
     counts, edges = np.histogram(values, bins, (low, high if high > low else low + 1))
-    width = (WIDTH - LEFT) / bins
-    tall = max(1, counts.max())
-    bars = "".join(
-        f'<rect class="bar" x="{LEFT + i * width:.1f}" width="{width - 1:.1f}" '
-        f'y="{(HEIGHT - BOTTOM) * (1 - count / tall):.1f}" height="{(HEIGHT - BOTTOM) * count / tall:.1f}">'
-        f"<title>{_tick(edges[i], percent)} to {_tick(edges[i + 1], percent)}: {count:,}</title></rect>"
+    low, high = float(edges[0]), float(edges[-1])
+    width, tall = (WIDTH - LEFT) / bins, max(1, counts.max())
+    shapes = [
+        _shape("rect", "bar", x=LEFT + i * width, width=width - 1, y=FLOOR * (1 - count / tall),
+               height=FLOOR * count / tall,
+               hover=f"{_tick(edges[i], percent)} to {_tick(edges[i + 1], percent)}: {count:,}")
         for i, count in enumerate(counts.tolist())
-    )
+    ]  # fmt: skip
     middle = float(np.median(values))
-    x = LEFT + (WIDTH - LEFT) * (middle - edges[0]) / (edges[-1] - edges[0])
-    anchor = "end" if x > WIDTH - 110 else "start"
-    shift = -5 if anchor == "end" else 5
-    marks = (
-        f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{HEIGHT - BOTTOM}"/>'
-        f'<text class="strong" x="{x + shift:.1f}" y="12" text-anchor="{anchor}">'
-        f"median {_tick(middle, percent)}</text>"
-    )
-    return _frame(bars + marks + _x_axis(edges[0], edges[-1], percent) + _y_axis(tall), label)
+    x = LEFT + (WIDTH - LEFT) * (middle - low) / (high - low)
+    anchor, shift = ("end", -5) if x > WIDTH - 110 else ("start", 5)
+    shapes += [
+        _shape("line", "mark", x1=x, x2=x, y1=0, y2=FLOOR),
+        _text(x + shift, 12, f"median {_tick(middle, percent)}", anchor, "strong"),
+        _shape("line", "axis", x1=LEFT, x2=WIDTH, y1=FLOOR, y2=FLOOR),
+        *(
+            _text(LEFT + (WIDTH - LEFT) * i / 4, FLOOR + 15, _tick(low + (high - low) * i / 4, percent), place)
+            for i, place in enumerate(("start", "middle", "middle", "middle", "end"))
+        ),
+        _text(LEFT - 6, 10, f"{tall:,}", "end"),
+    ]
+    return _draw(shapes, label)
 
 
-def curve(values: Sequence[float], label: str) -> str:
+def curve(values: Sequence[float], label: str) -> Markup:
     """Draws shares (0 to 1) against 1, 2, 3 … as a line with points."""
     count = len(values)
-    step = (WIDTH - LEFT - 16) / max(1, count - 1)
-    points = [(LEFT + 8 + i * step, (HEIGHT - BOTTOM) * (1 - 0.95 * value)) for i, value in enumerate(values)]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    radius = 3.5 if count <= 32 else 1.5
-    dots = "".join(
-        f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{i + 1}: {value:.2%}</title></circle>'
+    step, every = (WIDTH - LEFT - 16) / max(1, count - 1), max(1, count // 8)
+
+    def down(share: float) -> float:
+        return FLOOR * (1 - 0.95 * share)
+
+    points = [(LEFT + 8 + i * step, down(value)) for i, value in enumerate(values)]
+    shapes = [shape for level in (0.25, 0.5, 0.75, 1.0) for shape in _level(down(level), f"{level:.0%}")]
+    shapes.append(_line(points))
+    shapes += [
+        _shape("circle", "dot", cx=x, cy=y, r=3.5 if count <= 32 else 1.5, hover=f"{i + 1}: {value:.2%}")
         for i, ((x, y), value) in enumerate(zip(points, values, strict=True))
-    )
-    every = max(1, count // 8)
-    ticks = "".join(
-        f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{i + 1}</text>'
-        for i, (x, _) in enumerate(points)
-        if i % every == 0
-    )
-    levels = "".join(
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{(HEIGHT - BOTTOM) * (1 - 0.95 * v):.1f}" '
-        f'y2="{(HEIGHT - BOTTOM) * (1 - 0.95 * v):.1f}"/><text x="{LEFT - 6}" text-anchor="end" '
-        f'y="{(HEIGHT - BOTTOM) * (1 - 0.95 * v) + 4:.1f}">{v:.0%}</text>'
-        for v in (0.25, 0.5, 0.75, 1.0)
-    )
-    return _frame(f'{levels}<polyline class="line" points="{line}"/>{dots}{ticks}', label)
+    ]
+    shapes += [_text(x, FLOOR + 15, str(i + 1)) for i, (x, _) in enumerate(points) if i % every == 0]
+    return _draw(shapes, label)
 
 
-def heat_grid(values: np.ndarray, label: str) -> str:
+def heat_grid(values: np.ndarray, label: str) -> Markup:
     """Draws a grid [H, W] of shares between 0 and 1; NaN cells are empty."""
     height, width = values.shape
-    side = min((WIDTH - LEFT) / width, (HEIGHT - BOTTOM + 10) / height)
+    side = min((WIDTH - LEFT) / width, (FLOOR + 10) / height)
     left = (WIDTH - side * width) / 2
-    cells = "".join(
-        f'<rect x="{left + j * side:.1f}" y="{i * side:.1f}" width="{side - 1:.1f}" height="{side - 1:.1f}" '
-        f'fill="hsl({120 * value:.0f} 55% 48%)"><title>row {i}, column {j}: {value:.1%}</title></rect>'
+    cells = [
+        _shape("rect", x=left + j * side, y=i * side, width=side - 1, height=side - 1,
+               fill=f"hsl({120 * value:.0f} 55% 48%)", hover=f"row {i}, column {j}: {value:.1%}")
         for i, row in enumerate(values.tolist())
         for j, value in enumerate(row)
         if value == value
-    )
-    return _frame(cells, label)
+    ]  # fmt: skip
+    return _draw(cells, label)
 
 
-def scatter(line: Sequence[Point], marks: Sequence[Point], label: str) -> str:
+def scatter(line: Sequence[Point], marks: Sequence[Point], label: str) -> Markup:
     """Draws points joined by a line, and marked points with their names; x is logarithmic, y starts at 0."""
     every = [*line, *marks]
     low, high = (math.log2(end(x for x, _, _ in every)) + room for end, room in ((min, -0.3), (max, 0.3)))
@@ -120,34 +138,25 @@ def scatter(line: Sequence[Point], marks: Sequence[Point], label: str) -> str:
         return LEFT + (WIDTH - LEFT) * (math.log2(x) - low) / (high - low)
 
     def down(y: float) -> float:
-        return (HEIGHT - BOTTOM) * (1 - y / top)
+        return FLOOR * (1 - y / top)
 
-    joined = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y, _ in line)
-    dots = "".join(
-        f'<circle class="{kind}" cx="{across(x):.1f}" cy="{down(y):.1f}" r="{radius}">'
-        f"<title>{escape(name)}: {x:,.0f} bytes, {y:.3f} nats</title></circle>"
+    step = _round_step(top / 3)
+    shapes = [shape for k in range(int(top / step) + 1) for shape in _level(down(k * step), _tick(k * step, False))]
+    shapes.append(_line((across(x), down(y)) for x, y, _ in line))
+    shapes += [
+        _shape("circle", kind, cx=across(x), cy=down(y), r=radius, hover=f"{name}: {x:,.0f} bytes, {y:.3f} nats")
         for points, kind, radius in ((line, "dot", 3), (marks, "spot", 5))
         for x, y, name in points
-    )
-    names = []
+    ]
     for x, y, name in marks:
         anchor, shift = ("start", 8) if across(x) < 0.6 * WIDTH else ("end", -8)
-        names.append(
-            f'<text class="strong" x="{across(x) + shift:.1f}" y="{down(y) - 7:.1f}" text-anchor="{anchor}">'
-            f"{escape(name)}</text>"
-        )
-    ticks = "".join(
-        f'<text x="{across(2.0**k):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{2**k:,}</text>'
+        shapes.append(_text(across(x) + shift, down(y) - 7, name, anchor, "strong"))
+    shapes += [
+        _text(across(2.0**k), FLOOR + 15, f"{2**k:,}")
         for k in range(math.ceil(low), math.floor(high) + 1)
         if LEFT + 8 < across(2.0**k) < WIDTH - 14
-    )
-    step = _round_step(top / 3)
-    levels = "".join(
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{down(k * step):.1f}" y2="{down(k * step):.1f}"/>'
-        f'<text x="{LEFT - 6}" y="{down(k * step) + 4:.1f}" text-anchor="end">{_tick(k * step, False)}</text>'
-        for k in range(int(top / step) + 1)
-    )
-    return _frame(f'{levels}<polyline class="line" points="{joined}"/>{dots}{"".join(names)}{ticks}', label)
+    ]
+    return _draw(shapes, label)
 
 
 def _round_step(most: float) -> float:
@@ -156,23 +165,19 @@ def _round_step(most: float) -> float:
     return max(power * k for k in (1, 2, 5) if power * k <= most * 1.000001)
 
 
-def bars(rows: Sequence[tuple[str, float]], label: str, form: str = ".1%") -> str:
+def bars(rows: Sequence[tuple[str, float]], label: str, form: str = ".1%") -> Markup:
     """Draws named shares, or other numbers in the format `form`, as horizontal bars."""
-    top = max((share for _, share in rows), default=1) or 1
-    lines = "".join(
-        f"<tr><th>{escape(name)}</th><td><div class='rule' style='width:{100 * share / top:.1f}%'></div></td>"
-        f"<td class='n'>{share:{form}}</td></tr>"
-        for name, share in rows
-    )
-    return f"<figure><table class='bars'>{lines}</table><figcaption>{escape(label)}</figcaption></figure>"
+    top = max((value for _, value in rows), default=1) or 1
+    return fill("bars.html", rows=rows, top=top, label=label, form=form)
 
 
-def picture(image: Any, quality: int = 85) -> str:
+def picture(image: Any, quality: int = 85) -> Markup:
     """Returns an <img> tag that contains a PIL image."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/jpeg;base64,{data}" width="{image.width}" height="{image.height}" alt="">'
+    tag = Markup('<img src="data:image/jpeg;base64,{}" width="{}" height="{}" alt="">')
+    return tag.format(data, image.width, image.height)
 
 
 def lay_over(image: Any, colours: np.ndarray, strength: np.ndarray, region: np.ndarray) -> Any:
@@ -200,28 +205,30 @@ def lay_over(image: Any, colours: np.ndarray, strength: np.ndarray, region: np.n
     return base
 
 
-def _frame(inside: str, label: str) -> str:
+def _draw(shapes: Sequence[Shape], label: str) -> Markup:
     """Returns a figure with a caption."""
-    return (
-        f'<figure><svg viewBox="0 -4 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{inside}</svg>'
-        f"<figcaption>{escape(label)}</figcaption></figure>"
-    )
+    return fill("chart.html", shapes=shapes, label=label, width=WIDTH, height=HEIGHT)
 
 
-def _x_axis(low: float, high: float, percent: bool) -> str:
-    """Draws the horizontal axis."""
-    ticks = "".join(
-        f'<text x="{LEFT + (WIDTH - LEFT) * i / 4:.1f}" y="{HEIGHT - BOTTOM + 15}" '
-        f'text-anchor="{("start", "middle", "middle", "middle", "end")[i]}">'
-        f"{_tick(low + (high - low) * i / 4, percent)}</text>"
-        for i in range(5)
-    )
-    return f'<line class="axis" x1="{LEFT}" x2="{WIDTH}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>{ticks}'
+def _shape(tag: str, kind: str = "", text: str = "", hover: str = "", **attributes: float | str) -> Shape:
+    """Returns an element of the class `kind` of the style sheet; numbers get one decimal."""
+    values = {name: value if isinstance(value, str) else f"{value:.1f}" for name, value in attributes.items()}
+    return Shape(tag, {"class": kind, **values} if kind else values, text, hover)
 
 
-def _y_axis(tall: int) -> str:
-    """Labels the vertical axis."""
-    return f'<text x="{LEFT - 6}" y="10" text-anchor="end">{tall:,}</text>'
+def _text(x: float, y: float, text: str, anchor: str = "middle", kind: str = "") -> Shape:
+    """Returns a text that starts, is centered or ends at x."""
+    return _shape("text", kind, text, x=x, y=y, **{"text-anchor": anchor})
+
+
+def _line(points: Iterable[tuple[float, float]]) -> Shape:
+    """Returns a line through points."""
+    return _shape("polyline", "line", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points))
+
+
+def _level(y: float, text: str) -> tuple[Shape, Shape]:
+    """Returns a horizontal grid line and its label."""
+    return _shape("line", "grid", x1=LEFT, x2=WIDTH, y1=y, y2=y), _text(LEFT - 6, y + 4, text, "end")
 
 
 def _tick(value: float, percent: bool) -> str:

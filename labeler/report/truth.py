@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
+from markupsafe import Markup
 
 from labeler.audit import Audit
 from labeler.choose_encoding import Cost, measure
@@ -37,8 +37,8 @@ def totals(store: LabelStore) -> dict[str, float]:
     }
 
 
-def cards(store: LabelStore, sample: Sample, truth: TruthCheck | None) -> str:
-    """Returns the figures at the top of the page."""
+def cards(store: LabelStore, sample: Sample, truth: TruthCheck | None) -> list[tuple[str, str]]:
+    """Returns (figure, meaning) of the figures at the top of the page."""
     rows, sums = max(1, len(store)), totals(store)
     size = sum(file.stat().st_size for file in store.path.iterdir())
     figures = [(f"{size / rows:,.0f} B", "per image, with all files of the store"), *truth_cards(store)]
@@ -46,13 +46,11 @@ def cards(store: LabelStore, sample: Sample, truth: TruthCheck | None) -> str:
         figures.append((f"{truth.right:.1%}", f"of {truth.cells:,} object cells have the right class"))
     if sums.get("known"):
         figures.append((f"{sums['agree'] / sums['known']:.1%}", "of images: the map’s class is the folder’s, all"))
-    figures += [
+    return [
+        *figures,
         (f"{np.median(sample.confidence):.0%}", "median probability of a cell’s first class"),
         (f"{len(store.quarantine):,}", "images in the quarantine"),
     ]
-    return (
-        f'<div class="cards">{"".join(f"<div class=card><b>{a}</b><span>{b}</span></div>" for a, b in figures)}</div>'
-    )
 
 
 def truth_cards(store: LabelStore) -> list[tuple[str, str]]:
@@ -73,7 +71,7 @@ def truth_cards(store: LabelStore) -> list[tuple[str, str]]:
     return figures
 
 
-def palette_curve(sample: Sample) -> str:
+def palette_curve(sample: Sample) -> Markup:
     """Plots the probability of an image's 1, 2, 3 … largest palette classes, whatever their order in the store."""
     share = np.sort(sample.p.mean((2, 3)), axis=1)[:, ::-1].mean(0)
     slots = max(1, int((share > 0).sum()))
@@ -83,28 +81,8 @@ def palette_curve(sample: Sample) -> str:
     return curve(np.cumsum(share[:slots]).tolist(), label)
 
 
-def audit_part(store: LabelStore, audit: Audit | None, costs: Costs | None) -> str:
-    """Returns heading, three sentences and two charts of an audit; without an audit, how to get one."""
-    if audit is None:
-        if store.meta.score_kind != "logprob":
-            return ""
-        return (
-            '<p class="soft">How the maps differ from the teacher’s output for mirrored images and crops, and what '
-            "more bytes would gain: <code>report --audit 48</code> runs the teacher again and adds it here.</p>"
-        )
-    missing = f" ({audit.missing:,} more were not found, or have changed)" if audit.missing else ""
-    advice = audit.advice()
-    less = audit.storage_of_reference
-    shares = ", ".join(f"{error:.2f} at {float(share):.0%}" for share, error in audit.crop.items())
-    sentences = (
-        f"<b>Storage, {audit.storage:.3f} nats.</b> The mean difference of a cell between the teacher’s map and the "
-        f"stored map, {less:.2f} of what files of five float16 logits per cell lose: {advice['storage']}.",
-        f"<b>Mirror, {audit.mirror:.3f} nats.</b> A mirrored image shows the same things, but its map differs by this "
-        f"much; a single pass differs by {audit.mirror_averaged:.3f} from the average of both: "
-        f"{advice['mirror']}.",
-        f"<b>Crop, {shares} of the sides.</b> The difference between the teacher’s output for a crop, enlarged to its "
-        f"input, and the stored map of that part of the image: {advice['crop']}.",
-    )
+def audit_charts(audit: Audit, costs: Costs | None) -> list[Markup]:
+    """Draws the errors of an audit, and the costs of other encodings."""
     rows = [
         ("storage", audit.storage),
         ("top-5 files’ storage", audit.reference),
@@ -113,14 +91,7 @@ def audit_part(store: LabelStore, audit: Audit | None, costs: Costs | None) -> s
         *((f"crop of {float(share):.0%}", error) for share, error in audit.crop.items()),
     ]
     charts = [bars(rows, "KL in nats, means over images (storage and mirror: over cells)", ".3f")]
-    if costs is not None:
-        charts.append(costs.chart())
-    return (
-        f'<h2>How accurate the labels are</h2><p class="soft">The teacher was run again on {audit.images:,} random '
-        f"images{missing}, their mirror images and random crops.</p>"
-        f"<ul>{''.join(f'<li>{sentence}</li>' for sentence in sentences)}</ul>"
-        f'<div class="charts">{"".join(charts)}</div>'
-    )
+    return charts if costs is None else [*charts, costs.chart()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +110,7 @@ class Costs:
     own: tuple[float, float]
     reference: tuple[float, float]
 
-    def chart(self) -> str:
+    def chart(self) -> Markup:
         """Plots KL against bytes."""
         line = [
             (c.bytes, c.kl, f"levels {c.encoding.levels}, threshold {c.encoding.threshold:g}") for c in self.several
@@ -201,11 +172,3 @@ def _reference_kl(logits: Tensor) -> float:
     from labeler.store.encoder import reference_kl
 
     return float(reference_kl(logits.float()).mean())
-
-
-def missing_note(missing: int, sampled: int, images: object) -> str:
-    """Returns a note if images of the sample were not found."""
-    if not missing:
-        return ""
-    text = f"{missing:,} of the {sampled:,} sampled images were not found below {images}. Was that folder labeled?"
-    return f'<p class="note">{escape(text)}</p>'

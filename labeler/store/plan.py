@@ -54,7 +54,7 @@ class StoreMeta:
         palette: P, palette slots of a row.
         grid: H, W of the maps.
         score_kind: "logprob" or "logit" (see FORMAT.md).
-        precision: "uint8" or "float16".
+        precision: Score precision: "uint8" or "float16".
         orientation: "exif" or "ignore": whether images were rotated as their EXIF tag says before labeling.
         teacher: name, weights_sha256, input_size, view, interpolation, mean, std, …
         dataset_fingerprint: Fingerprint of the images, see `ImageSet.fingerprint`.

@@ -54,7 +54,7 @@ class TeacherConfig:
         "average with the mirrored image: more accurate maps at twice the cost", True, affects="recorded"
     )
     autocast: str = option(
-        "precision of the forward pass; auto: bfloat16 on a GPU, float16 on a V100 or T4, float32 on a CPU",
+        "compute precision of the forward pass; auto: bfloat16 on a GPU, float16 on a V100 or T4, float32 on a CPU",
         "auto",
         affects="recorded",
         choices=AUTOCASTS,

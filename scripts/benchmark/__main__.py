@@ -10,7 +10,7 @@
 Suites: store, labeler, loader, targets, loss, scan, model, train. The device does not matter for store, so with
 --device cuda it only runs if it is named. Results are written to benchmarks/<machine>.json, where a suite replaces its
 earlier results, and from all such files to docs/benchmarks.md and its plots. Do not use the machine for anything else
-meanwhile: torch's threads wait for each other, so one more busy process makes small operations many times slower. Exit
+meanwhile: torch's threads wait for each other, so one other busy process makes small operations many times slower. Exit
 status: 0 done, even if the machine lacks what some cases need; 1 a suite failed, the results of the others are kept; 2
 bad usage; 130 interrupted.
 """
@@ -90,9 +90,9 @@ def refuse_impossible(parser: argparse.ArgumentParser, options: argparse.Namespa
         parser.error(f"no such suite: got {unknown[0]!r}, expected any of {', '.join(SUITES)}")
     for name, folder in {"images": options.images, "scratch": options.scratch}.items():
         if folder is not None and not folder.is_dir():
-            parser.error(f"--{name}: got {str(folder)!r}, expected a folder that is there")
+            parser.error(f"--{name}: got {str(folder)!r}, expected an existing folder")
     if options.checkpoint is not None and not options.checkpoint.is_file():
-        parser.error(f"--checkpoint: got {str(options.checkpoint)!r}, expected a file that is there")
+        parser.error(f"--checkpoint: got {str(options.checkpoint)!r}, expected an existing file")
     if options.rows < 1000:
         parser.error(f"--rows: got {options.rows}, expected 1000 or more")
     if options.images is not None:
@@ -101,22 +101,22 @@ def refuse_impossible(parser: argparse.ArgumentParser, options: argparse.Namespa
         except TokenLabelError as error:
             parser.error(f"--images: {error}")
     if options.render and not list(options.out.glob("*.json")):
-        parser.error(f"--render: got no result in {str(options.out)!r}; measure first, or name its folder with --out")
+        parser.error(f"--render: no results in {str(options.out)!r}; measure first, or give their folder with --out")
     if not options.quick:
         try:
             for folder in (options.out, options.docs):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            parser.error(f"{str(folder)!r} cannot be made a folder: {error.strerror}")
+            parser.error(f"the folder {str(folder)!r} cannot be created: {error.strerror}")
     if options.device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
-            parser.error("--device cuda: torch finds no GPU here; `python -m train doctor` says why")
+            parser.error("--device cuda: torch finds no GPU; `python -m train doctor` says why")
 
 
 def measured(suite: str, options: argparse.Namespace) -> dict[str, Any]:
-    """A suite's result as plain values, from a separate process, so that suites do not affect each other."""
+    """Runs a suite in a separate process, so that none affects another; returns its result as plain values."""
     started = time.monotonic()
     found = in_own_process(
         "scripts.benchmark.__main__:run_suite", suite, options.device, options.quick,
@@ -133,7 +133,7 @@ def measured(suite: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def asked(options: argparse.Namespace) -> str:
-    """Options of `store` that are not the default, as the documents name them."""
+    """Returns the options of `store` that differ from their defaults, as docs/benchmarks.md shows them."""
     given = {"--teacher": options.teacher, "--checkpoint": options.checkpoint and "FILE", "--rows": options.rows}
     usual = {"--teacher": Options.teacher, "--checkpoint": None, "--rows": Options.rows}
     return " ".join(f"{name} {value}" for name, value in given.items() if value != usual[name])
@@ -142,7 +142,7 @@ def asked(options: argparse.Namespace) -> str:
 def run_suite(
     suite: str, device: str, quick: bool, images: str | None, scratch: str | None, **chosen: Any
 ) -> dict[str, Any]:
-    """chosen: teacher, checkpoint and rows, see `Options`."""
+    """Runs a suite in this process. `chosen`: teacher, checkpoint and rows, see `Options`."""
     import importlib
 
     from labeler.base.runtime import set_threads
@@ -150,7 +150,7 @@ def run_suite(
 
     cores = set_threads(None)  # as training does, before torch starts its threads
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        os.environ["XDG_STATE_HOME"] = f"{folder}/state"  # where it is remembered which stores were checked
+        os.environ["XDG_STATE_HOME"] = f"{folder}/state"  # keeps the list of checked stores out of the user's folder
         photographs = prepare(None if images is None else Path(images), Path(folder) / "drawn")
         module = importlib.import_module(f"scripts.benchmark.{suite}_suite")
         settings = Options(device, quick, photographs, Path(folder), cores, drawn=images is None, **chosen)
@@ -158,7 +158,7 @@ def run_suite(
 
 
 def keep(found: dict[str, Any], folder: Path) -> None:
-    """Write this run's suites to the machine's file; they replace their earlier results."""
+    """Writes this run's results to the machine's file; each suite replaces its earlier result."""
     path = folder / f"{found['machine']['name']}.json"
     known = (json.loads(path.read_text())["suites"] if path.exists() else {}) | found["suites"]
     suites = {name: known[name] for name in SUITES if name in known}

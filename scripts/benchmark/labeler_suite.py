@@ -1,16 +1,16 @@
 """Labeling speed against the bare teacher and against a loop that a user would write.
 
-The teacher is ResNet-18 at 224 pixels with random weights. Its plain forward pass on resident tensors, with all cores
-and in channels-last layout (the faster one), decodes, codes and commits nothing; on a CPU it keeps freed memory, as the
-labeler does, and in a second run gives it back, as a script does that knows nothing of this. The plain loop is a script
-as a user writes it: it decodes with PIL in `DataLoader` workers, applies the network's head to each place of its last
-feature map, and saves the five largest scores of each place with `torch.save`, one file per image.
+The teacher is ResNet-18 at 224 pixels with random weights. The bare teacher is its forward pass on tensors in memory,
+with all cores and in channels-last layout (the faster one), without decoding, encoding or writing. On a CPU it runs
+twice: malloc keeps freed memory, as in the labeler, or returns it, as in a script without that setting. The plain loop
+is what a user would write: it decodes with PIL in `DataLoader` workers, applies the head to each position of the last
+feature map, and saves the five largest scores of each position with `torch.save`, one file per image.
 
-All sides take one pass over each image; by default the labeler takes a second one over the mirrored image. What coding
-the maps costs is shown beside a pass, too.
+All sides run one forward pass per image; by default the labeler adds a second one on the mirrored image. The time to
+encode the maps is shown beside that of a forward pass.
 
-Each run is a process of its own: no side's threads and workers are left when the next one begins. Labeling is timed
-from the first worker's readiness on, the loop from its first request for a batch on.
+Each run is a separate process, so that no threads and workers are left over from the one before. Labeling is timed from
+when the first worker is ready, the loop from its first request for a batch.
 
 Legend: B images; C classes; D features; K = 5 classes per cell; H×W map grid, 7×7 here.
 """
@@ -53,7 +53,7 @@ from scripts.benchmark.measure import (
 
 SIDE, TOP = 224, 5
 BATCH, CUDA_BATCH = 32, 256
-BATCHES_A_SHARD, SHARDS_EACH = 4, 3  # a worker decodes ahead within a shard only; all workers get as many
+BATCHES_A_SHARD, SHARDS_EACH = 4, 3  # a worker prefetches within a shard only; every worker gets as many shards
 CUDA_WORKERS = 4  # at most, sharing the GPU
 NETWORK = "resnet18"
 CEILING, LOOP = "bare teacher forward, resident tensors", "DataLoader + torch.save per image"
@@ -62,7 +62,7 @@ CODING, PASS = "encode_maps, default settings", f"forward pass of {NETWORK}"
 
 
 def bare_forward(device: str, seconds: float, batch: int, cores: int, keep: bool) -> float:
-    """Images per second of the network alone; `keep`: keep freed memory."""
+    """Returns images per second of the network alone; `keep`: malloc keeps freed memory."""
     if keep:
         keep_freed_memory()
     torch.set_num_threads(cores)
@@ -81,7 +81,7 @@ def bare_forward(device: str, seconds: float, batch: int, cores: int, keep: bool
 
 
 def labeling(images: str, workers: int, device: str, batch: int) -> float:
-    """Images per second of labeling into a new store, from the first worker's readiness to the last shard."""
+    """Returns images per second of labeling into a new store, from the first ready worker to the last shard."""
     teacher = TeacherConfig(NETWORK, random_weights=True, flip=False)
     with tempfile.TemporaryDirectory(dir=Path(images).parent) as folder:
         config = LabelerConfig(
@@ -92,7 +92,7 @@ def labeling(images: str, workers: int, device: str, batch: int) -> float:
 
 
 class Photographs(Dataset):
-    """(image [3, S, S] as the teacher sees it, position)."""
+    """Photographs, preprocessed for the teacher: (image [3, S, S], position)."""
 
     def __init__(self, images: str, model: nn.Module) -> None:
         found = find_images(images)
@@ -108,7 +108,7 @@ class Photographs(Dataset):
 
 
 def plain_loop(images: str, device: str, batch: int, cores: int) -> float:
-    """Images per second of dense labels, [2, K, H, W] in float16 (scores and class ids), a file per image."""
+    """Returns images per second of the plain loop, which saves [2, K, H, W] in float16: scores and class ids."""
     torch.set_num_threads(cores)
     model = timm.create_model(NETWORK).eval().to(device, memory_format=torch.channels_last)
     photos = Photographs(images, model)
@@ -127,12 +127,12 @@ def plain_loop(images: str, device: str, batch: int, cores: int) -> float:
 
 
 def _precision(device: str) -> torch.autocast:
-    """The labeler's precision: bfloat16 on a GPU."""
+    """Returns an autocast context with the labeler's compute precision: bfloat16 on a GPU."""
     return torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
 
 
 def coding_times(device: str, batch: int, cores: int, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of encoding a batch's maps, and of the forward pass that computes them."""
+    """Returns milliseconds of encoding a batch's maps, and of the forward pass that computes them."""
     keep_freed_memory()
     torch.set_num_threads(cores)
     teacher = create_teacher(TeacherConfig(NETWORK, random_weights=True, flip=False), device)
@@ -169,7 +169,7 @@ def _name(way: str) -> str:
 
 
 def _case(options: Options, images: Path, way: str, batch: int, workers: int) -> Case:
-    """One way of labeling with both rivals beside it in each round."""
+    """Measures one way of labeling and its rivals, in turns."""
     print(f"labeler: {way}, {options.rounds(3)} rounds …", file=sys.stderr)
 
     def own(function: str, *arguments: object) -> Callable[[], float]:

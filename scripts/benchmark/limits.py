@@ -1,7 +1,7 @@
 """The speed limits of a machine: measured rates of its parts, and what a scan or a training step needs of each.
 
-Each phase is given the limit of its own bottleneck and the phases are added up, as if nothing overlapped and nothing
-else cost time; no program reaches that.
+The limit of a phase is the time that its bottleneck takes. The limits of all phases are added, as if no phase
+overlapped another and nothing else took time; no program reaches that.
 
 Legend: B images; L sequence length; E inner width; N state size.
 """
@@ -25,12 +25,13 @@ BYTES_PER_PARAMETER = 4 * 11  # weight, gradient, two moments and moving average
 
 @dataclass(frozen=True)
 class Limits:
-    """In float32 on a CPU, in bfloat16 on a GPU, there with float32 vectors.
+    """Rates of a machine: in float32 on a CPU; on a GPU products are in bfloat16, the rest in float32.
 
-    multiply      multiply-adds per second of a large matrix product, measured
-    vector        multiply-adds per second outside of products: the same on a CPU, a GPU's data sheet
-    exponentials  per second: of values in cache, measured; a GPU's data sheet
-    traffic       bytes per second, read or written, of tensors too large for the cache, measured
+    Attributes:
+        multiply: Multiply-adds per second of a large matrix product, measured.
+        vector: Multiply-adds per second outside of products: on a CPU the same, on a GPU from its data sheet.
+        exponentials: Exponentials per second: on a CPU of values in cache, measured; on a GPU from its data sheet.
+        traffic: Bytes read or written per second, of tensors too large for the cache, measured.
     """
 
     multiply: float
@@ -53,7 +54,7 @@ class Limits:
 
     @property
     def update(self) -> float:
-        """Seconds of one update of a scan's state, forward and backward."""
+        """Returns the seconds of one update of a scan's state, forward and backward."""
         return 2 / self.exponentials + (SCAN_FORWARD + SCAN_BACKWARD) / self.vector
 
     def text(self) -> str:
@@ -72,13 +73,16 @@ def _exponentials(device: str) -> float:
 
 
 def _per_second_on_gpu(each_cycle: int) -> float:
-    """Of what a multiprocessor does `each_cycle` times a cycle: an elementwise kernel would only measure memory."""
+    """Returns a GPU's rate of an operation, `each_cycle` times per cycle and multiprocessor.
+
+    A measured elementwise kernel would show the memory's speed instead.
+    """
     found = torch.cuda.get_device_properties(0)
     return found.multi_processor_count * each_cycle * found.clock_rate * 1e3
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
-    """The fastest tenth of many calls: the best that the machine can do."""
+    """Returns the first decile of the times of many calls: the best that the machine can do."""
     call()
     times = []
     until = time.perf_counter() + 1.5
@@ -92,30 +96,31 @@ def _seconds(call: Callable[[], object], device: str) -> float:
 
 
 def scan_limit(limits: Limits, updates: int, inputs: int) -> float:
-    """Seconds of a scan forward and backward: `updates` of states, and `inputs` bytes.
+    """Returns the least seconds of a scan, forward and backward, with `updates` state updates and `inputs` bytes.
 
-    The inputs are read twice; result, its gradient and the inputs' gradients are moved once.
+    Inputs are read twice; the result, its gradient and the gradients of the inputs are read or written once.
     """
     compute = updates * limits.update
     return compute + 4 * inputs / limits.traffic
 
 
 def model_cost(name: str, side: int) -> tuple[Cost, int]:
-    """(cost of one image, number of parameters)."""
+    """Returns the cost of one image and the number of parameters."""
     found = summarize(name, (side,))
     return found.costs[0], sum(found.parameters.values())
 
 
 def inference_limit(limits: Limits, cost: Cost) -> float:
-    """Seconds per image: products and scan, with all memory traffic hidden."""
+    """Returns the least seconds per image: matrix products and scan, without memory traffic."""
     products, scan = _parts(cost)
     return products / limits.multiply + scan / SCAN_FORWARD / limits.exponentials + scan / limits.vector
 
 
 def step_limit(limits: Limits, cost: Cost, parameters: int, batch: int, activation_bytes: int) -> float:
-    """Seconds of a training step: three times the forward products, the scan, activations written and read, update.
+    """Returns the least seconds of a training step.
 
-    activation_bytes  of a number: 4 in float32, 2 in bfloat16
+    It is the sum of three times the forward products, the scan, writing and reading activations, and the update.
+    `activation_bytes`: bytes of a number, 4 in float32, 2 in bfloat16.
     """
     products, scan = _parts(cost)
     image = 3 * products / limits.multiply

@@ -1,12 +1,12 @@
 """The loader's speed against a torch `DataLoader` with one label file per image, as token labeling's code has it.
 
-All sides do the same to each image: random-resized-crop, bilinear or bicubic, flip and normalisation; ours adds token
-labels on a grid of side/16. The rivals decode and load one top-5 `.pt` file per image in as many worker processes as
-cores, which live on between epochs. The first rival's main process also scatters the labels to all classes, crops them
-with ROI-align and takes the softmax; without its label crop it shows what it could reach where others did that.
+All sides apply the same augmentation: random resized crop (bilinear or bicubic), flip and normalization; ours adds
+token labels on a grid of side/16. The rivals decode images and load one top-5 `.pt` file per image in one persistent
+worker process per core. In the main process, the first rival also scatters the labels to all classes, crops them with
+ROI-align and applies the softmax. The second rival is the same without this label crop: its speed if that were free.
 
-Each run is a process of its own and warms up for one epoch, so that files come from the page cache. The cores must be
-idle: torch's threads wait for each other, so one more busy process makes small operations many times slower.
+Each run is a separate process and warms up for one epoch, so that files come from the page cache. The cores must be
+idle: torch's threads wait for each other, so one other busy process makes small operations many times slower.
 
 Legend: B images; P palette size; K = 5 classes per cell; H×W map grid; S side of the network's input.
 """
@@ -54,7 +54,7 @@ OURS, PIL_RIVAL, PIL_NO_CROP, V2_RIVAL = (
 
 @dataclass(frozen=True)
 class Material:
-    """Folders that all sides share: images, their label store, and labels, one top-5 file per row of the store."""
+    """Folders that all sides use: images, their label store, and one top-5 file per row of the store."""
 
     images: str
     store: str
@@ -107,7 +107,7 @@ class V2Images(Dataset):
 def our_rate(
     material: dict[str, str], side: int, epochs: int, device: str, threads: int, hw_decoder_load: float = 0.65
 ) -> float:
-    """Images per second of our loader, in batches of B = 64."""
+    """Returns images per second of our loader, in batches of B = 64."""
     torch.set_num_threads(threads)
     config = LoaderConfig(
         material["images"], material["store"], batch_size=BATCH, image_size=side, grid=(side // PATCH, side // PATCH),
@@ -118,7 +118,7 @@ def our_rate(
 
 
 def rival_rate(name: str, material: dict[str, str], side: int, epochs: int, device: str, workers: int) -> float:
-    """Images per second of a rival, its batches moved to the device as a training loop would."""
+    """Returns images per second of a rival, whose batches are moved to the device as in a training loop."""
     torch.set_num_threads(workers)
     store, files = LabelStore(material["store"]), Material(**material)
     images = (V2Images if name == V2_RIVAL else PilImages)(files, list(store.keys), side)
@@ -133,7 +133,7 @@ def rival_rate(name: str, material: dict[str, str], side: int, epochs: int, devi
 
 
 def _rate(batches: Iterable[Any], finish: Callable[[Any], None], epochs: int, device: str) -> float:
-    """Images per second of whole epochs, their beginnings included, after one that is not timed."""
+    """Returns images per second of whole epochs, with their start-up, after an epoch that is not timed."""
     done, started = 0, 0.0
     for epoch in range(1 + epochs):
         if epoch == 1:  # the one before warmed up
@@ -147,7 +147,7 @@ def _rate(batches: Iterable[Any], finish: Callable[[Any], None], epochs: int, de
 
 
 def run(options: Options) -> Result:
-    if not has_dali():  # ours is the side of every case
+    if not has_dali():  # every case needs our loader
         return Result(left_out={"all cases": "DALI is not installed"})
     print("loader: preparing images and labels …", file=sys.stderr)
     material = _prepare(options)
@@ -159,7 +159,7 @@ def run(options: Options) -> Result:
 
 def _prepare(options: Options) -> Material:
     folder = options.scratch / "loader"
-    # A GPU is through with an epoch of the CPU's size before it can be timed.
+    # On a GPU an epoch of the CPU's size is too short to be timed.
     count = (QUICK_IMAGES if options.quick else IMAGES) * (20 if options.device == "cuda" else 1)
     images = photographs.about(options.images, folder / "images", count)
     teacher = TeacherConfig("scripts.benchmark.synthetic_teacher:synthetic_teacher")
@@ -170,7 +170,7 @@ def _prepare(options: Options) -> Material:
 
 
 def write_top5_files(store: LabelStore, folder: Path) -> None:
-    """One [2, K, H, W] float16 file per row, logits and class ids as the reference writes them; other classes are 0."""
+    """Writes float16 [2, K, H, W] for each row, logits and class ids as in the reference's files."""
     for rows in np.array_split(np.arange(len(store)), -(-len(store) // 32)):
         log_p = store.read(rows).to_torch().dense().log()
         values, ids = (log_p - log_p.amin(1, keepdim=True)).topk(TOP, dim=1)
@@ -179,7 +179,7 @@ def write_top5_files(store: LabelStore, folder: Path) -> None:
 
 
 def _sides(options: Options, material: Material, names: list[str], side: int, epochs: int) -> dict[str, Any]:
-    """Side -> a run of it in a process of its own."""
+    """Returns side -> a function that runs it in a separate process."""
     parts, rest = asdict(material), (side, epochs, options.device, options.cores)
 
     def one(name: str) -> Callable[[], float]:
@@ -204,7 +204,7 @@ def _throughput(options: Options, material: Material) -> Case:
 
 
 def _resolutions(options: Options, material: Material) -> Growth:
-    """The median of the rounds at each resolution."""
+    """Measures the median speed at each resolution."""
     points: dict[str, list[tuple[float, float]]] = {OURS: [], "DataLoader + PIL, no label crop": []}
     for side in QUICK_RESOLUTIONS if options.quick else RESOLUTIONS:
         print(f"loader: {side} px …", file=sys.stderr)
@@ -233,7 +233,7 @@ def _threads(options: Options, material: Material) -> Case:
 
 
 def _ours_only(options: Options, material: Material, settings: dict[str, dict[str, Any]], name: str) -> Case:
-    """Our loader with one setting changed per side; the default comes first."""
+    """Measures our loader with different values of a setting; the default comes first."""
     print(f"loader: {name} …", file=sys.stderr)
 
     def one(setting: dict[str, Any]) -> Callable[[], float]:

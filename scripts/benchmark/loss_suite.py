@@ -1,13 +1,13 @@
 """The closed-form token-labeling loss against dense targets: time and memory of a forward and backward pass.
 
-A batch of 128 images with 196 tokens and 1,000 classes, of which each image has 32 in its palette and none in its tail,
-or as many as a store has by default. Both sides begin with score maps and crops (`crop_score_maps`), so that the
-targets' construction counts, and end with the gradients of both heads' logits, with a mix box on a quarter of the
-tokens and without one. On a CPU much of both sides' time is page faults of
-fresh tensors; training has malloc keep what is freed, which helps the dense side more, so both settings are shown.
-Building targets waits for a GPU, which hides part of the losses: there all is shown with targets that are ready, too.
+A batch has 128 images with 196 tokens and 1,000 classes. Each image has 32 of them in its palette and none in its tail,
+or as many as in a store of the default encoding. Both sides start from score maps and crops (`crop_score_maps`), so the
+time to build targets counts, and end with the gradients of both heads' logits; with and without a mix box on a quarter
+of the tokens. On a CPU, page faults of new tensors take much of both sides' time. In training malloc keeps freed
+memory, which helps the dense side more, so both settings are shown. On a GPU, building targets waits for the device,
+which hides part of the losses' time, so each case is also shown with targets built in advance.
 
-Memory is what one such pass needs at its peak, less the gradients, which both sides need; the logits exist before.
+Memory is the peak of one pass beyond the logits, without the gradients, which both sides need.
 
 Legend: B images; C classes; P palette size; R tail size; T tokens.
 """
@@ -44,7 +44,7 @@ class Inputs:
         return self.labels.batch(self.images, GRID, mix)
 
     def run(self, side: str, mix: MixBox | None, ready: Batch | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The loss, and the gradients of class and auxiliary logits; `ready`: the batch, if it is not to be built."""
+        """Returns the loss and the gradients of class and auxiliary logits; `ready`: a batch built in advance."""
         outputs = tuple(logits.detach().requires_grad_() for logits in self.logits)
         batch = self.batch(mix) if ready is None else ready
         loss = TokenLabelLoss()(outputs, batch) if side == OURS else dense_token_label_loss(outputs, batch, GRID)

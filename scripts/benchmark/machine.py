@@ -14,7 +14,7 @@ PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "ray", "h5py"
 
 
 def describe(device: str) -> dict[str, str]:
-    """name: of its file; what: for people."""
+    """Returns the machine's `name` for its file of results, `what` it is in words, and the `device`."""
     cores = usable_cores()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     processor = _processor()

@@ -1,7 +1,7 @@
-"""Measuring in turns: each figure is measured beside its rivals' in the same run, round by round.
+"""Measuring in turns: every side of a comparison is measured once in each round.
 
-A side is a function that does its work once and returns one figure. `take_turns` warms every side up, then lets them
-alternate, so that whatever else the machine does hits all of them alike; ratios are formed within a round.
+A side is a function that does its work once and returns one figure. `take_turns` runs every side once to warm up, then
+alternates between them, so that other load on the machine affects all of them equally; ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from labeler.base.freed_memory import M_MMAP_MAX, MMAPS_BY_DEFAULT
 
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
-SLACK = 1 << 20  # bytes on top of the largest resident set so far, so that growth shows from its first byte
+SLACK = 1 << 20  # bytes beyond the largest resident set, so that growth shows from its first byte
 # For the note of a case whose sides run within `freed_memory_kept`, by device: a GPU's memory is torch's own.
 KEPT = {"cpu": "freed memory kept on all sides, as `fit` does", "cuda": ""}
 
@@ -59,7 +59,7 @@ class Options:
 
     @property
     def calls(self) -> int:
-        """Of something short in a row: a GPU is through with one before Python has started the next."""
+        """Number of calls in a row of something short: on a GPU one ends before Python has started the next."""
         return 20 if self.device == "cuda" else 1
 
 
@@ -88,14 +88,14 @@ class Case:
         return next(iter(self.values))
 
     def advantage(self, rival: str) -> list[float]:
-        """Lowest, median and highest ratio by which ours was better than the rival in the same round."""
+        """Returns the lowest, median and highest ratio by which ours was better than the rival in the same round."""
         pairs = zip(self.values[self.ours], self.values[rival], strict=True)
         return spread([ours / other if self.more_is_better else other / ours for ours, other in pairs])
 
 
 @dataclass(frozen=True)
 class Growth:
-    """The growth of a figure with x: `points`: side -> [(x, value)]; `logarithmic`: both axes."""
+    """How a figure grows with x; `points`: side -> [(x, value)]; `logarithmic`: both axes are."""
 
     name: str
     x: str
@@ -126,7 +126,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a suite; left_out: name of a case -> why it could not be measured here."""
+    """The result of a suite; `left_out`: name of a case -> why it could not be measured on this machine."""
 
     cases: list[Case] = field(default_factory=list)
     growths: list[Growth] = field(default_factory=list)
@@ -135,12 +135,12 @@ class Result:
 
 
 def note_of(*parts: str) -> str:
-    """Join the parts that are not empty to a note."""
+    """Joins the parts that are not empty to a note."""
     return "; ".join(part for part in parts if part)
 
 
 def take_turns(sides: Mapping[str, Callable[[], float]], rounds: int, warmups: int = 1) -> dict[str, list[float]]:
-    """Measure all sides in turns. Returns each side's figures, one per round."""
+    """Measures all sides in turns. Returns each side's figures, one per round."""
     for _ in range(warmups):
         for side in sides.values():
             side()
@@ -152,7 +152,7 @@ def take_turns(sides: Mapping[str, Callable[[], float]], rounds: int, warmups: i
 
 
 def milliseconds(call: Callable[[], Any], device: str = "cpu", times: int = 1) -> Callable[[], float]:
-    """A side: milliseconds per call, of `times` calls in a row."""
+    """Returns a side that measures milliseconds per call, of `times` calls in a row."""
 
     def side() -> float:
         started = time.perf_counter()
@@ -165,12 +165,12 @@ def milliseconds(call: Callable[[], Any], device: str = "cpu", times: int = 1) -
 
 
 def per_second(images: int, side: Callable[[], float]) -> Callable[[], float]:
-    """A side in images per second, from one in milliseconds for `images` of them."""
+    """Turns a side in milliseconds for `images` images into one in images per second."""
     return lambda: images / side() * 1e3
 
 
 def free_gpu(device: str) -> None:
-    """Release torch's cached memory for the processes that are started next."""
+    """Releases torch's cached memory for the processes that start next."""
     if device == "cuda":
         import torch
 
@@ -186,42 +186,42 @@ def synchronize(device: str) -> None:
 
 
 def spread(values: list[float]) -> list[float]:
-    """Lowest, median and highest."""
+    """Returns the lowest, median and highest value."""
     return [min(values), statistics.median(values), max(values)]
 
 
 def in_own_process(function: str, *arguments: Any, **named: Any) -> Any:
-    """The result of "package.module:function", called with plain values in a fresh interpreter."""
+    """Calls "package.module:function" with plain values in a new interpreter and returns its result."""
     command = [sys.executable, "-m", "scripts.benchmark.measure", function, json.dumps([arguments, named], default=str)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             printed, _ = process.communicate()
         except KeyboardInterrupt:
-            process.wait()  # it was interrupted, too, and tidies up
+            process.wait()  # it got the signal, too, and cleans up
             raise
     if process.returncode:
-        kind = printed.splitlines()[-1:] if process.returncode == 1 else []  # of its error, as printed below
+        kind = printed.splitlines()[-1:] if process.returncode == 1 else []  # the kind of its error, as printed below
         raise RuntimeError(": ".join([f"{function} ended with {process.returncode}", *kind]))
     return json.loads(printed.splitlines()[-1])
 
 
 def alone_on_cpu(device: str, function: str, *arguments: Any) -> Any:
-    """`in_own_process` on a CPU, where `extra_memory` asks for it; on a GPU in this process."""
+    """Calls a function in a separate process on a CPU, as `extra_memory` needs it; on a GPU in this process."""
     if device == "cpu":
         return in_own_process(function, *arguments)
     return named_function(function)(*arguments)
 
 
 def named_function(name: str) -> Callable[..., Any]:
-    """Of "package.module:function"."""
+    """Returns the function that "package.module:function" names."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
 def extra_memory(call: Callable[[], Any], device: str = "cpu") -> float:
-    """MB that one call needs at its peak beyond what is held before it. CPU: only in a process of its own.
+    """Returns the MB that one call needs at its peak beyond what is held before it. CPU: only in a separate process.
 
-    On the CPU it is the growth of the largest resident set. Call once on something small before: code is loaded then.
+    On the CPU it is the growth of the largest resident set. Call the function on something small first, to load code.
     """
     if device == "cuda":
         import torch
@@ -234,7 +234,7 @@ def extra_memory(call: Callable[[], Any], device: str = "cpu") -> float:
         del kept
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     _keep_nothing_freed()
-    # What was freed since the largest resident set so far would hide as much of the call's growth: fill it.
+    # Memory that was freed since the largest resident set would hide that much of the call's growth: fill it.
     filler = bytearray(max(0, _largest_resident() - resident()) + SLACK)
     filler[:: resource.getpagesize()] = b"\1" * len(filler[:: resource.getpagesize()])
     before = _largest_resident()
@@ -245,7 +245,7 @@ def extra_memory(call: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def _keep_nothing_freed() -> None:
-    """From now on return freed memory to the system at once; by default malloc keeps some megabytes."""
+    """Lets malloc return freed memory to the system at once; by default it keeps some megabytes."""
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, MMAPS_BY_DEFAULT)
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
@@ -253,7 +253,7 @@ def _keep_nothing_freed() -> None:
 
 
 def resident() -> int:
-    """Resident memory of this process in bytes."""
+    """Returns the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
@@ -266,5 +266,5 @@ if __name__ == "__main__":
     try:
         print(json.dumps(named_function(sys.argv[1])(*positional, **keywords)))
     except (Exception, SystemExit) as error:
-        print(type(error).__name__)  # goes into published results, where its text may name a user's folders
+        print(type(error).__name__)  # published with the results; the error's text may contain a user's paths
         raise

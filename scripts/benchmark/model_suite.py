@@ -1,8 +1,8 @@
 """DeMansia Tiny's inference against the same network of stock operators and timm's DeiT-Tiny; cost against resolution.
 
-Images are resident. Growth is that of a forward and backward pass (the sum of the outputs is differentiated) with the
-network in training mode: one image on a CPU, eight on a GPU, one process for each network and resolution. A ViT's time
-is quadratic in its tokens; whether its memory is depends on whether attention is fused, so both are shown.
+Images are in memory. Time and memory against resolution are those of a forward and backward pass (of the sum of the
+outputs) in training mode, with one image on a CPU and eight on a GPU, each network and resolution in a separate
+process. A ViT's time is quadratic in its tokens; its memory is unless attention is fused, so both are shown.
 
 Legend: B images; T tokens.
 """
@@ -42,7 +42,7 @@ RESOLUTIONS = (224, 384, 512, 768, 1024)
 
 
 def run(options: Options) -> Result:
-    our_scan(options.device)  # stops here, before anything is measured, where it is not the fast one
+    our_scan(options.device)  # exits before anything is measured if this machine would run a slow scan
     precisions = [torch.float32, torch.bfloat16] if options.device == "cpu" else [torch.bfloat16]
     cases = [inference_case(options, precision) for precision in precisions]
     return Result(cases, growths(options))
@@ -92,9 +92,9 @@ def growths(options: Options) -> list[Growth]:
             print(f"model: {name} at {side}²", file=sys.stderr, flush=True)
             try:
                 found = in_own_process("scripts.benchmark.model_suite:measure_growth", name, side, options.device)
-            except RuntimeError as error:  # no memory for this one, most likely
+            except RuntimeError as error:  # most likely out of memory
                 missing.append(f"no figure for {name} at {side:,}: {error}")
-                print(f"model: {missing[-1]}; its own words are above", file=sys.stderr)
+                print(f"model: {missing[-1]}; see its output above", file=sys.stderr)
                 continue
             time[name].append((side, found[0]))
             memory[name].append((side, found[1]))
@@ -109,7 +109,7 @@ def growths(options: Options) -> list[Growth]:
 
 
 def exponents(points: dict[str, list[tuple[float, float]]]) -> str:
-    """How each side grows with the number of tokens between its last two resolutions, named if not the largest."""
+    """Returns how each side grows with the number of tokens between its last two resolutions, in words."""
     largest = sorted({side for line in points.values() for side, _ in line})[-2:]
     found = []
     for name, line in points.items():
@@ -123,7 +123,7 @@ def exponents(points: dict[str, list[tuple[float, float]]]) -> str:
 
 
 def measure_growth(name: str, side: int, device: str) -> list[float]:
-    """(median milliseconds, MB at the peak) of a forward and backward pass."""
+    """Returns median milliseconds and peak MB of a forward and backward pass."""
     set_threads(None)
     set_fused_attn(name != UNFUSED)
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
-"""Photographs to measure with: the user's, or drawn ones that cost a decoder about as much as real ones.
+"""Photographs to measure with: the user's, or drawn ones that take about as long to decode as real ones.
 
-What a JPEG costs follows from its pixels and its bytes. Drawn pictures have the sizes of ImageNet's, about 500×375, and
-its 80 to 130 kB: smooth fields of colour, with detail that gets weaker the finer it is, and the grain of a sensor.
+The time to decode a JPEG depends on its pixels and bytes. Drawn images have the size of ImageNet's, about 500×375, and
+80 to 130 kB: smooth fields of color, with detail that is weaker the finer it is, and sensor noise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GRAIN = (15.0, 38.0)  # spread of single pixels, in levels of 255, drawn for eac
 
 
 def prepare(images: Path | None, folder: Path) -> Path:
-    """The user's folder of photographs; where there is none, `folder`, filled with drawn ones."""
+    """Returns the user's folder of photographs; without one, `folder`, filled with drawn images."""
     if images is not None:
         return images
     for number in range(DRAWN):
@@ -34,14 +34,14 @@ def prepare(images: Path | None, folder: Path) -> Path:
 
 
 def draw(random: np.random.Generator) -> np.ndarray:
-    """uint8 [h, w, 3]: one picture, upright or lying."""
+    """Draws an image, uint8 [h, w, 3], in portrait or landscape format."""
     width, height = LONG, int(random.integers(*SHORT))
     if random.random() < 0.25:
         width, height = height, width
     picture = np.full((height, width, 3), random.uniform(80, 170, 3), np.float32)
     for octave in range(OCTAVES):
         cells = COARSEST << octave
-        # Fine detail of real pictures is mostly light and dark: colour belongs to the coarse fields.
+        # The fine detail of photographs is mostly luminance; only coarse fields are colored.
         planes = [_field(random, cells, width, height) for _ in range(3 if octave < 4 else 1)]
         picture += CONTRAST * FALL**octave * np.stack(planes if len(planes) == 3 else planes * 3, -1)
     picture += random.uniform(*GRAIN) * random.standard_normal((height, width, 1), np.float32)
@@ -49,20 +49,20 @@ def draw(random: np.random.Generator) -> np.ndarray:
 
 
 def _field(random: np.random.Generator, cells: int, width: int, height: int) -> np.ndarray:
-    """float32 [h, w]: noise of about `cells` cells along each side, interpolated smoothly."""
+    """Draws smooth noise, float32 [h, w], with about `cells` cells along each side."""
     coarse = random.standard_normal((cells, cells), np.float32)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def copies_of(images: Path, folder: Path, copies: int) -> Path:
-    """`folder`, filled with `copies` copies of all images: longer epochs, and every file is read for itself."""
+    """Fills `folder` with `copies` copies of all images, for longer epochs, and returns it."""
     for copy in range(copies):
         shutil.copytree(images, folder / str(copy))
     return folder
 
 
 def about(images: Path, folder: Path, count: int) -> Path:
-    """`folder`, filled with about `count` images: copies of a small set, an even choice from a large one."""
+    """Fills `folder` with about `count` images, copies of a small set or an even choice of a large one; returns it."""
     found = find_images(images)
     keys = [key for i, key in enumerate(found.keys) if i not in found.problems]
     if not keys:

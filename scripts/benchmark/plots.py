@@ -1,4 +1,4 @@
-"""Growth and curves as pictures."""
+"""Plots of growths and curves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MARKS = ("s", "^", "v", "x")
 
 
 def draw_growths(growths: list[Growth], path: Path) -> None:
-    """One plot for each, side by side."""
+    """Draws one plot for each growth, side by side."""
     figure, plots = _plots(len(growths), COLUMNS)
     for plot, growth in zip(plots, growths, strict=False):
         for side, points in growth.points.items():
@@ -30,7 +30,7 @@ def draw_growths(growths: list[Growth], path: Path) -> None:
 
 
 def draw_curves(curves: list[Curves], path: Path) -> None:
-    """One plot for each, in one row."""
+    """Draws one plot for each, in one row."""
     figure, plots = _plots(len(curves), len(curves))
     for plot, curve in zip(plots, curves, strict=True):
         colours = {}
@@ -38,7 +38,7 @@ def draw_curves(curves: list[Curves], path: Path) -> None:
             (line,) = plot.plot(*zip(*sorted(map(tuple, points)), strict=True), "o-", ms=4, label=side)
             colours[side.split(",")[0]] = line.get_color()
         for (side, points), shape in zip(curve.marks.items(), MARKS * len(curve.marks), strict=False):
-            # What is named alike before its comma, as a line is, has the line's colour.
+            # Marks have the color of the line whose name is the same up to the comma.
             colour = colours.get(side.split(",")[0], "black")
             plot.plot(*zip(*points, strict=True), shape, ms=7, mfc="none", color=colour, label=side)
         plot.set_ylim(bottom=0)
@@ -48,7 +48,7 @@ def draw_curves(curves: list[Curves], path: Path) -> None:
 
 
 def _plots(count: int, columns: int) -> tuple[Any, list[Any]]:
-    """A figure with `count` plots, at most `columns` in a row."""
+    """Returns a figure with `count` plots, at most `columns` in a row, and the plots."""
     from matplotlib.figure import Figure
 
     columns = min(columns, count)

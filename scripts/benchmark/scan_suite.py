@@ -1,11 +1,11 @@
 """The selective scan and the mixer around it, forward and backward, against plain compositions and the limit.
 
 Float32 on a CPU, bfloat16 inputs on a GPU; both directions; DeMansia Tiny's sizes. All sides get the same inputs. On a
-CPU malloc keeps what is freed, on all sides.
+CPU malloc keeps freed memory on all sides.
 
-- unbound: decays and inputs of all steps at once, then a loop over their `unbind`, both directions in one loop.
-- stepwise: `scan_reference`, which forms each step's decay when it gets there.
-- indexed: as unbound, but a loop over `a[:, t]`, whose backward fills a tensor of the size of `a` at every step.
+- unbound: computes decays and inputs of all steps at once, then loops over their `unbind`, both directions together.
+- stepwise: `scan_reference`, which computes the decay of each step in the loop.
+- indexed: as unbound, but loops over `a[:, t]`, whose backward fills a tensor of the size of `a` in every step.
 
 Legend: K directions, B batch, L length, D model width, E inner width, N state size.
 """
@@ -50,7 +50,7 @@ def indexed(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def plain(inputs: Sequence[torch.Tensor], steps: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> torch.Tensor:
-    """The scan with all decays formed at once; `steps` cuts [K·B, L, E, N] into its steps."""
+    """Scans with all decays computed at once; `steps` splits [K·B, L, E, N] into its steps."""
     u, delta, A, B, C, D, delta_bias = (x.float() for x in inputs)
     u, delta, B, C = (torch.stack([x[0], x[1].flip(1)]) for x in (u, delta, B, C))
     dt = F.softplus(delta + delta_bias[:, None, None])
@@ -65,7 +65,7 @@ def plain(inputs: Sequence[torch.Tensor], steps: Callable[[torch.Tensor], Sequen
 
 
 def make_inputs(batch: int, device: str) -> list[torch.Tensor]:
-    """As in a fresh model: A = −1 … −N, step sizes around 0.01. u, delta, B and C are bfloat16 on a GPU."""
+    """Makes inputs as in a new model: A = −1 … −N, step sizes around 0.01; u, delta, B and C in bfloat16 on a GPU."""
     torch.manual_seed(0)
     wide = torch.bfloat16 if device == "cuda" else torch.float32
     u, delta = torch.randn(2, 2, batch, LENGTH, WIDTH, device=device).to(wide)
@@ -119,7 +119,7 @@ def indexed_case(options: Options, batch: int, note: str) -> list[Case]:
         name: milliseconds(lambda scan=scan: gradients(scan, inputs, weight))
         for name, scan in {"scan, this project": ours, rival: indexed}.items()
     }
-    # One round takes half a minute, and its ratio is far from the sought one; `unbound` has shown that both agree.
+    # A round takes half a minute, and the ratio is far from the sought one; `scan_case` has compared the results.
     found = take_turns(sides, 1 if options.quick else 2, warmups=0)
     return [Case(f"the same against indexed steps, B {batch}", "ms", found, sought={rival: 20}, note=note)]
 

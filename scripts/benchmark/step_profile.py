@@ -1,10 +1,10 @@
-"""Where the time of a training step on the CPU goes, by kind of work.
+"""The time of a training step on the CPU by kind of work.
 
     python -m scripts.benchmark.step_profile [--batch 8] [--bfloat16]
 
-A step of DeMansia Tiny at 224², as `python -m train fit` takes it, under torch's profiler. Every operator's own time
-counts for the outermost kind of work around it. The profiler slows small operators down, so that those of the scan seem
-to take a somewhat larger share than they do.
+Runs torch's profiler on a step of DeMansia Tiny at 224², as in `python -m train fit`. Every operator's own time counts
+for the outermost kind of work around it. The profiler slows small operators down, so the scan's share is slightly too
+large.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from labeler.base.runtime import set_threads
 from scripts.benchmark.synthetic_batch import synthetic_batch
 from scripts.benchmark.train_suite import SIDE, demansia, our_step
 
-# Kind of work -> what the names of its operators begin with; the first that fits counts.
+# Kind of work -> prefixes of its operators' names; the first match counts.
 KINDS = {
     "scan": ("token_labeling::scan", "GeneratedBackwardFor_token_labeling_scan", "token_labeling::_scan"),
     "loss": ("token_labeling::token_cross_entropy", "GeneratedBackwardFor_token_labeling_token_cross"),
@@ -35,8 +35,10 @@ KINDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser("scripts.benchmark.step_profile", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--batch", type=int, default=8, help="images in a step (%(default)s)")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="compute precision of the forward pass: bfloat16 autocast"
+    )
     options = parser.parse_args()
     set_threads(None)
     keep_freed_memory()
@@ -48,7 +50,7 @@ def main() -> None:
 
 
 def step_profile(batch: int, precision: torch.dtype) -> dict[str, float]:
-    """Kind of work -> microseconds of one step, the third."""
+    """Returns kind of work -> microseconds, of the third step."""
     torch.manual_seed(0)
     data = synthetic_batch(batch, SIDE)
     step = our_step(demansia("cpu"), data, precision)

@@ -1,8 +1,8 @@
-"""DeMansia put together from stock operators, as one would write it without this project.
+"""DeMansia made of stock operators, as one would write it without this project.
 
-The mixer runs its two directions one after the other, the second on a flipped copy, through torch's Conv1d and
-Linear, and scans with `mamba_ssm` where that is installed, else in a loop over time. The loss scatters
-to dense targets. Weights are shared with the model that it stands beside, so that both must give the same.
+The mixer runs its two directions one after the other, the second on a flipped copy, with torch's convolution and linear
+layers. It scans with `mamba_ssm` if that is installed, else in a loop over time. It shares the weights of the model
+that it is compared with, so their outputs must agree.
 
 Legend: B images; L sequence length; D model width; E inner width; N state size.
 """
@@ -21,11 +21,11 @@ from model.backbones.vision_mamba import Block, VisionMamba
 from model.mixers import BidirectionalMamba
 from model.ops import choose_backend
 
-FAST = {"cpu": "cpu", "cuda": "triton"}  # device -> the backend of this project's scan that figures are of
+FAST = {"cpu": "cpu", "cuda": "triton"}  # device -> the backend of the scan that is measured
 
 
 class StockMixer(nn.Module):
-    """The same function of [B, L, D] as a `BidirectionalMamba`, with its parameters."""
+    """Computes the same function of [B, L, D] as a `BidirectionalMamba`, with its parameters."""
 
     def __init__(self, mixer: BidirectionalMamba) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class StockMixer(nn.Module):
         return self.mixer.out_proj((y * self.mixer.scale * F.silu(z)).mT)
 
     def one_way(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """x [B, E, L] through convolution and scan."""
+        """Applies convolution and scan of one direction to x [B, E, L]."""
         m = self.mixer
         convolution = m.get_submodule(f"conv1d{name}")
         padding = convolution.weight.shape[-1] - 1
@@ -65,7 +65,7 @@ def plain_scan(
     delta_bias: torch.Tensor,
     delta_softplus: bool = True,
 ) -> torch.Tensor:
-    """u, delta and the result [B, E, L]; A [E, N]; B, C [B, N, L]: all decays at once, then a loop over time."""
+    """Scans in a loop over time; u, delta and the result [B, E, L]; A [E, N]; B, C [B, N, L]."""
     dtype, (u, delta, B, C) = u.dtype, (x.float() for x in (u, delta, B, C))
     dt = F.softplus(delta + delta_bias[:, None])
     decay = torch.exp(torch.einsum("bel,en->lben", dt, A)).unbind(0)
@@ -95,21 +95,21 @@ def scan_in_use(device: str) -> str:
 
 
 def our_scan(device: str) -> str:
-    """The backend of this project's scan, for a note; SystemExit where it is not the fast one of the device."""
+    """Returns the backend of the scan, for a note; SystemExit if it is not the device's fast one."""
     try:
         found = choose_backend("auto", device)
     except ModelError as error:  # about what TOKEN_LABELING_SCAN names
         raise SystemExit(str(error)) from None
     if found != FAST[device]:
         raise SystemExit(
-            f"no figure of a slow scan: got backend {found!r} on {device}, expected {FAST[device]!r}. "
-            "Unset TOKEN_LABELING_SCAN; `python -m train doctor` says what runs here."
+            f"a slow scan is not measured: got backend {found!r} on {device}, expected {FAST[device]!r}. "
+            "Unset TOKEN_LABELING_SCAN; `python -m train doctor` says which backends work."
         )
     return f"backend: {found}"
 
 
 def stock_model(net: VisionMamba) -> VisionMamba:
-    """A copy with stock mixers."""
+    """Returns a copy of a network with stock mixers."""
     stock = copy.deepcopy(net)
     for layer in stock.layers:
         assert isinstance(layer, Block)

@@ -1,9 +1,9 @@
 """How the label store and the rival's one file per image grow with their rows: time, bytes on disk, memory.
 
-Each job runs in a process of its own, so that memory is that of one job, and every opening is a new one. Rows repeat
-1,000 distinct synthetic maps, which neither side notices, as both keep every image for itself.
+Each job runs in a separate process, so that memory is that of one job and every opening is the first one. Rows repeat
+1,000 distinct synthetic maps, which helps neither side, since both store every image separately.
 
-Everything is in the page cache: a figure tells what the software costs, not the disk.
+All files are in the page cache: the figures show the cost of the software, not of the disk.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from scripts.benchmark.synthetic_maps import (
 )
 
 DISTINCT = 1000  # maps, and files in a folder of the rival's
-BLOCK = 4096  # what the disk gives out
+BLOCK = 4096  # bytes: unit of disk space
 ROWS = 256  # read at once
-MOST_HELD = 0.5  # of this machine's memory: what cache="ram" may take
+MOST_HELD = 0.5  # share of this machine's memory that cache="ram" may take
 STORE, ONE_EACH, LIST = "store", "one .pt per image", "one .pt per image, files listed"
 BUILD, OPEN, FIRST = "building, rows already encoded", "opening", f"first {ROWS} random rows after opening"
 DISK, WARM, VERIFY = "bytes on disk per row", f"random rows, batches of {ROWS}, warm", "verify"
@@ -80,12 +80,12 @@ def run(options: Options) -> Result:
 
 
 def job(name: str, *arguments: Any) -> Any:
-    """A function of this module, in a process of its own."""
+    """Calls a function of this module in a separate process."""
     return in_own_process(f"scripts.benchmark.store_growth:{name}", *arguments)
 
 
 def measure(folder: Path, material: Path, rows: int, options: Options) -> tuple[Figures, dict[str, float]]:
-    """(figures; resident MB after each step) of one size."""
+    """Returns the figures of one size, and the resident MB after each step."""
     store, files, rounds = folder / "store", folder / "files", options.rounds(5)
     figures: Figures = {
         BUILD: {
@@ -104,7 +104,7 @@ def measure(folder: Path, material: Path, rows: int, options: Options) -> tuple[
 
 
 def memory(store: Path) -> dict[str, float]:
-    """Step -> resident MB, from four processes."""
+    """Returns step -> resident MB, from four processes."""
     found = job("memory_of_rows", store, [ROWS, 10 * ROWS, 100 * ROWS])
     found[f"after {ROWS} rows of one shard"] = job("memory_of_one_shard", store)
     for kept in ("ram-compressed", "ram"):
@@ -142,11 +142,11 @@ def growths(found: dict[int, tuple[Figures, dict[str, float]]]) -> list[Growth]:
     return [*measured, Growth("resident memory", "rows", "MB", points, note=MEMORY)]
 
 
-# The jobs. Their arguments come as JSON, so paths are strings.
+# The jobs get their arguments as JSON, so paths are strings.
 
 
 def prepare(material: str) -> None:
-    """The distinct maps as they are encoded, and as the rival's tensors."""
+    """Writes the distinct maps, encoded and as the rival's tensors."""
     import torch
 
     generator, parts = torch.Generator().manual_seed(0), []
@@ -159,7 +159,7 @@ def prepare(material: str) -> None:
 
 
 def build_store(store: str, material: str, rows: int, processes: int) -> float:
-    """Rows per second."""
+    """Returns rows per second."""
     from labeler.run import default_shard_size  # which loads torch
 
     plan = begin_store(Path(store), make_plan(Setting(), rows, default_shard_size(rows)))
@@ -177,12 +177,12 @@ def build_shard(store: str, plan: Plan, material: str, shard: int) -> None:
 
 @cache
 def distinct_maps(material: str) -> Any:
-    """The fields of `EncodedMaps`, without torch, which its module loads: a worker would wait for that."""
+    """Returns the fields of `EncodedMaps`, without importing its module, since that loads torch."""
     return SimpleNamespace(**np.load(f"{material}/maps.npz"))
 
 
 def write_files(files: str, material: str, rows: int, processes: int) -> float:
-    """Files per second."""
+    """Returns files per second."""
     folders = range(-(-rows // DISTINCT))
     return rows / in_parallel(partial(write_folder, files, material, rows), folders, processes)
 
@@ -204,7 +204,7 @@ def rival_path(files: str, row: int) -> Path:
 
 
 def in_parallel(task: Callable[[int], None], items: Sequence[int], processes: int) -> float:
-    """Seconds, without those that the processes need to start."""
+    """Returns the seconds of all tasks, without the start of the processes."""
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(time.sleep, [1.0] * processes))
         started = time.perf_counter()
@@ -218,38 +218,38 @@ def disk_bytes(folder: str) -> int:
 
 
 def open_store(store: str) -> float:
-    """Milliseconds."""
+    """Returns milliseconds."""
     started = time.perf_counter()
     len(LabelStore(store))
     return (time.perf_counter() - started) * 1e3
 
 
 def list_files(files: str) -> float:
-    """Milliseconds."""
+    """Returns milliseconds."""
     started = time.perf_counter()
     sum(len(names) for _, _, names in os.walk(files))
     return (time.perf_counter() - started) * 1e3
 
 
 def first_rows(store: str) -> float:
-    """Milliseconds."""
+    """Returns milliseconds."""
     labels = LabelStore(store)
     return random_rows(labels.read, len(labels), ROWS, ROWS)() * ROWS / 1e3
 
 
 def first_files(files: str, rows: int) -> float:
-    """Milliseconds."""
+    """Returns milliseconds."""
     return random_rows(rival_reader(partial(rival_path, files)), rows, ROWS, ROWS)() * ROWS / 1e3
 
 
 def warm_rows(store: str, files: str, rows: int, rounds: int) -> dict[str, list[float]]:
-    """Side -> µs per row."""
+    """Returns side -> µs per row."""
     ways = {FILES: LabelStore(store).read, LOAD: rival_reader(partial(rival_path, files))}
     return take_turns({name: random_rows(read, rows, 10 * ROWS, ROWS) for name, read in ways.items()}, rounds)
 
 
 def verify(store: str) -> float:
-    """Rows per second."""
+    """Returns rows per second."""
     from labeler.verify import verify_store
 
     started = time.perf_counter()
@@ -260,7 +260,7 @@ def verify(store: str) -> float:
 
 
 def memory_of_rows(store: str, counts: list[int]) -> dict[str, float]:
-    """Step -> MB, each on top of the one before."""
+    """Returns step -> resident MB, in the order of the steps."""
     found = {"after import": resident() / 1e6}
     labels = LabelStore(store)
     found["after opening"] = resident() / 1e6
@@ -277,11 +277,11 @@ def memory_of_one_shard(store: str) -> float:
 
 
 def memory_of_cache(store: str, kept: str) -> float | None:
-    """MB; None where the rows would take too much of the machine's memory."""
+    """Returns resident MB; None if the rows would take too much of the machine's memory."""
     labels = LabelStore(store, cache=kept)
     row = sum(dtype.itemsize * math.prod(shape) for dtype, shape in labels.plan.layout.values())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if kept == "ram" and len(labels) * row > MOST_HELD * memory:
         return None
-    labels.read(np.arange(0, len(labels), labels.plan.shard_size))  # of every shard
+    labels.read(np.arange(0, len(labels), labels.plan.shard_size))  # one row of every shard
     return resident() / 1e6

@@ -1,9 +1,9 @@
-"""The label store on the maps of a real teacher: bytes and truth, as shares of what the reference's files lose.
+"""The label store on the maps of a real teacher: its bytes, and its error relative to the reference's files.
 
-Photographs are labeled by the teacher at three sizes. Each setting's maps are written to a store and read back. Truth
-is the KL divergence from the teacher: in the cells of the map, and on the tokens of random crops, where scores are
-averaged before the softmax, on both sides by the pipeline's own crop. The reference keeps five float16 logits of each
-cell, and takes every other class for logit 0.
+The teacher labels photographs at three input sizes. The maps are written to a store with each setting and read back.
+The error is the KL divergence from the teacher, over the cells of the map and over the tokens of random crops, where
+the pipeline averages the scores of both sides before the softmax. The reference keeps five float16 logits of each cell;
+every other class has logit 0.
 
 Legend: n images; C classes; H×W map grid; T tokens.
 """
@@ -46,9 +46,12 @@ PROTOTYPE = {
 class Found:
     """The result of one setting.
 
-    row, files     bytes of an image: of rows alone, and of all files
-    cells, tokens  KL from the teacher as a share of the reference's
-    first          share of the cells whose first class is kept
+    Attributes:
+        row: Bytes of an image's row.
+        files: Bytes of all files, per image.
+        cells: KL from the teacher over cells, as a share of the reference's.
+        tokens: The same over tokens of random crops.
+        first: Share of the cells whose first class is kept.
     """
 
     row: float
@@ -59,31 +62,31 @@ class Found:
 
 
 class Truth:
-    """The teacher's maps [n, C, H, W] and its answers to a random crop of each; `score` compares others with both."""
+    """The teacher's maps [n, C, H, W] and a random crop of each, to compare other scores with."""
 
     def __init__(self, logits: Tensor) -> None:
         from pipeline.augment.crops import random_resized_crops
 
-        # Sides without a common factor with a map's: else a bin of whole cells leaves the sample count to rounding.
+        # Sides without a common factor with a map's: with bins of whole cells, rounding would decide the sample count.
         sizes = np.tile([3749, 4999], (len(logits), 1))
         windows = random_resized_crops(sizes, SCALE, RATIO, np.random.default_rng(0))
         self.logits, self.boxes = logits, windows / np.tile(sizes, (1, 2))
         self.cells, self.tokens = self._kl(rival_log_p)
 
     def shares(self, scores: np.ndarray | Tensor) -> tuple[float, float]:
-        """KL of scores [n, C, H, W] in cells and on tokens, as shares of the reference's."""
+        """Returns the KL of scores [n, C, H, W] over cells and over tokens, as shares of the reference's."""
         import torch
 
         parts = iter(torch.as_tensor(scores).split(BATCH))
         cells, tokens = self._kl(lambda _: next(parts))
         return cells / self.cells, tokens / self.tokens
 
-    def _kl(self, said: Any) -> tuple[float, float]:
-        """Mean KL from the teacher in cells and on tokens to what `said` makes of a batch of logits."""
+    def _kl(self, scores_of: Any) -> tuple[float, float]:
+        """Returns the mean KL over cells and over tokens, from the teacher to `scores_of` a batch of logits."""
         found = []
         for start in range(0, len(self.logits), BATCH):
             logits, boxes = self.logits[start : start + BATCH], self.boxes[start : start + BATCH]
-            log_p, other = logits.log_softmax(1), said(logits)
+            log_p, other = logits.log_softmax(1), scores_of(logits)
             pairs = (log_p, other.log_softmax(1)), (tokens_of(log_p, boxes), tokens_of(other, boxes))
             kl = [(p.exp() * (p - q)).sum(1).flatten(1).mean(1) for p, q in pairs]
             found += [(float(cells), float(tokens)) for cells, tokens in zip(*kl, strict=True)]
@@ -92,7 +95,7 @@ class Truth:
 
 
 def tokens_of(scores: Tensor, boxes: np.ndarray) -> Tensor:
-    """Scores of all classes [n, C, H, W] to log-probabilities [n, C, T] of tokens of the crops."""
+    """Crops scores of all classes [n, C, H, W] to log-probabilities of tokens [n, C, T]."""
     import torch
 
     from labeler.store.score_maps import ScoreMaps
@@ -124,7 +127,7 @@ def run(options: Options) -> Result:
 
 
 def teacher_maps(options: Options, size: int) -> Tensor:
-    """float32 [n, C, H, W]. Raises TokenLabelError where the teacher, its weights or the images are missing."""
+    """Returns float32 [n, C, H, W]. Raises TokenLabelError if the teacher, its weights or the images are missing."""
     from labeler import LabelerConfig, TeacherConfig
     from labeler.choose_encoding import sample_logits
     from labeler.sources.folder_source import find_images
@@ -136,14 +139,14 @@ def teacher_maps(options: Options, size: int) -> Tensor:
 
 
 def settings_for(logits: Tensor) -> tuple[Setting, ...]:
-    """The default first; those with a number are what `--bytes-per-image` gives."""
+    """Returns the settings, the default first; those with a number of bytes are what `--bytes-per-image` gives."""
     named = [Setting()] + [Setting(f"store, {name}", QUALITIES[name]) for name in ("low", "high")]
     asked = [Setting(f"store, {wanted:,} bytes asked", fitted(logits[:SAMPLE], wanted)) for wanted in BYTES]
     return (*named, *asked, FORMAT_1)
 
 
 def measure(logits: Tensor, folder: Path) -> tuple[dict[str, Found], Found]:
-    """(setting -> what it gave; the rival's, whose shares are 1)."""
+    """Returns setting -> its result, and the rival's result, whose shares are 1."""
     import torch
 
     truth = Truth(logits)
@@ -156,7 +159,7 @@ def measure(logits: Tensor, folder: Path) -> tuple[dict[str, Found], Found]:
 
 
 def measure_setting(setting: Setting, truth: Truth, store: Path) -> Found:
-    """Written, read back and compared with the teacher."""
+    """Writes the maps to a store, reads them back and compares them with the teacher."""
     from labeler.choose_encoding import row_bytes
     from labeler.store.label_store import LabelStore
     from labeler.store.score_maps import dense_scores

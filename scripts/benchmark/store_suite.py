@@ -1,4 +1,4 @@
-"""The label store: how small and true it is, how fast rows are read, and how all of it grows with its rows."""
+"""The label store: its size, error and read speed, and how they grow with the number of rows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The label store against the reference's one file per image, on synthetic maps: bytes, truth, and random reads.
+"""The label store against the reference's one file per image, on synthetic maps: bytes, error, and random reads.
 
-Truth is the KL divergence from the teacher's distribution to what is read back, mean over cells, on maps of three
-levels of sureness (see `synthetic_maps`). Maps of a real teacher: `store_real`.
+The error is the KL divergence from the teacher's distribution to the stored one, mean over cells, on maps of three
+levels of confidence (see `synthetic_maps`). `store_real` measures maps of a real teacher.
 
 Legend: B images; C classes; H×W map grid.
 """
@@ -59,9 +59,13 @@ CODES = f"{RAM}, not decoded, as the loader reads"
 
 @dataclass(frozen=True)
 class Level:
-    """What one level of sureness gave: mean probability of a cell's first class; side -> figure of the others.
+    """The result of one level of confidence.
 
-    kl in nats; top1: share of the cells whose first class is the teacher's.
+    Attributes:
+        sure: Mean probability of a cell's first class.
+        bytes: Side -> bytes per image.
+        kl: Side -> KL in nats.
+        top1: Side -> share of the cells whose first class is the teacher's.
     """
 
     sure: float
@@ -86,7 +90,7 @@ def run(options: Options) -> Result:
 
 
 def at_bytes_of_format_1(top: float) -> Setting:
-    """What `--bytes-per-image` gives where rows take as many bytes as those of format 1.0, on the first maps."""
+    """Returns the setting whose rows take as many bytes as those of format 1.0, as `--bytes-per-image` finds it."""
     import torch
 
     from labeler.choose_encoding import row_bytes
@@ -96,7 +100,7 @@ def at_bytes_of_format_1(top: float) -> Setting:
 
 
 def fitted(logits: torch.Tensor, wanted: float) -> Encoding:
-    """The truest encoding of at most `wanted` bytes a row, as `labeler.choose_encoding.fit_encoding` finds it."""
+    """Returns the most accurate encoding of at most `wanted` bytes a row, as `fit_encoding` finds it."""
     from labeler.choose_encoding import LEVELS, fit_threshold
 
     found = [fit_threshold(logits, Encoding(levels=levels), wanted) for levels in LEVELS]
@@ -104,7 +108,7 @@ def fitted(logits: torch.Tensor, wanted: float) -> Encoding:
 
 
 def measure_level(images: int, top: float, folder: Path, settings: tuple[Setting, ...] = SETTINGS) -> Level:
-    """Each setting's store and the rival's files of the same maps, left in `folder` as "store0" … and "rival"."""
+    """Writes a store with each setting and the rival's files to `folder`, as "store0" … and "rival"; compares them."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -125,7 +129,7 @@ def measure_level(images: int, top: float, folder: Path, settings: tuple[Setting
         write_store(folder / f"store{i}", setting, maps)
     names = [*map(str, settings), RIVAL]
     folders = [*(folder / f"store{i}" for i in range(len(settings))), folder / "rival"]
-    # The rival's five stand in their order in its file, so that its first is the teacher's.
+    # The rival's file keeps the order of its five classes, so its first class is the teacher's.
     top1 = [*(float(maps.first_kept.mean()) for maps in joined), 1.0]
     kl = [*(float(maps.kl.mean()) for maps in joined), statistics.fmean(rival_kl)]
     return Level(
@@ -164,7 +168,7 @@ def one_round(figures: Mapping[str, float]) -> dict[str, list[float]]:
 
 
 def read_speed(folder: Path, images: int, rows: int = 2000, rounds: int = 7) -> Case:
-    """Random rows of the store and of the rival's files that `measure_level` left in `folder`."""
+    """Times random reads of the store and of the rival's files that `measure_level` wrote to `folder`."""
     path, files = folder / "store0", folder / "rival"
     held = LabelStore(path, cache="ram", trusted=True)
     ways: dict[str, Callable[[np.ndarray], Any]] = {
@@ -184,7 +188,7 @@ def read_speed(folder: Path, images: int, rows: int = 2000, rounds: int = 7) -> 
 
 
 def random_rows(read: Callable[[np.ndarray], Any], total: int, rows: int, batch: int) -> Callable[[], float]:
-    """A side: µs per row; sides of equal arguments are asked for the same rows, round by round."""
+    """Returns a side in µs per row; sides with equal arguments read the same rows in each round."""
     generator = np.random.default_rng(0)
 
     def side() -> float:

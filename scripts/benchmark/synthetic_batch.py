@@ -1,4 +1,4 @@
-"""Batches for the suites that begin where the loader ends.
+"""Synthetic batches for the suites that need no loader.
 
 Legend: B images; C classes; P palette size; R tail size; H×W map grid; h×w token grid, T = h·w.
 """
@@ -34,13 +34,13 @@ class SyntheticLabels:
         self.boxes = torch.cat([corner / 2, corner / 2 + 0.3 + size / 5], 1)
 
     def batch(self, images: torch.Tensor, grid: tuple[int, int], mix: MixBox | None = None) -> Batch:
-        """A batch of `images` [B, 3, S, S] with the targets of its crops; building them is part of the call."""
+        """Builds a batch of `images` [B, 3, S, S] with the targets of its crops."""
         targets = crop_score_maps(self.maps, self.boxes, grid)
         return Batch(images, targets, torch.full((len(targets),), -1, device=images.device), mix)
 
 
 def synthetic_batch(batch: int, side: int, patch: int = 16, device: str = "cpu") -> Batch:
-    """Random images and labels, as a loader with a store of the default encoding and token mixing gives them."""
+    """Returns random images and labels, as from a loader with a store of the default encoding and token mixing."""
     images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1)).to(device)
     tokens = side // patch
     mix = MixBox(0, 0, tokens // 2, tokens // 2, 1 - (tokens // 2) ** 2 / tokens**2)

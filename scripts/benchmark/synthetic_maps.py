@@ -1,12 +1,12 @@
-"""Synthetic score maps, as sure of their classes as one likes, and stores and rival files made of maps.
+"""Synthetic score maps of any confidence, and stores and rival files made of them.
 
 Synthetic maps have 1,000 classes on an 18×18 grid: smooth fields per class (standard deviation 0.5 at their knots),
-eight strong classes an image, noise of 0.15 per cell. How much a few planes can say depends on how sure the teacher is.
+eight strong classes per image, noise of 0.15 per cell. How well a few planes represent a map depends on its confidence.
 
-The rival is the reference's way: the five largest logits of each cell and their ids as float16 [2, 5, H, W], in one
-`.pt` file per image; its training takes every other class for logit 0.
+The rival are the reference's files: the five largest logits of each cell and their ids as float16 [2, 5, H, W], one
+`.pt` file per image. When they are read, every other class has logit 0.
 
-Torch is loaded where it is needed only, so that a process that just reads a store shows what reading takes.
+Functions import torch themselves, so that the memory of a process that only reads a store is that of reading.
 
 Legend: B, N images; n rows of a shard; C classes; P palette size; H×W map grid.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from labeler.store.encoder import EncodedMaps
 
-CLASSES, MAP = 1000, 18  # C, and H = W, of all benchmarks but those of a real teacher
+CLASSES, MAP = 1000, 18  # C, and H = W, of all benchmarks without a real teacher
 BATCH = 50  # images whose dense logits are held at once: 65 MB
 SHARD_SIZE = 500
 # Format 1.0's dense planes: steps of 0.06 nat down to −3, of 0.25 below.
@@ -39,7 +39,7 @@ FINE, KNEE, COARSE = 0.06, -3.0, 0.25
 
 @dataclass(frozen=True)
 class Setting:
-    """How maps are stored. format_1: as format 1.0 did, `encoding.palette` dense planes of codes without a tail."""
+    """How maps are stored; `format_1`: as in format 1.0, `encoding.palette` dense planes of codes without a tail."""
 
     name: str = "store, default"
     encoding: Encoding = QUALITIES["default"]
@@ -61,7 +61,7 @@ FORMAT_1 = Setting("store, format 1.0, 8 dense planes", Encoding(palette=8, tail
 
 
 def synthetic_logits(images: int, generator: torch.Generator, top: float) -> torch.Tensor:
-    """[B, C, H, W]; `top`: level of the strongest of an image's eight strong classes."""
+    """Returns logits [B, C, H, W]; `top`: level of the strongest of an image's eight strong classes."""
     import torch
     from torch.nn.functional import interpolate
 
@@ -90,7 +90,7 @@ def join(parts: list[EncodedMaps]) -> EncodedMaps:
 
 
 def rival_tensor(logits: torch.Tensor) -> torch.Tensor:
-    """What the rival keeps of one image's logits [C, H, W]: float16 [2, 5, H, W], values and ids."""
+    """Returns the rival's file of one image's logits [C, H, W]: float16 [2, 5, H, W], values and ids."""
     import torch
 
     values, ids = logits.topk(5, dim=0)
@@ -98,20 +98,20 @@ def rival_tensor(logits: torch.Tensor) -> torch.Tensor:
 
 
 def rival_log_p(logits: torch.Tensor) -> torch.Tensor:
-    """What the rival's training reads back of logits [B, C, H, W]: five float16 logits per cell, 0 elsewhere."""
+    """Returns log-probabilities from the rival's files of logits [B, C, H, W]: five per cell, logit 0 elsewhere."""
     values, ids = logits.topk(5, dim=1)
     return logits.new_zeros(logits.shape).scatter_(1, ids, values.half().float()).log_softmax(1)
 
 
 def rival_reader(path_of: Callable[[int], Path]) -> Callable[[np.ndarray], list[torch.Tensor]]:
-    """Reads the rival's files of many rows."""
+    """Returns a function that reads the rival's files of rows."""
     import torch
 
     return lambda rows: [torch.load(path_of(row), weights_only=True) for row in rows.tolist()]
 
 
 def key_of(row: int) -> str:
-    """Keys like ImageNet's, sorted like the rows."""
+    """Returns a key like ImageNet's; keys are sorted like the rows."""
     folder = f"n{row // 1000:08d}"
     return f"{folder}/{folder}_{row:08d}.JPEG"
 
@@ -140,7 +140,7 @@ def make_plan(setting: Setting, rows: int, shard_size: int, grid: tuple[int, int
 
 
 def write_store(path: Path, setting: Setting, maps: EncodedMaps) -> None:
-    """A complete store of these maps."""
+    """Writes a complete store of these maps."""
     plan = begin_store(path, make_plan(setting, len(maps.classes), SHARD_SIZE, maps.scores.shape[2:]))
     for shard in range(plan.meta.shards):
         write_synthetic_shard(path, plan, shard, maps)
@@ -148,7 +148,7 @@ def write_store(path: Path, setting: Setting, maps: EncodedMaps) -> None:
 
 
 def write_synthetic_shard(store: Path, plan: Plan, shard: int, maps: EncodedMaps) -> None:
-    """Commit one shard of a store whose rows go through `maps` again and again, all else of a row being its own."""
+    """Commits one shard of a store whose rows repeat `maps`; the other columns are random."""
     part = plan.slice_of(shard)
     n, repeated = part.stop - part.start, np.arange(part.start, part.stop) % len(maps.classes)
     generator = np.random.default_rng(shard)

@@ -1,4 +1,4 @@
-"""A teacher that costs almost nothing, for benchmarks that are about everything but the teacher.
+"""A teacher that takes almost no time, for benchmarks of everything else.
 
 Legend: B images; C classes; H×W map grid.
 """
@@ -26,11 +26,11 @@ class SyntheticTeacher(nn.Module):
         self.default_cfg = {"input_size": (3, CELL * MAP, CELL * MAP), **look}
 
     def score_maps(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, 8·H, 8·W] to scores [B, C, H, W]."""
+        """Maps images [B, 3, 8·H, 8·W] to scores [B, C, H, W]."""
         return torch.einsum("kc,bchw->bkhw", self.weight, nn.functional.avg_pool2d(images, CELL))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, 8·H, 8·W] to scores [B, C]."""
+        """Maps images [B, 3, 8·H, 8·W] to scores [B, C]."""
         return self.score_maps(images).mean((2, 3))
 
 

@@ -1,6 +1,6 @@
 """Results as text for a terminal, and as docs/benchmarks.md with its plots.
 
-A result is what `Result` holds, as plain values; see `measure`.
+A result is a `Result` of `measure` as plain values.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ def growths_of(suite: dict[str, Any]) -> list[Growth]:
 
 
 def curves_of(suite: dict[str, Any]) -> list[Curves]:
-    """There are results that have none."""
+    """Returns the curves of a suite; results of earlier versions have none."""
     return [Curves(**curves) for curves in suite.get("curves", [])]
 
 
 def left_out(suite: dict[str, Any]) -> list[str]:
-    """A line for each case that was not measured; there are results that do not tell."""
+    """Returns a line for each case that was not measured; results of earlier versions do not list them."""
     return [f"not measured: {name}: {reason}" for name, reason in suite.get("left_out", {}).items()]
 
 
 def number(value: float) -> str:
-    """Three significant digits, and all digits before the decimal point."""
+    """Formats a number with three significant digits, and all digits before the decimal point."""
     return f"{value:,.0f}" if abs(value) >= 99.95 or value == 0 else f"{value:#.3g}".rstrip(".")
 
 
@@ -60,7 +60,7 @@ def cell(values: list[float]) -> str:
 
 
 def compared(case: Case, side: str) -> str:
-    """How many times better ours is; for a limit, the share of it that ours reaches."""
+    """Returns how many times better ours is; for a limit, the share of it that ours reaches."""
     return cell(case.advantage(side)) + (" of it" if side == "limit" else "")
 
 
@@ -73,7 +73,7 @@ def verdict(case: Case, rival: str) -> str:
 
 
 def text(found: dict[str, Any]) -> str:
-    """The results as text for a terminal."""
+    """Returns the results as text for a terminal."""
     lines = [found["machine"]["what"] + "; median (lowest – highest)"]
     for name, suite in found["suites"].items():
         lines.append(f"\n{TITLES[name]} ({suite['seconds']} s)")
@@ -94,7 +94,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def render(results: Path, docs: Path) -> None:
-    """Write docs/benchmarks.md, and plots for each suite that has growths or curves, from all result files."""
+    """Writes docs/benchmarks.md, and plots for each suite that has growths or curves, from all result files."""
     from scripts.benchmark.plots import draw_curves, draw_growths
 
     machines = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
@@ -131,7 +131,9 @@ def suite_section(name: str, suite: dict[str, Any], picture: str | None, curves:
     command += f" {suite['asked']}" if suite.get("asked") else ""
     command += " --device cuda" if suite["device"] == "cuda" else ""
     lines = [f"### {TITLES[name]}", "", f"`{command}`, {suite['seconds']:,} s", ""]
-    lines += [suite["remark"], ""] if suite.get("remark") else []  # written by hand, of figures that are history
+    lines += (
+        [suite["remark"], ""] if suite.get("remark") else []
+    )  # written by hand, about figures of an earlier version
     lines += [f"![{TITLES[name]}: curves]({curves})", ""] if curves else []
     lines += ["| | | ours is better by | sought |", "|---|---|---|---|"]
     for case in cases_of(suite):

@@ -1,12 +1,12 @@
-"""Building the targets of a batch: from score maps, and from dense maps as token labeling's published code does.
+"""Building the targets of a batch: from score maps, and from dense maps as in token labeling's published code.
 
-Both sides get labels that say the same, already mirrored where the image is. Ours is complete without a softmax, which
-belongs to its loss; the rival's is dense. Extra memory is what one call needs at its peak, each side in a process of
-its own, after a call on two images has loaded all code: inputs and libraries do not count, results and everything in
-between do. Where time is measured on a CPU, malloc keeps what is freed, on both sides.
+Both sides get equivalent labels, already mirrored for mirrored images. Our targets need no softmax, which is part of
+the loss; the rival's are dense. Extra memory is the peak of one call, each side in a separate process, after a call on
+two images has loaded all code: it includes results and temporary tensors, but not inputs and libraries. On a CPU malloc
+keeps freed memory on both sides while time is measured.
 
-A store's rows also have to be decoded: that is measured with as many planes as a store has by default, and twice as
-many, with a tail, on maps of two sizes, with every plane used.
+Rows of a store must be decoded first. That is measured with the default number of planes and with twice as many, with a
+tail, on maps of two sizes, with every plane used.
 
 Legend: B images; C classes; P palette size; R tail size; K = 5 classes per cell; H×W map grid; h×w token grid, T = h·w.
 """
@@ -53,7 +53,7 @@ WHOLE = "rows decoded, crop_score_maps"
 
 
 def mirrored(top5: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels [..., H, W] and boxes [..., 4] of the mirrored image."""
+    """Mirrors labels [..., H, W] and boxes [..., 4]."""
     y0, x0, y1, x1 = boxes.unbind(-1)
     return top5.flip(-1), torch.stack([y0, 1 - x1, y1, 1 - x0], -1)
 
@@ -61,7 +61,7 @@ def mirrored(top5: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, tor
 def rival_targets(
     top5: torch.Tensor, boxes: torch.Tensor, classes: int, grid: tuple[int, int] = GRID
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels [B, 2, K, H, W] and boxes [B, 4] to distributions of tokens [B, C, T] and of whole crops [B, C]."""
+    """Turns labels [B, 2, K, H, W] and boxes [B, 4] into distributions of tokens [B, C, T] and crops [B, C]."""
     values, ids = top5[:, 0].float(), top5[:, 1].long()
     n, _, height, width = values.shape
     dense = torch.zeros(n, classes, height, width, device=top5.device).scatter_(1, ids, values)
@@ -85,7 +85,7 @@ class TargetInputs:
         values = values.half()
         scores = torch.zeros(batch, palette, side, side).scatter_(1, places, values.float())
         maps = ScoreMaps(classes, scores, torch.zeros(batch, side, side), num_classes=CLASSES)
-        # Sides without a common factor with 18: a bin of whole cells would leave the sample count to float rounding.
+        # Sides without a common factor with 18: with bins of whole cells, rounding would decide the sample count.
         sizes = np.tile([3749, 4999], (batch, 1))
         windows = random_resized_crops(sizes, SCALE, RATIO, np.random.default_rng(0))
         boxes = torch.from_numpy(windows / np.tile(sizes, (1, 2)))
@@ -104,14 +104,14 @@ class TargetInputs:
 
 
 def largest_difference(inputs: TargetInputs) -> float:
-    """Largest difference between two probabilities of the sides, of tokens and of whole crops."""
+    """Returns the largest difference between the sides' probabilities, of tokens and of whole crops."""
     ours, (tokens, whole) = inputs.ours(), inputs.rival()
     pairs = ((ours.dense_tokens(CLASSES).mT, tokens), (ours.dense_cls(CLASSES), whole))
     return max(float((one - other).abs().max()) for one, other in pairs)
 
 
 def memory(side: str, palette: int, device: str, cores: int) -> float:
-    """MB that one call of a side ("ours" or "rival") needs; on the CPU, call it in a process of its own."""
+    """Returns the MB that one call of a side ("ours" or "rival") needs; on a CPU, call it in a separate process."""
     torch.set_num_threads(cores)
     getattr(TargetInputs(2, palette, device), side)()
     return extra_memory(getattr(TargetInputs(BATCH, palette, device), side), device)
@@ -134,7 +134,7 @@ def run(options: Options) -> Result:
 
 
 def stored_rows(folder: Path, batch: int, palette: int, side: int, device: str) -> tuple[LabelRows, HostRows]:
-    """A store of random codes as the loader holds it, and rows of it as they are read."""
+    """Returns a store of random codes as the loader holds it, and rows as read from it."""
     random = np.random.default_rng(0)
     classes = np.sort(np.stack([random.permutation(CLASSES)[: palette + TAIL] for _ in range(batch)])[:, :, None], 1)
     coded = random.random((batch, palette, side, side)) < CODED

@@ -1,10 +1,10 @@
 """A training step of DeMansia Tiny against the same network of stock operators, timm's DeiT-Tiny and the limit.
 
-Ours is the step that `python -m train fit` takes with the recipe `demansia_tiny`, on a resident batch: network with
-dropped paths and mixed tokens, loss, gradient and its norm, optimizer, moving average. The stock network does the same
-with the dense loss, but no norm and no average; DeiT-Tiny has the plain cross-entropy, as it lacks a token head. The
-end-to-end figure is that of the second half of a short `fit` from JPEGs and a label store, beside the resident step. On
-a CPU malloc keeps what is freed, on all sides. What a GPU has no memory for is left out.
+Ours is the step of `python -m train fit` with the recipe `demansia_tiny` on a batch in memory: network with drop path
+and token mixing, loss, gradient and its norm, optimizer, moving average. The stock network does the same with the dense
+loss, but without norm and average; DeiT-Tiny has the plain cross-entropy, since it has no token head. The end-to-end
+figure is that of the second half of a short `fit` from JPEGs and a label store, beside the step alone. On a CPU malloc
+keeps freed memory on all sides. Cases that do not fit in a GPU's memory are left out.
 
 Legend: B images; C classes; T tokens.
 """
@@ -53,19 +53,19 @@ from train.task import TokenLabelTask, TrainingStep
 from train.trainer import fit
 
 SIDE, GRID = 224, (14, 14)
-# Of each half of a run from end to end, and its images: a GPU is through with a few steps before they can be timed.
+# Steps of each half of an end-to-end run, and its images: on a GPU a few steps are too short to be timed.
 STEPS, IMAGES = {"cpu": 6, "cuda": 200}, {"cpu": 200, "cuda": 6400}
 OURS, DEIT = "DeMansia Tiny", "DeiT-Tiny (timm), class label only"
 TEACHER = "scripts.benchmark.synthetic_teacher:synthetic_teacher"
 
 
 def run(options: Options) -> Result:
-    our_scan(options.device)  # stops here, before anything is measured, where it is not the fast one
+    our_scan(options.device)  # exits before anything is measured if this machine would run a slow scan
     if options.device == "cpu":
-        keep_freed_memory()  # for all sides: `fit` does it, and they gain by it, too
+        keep_freed_memory()  # for all sides: `fit` does so, and the others are faster with it, too
     batch = 8 if options.device == "cpu" else 64
-    whole = end_to_end(options, batch)  # first, as long as a GPU's memory is free for its processes
-    # In a loop over time the stock network keeps too much for a larger batch.
+    whole = end_to_end(options, batch)  # first, while a GPU's memory is free for its processes
+    # With a loop over time the stock network needs too much memory for a larger batch.
     steps = step_cases(options, 256 if options.device == "cuda" and has_mamba_ssm() else batch)
     free_gpu(options.device)
     full = [full_batch_case(options)] if options.device == "cuda" else []
@@ -77,7 +77,7 @@ def step_cases(options: Options, batch: int) -> Result:
     try:
         cases = [step_case(options, batch, precision) for precision in precisions]
         return Result([*cases, loss_share(options, batch)])
-    except (torch.OutOfMemoryError, TrainError) as error:  # ours does not fit: its step has an error of its own
+    except (torch.OutOfMemoryError, TrainError) as error:  # `TrainError`: our step does not fit
         return Result(left_out={f"training step, {SIDE}², B {batch}": str(error).split(". ")[0]})
 
 
@@ -102,14 +102,14 @@ def step_case(options: Options, batch: int, precision: torch.dtype) -> Case:
         limit = step_limit(limits, *model_cost("demansia_tiny", SIDE), batch, bytes_each)
         found["limit"], limit_text = [batch / limit] * len(found[OURS]), f"limit: {limits.text()}"
     name = f"training step, {SIDE}², B {batch}, {kind}"
-    # Of a loop over time, three times its speed would say nothing.
+    # Three times the speed of a loop over time would mean little.
     sought = {stock: 3.0} if options.device == "cuda" and has_mamba_ssm() else {}
     note = note_of(limit_text, *missing, our_scan(options.device), KEPT[options.device])
     return Case(name, "images/s", found, more_is_better=True, sought=sought, note=note)
 
 
 def that_fit(steps: dict[str, Callable[[], object]], device: str) -> tuple[dict[str, Callable[[], object]], list[str]]:
-    """The steps that fit into the GPU's memory, each run once, and notes about the others."""
+    """Runs each step once. Returns those that fit into the GPU's memory, and notes about the others."""
     fitting, missing = {}, []
     for name, step in steps.items():
         try:
@@ -161,7 +161,7 @@ def class_loss(net: nn.Module, data: Batch) -> torch.Tensor:
 
 
 def loss_share(options: Options, batch: int) -> Case:
-    """The loss and its gradient alone, as a share of the step."""
+    """Measures the loss and its gradient alone, as a share of the step."""
     torch.manual_seed(0)
     data = synthetic_batch(batch, SIDE, device=options.device)
     net = demansia(options.device)
@@ -182,7 +182,7 @@ def loss_share(options: Options, batch: int) -> Case:
 
 
 def full_batch_case(options: Options) -> Case:
-    """The recipe's batch of 768, or the largest half, quarter … of it that fits."""
+    """Measures the recipe's batch of 768, or the largest half, quarter … of it that fits."""
     batch = 768
     while (found := full_batch_rates(options, batch)) is None:
         free_gpu(options.device)
@@ -192,21 +192,21 @@ def full_batch_case(options: Options) -> Case:
 
 
 def full_batch_rates(options: Options, batch: int) -> dict[str, list[float]] | None:
-    """None: out of memory."""
+    """Returns images per second, in rounds; None if out of memory."""
     try:
         data = synthetic_batch(batch, SIDE, device=options.device)
         step = our_step(demansia(options.device), data, torch.bfloat16)
         side = per_second(batch, milliseconds(step, options.device))
         return take_turns({OURS: side}, options.rounds(7), warmups=2)
     except (torch.OutOfMemoryError, TrainError) as error:
-        # TrainingStep says in an error of its own what would fit.
+        # TrainingStep raises a TrainError that says what would fit.
         if batch < 16 or "out of memory" not in str(error):
             raise
         return None
 
 
 def end_to_end(options: Options, batch: int) -> Result:
-    """`fit` from JPEGs beside the resident step; left out where it fails, for the other cases' sake."""
+    """Measures `fit` from JPEGs beside the step alone; if it fails, the other cases are kept."""
     name = f"training end to end, {SIDE}², B {batch}"
     if options.device == "cuda" and not has_dali():
         return Result(left_out={name: "DALI is not installed"})
@@ -225,7 +225,7 @@ def end_to_end(options: Options, batch: int) -> Result:
 
 
 def end_to_end_rates(options: Options, batch: int) -> tuple[dict[str, list[float]], list[float]]:
-    """(images/s of both sides, in turns; shares of waiting): each in a process of its own."""
+    """Returns images/s of both sides, measured in turns in separate processes, and the shares of waiting."""
     store = options.scratch / "train-labels"
     images = about(options.images, options.scratch / "train-images", IMAGES[options.device])
     own("label", str(images), str(store))
@@ -251,7 +251,7 @@ def label(images: str, store: str) -> None:
 
 
 def fit_rate(images: str, store: str, out: str, batch: int, device: str) -> list[float]:
-    """(images/s of the second half of a short run; share of waiting)."""
+    """Returns images/s of the second half of a short run, and its share of waiting."""
     steps = STEPS[device]
     settings = {
         "data.images": images, "data.store": store, "run.out": out, "run.batch_size": batch, "run.device": device,

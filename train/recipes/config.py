@@ -246,7 +246,7 @@ class EmaConfig(Section):
 
 
 class RunConfig(Section):
-    """Output, batch, device, precision, logs and checkpoints."""
+    """Output, batch, device, compute precision, logs and checkpoints."""
 
     out: str = setting("the run's folder; {recipe} stands for the recipe's name", "runs/{recipe}", affects="nothing")
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = setting(
@@ -261,7 +261,7 @@ class RunConfig(Section):
     )
     device: str = setting("cpu, cuda or auto", "auto", affects="rounding")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "precision of the forward pass; auto: bfloat16 on a GPU (float16 on a V100 or T4), float32 on a CPU",
+        "compute precision of the forward pass; auto: bfloat16 on a GPU (float16 on a V100 or T4), float32 on a CPU",
         "auto",
         affects="values",
     )
