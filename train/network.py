@@ -19,7 +19,8 @@ from model import load_reference_checkpoint, token_label
 from model.checkpoints import read_state_dict
 from model.token_heads import TokenLabelHeads
 from train.recipes.config import BEGINNING, ModelConfig
-from train.record.checkpoint import CheckpointInfo, checkpoint_of, find_checkpoint, read_weights
+from train.record.checkpoint import CheckpointInfo, read_weights
+from train.record.checkpoint_folders import checkpoint_of, find_checkpoint
 
 log = logging.getLogger("train")
 
