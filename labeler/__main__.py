@@ -6,7 +6,7 @@ images are in the quarantine; 4 an integrity check failed; 143 stopped by a sign
 
 from __future__ import annotations
 
-from labeler.base.interrupt import end_at_interrupt
+from labeler.base.signals import end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()  # before the imports, which take seconds
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from labeler.base.command_line import OneLineParser, add_command, at_least, parser_of_command, program, run_command
 from labeler.base.settings import add_flags, settings_of
+from labeler.base.signals import STOP_SIGNALS, STOPPED
 from labeler.config import LabelerConfig
 from labeler.teacher.teacher_config import TeacherConfig
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from labeler.audit import Audit
 
 QUARANTINED = 3
-STOPPED = 143
 
 
 class Stopped(BaseException):
@@ -40,7 +40,7 @@ class Stopped(BaseException):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     options = _parser().parse_args(arguments)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, _stop)
     try:
         return run_command(options, extra="label")

@@ -6,10 +6,8 @@ import contextlib
 import importlib.util
 import logging
 import os
-import signal
 import socket
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from typing import Any
 from labeler.base.cores import usable_cores
 from labeler.base.errors import InputError, LabelingError, TokenLabelError
 from labeler.base.freed_memory import freed_memory_kept, keep_freed_memory
+from labeler.base.signals import handlers_kept
 from labeler.config import LabelerConfig
 from labeler.worker import LabelingJob, ShardLabeler, ShardResult, ShardTask
 
@@ -95,7 +94,7 @@ def run_on_ray(tasks: list[ShardTask], job: LabelingJob, advance: Advance) -> It
     unfinished = {task.shard: task for task in tasks}
     while unfinished:
         if ours:
-            with _own_signal_handlers():
+            with handlers_kept():  # Ray replaces them when it starts, and aborts on these signals
                 _connect(config.ray_address, (config.threads or 1) * config.workers)
         gpus = config.gpus_per_worker if job.device.startswith("cuda") else 0
         threads = _threads([node["Resources"] for node in ray.nodes() if node["Alive"]], gpus, config)
@@ -315,18 +314,6 @@ def _threads(nodes: list[dict[str, float]], gpus: float, config: LabelerConfig) 
             max((node.get("GPU", 0) for node in nodes), default=0),
         )  # fmt: skip
     return threads
-
-
-@contextlib.contextmanager
-def _own_signal_handlers() -> Iterator[None]:
-    """Restores the handlers of SIGTERM and SIGINT, which Ray replaces when it starts, and aborts on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def _connect(address: str | None, cpus: int) -> None:

@@ -6,7 +6,7 @@ Exit status: 0 all done; 1 the picture could not be made; 2 bad input or usage; 
 from __future__ import annotations
 
 try:
-    from labeler.base.interrupt import end_at_interrupt
+    from labeler.base.signals import end_at_interrupt
 except ImportError:
     import sys
 

@@ -15,6 +15,7 @@ INTERPOLATIONS = ("random", "bilinear", "bicubic")
 CROP_MODES = ("center", "squash")
 MIXES = ("none", "token", "image")
 ERASE_MODES = ("pixel", "const")
+CLASSES = ("teacher", "none")
 CACHES = ("none", "ram", "ram-compressed")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -43,6 +44,13 @@ class LoaderConfig:
     )
     class_folders: Mapping[str, int] | None = option(
         "folder name -> class id; None: the store's, or the sorted folders of the root", None, affects="recorded"
+    )
+    classes: str = option(
+        'true classes: "teacher": those of the store, or of the folders without one; "none": they are not known and '
+        "not needed, every label is −1 (evaluation)",
+        "teacher",
+        affects="recorded",
+        choices=CLASSES,
     )
     train: bool = option(
         "True: shuffle, random crops, augmentation, full batches only; False: in order, center crops, every image",
@@ -164,6 +172,7 @@ class LoaderConfig:
         refuse("crop_pct", _is_number(self.crop_pct) and 0 < self.crop_pct <= 1, "a share, more than 0, at most 1")
         refuse("mean", _are_numbers(self.mean, 3), "one number per color")
         refuse("std", _are_numbers(self.std, 3) and min(self.std) > 0, "one positive number per color")
+        refuse("classes", self.classes != "none" or not self.train, "other than none if train is true")
         if self.mix != "none":
             refuse(
                 "mix_alpha",

@@ -141,7 +141,9 @@ def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) ->
         raise InputError(f"all {len(keys)} images are in the quarantine of {name!r}")
     columns = {name: store.column(name)[rows] for name in ("image_size", "target", "image_digest")}
     labels = columns["target"].astype(np.int64)
-    if config.class_folders is not None:
+    if config.classes == "none":
+        labels = np.full(len(rows), -1)
+    elif config.class_folders is not None:
         labels = targets_of(tuple(keys[i] for i in positions.tolist()), config.class_folders).astype(np.int64)
     elif source.labels is not None:
         own = true_classes(source, store.plan.class_folders, store.meta.num_classes)[positions]
@@ -194,7 +196,9 @@ def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
     """Finds the true classes of images without a store."""
     count, folders = config.num_classes, config.class_folders
     labels = source.labels if folders is None else None
-    if labels is None:
+    if config.classes == "none":
+        labels = np.full(len(source), -1)
+    elif labels is None:
         if folders is None:
             # All folders of the root, even those without a listed image: their order gives the class ids.
             folders = folder_classes(source.folders, count)
@@ -207,7 +211,7 @@ def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
                 )
         labels = targets_of(source.keys, folders).astype(np.int64)
         count = count or max(folders.values(), default=-1) + 1
-    count = count or len(source.class_names) or int(labels.max()) + 1
+    count = count or len(source.class_names) or max(int(labels.max()) + 1, 1)
     n = len(source)
     unmeasured = np.zeros((n, 2), np.int64)
     samples = Samples(source, np.arange(n), None, np.full(n, -1), unmeasured, labels, None, config.orientation, count)
@@ -300,7 +304,7 @@ def _check_classes(config: LoaderConfig, samples: Samples) -> None:
             expected=f"less than {samples.num_classes}",
         )
     unknown = np.nonzero(samples.labels < 0)[0]
-    if len(unknown) and (samples.store is None or not config.token_labels):
+    if len(unknown) and config.classes != "none" and (samples.store is None or not config.token_labels):
         raise _unknown_classes(config, samples, [samples.key(i) for i in unknown.tolist()])
 
 

@@ -338,7 +338,8 @@ class CheckpointTarget:
 
     def _training(self) -> str:
         from train.network import restore_network
-        from train.record.checkpoint import find_checkpoint, read_state, read_weights
+        from train.record.checkpoint import read_state, read_weights
+        from train.record.checkpoint_folders import find_checkpoint
 
         names = sorted(self.clean)
         name = names[int(self.rng.integers(len(names)))]

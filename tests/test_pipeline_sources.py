@@ -100,6 +100,17 @@ def test_classes_that_shards_leave_open_are_the_stores_and_class_folders_go_firs
             assert batch.labels.tolist() == [(own[key] + 2) % 3 for key in batch.keys]
 
 
+@pytest.mark.parametrize("labeled", [True, False])
+def test_images_of_no_known_class_can_be_evaluated_but_not_trained_on(settings, images, labeled):
+    """Without "none" they are refused: folders of other names name no class."""
+    config = replace(settings, store=settings.store if labeled else None, num_classes=6, train=False, classes="none")
+    assert [int(label) for batch in create_loader(config) for label in batch.labels] == [-1] * 12
+    with pytest.raises(InputError, match=r"classes does not fit: got 'none'"):
+        replace(config, train=True)
+    with pytest.raises(InputError, match="the true class of 12 images is not known"):
+        create_loader(replace(config, classes="teacher", token_labels=False, class_folders={"other": 0}))
+
+
 def test_samples_of_one_name_belong_together_up_to_the_first_dot(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name, shade in (("./x/1", 3), ("x/2", 1)):

@@ -30,7 +30,8 @@ from train.micro_batches import micro_batches
 from train.network import build_network, train_mode
 from train.ranks.distributed import Ranks, joined_ranks
 from train.recipes.config import ModelConfig
-from train.record.checkpoint import newest_checkpoint, read_weights
+from train.record.checkpoint import read_weights
+from train.record.checkpoint_folders import newest_checkpoint
 from train.task import TokenLabelTask, TrainingStep
 
 MODEL = ModelConfig(

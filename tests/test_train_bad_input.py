@@ -25,7 +25,8 @@ from pipeline import Batch, TokenLabelLoader
 from train import fit
 from train.__main__ import main
 from train.recipes.recipe import to_toml
-from train.record.checkpoint import check_checkpoint, checkpoints, newest_checkpoint, read_state, read_weights
+from train.record.checkpoint import check_checkpoint, read_state, read_weights
+from train.record.checkpoint_folders import checkpoints, newest_checkpoint
 from train.record.metrics import read_rows
 
 Run = Callable[..., tuple[int, str]]

@@ -28,15 +28,8 @@ from labeler.base.whole_files import TEMPORARY, read_sealed, sealed
 from train import TrainConfig, fit
 from train.errors import TrainError
 from train.evaluation.validate import load_trained
-from train.record.checkpoint import (
-    FOLDER,
-    check_checkpoint,
-    checkpoints,
-    newest_checkpoint,
-    read_state,
-    read_weights,
-    sweep,
-)
+from train.record.checkpoint import check_checkpoint, read_state, read_weights
+from train.record.checkpoint_folders import FOLDER, checkpoints, find_checkpoint, newest_checkpoint, sweep
 
 FILES = ("checkpoint.json", "weights.safetensors", "ema.safetensors", "state.pt")
 SAVE = "tiny_runs:save_small_checkpoint"
@@ -408,7 +401,7 @@ def test_what_is_saved_after_a_damaged_one_is_not_removed_in_its_favour(tmp_path
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(InputError, match="there is no checkpoint in"):
-        train.record.checkpoint.find_checkpoint(tmp_path)
+        find_checkpoint(tmp_path)
     with pytest.raises(IntegrityError, match=r"is not a checkpoint: got no checkpoint\.json"):
         check_checkpoint(tmp_path)
     assert newest_checkpoint(tmp_path) is None

@@ -27,7 +27,8 @@ from train.__main__ import main
 from train.evaluation.validate import load_trained, validate
 from train.network import build_network
 from train.recipes.recipe import to_toml
-from train.record.checkpoint import check_checkpoint, checkpoints
+from train.record.checkpoint import check_checkpoint
+from train.record.checkpoint_folders import checkpoints
 
 MICRO = {"embed_dim": 32, "depth": 4}  # of the published names in /fixtures, 64² pixels, ten classes
 HEADS = ("head.", "aux_head.", "backbone.head.", "backbone.fc.")

@@ -12,7 +12,7 @@ import pytest
 from tiny_runs import tiny_config, tiny_data, write_recipe
 
 from labeler.base.command_line import run_command
-from train.ranks.stop_signals import StopSignals
+from labeler.base.signals import StopSignals
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 from tiny_runs import tiny_config, tiny_data, write_recipe
 
 from train.__main__ import main
-from train.record.checkpoint import checkpoints
+from train.record.checkpoint_folders import checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from train import fit
 from train.__main__ import main
 from train.evaluation.validate import load_trained
 from train.network import build_network
-from train.record.checkpoint import checkpoints
+from train.record.checkpoint_folders import checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from train.evaluation.evaluate import Accuracy
 from train.evaluation.single_images import load_image, normalized
 from train.evaluation.validate import load_trained
 from train.ranks.distributed import Ranks
-from train.record.checkpoint import checkpoints
+from train.record.checkpoint_folders import checkpoints
 from train.record.metrics import read_rows
 from train.trainer import Trainer
 

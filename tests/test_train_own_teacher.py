@@ -100,7 +100,7 @@ def test_a_run_does_not_fail_where_no_folder_for_timm_can_be_left(images, tmp_pa
     def damaged(run: Path) -> None:
         raise IntegrityError(f"all checkpoints below {run} are damaged")
 
-    monkeypatch.setattr("train.trainer.load_trained", damaged)
+    monkeypatch.setattr("train.record.timm_folder.load_trained", damaged)
     summary = train.fit(tiny_config(images, None, tmp_path / "run", **PLAIN))
     assert summary.steps == 6
     assert (tmp_path / "run" / "summary.json").is_file()

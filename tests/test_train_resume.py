@@ -27,7 +27,8 @@ from labeler import InputError, MismatchError
 from train import TokenLabelLoss, TrainConfig, fit
 from train.errors import Stopped
 from train.ranks.distributed import Ranks
-from train.record.checkpoint import check_checkpoint, checkpoints, read_weights
+from train.record.checkpoint import check_checkpoint, read_weights
+from train.record.checkpoint_folders import checkpoints
 from train.record.metrics import read_rows
 from train.record.run_folder import locked
 from train.trainer import Trainer

@@ -17,16 +17,8 @@ from tiny import CLASSES, make_images
 from labeler import LabelerConfig, TeacherConfig, label_images
 from train.recipes.config import TrainConfig
 from train.recipes.recipe import parse_config, to_toml
-from train.record.checkpoint import (
-    FOLDER,
-    CheckpointInfo,
-    check_checkpoint,
-    checkpoints,
-    read_state,
-    read_weights,
-    remove_old,
-    save_checkpoint,
-)
+from train.record.checkpoint import CheckpointInfo, check_checkpoint, read_state, read_weights, save_checkpoint
+from train.record.checkpoint_folders import FOLDER, checkpoints, remove_old
 from train.record.metrics import read_rows
 
 # Twelve images in batches of four: three steps an epoch.

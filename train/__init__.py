@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from train.loss.token_label_loss import TokenLabelLoss
     from train.recipes.config import TrainConfig
     from train.recipes.recipe import load_recipe
-    from train.trainer import FitSummary, fit
+    from train.record.fit_summary import FitSummary
+    from train.trainer import fit
 
 _HOMES = {
-    "FitSummary": "trainer",
+    "FitSummary": "record.fit_summary",
     "TokenLabelLoss": "loss.token_label_loss",
     "TrainConfig": "recipes.config",
     "fit": "trainer",

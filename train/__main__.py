@@ -8,7 +8,7 @@ some images were left out; 4 stored data or a checkpoint is damaged; 130 interru
 from __future__ import annotations
 
 try:
-    from labeler.base.interrupt import end_at_interrupt
+    from labeler.base.signals import end_at_interrupt
 except ImportError:
     import sys
 
@@ -26,17 +26,15 @@ import logging
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from labeler.base.command_line import OneLineParser, add_command, at_least, parser_of_command, program, run_command
-from labeler.base.errors import InputError, TokenLabelError
+from labeler.base.errors import InputError
+from train.ranks.rank_errors import first_rank_first
 
-HEAD_START_S = 2.0
 PICTURES = Path("predictions")
 LEFT_OUT = 3
 EMA = "use the averaged weights, or not (default: the better ones, if the checkpoint records both accuracies)"
@@ -50,37 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
-    options.run = _first_rank_first(options.run)
+    options.run = first_rank_first(options.run)
     return run_command(options, extra="train")
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The parser of one command, for completion and documentation."""
     return parser_of_command(_parser(), command)
-
-
-def _first_rank_first(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Let the first rank fail first: most errors occur in all ranks, and a launcher then ends the others."""
-
-    def run_then_wait(options: argparse.Namespace) -> int:
-        try:
-            return run(options)
-        except TokenLabelError as error:
-            if os.environ.get("RANK", "0") != "0":
-                time.sleep(HEAD_START_S)
-            _write_torchrun_error(str(error))
-            raise
-
-    return run_then_wait
-
-
-def _write_torchrun_error(text: str) -> None:
-    """Write the line that torchrun shows as the cause in its summary, to the file and in the form that it expects."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        detail = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        with suppress(OSError):
-            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": detail}}))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -5,7 +5,7 @@ It does not search the working folder for packages first, so a user's own `model
 
 from __future__ import annotations
 
-from labeler.base.interrupt import end_at_interrupt
+from labeler.base.signals import end_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from labeler.base.errors import TokenLabelError
+from labeler.base.signals import STOPPED
 
 
 class TrainError(TokenLabelError):
@@ -18,4 +19,4 @@ class NonFiniteError(TrainError):
 class Stopped(TokenLabelError):
     """A signal stopped the run; everything is saved."""
 
-    exit_status = 143
+    exit_status = STOPPED

@@ -136,7 +136,7 @@ def evaluation_loader(
     backend: str = "auto",
     threads: int | None = None,
     progress: bool = True,
-    image_list: str | None = None,
+    classes: str = "teacher",
 ) -> TokenLabelLoader:
     """Create a loader that yields every image once, resized and cropped as timm does.
 
@@ -153,7 +153,7 @@ def evaluation_loader(
         backend: as in `pipeline.LoaderConfig`, as for the arguments below.
         threads: CPU threads that decode.
         progress: show progress.
-        image_list: file with the keys of the images to use.
+        classes: "none": any images, whose classes are not known.
 
     Returns:
         The loader.
@@ -166,7 +166,7 @@ def evaluation_loader(
     return create_loader(
         LoaderConfig(
             images=images,
-            image_list=image_list,
+            classes=classes,
             token_labels=False,
             train=False,
             image_size=image_size,

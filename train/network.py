@@ -20,7 +20,8 @@ from model.checkpoints import read_state_dict
 from model.families import family_of_name
 from model.token_heads import TokenLabelHeads
 from train.recipes.config import BEGINNING, ModelConfig
-from train.record.checkpoint import CheckpointInfo, checkpoint_of, find_checkpoint, read_weights
+from train.record.checkpoint import CheckpointInfo, read_weights
+from train.record.checkpoint_folders import checkpoint_of, find_checkpoint
 
 log = logging.getLogger("train")
 

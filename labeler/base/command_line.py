@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from labeler.base.errors import InputError, TokenLabelError, error_text
-from labeler.base.interrupt import INTERRUPTED
+from labeler.base.signals import INTERRUPTED
 
 OURS = ("labeler", "pipeline", "model", "train")
 front_door = ""  # the program name in help texts; empty: `python -m PACKAGE`

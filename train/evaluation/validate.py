@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,17 +12,16 @@ import torch
 from labeler.base.errors import InputError, ModelError
 from labeler.base.runtime import DTYPES, pick_precision
 from labeler.sources.class_names import IMAGENET_CLASSES, imagenet_names
-from labeler.sources.folder_source import find_images
 from model import load_reference_checkpoint
 from model.token_heads import TokenLabelHeads
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
-from pipeline.loader import TokenLabelLoader
 from train.evaluation.evaluate import evaluate, read_real_labels
 from train.evaluation.tally import SEVERAL, ClassAccuracy, Confusion, Tally, class_accuracies, confusions
 from train.loaders import evaluation_loader
 from train.network import restore_network
 from train.ranks.distributed import joined_ranks
-from train.record.checkpoint import checkpoint_of, find_checkpoint, read_weights
+from train.record.checkpoint import read_weights
+from train.record.checkpoint_folders import checkpoint_of, find_checkpoint
 
 log = logging.getLogger("train")
 
@@ -236,7 +234,10 @@ def validate(
             "backend": backend,
             "progress": show_progress,
         }
-        loader = _loader(trained, Path(images), settings, labels is None)
+        classes = "teacher" if labels is None else "none"
+        loader = evaluation_loader(
+            str(images), class_folders=trained.class_folders or None, classes=classes, **settings
+        )
         if ranks.first:
             trained.log_assumptions()
         precision = trained.dtype(ranks.device)
@@ -254,23 +255,3 @@ def validate(
         confusions(rows, trained.class_name),
         int((rows[:, 0] == SEVERAL).sum()),
     )
-
-
-def _loader(trained: Trained, images: Path, settings: dict[str, Any], by_folder: bool) -> TokenLabelLoader:
-    """`by_folder`: the folders are the true classes; otherwise images may be anywhere below `images`."""
-    packed = images.suffix == ".tar" or any(images.glob("*.tar"))
-    if not by_folder and not packed:
-        return _unlabeled_loader(images, settings)
-    return evaluation_loader(str(images), class_folders=trained.class_folders or None, **settings)
-
-
-def _unlabeled_loader(images: Path, settings: dict[str, Any]) -> TokenLabelLoader:
-    """Images of unknown classes. The loader needs a class for each: from the parent folder, all have the same one."""
-    root = images.resolve()
-    listing = find_images(root)
-    if root.name == "":
-        raise InputError("the root folder cannot be the folder of images")
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as listed:
-        listed.writelines(f"{root.name}/{key}\n" for key in listing.keys)
-        listed.flush()
-        return evaluation_loader(str(root.parent), class_folders={root.name: 0}, image_list=listed.name, **settings)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from labeler.base.errors import InputError
 from model.ops.scan_operators import transforms_are_active
+from train.loss.loss_checks import check_targets, checked_tail, refuse_unknown_classes
 from train.loss.loss_transforms import TransformedLoss, no_second_derivative
 from train.loss.smoothed_targets import SmoothedTarget, Tail, blocks, dense_tail, smoothed_target, sum_dtype
 
@@ -58,8 +58,8 @@ def token_cross_entropy(
         InputError: shapes, dtypes or devices do not fit, or the targets name a class that the logits lack.
     """
     weight = spread_weight(logits, 1.0) if weight is None and logits.ndim == 3 else weight
-    _check(logits, classes, scores, background, partner, weight)
-    tail_classes, tail_offsets = _checked_tail(logits, tail_classes, tail_offsets)
+    check_targets(logits, classes, scores, background, partner, weight)
+    tail_classes, tail_offsets = checked_tail(logits, tail_classes, tail_offsets)
     targets = classes, scores, background, weight, float(smoothing), partner, tail_classes, tail_offsets
     if transforms_are_active():
         return TransformedLoss.apply(logits, *targets)[0]
@@ -68,63 +68,6 @@ def token_cross_entropy(
     early = wanted and not over and not torch.compiler.is_compiling()
     early = early and logits.device.type == "cpu" and logits.dtype == sum_dtype(logits)
     return _loss_op(logits, *targets, early, over)[0]
-
-
-def _check(
-    logits: torch.Tensor,
-    classes: torch.Tensor,
-    scores: torch.Tensor,
-    background: torch.Tensor,
-    partner: torch.Tensor | None,
-    weight: torch.Tensor | None,
-) -> None:
-    if logits.ndim != 3 or not logits.is_floating_point() or 0 in logits.shape:
-        got = f"{logits.dtype} {tuple(logits.shape)}"
-        raise InputError("logits cannot be used", got=got, expected="floating point [B, T, C], none of them 0")
-    batch, tokens, _ = logits.shape
-    if classes.ndim != 2 or len(classes) != batch or classes.shape[1] == 0 or classes.dtype != torch.int64:
-        got = f"{classes.dtype} {tuple(classes.shape)}"
-        raise InputError("palette classes do not fit the logits", got=got, expected=f"int64 ({batch}, P), P ≥ 1")
-    wanted = {"scores": (scores, (batch, classes.shape[1], tokens)), "background": (background, (batch, tokens))}
-    if weight is not None:
-        wanted["weight"] = (weight, (batch, tokens))
-    if partner is not None:
-        wanted["partner"] = (partner, (tokens,))
-        if partner.dtype != torch.bool:
-            raise InputError("partner is not a mask", got=partner.dtype, expected=torch.bool)
-    for name, (tensor, shape) in wanted.items():
-        _check_target(name, tensor, shape, logits.device)
-    _check_target("classes", classes, tuple(classes.shape), logits.device)
-
-
-def _checked_tail(
-    logits: torch.Tensor, classes: torch.Tensor | None, offsets: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Check the tail; an empty one (R = 0) becomes None, so that it costs nothing."""
-    if classes is None and offsets is None:
-        return None, None
-    if classes is None or offsets is None:
-        raise InputError(
-            "a tail needs tail_classes and tail_offsets", got="only one of them", expected="both, or neither"
-        )
-    if classes.ndim != 2 or len(classes) != len(logits) or classes.dtype != torch.int64:
-        got = f"{classes.dtype} {tuple(classes.shape)}"
-        raise InputError("tail classes do not fit the logits", got=got, expected=f"int64 ({len(logits)}, R)")
-    if not offsets.is_floating_point():
-        raise InputError("tail offsets cannot be used", got=offsets.dtype, expected="floating point")
-    for name, tensor in (("tail_classes", classes), ("tail_offsets", offsets)):
-        _check_target(name, tensor, tuple(classes.shape), logits.device)
-    return (classes, offsets) if classes.shape[1] else (None, None)
-
-
-def _check_target(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if tensor.shape != shape:
-        raise InputError(f"{name} does not fit the logits", got=tuple(tensor.shape), expected=shape)
-    if tensor.requires_grad:
-        raise InputError(f"{name} requires a gradient", remedy="Only the logits get a gradient: detach it.")
-    if tensor.device != device:
-        remedy = "Move the batch to the model's device."
-        raise InputError(f"{name} is on another device", got=tensor.device, expected=device, remedy=remedy)
 
 
 @torch.library.custom_op("token_labeling::token_cross_entropy", mutates_args=())
@@ -145,7 +88,7 @@ def _loss_op(
 
     `over`: the backward pass may overwrite the logits.
     """
-    _refuse_unknown_classes(classes, tail_classes, logits.shape[2])
+    refuse_unknown_classes(classes, tail_classes, logits.shape[2])
     loss, lse = (logits.new_empty(logits.shape[:2], dtype=sum_dtype(logits)) for _ in range(2))
     gradient = _new_gradient(logits, early)
     tail = _used_tail(logits, classes, tail_classes, tail_offsets)
@@ -166,15 +109,6 @@ def _loss_op(
                 _finish_gradient(powers, target.total[within, :, None] / norm, target, within)
         loss[block] = target.total * lse[block] - spread + at_ids.mul_(target.extra).sum(2)
     return loss.sum(), lse, gradient
-
-
-def _refuse_unknown_classes(classes: torch.Tensor, tail_classes: torch.Tensor | None, count: int) -> None:
-    for ids in (classes, tail_classes):
-        if ids is not None and bool((ids >= count).any()):
-            raise InputError(
-                "the targets name a class that the logits lack", got=f"class {int(ids.max())}",
-                expected=f"below {count}", remedy="The model needs as many classes as the label store.",
-            )  # fmt: skip
 
 
 def _used_tail(

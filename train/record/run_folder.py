@@ -19,17 +19,8 @@ from labeler.base.whole_files import TEMPORARY, replace_file
 from train.errors import TrainError
 from train.recipes.config import TrainConfig
 from train.recipes.recipe import flat, to_toml
-from train.record.checkpoint import (
-    FOLDER,
-    CheckpointInfo,
-    check_checkpoint,
-    checkpoints,
-    newest_checkpoint,
-    remove_later,
-    remove_old,
-    save_checkpoint,
-    sweep,
-)
+from train.record.checkpoint import CheckpointInfo, check_checkpoint, save_checkpoint
+from train.record.checkpoint_folders import FOLDER, checkpoints, newest_checkpoint, remove_later, remove_old, sweep
 from train.record.curves import draw_run
 from train.record.metrics import Metrics, start_tracker
 

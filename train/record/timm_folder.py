@@ -6,6 +6,7 @@ names with timm.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -15,11 +16,29 @@ from typing import Any
 
 from torch import nn
 
+from labeler.base.errors import TokenLabelError, error_text
 from labeler.base.whole_files import TEMPORARY
 from model.wrapper import TokenLabeled
-from train.record.checkpoint import FOLDER as CHECKPOINTS
+from train.evaluation.validate import load_trained
+from train.record.checkpoint_folders import FOLDER as CHECKPOINTS
+
+log = logging.getLogger("train")
 
 FOLDER = "timm"
+
+
+def leave_for_timm(run: Path) -> None:
+    """Write a run's best weights for timm and the labeler; logs a warning where that is not possible.
+
+    Args:
+        run: the run's folder.
+    """
+    try:
+        trained = load_trained(run)
+        names = [trained.class_name(number) for number in range(trained.net.num_classes)]
+        write_timm_folder(run, trained.net, trained.transform, names)
+    except (TokenLabelError, OSError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        log.warning("no folder for timm is left in %s: %s", run, error_text(error))
 
 
 def write_timm_folder(run: Path, net: nn.Module, transform: Mapping[str, Any], class_names: Sequence[str]) -> Path:
