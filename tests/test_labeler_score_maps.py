@@ -14,6 +14,8 @@ from labeler.store.encoder import encode_maps, encode_planes
 from labeler.store.score_code import Encoding, ScoreCode, code_table, share_of_reference
 from labeler.store.score_maps import ScoreMaps
 
+TABLE_1 = np.linspace(0, -20, 256, dtype=np.float32)
+
 
 def decoded(logits: torch.Tensor, encoding: Encoding) -> ScoreMaps:
     """As `LabelStore.read` gives the maps back."""
@@ -69,6 +71,38 @@ def test_a_code_of_zero_is_the_background_in_its_cell_in_format_2_only():
     assert decoded_scores[0, 0, 0].tolist() == [decoded_background[0, 0, 0], 0.0]
     falling = np.linspace(0, -20, 256, dtype=np.float32)
     assert ScoreCode(falling, False).decode(scores, background)[0][0, 0, 0, 0] == 0.0
+
+
+@pytest.mark.parametrize(
+    "code", [ScoreCode.of_roots(20), ScoreCode(TABLE_1, False), ScoreCode(None, False)], ids=["2", "1", "f2"]
+)
+@pytest.mark.parametrize("with_background", [True, False])
+@pytest.mark.parametrize("images", [0, 1, 19])
+def test_arrays_and_tensors_are_decoded_alike_bit_for_bit(code, with_background, images):
+    """Of every code, and of more images than the decoder of tensors takes at a time."""
+    random = np.random.default_rng(0)
+    stored = random.integers(0, 256, (images, 5, 4, 4))
+    stored[..., 0] *= random.random(stored.shape[:-1]) < 0.5
+    scores = stored.astype(np.uint8) if code.values is not None else -(stored / 16).astype(np.float16)
+    shared = scores[:, 0].copy() if with_background else None
+    found = code.decode(torch.from_numpy(scores), None if shared is None else torch.from_numpy(shared))
+    for tensor, array in zip(found, code.decode(scores, shared), strict=True):
+        assert (tensor.dtype, array.dtype) == (torch.float32, np.float32)
+        assert tensor.numpy().tobytes() == array.tobytes()
+    offsets = np.arange(-124, 125, dtype=np.int8)
+    assert code.decode_offsets(torch.from_numpy(offsets)).numpy().tobytes() == code.decode_offsets(offsets).tobytes()
+
+
+def test_codes_of_probabilities_mean_the_nearest_step_of_the_root():
+    code = ScoreCode.of_roots(20)
+    p = torch.linspace(0, 1, 1001)
+    codes = code.root_codes(p)
+    assert (codes / 20 - p.sqrt()).abs().max() <= 0.5 / 20 + 1e-6
+    torch.testing.assert_close(code.root_probabilities(codes[codes > 0]).log(), code.root_scores(codes[codes > 0]))
+    np.testing.assert_allclose(code.root_scores(codes[codes > 0]), code.values[codes[codes > 0].long()], atol=1e-6)
+    stored, scores = code.background_codes(torch.tensor([-0.1, -0.2, -7.3, -99.0]))
+    assert scores.tolist() == [0, -0.25, -7.25, -20]
+    assert code.values[stored.numpy()].tolist() == scores.tolist()
 
 
 def test_planes_of_format_1_and_of_float16_are_dense():

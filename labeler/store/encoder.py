@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from labeler.store.score_code import BACKGROUND_STEP, FLOOR, MAX_OFFSET, OFFSET_STEP, Encoding
+from labeler.store.score_code import FLOOR, MAX_OFFSET, OFFSET_STEP, Encoding, ScoreCode
 
 CODE_BYTES, CLASS_BYTES, TAIL_BYTES = 0.8, 4.0, 1.4
 # A code between codes costs less than one that interrupts a run of zeros; per neighbor along the row.
@@ -80,7 +80,7 @@ def encode_maps(logits: Tensor, encoding: Encoding) -> EncodedMaps:
     for chunk in logits.split(max(1, DENSE_ELEMENTS // logits[0].numel())):
         chunk = chunk.float()
         if encoding.precision == "float16":
-            parts.append(_encode_planes(chunk, sizes[0], None))
+            parts.append(_encode_planes(chunk, sizes[0], ScoreCode(None, False)))
         else:
             parts.append(_encode_sparse(chunk, sizes, encoding))
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
@@ -100,8 +100,8 @@ def encode_planes(logits: Tensor, palette: int, table: np.ndarray | None) -> Enc
     Returns:
         The encoded batch.
     """
-    values = None if table is None else torch.from_numpy(table).to(logits.device)
-    columns = [column.cpu().numpy() for column in _encode_planes(logits.float(), palette, values)]
+    encoded = _encode_planes(logits.float(), palette, ScoreCode(table, as_background=False))
+    columns = [column.cpu().numpy() for column in encoded]
     return EncodedMaps(*[*columns, reference_kl(logits.float()).cpu().numpy()])
 
 
@@ -116,7 +116,7 @@ def reference_kl(logits: Tensor) -> Tensor:
 def _encode_sparse(logits: Tensor, sizes: tuple[int, int], encoding: Encoding) -> tuple[Tensor, ...]:
     """Encodes a chunk: the fields of `EncodedMaps` in their order, without the last; sizes: (P, R)."""
     (palette, tail), (_, num_classes, height, width) = sizes, logits.shape
-    rate = encoding.threshold * (height * width) ** RATE_POWER
+    code, rate = ScoreCode.of_roots(encoding.levels), encoding.threshold * (height * width) ** RATE_POWER
     log_p = logits.log_softmax(1)
     p = log_p.exp()
     information = p * log_p
@@ -129,7 +129,7 @@ def _encode_sparse(logits: Tensor, sizes: tuple[int, int], encoding: Encoding) -
     of_rest = p.scatter(1, cells, 0.0).sum(1)  # summed, since 1 − the candidates' sum would lose what is small
     p, log_candidates = p.gather(1, cells), log_p.gather(1, cells)
 
-    codes, saved = _codes_of(p, of_rest, num_classes - candidates.shape[1], encoding.levels, rate, tail > 0)
+    codes, saved = _codes_of(p, of_rest, num_classes - candidates.shape[1], code, rate, tail > 0)
     order = saved.sort(dim=1, descending=True, stable=True)
     chosen = torch.zeros_like(saved, dtype=torch.bool).scatter_(1, order.indices[:, :palette], True) & (saved > 0)
     codes = _keep_first(codes * chosen[:, :, None, None], p)
@@ -145,13 +145,12 @@ def _encode_sparse(logits: Tensor, sizes: tuple[int, int], encoding: Encoding) -
     log_left = log_p.sum(1) - (log_candidates * coded).sum(1) - offsets.sum(1)[:, None, None]
     gap = background.clamp(min=MIN_P).log() - log_left / uncoded.clamp(min=1)
     lowered = background.clamp(min=MIN_P).log() - TOWARDS_MEAN_LOG * gap.clamp(0, LONGEST_GAP)
-    steps = (-lowered / BACKGROUND_STEP).round().clamp(0, -FLOOR / BACKGROUND_STEP)
-
-    read, shared = 2 * (codes.clamp(min=1) / encoding.levels).log(), -BACKGROUND_STEP * steps
+    stored_background, shared = code.background_codes(lowered)
+    read = code.root_scores(codes)
     weight = uncoded + ((offsets.exp() - 1) * used).sum(1)[:, None, None]
-    total = (read.exp() * coded).sum(1) + weight * shared.exp()
     in_tail = log_p.gather(1, _spread(tail_classes.clamp(min=0), height, width)).exp() * _spread(used, height, width)
-    cross = (p * read * coded).sum(1) + left * shared + (in_tail * offsets[:, :, None, None]).sum(1) - total.log()
+    cross = (p * read * coded).sum(1) + left * shared + (in_tail * offsets[:, :, None, None]).sum(1)
+    cross -= _log_total(read, coded, shared, weight)
     kl = (-entropy - cross).mean((1, 2))
     coverage = 1 - (left - in_tail.sum(1)).mean((1, 2))
     first = _first_kept(log_p, read.masked_fill(~coded, -torch.inf), candidates, shared, tail_classes, offsets)
@@ -164,7 +163,7 @@ def _encode_sparse(logits: Tensor, sizes: tuple[int, int], encoding: Encoding) -
     return (
         classes.masked_fill(classes == num_classes, -1),
         stored,
-        (steps + encoding.levels + 1).to(torch.uint8),
+        stored_background,
         tail_classes,
         (offsets / OFFSET_STEP).round().to(torch.int8),
         kl,
@@ -174,13 +173,23 @@ def _encode_sparse(logits: Tensor, sizes: tuple[int, int], encoding: Encoding) -
     )
 
 
-def _codes_of(p: Tensor, of_rest: Tensor, others: int, levels: int, rate: float, tail: bool) -> tuple[Tensor, Tensor]:
+def _log_total(scores: Tensor, named: Tensor, shared: Tensor, others: Tensor) -> Tensor:
+    """Returns [B, H, W]: log of the sum that a cell's softmax divides by.
+
+    scores [B, Q, H, W], of which only `named` count; shared [B, H, W]: the background's score, which `others` share.
+    """
+    return ((scores.exp() * named).sum(1) + others * shared.exp()).log()
+
+
+def _codes_of(
+    p: Tensor, of_rest: Tensor, others: int, code: ScoreCode, rate: float, tail: bool
+) -> tuple[Tensor, Tensor]:
     """Returns codes [B, Q, H, W] of candidates, 0 where a code does not pay, and what each class saves [B, Q].
 
     p [B, Q, H, W]: the candidates' probabilities; of_rest [B, H, W]: the probability of all `others`.
     """
-    rounded = (p.sqrt() * levels).round().clamp(max=levels)
-    worth = (rounded / levels) ** 2
+    rounded = code.root_codes(p)
+    worth = code.root_probabilities(rounded)
     log_worth = worth.clamp(min=MIN_P).log()
     coded = torch.zeros_like(rounded, dtype=torch.bool)
     first = torch.zeros_like(coded).scatter_(1, p.argmax(1, keepdim=True), True)
@@ -259,7 +268,7 @@ def _first_kept(
     return (kept & (best > background)).float().mean((1, 2))
 
 
-def _encode_planes(logits: Tensor, palette: int, table: Tensor | None) -> tuple[Tensor, ...]:
+def _encode_planes(logits: Tensor, palette: int, code: ScoreCode) -> tuple[Tensor, ...]:
     """Encodes like `_encode_sparse`, with dense planes of the largest classes and no tail."""
     num_images, num_classes = logits.shape[:2]
     log_p = logits.log_softmax(1)
@@ -277,19 +286,19 @@ def _encode_planes(logits: Tensor, palette: int, table: Tensor | None) -> tuple[
     background = (left / others.clamp(min=1)).log().clamp(min=FLOOR)
 
     scores = scores.clamp(min=FLOOR).masked_fill(~visible, FLOOR)
-    stored, stored_background = _quantise(scores, table), _quantise(background, table)
-    if table is not None:
+    stored, stored_background = code.nearest(scores), code.nearest(background)
+    if code.values is not None:
         first = scores.argmax(1, keepdim=True)
         tied = (stored == stored.gather(1, first)).scatter(1, first, False)
-        stored = torch.where(tied & (stored < len(table) - 1), stored + 1, stored)
-    read, shared = ((s.float() if table is None else table[s.long()]) for s in (stored, stored_background))
-    total = (read.exp() * visible).sum(1) + others * shared.exp()
-    kl = (-entropy - ((chosen_p * read).sum(1) + left * shared - total.log())).mean((1, 2))
+        stored = torch.where(tied & (stored < len(code.values) - 1), stored + 1, stored)
+    read, shared = code.decode(stored, stored_background)
+    log_total = _log_total(read, visible, shared, others)
+    kl = (-entropy - ((chosen_p * read).sum(1) + left * shared - log_total)).mean((1, 2))
     none = order.new_zeros(num_images, 0)
     first_kept = _first_kept(log_p, read.masked_fill(~visible, -torch.inf), order, shared, none, none)
 
     missing = palette - order.shape[1]  # if there are fewer classes than slots
-    unused = _quantise(scores.new_full((num_images, missing, *scores.shape[2:]), FLOOR), table)
+    unused = code.nearest(scores.new_full((num_images, missing, *scores.shape[2:]), FLOOR))
     return (
         F.pad(order.masked_fill(~used, -1), (0, missing), value=-1),
         torch.cat([stored, unused], 1),
@@ -301,16 +310,6 @@ def _encode_planes(logits: Tensor, palette: int, table: Tensor | None) -> tuple[
         entropy.mean((1, 2)),
         first_kept,
     )
-
-
-def _quantise(scores: Tensor, table: Tensor | None) -> Tensor:
-    """Rounds scores to the nearest code of a descending table, or to float16."""
-    if table is None:
-        return scores.half()
-    # Of the codes that repeat the floor only the first is written.
-    codes = int((table > table[-1]).sum()) + 1
-    midpoints = -(table[1:codes] + table[: codes - 1]) / 2
-    return torch.bucketize(-scores, midpoints).to(torch.uint8)
 
 
 def _top(values: Tensor, count: int) -> Tensor:

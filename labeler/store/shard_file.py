@@ -16,7 +16,6 @@ import secrets
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
 
 import h5py
 import numpy as np
-import xxhash
 
 from labeler.base.errors import IntegrityError
 from labeler.base.open_files import OpenFiles
+from labeler.store.row_schema import COLUMNS, PLANES, Layout, ShardRows, little_endian
 
 VIEW_FILE = "labels.h5"
 LEVEL = 9
@@ -38,69 +37,9 @@ _LIBRARY = ctypes.CDLL(h5py.h5p.__file__)  # its dependencies, such as libhdf5, 
 MOST_IN_4_BYTES = 1 << 30  # bytes of data before compression, in a file with offsets of four bytes
 MAX_LINKS = 32
 MAX_ATTRIBUTES, MAX_ATTRIBUTE_BYTES = 100, 64 << 20  # of which class names need most
-Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # data set name -> (type, shape of one row)
 # Location of a row's chunk. It is small because it is in memory for all rows of all open shards.
 CHUNK = np.dtype([("offset", "<i8"), ("size", "<u4"), ("mask", "u1")])
 ALLOWED_FILTERS = frozenset({h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32})
-
-
-@dataclass(frozen=True)
-class ShardRows:
-    """The rows of a shard as they are stored.
-
-    Attributes:
-        scores: uint8 codes or float16 [n, P, H, W].
-        background: uint8 codes or float16 [n, H, W]; None in a `logit` store.
-        classes: uint16 or uint32 [n, P]; the type's maximum where unused.
-        region: float32 [n, 4].
-        image_size: uint32 [n, 2].
-        target: int32 [n]; −1 where unknown.
-        image_digest: uint64 [n]: xxh3-64 of the image file's bytes.
-        keys: n strings.
-        tail_classes: uint16 or uint32 [n, R]; None in a store without a tail.
-        tail_offsets: int8 [n, R], in quarter nats; None in a store without a tail.
-    """
-
-    scores: np.ndarray
-    background: np.ndarray | None
-    classes: np.ndarray
-    region: np.ndarray
-    image_size: np.ndarray
-    target: np.ndarray
-    image_digest: np.ndarray
-    keys: tuple[str, ...]
-    tail_classes: np.ndarray | None = None
-    tail_offsets: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def checksums(self) -> np.ndarray:
-        """Returns uint64 [n]: xxh3-64 over each row's little-endian bytes, in the order that FORMAT.md gives."""
-        fields = [self.scores, self.background, self.classes, self.tail_classes, self.tail_offsets]
-        fields += [self.region, self.image_size, self.target, self.image_digest]
-        n = len(self)
-        parts = [little_endian(f).reshape(n, -1).view(np.uint8) for f in fields if f is not None] if n else []
-        record = np.concatenate(parts, axis=1) if n else np.zeros((0, 0), np.uint8)
-        digests = [
-            xxhash.xxh3_64_intdigest(row.tobytes() + key.encode()) for row, key in zip(record, self.keys, strict=True)
-        ]
-        return np.array(digests, np.uint64)
-
-
-def little_endian(array: np.ndarray) -> np.ndarray:
-    """Converts an array to contiguous little-endian numbers."""
-    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-
-
-def class_dtype(num_classes: int) -> np.dtype:
-    """Returns the type of class ids: uint16, or uint32 if uint16's maximum, which means "unused", could be a class."""
-    return np.dtype("<u2" if num_classes <= 65_535 else "<u4")
-
-
-def score_dtype(precision: str) -> np.dtype:
-    """Returns the stored type of scores."""
-    return np.dtype("u1" if precision == "uint8" else "<f2")
 
 
 def build_shard(
@@ -135,8 +74,7 @@ def build_shard(
             shape = row_shape if name == "code_values" else (len(rows), *row_shape)
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{name} is {array.dtype} {array.shape}, the layout has {dtype} {shape}")
-            per_image = name in ("scores", "background")
-            _add(file, name, array, (1 if per_image else min(META_ROWS, max(1, shape[0])), *shape[1:]))
+            _add(file, name, array, (1 if name in PLANES else min(META_ROWS, max(1, shape[0])), *shape[1:]))
         _write_attributes(file, attributes)  # last: they fill space that the links left free
         file.flush()
         return file.id.get_file_image()
@@ -172,47 +110,6 @@ def build_view(shards: Sequence[tuple[str, int]], layout: Layout, attributes: Ma
         return file.id.get_file_image()
 
 
-def row_layout(
-    palette: int, grid: tuple[int, int], num_classes: int, kind: str, precision: str, key_bytes: int, tail: int = 0
-) -> Layout:
-    """Returns the data sets of a store with these settings.
-
-    Args:
-        palette: P.
-        grid: H, W.
-        num_classes: C.
-        kind: "logprob" or "logit".
-        precision: "uint8" or "float16".
-        key_bytes: Width of the key field.
-        tail: R.
-
-    Returns:
-        Data set name -> (type, shape of one row).
-    """
-    scores = score_dtype(precision)
-    layout: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
-        "scores": (scores, (palette, *grid)),
-        "background": (scores, grid),
-        "code_values": (np.dtype("<f4"), (256,)),
-        "classes": (class_dtype(num_classes), (palette,)),
-        "tail_classes": (class_dtype(num_classes), (tail,)),
-        "tail_offsets": (np.dtype("i1"), (tail,)),
-        "region": (np.dtype("<f4"), (4,)),
-        "image_size": (np.dtype("<u4"), (2,)),
-        "target": (np.dtype("<i4"), ()),
-        "image_digest": (np.dtype("<u8"), ()),
-        "key": (np.dtype(f"S{key_bytes}"), ()),
-        "checksum": (np.dtype("<u8"), ()),
-    }
-    if kind == "logit":
-        del layout["background"]
-    if not tail:
-        del layout["tail_classes"], layout["tail_offsets"]
-    if precision != "uint8":
-        del layout["code_values"]
-    return layout
-
-
 class ShardReader:
     """Reads rows of one shard file; safe to use from several threads.
 
@@ -237,12 +134,10 @@ class ShardReader:
                 check_layout(file, layout, rows, path)
                 check_attributes(file, path)
                 self.attributes = _read_attributes(file)
-                self._small = {name: file[name][()] for name in layout if name not in ("scores", "background") and rows}
+                self._small = {name: file[name][()] for name in layout if name not in PLANES and rows}
                 # Kept as bytes, a third of the size of strings, after checking that they can be decoded.
                 b"\n".join(self.small("key").tolist()).decode()
-                self._chunks = {
-                    name: _chunk_table(file[name], path) for name in ("scores", "background") if name in layout
-                }
+                self._chunks = {name: _chunk_table(file[name], path) for name in PLANES if name in layout}
         except IntegrityError:
             raise
         except OSError as error:
@@ -277,15 +172,9 @@ class ShardReader:
         Raises:
             IntegrityError: A row is damaged; it names the key.
         """
-        arrays = {name: self._planes(name, rows) for name in self._chunks}
-        names = ("classes", "tail_classes", "tail_offsets", "region", "image_size", "target", "image_digest")
-        small = {name: self.small(name)[rows] for name in names if name in self._layout}
-        result = ShardRows(
-            arrays["scores"],
-            arrays.get("background"),
-            **small,
-            keys=tuple(key.decode() for key in self.small("key")[rows].tolist()),
-        )
+        names = [name for name in self._layout if name in COLUMNS]
+        arrays = {name: self._planes(name, rows) if name in PLANES else self.small(name)[rows] for name in names}
+        result = ShardRows(**arrays, keys=tuple(key.decode() for key in self.small("key")[rows].tolist()))
         wrong = np.nonzero(result.checksums() != self.small("checksum")[rows])[0]
         if len(wrong):
             raise _damaged(self.path, f"row {rows[wrong[0]]} ({result.keys[wrong[0]]!r}) does not match its checksum")
@@ -438,7 +327,7 @@ def _add(file: h5py.File, name: str, array: np.ndarray, chunks: tuple[int, ...])
     if not array.size:
         file.create_dataset(name, data=data, dcpl=properties, track_times=False)
         return
-    planes = name in ("scores", "background") and array.dtype == np.uint8
+    planes = name in PLANES and array.dtype == np.uint8
     stored = file.create_dataset(
         name,
         shape=array.shape,
