@@ -16,9 +16,9 @@ from tqdm import tqdm
 from labeler.base.errors import InputError
 from labeler.config import LabelerConfig
 from labeler.sources.images import BadImage, ImageSet, check_header, read_image
+from labeler.store.hdf5.build_shard import build_shard
 from labeler.store.row_schema import ShardRows, encoded_columns, row_layout
 from labeler.store.score_code import QUALITIES, Encoding, code_table
-from labeler.store.shard_file import build_shard
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from tiny import synthetic_logits
 from labeler.base.errors import InputError
 from labeler.store.encoder import encode_maps, encode_planes
 from labeler.store.score_code import Encoding, ScoreCode, code_table, share_of_reference
-from labeler.store.score_maps import ScoreMaps
+from labeler.store.score_maps import ScoreMaps, class_shares
 
 TABLE_1 = np.linspace(0, -20, 256, dtype=np.float32)
 
@@ -44,6 +44,25 @@ def test_dense_is_the_same_on_tensors():
     maps = decoded(synthetic_logits(3, 40, 7, seed=0), Encoding(palette=6, tail=9))
     assert (maps.tail_classes >= 0).any()
     np.testing.assert_allclose(maps.to_torch().dense().numpy(), maps.dense(), atol=1e-6)
+
+
+@pytest.mark.parametrize("lift", [0.0, 500.0])
+def test_shares_of_classes_are_those_of_the_dense_softmax(lift):
+    """Also of logits whose exponentials are infinite."""
+    maps = decoded(synthetic_logits(3, 40, 7, seed=2), Encoding(palette=6, tail=9))
+    unused = np.concatenate([maps.classes[:, :-1], np.full((3, 1), -1)], 1)
+    maps = dataclasses.replace(maps, classes=unused, scores=maps.scores + lift, background=maps.background + lift)
+    found, dense = class_shares(maps), maps.dense().astype(np.float64)
+    for b in range(3):
+        used, tail = maps.classes[b][maps.classes[b] >= 0], maps.tail_classes[b][maps.tail_classes[b] >= 0]
+        np.testing.assert_allclose(found.p[b][maps.classes[b] >= 0], dense[b][used], atol=1e-5)
+        assert (found.p[b][maps.classes[b] < 0] == 0).all()
+        np.testing.assert_allclose(found.tail[b], dense[b][tail].sum(0), atol=1e-5)
+        other = np.setdiff1d(np.arange(40), [*used, *tail])
+        np.testing.assert_allclose(found.left[b], dense[b][other].sum(0), atol=1e-5)
+        np.testing.assert_allclose(found.shared[b], dense[b][other[0]], atol=1e-5)
+    np.testing.assert_allclose(found.confidence, dense.max(1), atol=1e-5)
+    np.testing.assert_allclose(found.entropy, -(dense * np.log(dense)).sum(1), atol=5e-4)
 
 
 def test_region_and_tail_may_be_left_out():

@@ -19,9 +19,10 @@ from tiny import CLASSES, GRID, colour_teacher, make_images
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, label_images
 from labeler.sources.decode_reference import ReferenceDecoder
 from labeler.sources.decoder import DecodeSettings
+from labeler.store.hdf5.build_shard import build_shard, fletcher32, packed_planes
+from labeler.store.hdf5.read_shard import ShardReader
 from labeler.store.row_checks import value_problems
 from labeler.store.row_schema import ShardRows, class_dtype, row_layout
-from labeler.store.shard_file import ShardReader, build_shard, fletcher32, packed_planes
 from labeler.store.shard_markers import publish_shard, read_marker, shard_stem
 from labeler.store.stored_rows import used_slots
 from labeler.verify import verify_store
@@ -408,7 +409,7 @@ def test_a_shard_that_lacks_one_rows_chunk_is_refused_before_it_is_read(store):
 def test_places_in_a_file_take_four_bytes_below_the_limit(monkeypatch, more, size):
     layout = row_layout(1, (1, 1), 3, "logprob", "uint8", 16)
     payload = sum(8 * dtype.itemsize * int(np.prod(shape)) for dtype, shape in layout.values())
-    monkeypatch.setattr("labeler.store.shard_file.MOST_IN_4_BYTES", payload + more)
+    monkeypatch.setattr("labeler.store.hdf5.build_shard.MOST_IN_4_BYTES", payload + more)
     content = build_shard(rows_of(tuple("abcdefgh")), layout, {}, TABLE)
     assert content[9] == size  # of HDF5's superblock: "size of offsets"
 

@@ -22,12 +22,12 @@ from labeler.base.errors import InputError, IntegrityError
 from labeler.base.open_files import OpenFiles
 from labeler.store.check_store import Verification, check_images, check_store
 from labeler.store.foreign_store import refuse_hostile
+from labeler.store.hdf5.read_shard import ShardReader
 from labeler.store.plan import Plan, StoreMeta, load_plan
 from labeler.store.row_schema import ShardRows, signed_classes
 from labeler.store.score_code import ScoreCode
 from labeler.store.score_maps import ScoreMaps
-from labeler.store.shard_file import ShardReader
-from labeler.store.shard_markers import Marker, check_file, read_marker
+from labeler.store.shard_markers import Marker, check_file, read_markers
 from labeler.store.stored_rows import StoredRows
 
 CACHES = (None, "ram", "ram-compressed")
@@ -66,33 +66,12 @@ class LabelStore:
                 remedy="Label one with `python -m labeler label`.",
             )
         self.plan: Plan = plan
-        self.markers: list[Marker] = self._read_markers()
+        self.markers: list[Marker] = read_markers(self.path, plan)
         # First row of each shard; at the end, the number of rows.
         self._starts = np.cumsum([0, *(marker.rows for marker in self.markers)])
         self._readers: dict[int, ShardReader] = {}
         self._files = OpenFiles()
         self.closed = False
-
-    def _read_markers(self) -> list[Marker]:
-        """Reads the markers of all shards."""
-        shards = self.plan.meta.shards
-        markers = [read_marker(self.path, shard, shards) for shard in range(shards)]
-        missing = [shard for shard, marker in enumerate(markers) if marker is None]
-        if missing:
-            raise IntegrityError(
-                f"the store {str(self.path)!r} is not complete",
-                got=f"{shards - len(missing)} of {shards} shards, without shard {missing[0]}",
-                remedy="Run the labeling command again: it resumes where it stopped.",
-            )
-        present = [marker for marker in markers if marker is not None]
-        for marker in present:
-            part = self.plan.slice_of(marker.shard)
-            if marker.rows > part.stop - part.start:
-                raise IntegrityError(
-                    f"the marker of shard {marker.shard} of {str(self.path)!r} is impossible",
-                    got=f"{marker.rows:,} rows", expected=f"at most {part.stop - part.start:,}",
-                )  # fmt: skip
-        return present
 
     def close(self) -> None:
         """Closes all files and drops the cache; reads that are under way in other threads still finish."""

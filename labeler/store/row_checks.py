@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from labeler.store.hdf5.read_shard import ShardReader
 from labeler.store.plan import Plan, plain
 from labeler.store.row_schema import ShardRows, signed_classes
 from labeler.store.score_code import MAX_OFFSET
-from labeler.store.shard_file import ShardReader
 
 
 def shard_problems(plan: Plan, shard: int, reader: ShardReader, quarantine: list[dict[str, str]]) -> list[str]:

@@ -168,7 +168,7 @@ class ScoreCode:
         table = self._table(scores.device)
         # An int32 index takes half the bytes of an int64 index.
         shared = table.new_zeros((len(scores), *scores.shape[2:])) if background is None else table[background.int()]
-        decoded = torch.empty(scores.shape, device=scores.device)
+        decoded = torch.empty(scores.shape, dtype=table.dtype, device=scores.device)
         # A few images at a time on a CPU, so that they stay in its cache between the operations.
         step = max(1, len(scores) if scores.is_cuda else IMAGES_AT_A_TIME)
         for start in range(0, len(scores), step):

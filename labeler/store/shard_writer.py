@@ -12,9 +12,10 @@ import numpy as np
 
 from labeler.base.errors import InputError, IntegrityError, LabelingError
 from labeler.base.whole_files import replace_file, sync_folder
+from labeler.store.hdf5 import VIEW_FILE
+from labeler.store.hdf5.build_shard import build_shard, build_view
 from labeler.store.plan import Plan, load_plan, refuse_other_settings
 from labeler.store.row_schema import ShardRows
-from labeler.store.shard_file import VIEW_FILE, build_shard, build_view
 from labeler.store.shard_markers import Marker, check_file, publish_shard, read_marker, shard_stem, sweep
 
 QUARANTINE_FILE = "quarantine.jsonl"
