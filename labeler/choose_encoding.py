@@ -17,9 +17,9 @@ from labeler.base.errors import InputError
 from labeler.config import LabelerConfig
 from labeler.sources.decoding.check_header import check_header
 from labeler.sources.image_source import BadImage, ImageSource
+from labeler.store.hdf5.build_shard import build_shard
+from labeler.store.row_schema import ShardRows, encoded_columns, row_layout
 from labeler.store.score_code import QUALITIES, Encoding, code_table
-from labeler.store.shard_file import ShardRows, build_shard, row_layout
-from labeler.store.shard_writer import store_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,25 +134,17 @@ def row_bytes(maps: EncodedMaps, num_classes: int, encoding: Encoding) -> float:
     )
     table = code_table(encoding.levels) if encoding.precision == "uint8" else None
     random = np.random.default_rng(0)
-    classes, tail_classes = (store_classes(ids, num_classes) for ids in (maps.classes, maps.tail_classes))
-    tail = maps.tail_classes.shape[1] > 0
-
-    def rows(count: int) -> ShardRows:
-        return ShardRows(
-            scores=maps.scores[:count],
-            background=maps.background[:count],
-            classes=classes[:count],
-            region=np.tile(np.array([0, 0, 1, 1], np.float32), (count, 1)),
-            image_size=random.integers(200, 600, (count, 2)).astype(np.uint32),
-            target=random.integers(0, num_classes, count).astype(np.int32),
-            image_digest=random.integers(0, 2**64, count, dtype=np.uint64),
-            keys=tuple(f"n{i // 100:08d}/n{i // 100:08d}_{i:08d}.JPEG" for i in range(count)),
-            tail_classes=tail_classes[:count] if tail else None,
-            tail_offsets=maps.tail_offsets[:count] if tail else None,
-        )
+    rows = ShardRows(
+        **encoded_columns(maps, num_classes),
+        region=np.tile(np.array([0, 0, 1, 1], np.float32), (n, 1)),
+        image_size=random.integers(200, 600, (n, 2)).astype(np.uint32),
+        target=random.integers(0, num_classes, (n,)).astype(np.int32),
+        image_digest=random.integers(0, 2**64, (n,), dtype=np.uint64),
+        keys=tuple(f"n{i // 100:08d}/n{i // 100:08d}_{i:08d}.JPEG" for i in range(n)),
+    )
 
     def size(count: int) -> int:
-        return len(build_shard(rows(count), layout, {}, table))
+        return len(build_shard(rows.first(count), layout, {}, table))
 
     return (size(n) - size(1)) / (n - 1) if n > 1 else float(size(1) - size(0))
 

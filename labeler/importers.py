@@ -29,8 +29,8 @@ from labeler.sources.image_source import BadImage, ImageSource, refuse_other_ima
 from labeler.sources.open_source import open_source
 from labeler.store.foreign_store import remember_written
 from labeler.store.plan import Plan, StoreMeta, load_plan
-from labeler.store.shard_file import ShardRows
-from labeler.store.shard_writer import begin_store, committed_shards, finish_store, store_classes, write_shard
+from labeler.store.row_schema import ShardRows, store_classes
+from labeler.store.shard_writer import begin_store, committed_shards, finish_store, write_shard
 from labeler.teacher.teacher_config import TeacherConfig
 from labeler.worker import ShardTask, load_batches
 
@@ -274,7 +274,8 @@ def _import_shard(
     """Imports and commits one shard."""
     meta, teacher = plan.meta, plan.meta.teacher
     failures: dict[int, str] = {}
-    rows: list[tuple[Any, ...]] = []
+    parts: list[ShardRows] = []
+    agree = 0
     for batch in load_batches(task, config, decode):
         failures |= batch.failures
         for index, position in enumerate(batch.positions):
@@ -291,22 +292,22 @@ def _import_shard(
             size = batch.decoded.sizes[index]
             region = teacher_region(int(size[0]), int(size[1]), teacher["view"], teacher["crop_pct"])
             classes, scores = to_palette(values, ids, meta.palette, meta.num_classes)
-            rows.append((position, classes, scores, region, size, batch.digests[index]))
-    targets = np.array([task.targets[row[0]] for row in rows], np.int32)
-    classes = np.array([row[1] for row in rows], np.int64).reshape(-1, meta.palette)
-    shard_rows = ShardRows(
-        scores=np.array([row[2] for row in rows], np.float16).reshape(-1, meta.palette, *meta.grid),
-        background=None,
-        classes=store_classes(classes, meta.num_classes),
-        region=np.array([row[3] for row in rows], np.float32).reshape(-1, 4),
-        image_size=np.array([row[4] for row in rows], np.uint32).reshape(-1, 2),
-        target=targets,
-        image_digest=np.array([row[5] for row in rows], np.uint64),
-        keys=tuple(task.keys[row[0]] for row in rows),
-    )
+            target = task.targets[position]
+            agree += int(classes[0] == target)
+            row = ShardRows(
+                scores=scores[None],
+                classes=store_classes(classes[None], meta.num_classes),
+                region=np.array([region], np.float32),
+                image_size=size[None].astype(np.uint32),
+                target=np.array([target], np.int32),
+                image_digest=np.array([batch.digests[index]], np.uint64),
+                keys=(task.keys[position],),
+            )
+            parts.append(row)
+    rows = ShardRows.joined(parts, plan.layout)
     quarantine = [{"key": task.keys[i], "reason": failures[i]} for i in sorted(failures)]
-    stats = {"known": int((targets >= 0).sum()), "agree": int((classes[:, 0] == targets).sum())}
-    write_shard(store, plan, task.shard, shard_rows, quarantine, stats, task.keys)
+    stats = {"known": int((rows.target >= 0).sum()), "agree": agree}
+    write_shard(store, plan, task.shard, rows, quarantine, stats, task.keys)
 
 
 def _bar(items: list, name: str, show_progress: bool) -> Any:

@@ -22,9 +22,9 @@ from labeler.sources.decoding.decoder import Decoded, Decoder, DecodeSettings, t
 from labeler.sources.image_source import BadImage, ImageSource, image_digest
 from labeler.store.encoder import EncodedMaps, encode_maps
 from labeler.store.plan import Plan
-from labeler.store.shard_file import ShardRows
+from labeler.store.row_schema import ShardRows, encoded_columns
 from labeler.store.shard_markers import read_marker
-from labeler.store.shard_writer import store_classes, write_shard
+from labeler.store.shard_writer import write_shard
 from labeler.teacher.create_teacher import LoadedTeacher, create_teacher
 
 BATCHES_AHEAD = 2
@@ -176,7 +176,7 @@ class ShardLabeler:
                 _add_stats(stats, maps, predicted, parts[-1].target)
             advance(len(batch.positions) + len(batch.failures))
         quarantine = [{"key": task.keys[i], "reason": failures[i]} for i in sorted(failures)]
-        rows = _join(parts, job.plan)
+        rows = ShardRows.joined(parts, job.plan.layout)
         committed = write_shard(job.store, job.plan, task.shard, rows, quarantine, stats, task.keys)
         return ShardResult(task.shard, len(rows), len(quarantine), committed)
 
@@ -263,29 +263,15 @@ def _rows(
 ) -> ShardRows:
     """Returns a batch's rows."""
     sizes = batch.decoded.sizes
-    tail = bool(plan.meta.tail)
     region = [teacher_region(height, width, config.teacher.view, crop_pct) for height, width in sizes.tolist()]
     return ShardRows(
-        scores=maps.scores,
-        background=maps.background,
-        classes=store_classes(maps.classes, plan.meta.num_classes),
+        **encoded_columns(maps, plan.meta.num_classes),
         region=np.array(region, np.float32),
         image_size=sizes.astype(np.uint32),
         target=np.array([task.targets[i] for i in batch.positions], np.int32),
         image_digest=np.array(batch.digests, np.uint64),
         keys=tuple(task.keys[i] for i in batch.positions),
-        tail_classes=store_classes(maps.tail_classes, plan.meta.num_classes) if tail else None,
-        tail_offsets=maps.tail_offsets if tail else None,
     )
-
-
-def _join(parts: list[ShardRows], plan: Plan) -> ShardRows:
-    """Concatenates parts, of which there may be none."""
-    arrays = {}
-    for name in plan.layout.keys() - {"key", "checksum", "code_values"}:
-        dtype, shape = plan.layout[name]
-        arrays[name] = np.concatenate([np.zeros((0, *shape), dtype), *(getattr(part, name) for part in parts)])
-    return ShardRows(**arrays, keys=tuple(key for part in parts for key in part.keys))
 
 
 def _add_stats(stats: dict[str, float], maps: EncodedMaps, predicted: np.ndarray, target: np.ndarray) -> None:

@@ -15,9 +15,9 @@ import torch
 from labeler.base.errors import IntegrityError
 from labeler.sources.decoding.pixels import open_rgb
 from labeler.store.score_maps import ScoreMaps
+from labeler.store.stored_rows import StoredRows
 from pipeline.augment.draws import Draws
 from pipeline.config import LoaderConfig
-from pipeline.labels.label_rows import HostRows
 from pipeline.labels.token_targets import TokenTargets
 from pipeline.samples import unreadable
 
@@ -43,7 +43,7 @@ class Prepared:
     sizes: np.ndarray
     encoded: list[bytes]
     draws: Draws
-    rows: HostRows | None
+    rows: StoredRows | None
 
 
 class LoaderBackend:

@@ -20,7 +20,7 @@ from labeler.base.errors import InputError
 from labeler.report.charts import COLOURS, OTHER, lay_over
 from labeler.report.page import class_name
 from labeler.sources.decoding.pixels import open_rgb
-from labeler.store.score_maps import ScoreMaps
+from labeler.store.score_maps import ScoreMaps, class_shares
 from pipeline.batch import Batch
 from pipeline.loader import TokenLabelLoader
 
@@ -175,20 +175,27 @@ def assign_colours(classes: Sequence[int]) -> Colors:
 
 
 def first_classes(maps: ScoreMaps) -> list[Cells]:
-    """Finds the palette's most probable class of each cell, for each map; `maps`: as tensors."""
-    used = (maps.classes >= 0)[:, :, None, None]
-    others = maps.background[:, None] + (maps.num_classes - used.sum(1, keepdim=True)).log()
-    p, slot = torch.cat([maps.scores.masked_fill(~used, -torch.inf), others], 1).softmax(1)[:, :-1].max(1)
-    first = maps.classes.gather(1, slot.flatten(1)).view_as(slot)
-    return [Cells(c, s) for c, s in zip(first.numpy(), (FAINTEST + (1 - FAINTEST) * p).numpy(), strict=True)]
+    """Finds the palette's most probable class of each cell, for each map; `maps`: as arrays."""
+    p = class_shares(maps).p
+    slot, strength = p.argmax(1), FAINTEST + (1 - FAINTEST) * p.max(1)
+    first = np.take_along_axis(maps.classes, slot.reshape(len(slot), -1), 1).reshape(slot.shape)
+    return [Cells(c, s) for c, s in zip(first, strength, strict=True)]
 
 
 def _rows(batch: Batch, loader: TokenLabelLoader) -> list[Row]:
     """Collects what to draw of each image."""
     config, samples, mix = loader.config, loader.samples, batch.mix
-    targets = batch.targets.to("cpu")
-    scores, background = (t.unflatten(-1, config.grid) for t in (targets.token_scores, targets.token_background))
-    tokens, box = first_classes(ScoreMaps(targets.classes, scores, background, None, loader.num_classes)), None
+    of_tokens = {name: tensor.numpy() for name, tensor in vars(batch.targets.to("cpu")).items()}
+    scores, background = (of_tokens[name] for name in ("token_scores", "token_background"))
+    maps_of_tokens = ScoreMaps(
+        of_tokens["classes"],
+        scores.reshape(*scores.shape[:2], *config.grid),
+        background.reshape(-1, *config.grid),
+        num_classes=loader.num_classes,
+        tail_classes=of_tokens["tail_classes"],
+        tail_offsets=of_tokens["tail_offsets"],
+    )
+    tokens, box = first_classes(maps_of_tokens), None
     if mix is not None and mix.lam < 1:
         inside = mix.mask(config.grid).view(config.grid).numpy()
         tokens = [
@@ -196,7 +203,7 @@ def _rows(batch: Batch, loader: TokenLabelLoader) -> list[Row]:
             for own, other in zip(tokens, reversed(tokens), strict=True)
         ]
         box = np.array([mix.y0, mix.x0, mix.y1, mix.x1]) / np.tile(config.grid, 2)
-    stored = None if samples.store is None else samples.store.read(batch.rows).to_torch()
+    stored = None if samples.store is None else samples.store.read(batch.rows)
     maps: Sequence[Cells | None] = [None] * len(batch) if stored is None else first_classes(stored)
     corners = batch.views.to_image(torch.tensor([CORNERS] * len(batch), dtype=torch.float64)).numpy()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
@@ -205,7 +212,7 @@ def _rows(batch: Batch, loader: TokenLabelLoader) -> list[Row]:
     for b, (key, crop) in enumerate(zip(batch.keys, batch.views.boxes.numpy(), strict=True)):
         sample = int(np.searchsorted(samples.positions, samples.source.keys.index(key)))
         image = open_rgb(samples.read(sample), samples.orientation)
-        region = WHOLE if stored is None else stored.region[b].numpy()
+        region = WHOLE if stored is None else stored.region[b]
         rows.append(Row(image, maps[b], region, corners[b], crop, Image.fromarray(pixels[b]), tokens[b], box))
     return rows
 

@@ -31,7 +31,7 @@ from labeler.base.plain_tensors import load_plain
 from labeler.base.whole_files import sealed
 from labeler.importers import read_map
 from labeler.sources.image_source import BadImage
-from labeler.store.shard_file import ShardReader
+from labeler.store.hdf5.read_shard import ShardReader
 from labeler.teacher.weights import read_checkpoint
 from labeler.verify import verify_store
 from model.checkpoints import load_reference_checkpoint

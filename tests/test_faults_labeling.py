@@ -173,9 +173,9 @@ def test_of_two_drivers_that_publish_at_the_same_moment_the_first_marker_wins(im
     store, meeting = tmp_path / "labels", multiprocessing.get_context("fork").Barrier(2)
 
     def drive(level: int) -> None:
-        import labeler.store.shard_file
+        import labeler.store.hdf5.build_shard
 
-        labeler.store.shard_file.LEVEL = level
+        labeler.store.hdf5.build_shard.LEVEL = level
         with Watched(lambda _, name, __: name == "link" and meeting.wait(60)) as calls:
             label_images(images, store, config)
         assert sum(name == "link" for name, _ in calls.log) == 4, "the plan and three markers"

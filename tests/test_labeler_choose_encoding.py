@@ -11,9 +11,10 @@ from tiny import make_images
 
 from labeler import InputError, LabelerConfig, LabelStore, MismatchError, TeacherConfig, label_images
 from labeler.choose_encoding import asked_encoding, fit_threshold, measure
+from labeler.store.hdf5.build_shard import build_shard
 from labeler.store.plan import StoreMeta
+from labeler.store.row_schema import ShardRows, class_dtype, row_layout
 from labeler.store.score_code import QUALITIES, Encoding, code_table
-from labeler.store.shard_file import ShardRows, build_shard, class_dtype, row_layout
 
 TEACHER = TeacherConfig("tiny:colour_teacher")
 

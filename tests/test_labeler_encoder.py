@@ -11,7 +11,8 @@ from test_labeler_score_maps import decoded
 from tiny import synthetic_logits
 
 from labeler.base.errors import InputError
-from labeler.store.encoder import _keep_first, encode_maps, encode_planes, reference_kl
+from labeler.store.choose_codes import keep_first
+from labeler.store.encoder import encode_maps, encode_planes, reference_kl
 from labeler.store.score_code import FLOOR, MAX_LEVELS, QUALITIES, Encoding, code_table
 
 TINY_TABLE = np.pad(-np.arange(0, 20, 0.1, dtype=np.float32), (0, 56), mode="edge")  # falling, as format 1.0 has it
@@ -98,7 +99,7 @@ def test_what_rounding_ties_with_the_first_class_goes_down_a_step_and_from_the_l
     p = torch.tensor([0.3, 0.4, 0.3])[None, :, None, None].expand(1, 3, 1, 5)
     codes = torch.tensor([[1, 2, 0, 1, 5], [1, 2, 0, 0, 6], [1, 1, 0, 0, 6]])[None, :, None].float()
     expected = [[0, 1, 0, 1, 5], [1, 2, 0, 0, 6], [0, 1, 0, 0, 5]]
-    assert _keep_first(codes, p)[0, :, 0].tolist() == expected
+    assert keep_first(codes, p)[0, :, 0].tolist() == expected
 
 
 def test_the_background_is_the_exact_left_over_of_each_cell():

@@ -14,23 +14,17 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from labeler.sources.decode_reference import ReferenceDecoder
 from tiny import CLASSES, GRID, colour_teacher, make_images
 
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, label_images
-from labeler.sources.decoding.decode_reference import ReferenceDecoder
 from labeler.sources.decoding.decoder import DecodeSettings
-from labeler.store.label_store import _most_used
+from labeler.store.hdf5.build_shard import build_shard, fletcher32, packed_planes
+from labeler.store.hdf5.read_shard import ShardReader
 from labeler.store.row_checks import value_problems
-from labeler.store.shard_file import (
-    ShardReader,
-    ShardRows,
-    build_shard,
-    class_dtype,
-    fletcher32,
-    packed_planes,
-    row_layout,
-)
+from labeler.store.row_schema import ShardRows, class_dtype, row_layout
 from labeler.store.shard_markers import publish_shard, read_marker, shard_stem
+from labeler.store.stored_rows import used_slots
 from labeler.verify import verify_store
 
 
@@ -89,7 +83,7 @@ def test_trimmed_rows_lose_the_places_that_none_of_them_uses(store, cache):
 
 @pytest.mark.parametrize(("classes", "used"), [([[0], [-1]], 1), ([[5, 0, -1], [1, -1, -1]], 2), ([[-1, -1]], 0)])
 def test_class_0_uses_its_place(classes, used):
-    assert _most_used(np.array(classes)) == used
+    assert used_slots(np.array(classes)) == used
 
 
 def test_rows_beyond_the_store_are_an_index_error(store):
@@ -200,14 +194,14 @@ def test_class_ids_take_two_bytes_while_their_highest_value_is_no_class():
 def test_class_ids_above_65535_are_stored_whole():
     layout = row_layout(2, (1, 1), 70_000, "logprob", "float16", 1)
     rows = ShardRows(
-        np.zeros((1, 2, 1, 1), np.float16),
-        np.zeros((1, 1, 1), np.float16),
-        np.array([[69_999, 65_536]], np.uint32),
-        np.array([[0, 0, 1, 1]], np.float32),
-        np.array([[8, 8]], np.uint32),
-        np.array([-1], np.int32),
-        np.array([1], np.uint64),
-        ("k",),
+        scores=np.zeros((1, 2, 1, 1), np.float16),
+        background=np.zeros((1, 1, 1), np.float16),
+        classes=np.array([[69_999, 65_536]], np.uint32),
+        region=np.array([[0, 0, 1, 1]], np.float32),
+        image_size=np.array([[8, 8]], np.uint32),
+        target=np.array([-1], np.int32),
+        image_digest=np.array([1], np.uint64),
+        keys=("k",),
     )
     assert layout["classes"][0] == np.uint32
     assert row_layout(2, (1, 1), 65_535, "logprob", "float16", 1)["classes"][0] == np.uint16
@@ -415,7 +409,7 @@ def test_a_shard_that_lacks_one_rows_chunk_is_refused_before_it_is_read(store):
 def test_places_in_a_file_take_four_bytes_below_the_limit(monkeypatch, more, size):
     layout = row_layout(1, (1, 1), 3, "logprob", "uint8", 16)
     payload = sum(8 * dtype.itemsize * int(np.prod(shape)) for dtype, shape in layout.values())
-    monkeypatch.setattr("labeler.store.shard_file.MOST_IN_4_BYTES", payload + more)
+    monkeypatch.setattr("labeler.store.hdf5.build_shard.MOST_IN_4_BYTES", payload + more)
     content = build_shard(rows_of(tuple("abcdefgh")), layout, {}, TABLE)
     assert content[9] == size  # of HDF5's superblock: "size of offsets"
 

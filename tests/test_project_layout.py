@@ -28,11 +28,11 @@ BELOW = {
 ONE_FILE = {
     "fsspec": {"labeler/remote/remote_files.py"},
     "pyarrow": {"labeler/sources/parquet_source.py"},
-    "h5py": {"labeler/store/shard_file.py"},
     "ray": {"labeler/executor.py"},
     "nvidia": {"labeler/sources/decoding/decode_dali.py", "pipeline/dali_loader.py"},
     "triton": {"model/ops/scan_triton_kernels.py", "model/ops/scan_triton.py", "train/loss/loss_triton.py"},
 }
+ONE_ROOM = {"h5py": "labeler/store/hdf5"}
 MOST_FILES = 14
 
 
@@ -101,6 +101,16 @@ def test_a_heavy_library_stays_in_its_file(library):
     }
     assert found <= ONE_FILE[library]
     assert found & ONE_FILE[library]
+
+
+@pytest.mark.parametrize("library", ONE_ROOM)
+def test_a_heavy_library_stays_in_its_room(library):
+    found = {
+        str(path.parent.relative_to(ROOT))
+        for path in files()
+        if library in {module.split(".")[0] for module in imports(path)}
+    }
+    assert found == {ONE_ROOM[library]}
 
 
 def test_a_folder_holds_few_files_and_says_what_it_is_for():

@@ -13,23 +13,17 @@ import numpy as np
 
 from labeler.base.errors import InputError
 from labeler.store.label_store import LabelStore
-from labeler.store.score_maps import ScoreMaps
+from labeler.store.score_maps import ClassShares, ScoreMaps, class_shares
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Random rows of a store as probabilities.
+@dataclass(frozen=True, kw_only=True)
+class Sample(ClassShares):
+    """Random rows of a store as probabilities, n in place of N.
 
     Attributes:
         rows: int64 [n]: row numbers, ascending.
         keys: Their keys.
         maps: Their maps.
-        p: float32 [n, P, H, W]: probability of each palette class; 0 in unused slots and where it counts as background.
-        tail: float32 [n, H, W]: probability of all tail classes together.
-        left: float32 [n, H, W]: probability of all classes without a code or tail slot; p, tail and left sum to 1.
-        shared: float32 [n, H, W]: probability of one class of the background.
-        entropy: float32 [n, H, W]: in nats.
-        confidence: float32 [n, H, W]: probability of the most probable class.
         target: int32 [n]: true classes, −1 where unknown.
         image_size: int64 [n, 2]: height and width of the images.
     """
@@ -37,12 +31,6 @@ class Sample:
     rows: np.ndarray
     keys: list[str]
     maps: ScoreMaps
-    p: np.ndarray
-    tail: np.ndarray
-    left: np.ndarray
-    shared: np.ndarray
-    entropy: np.ndarray
-    confidence: np.ndarray
     target: np.ndarray
     image_size: np.ndarray
 
@@ -92,43 +80,17 @@ def draw_sample(store: LabelStore, count: int, seed: int) -> Sample:
     """Decodes up to `count` random rows of a store; `seed`: seed of the choice."""
     rows = np.sort(np.random.default_rng(seed).permutation(len(store))[:count])
     maps = store.read(rows)
-    used, in_tail = (maps.classes >= 0)[:, :, None, None], maps.tail_classes >= 0
-    # Scores are at most 0 in a logprob store; logits are shifted so that exp cannot overflow.
-    named = used
+    named = None
     if store.code.as_background or store.meta.score_kind == "logit":
-        named = used & (maps.scores != maps.background[:, None])
-    others = maps.num_classes - named.sum(1) - in_tail.sum(1)[:, None, None]
-    leader = np.where(in_tail, maps.tail_offsets, -np.inf).max(1, initial=-np.inf)[:, None, None]
-    leader = np.maximum(leader, np.where(others > 0, 0, -np.inf))
-    best = np.maximum(np.where(named, maps.scores, -np.inf).max(1), maps.background + leader)
-    shared = np.exp(maps.background - best)
-    p = np.where(named, np.exp(maps.scores - best[:, None]), 0)
-    weights = np.where(in_tail, np.exp(maps.tail_offsets), 0)
-    tail = shared * weights.sum(1)[:, None, None]
-    left = shared * others
-    total = p.sum(1) + tail + left
-    # −Σ p·log p, where log p is the score minus log_total; a tail class's score is the background's plus its offset.
-    log_total = best + np.log(total)
-    offsets = (weights * maps.tail_offsets).sum(1)[:, None, None]
-    scored = (p * np.where(named, maps.scores, 0)).sum(1) + (tail + left) * maps.background + shared * offsets
+        named = (maps.classes >= 0)[:, :, None, None] & (maps.scores != maps.background[:, None])
     return Sample(
+        **vars(class_shares(maps, named)),
         rows=rows,
         keys=[store.keys[row] for row in rows],
         maps=maps,
-        p=_float32(p / total[:, None]),
-        tail=_float32(tail / total),
-        left=_float32(left / total),
-        shared=_float32(shared / total),
-        entropy=_float32(log_total - scored / total),
-        confidence=_float32(1 / total),
         target=store.column("target")[rows],
         image_size=store.column("image_size")[rows].astype(np.int64),
     )
-
-
-def _float32(values: np.ndarray) -> np.ndarray:
-    """Converts to float32."""
-    return values.astype(np.float32)
 
 
 def check_truth(sample: Sample, folder: Path) -> TruthCheck:

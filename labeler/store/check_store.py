@@ -16,9 +16,10 @@ from labeler.base.errors import InputError, IntegrityError, TokenLabelError
 from labeler.sources.image_source import BadImage, image_digest, refuse_other_images
 from labeler.sources.open_source import open_images, open_source
 from labeler.store.foreign_store import refuse_hostile, view_rows
+from labeler.store.hdf5 import VIEW_FILE
+from labeler.store.hdf5.read_shard import ShardReader, file_rows
 from labeler.store.plan import Plan, load_plan
 from labeler.store.row_checks import shard_problems, value_problems
-from labeler.store.shard_file import VIEW_FILE, ShardReader, file_rows
 from labeler.store.shard_markers import check_file, read_marker
 from labeler.store.shard_writer import QUARANTINE_FILE
 

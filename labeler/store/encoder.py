@@ -2,10 +2,7 @@
 
 Legend: B images; C classes; P palette size; R tail size; Q candidates, at least P; H×W map grid.
 
-Every byte must pay for itself. Compared with counting a class as background b, its code for p in a cell saves
-p·log(p / b) − (p − b) nats; the code is kept if that is more than its bytes cost at the rate of the settings. A class
-enters the palette for the sum of what its codes save, and the tail for what one offset saves. The cost of codes, ids
-and offsets after gzip was measured on maps of a real ImageNet teacher.
+`choose_codes` decides which codes a map is worth.
 """
 
 from __future__ import annotations
@@ -17,20 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from labeler.store.score_code import BACKGROUND_STEP, FLOOR, MAX_OFFSET, OFFSET_STEP, Encoding
+from labeler.store.choose_codes import MIN_P, choose_tail, codes_of, keep_first
+from labeler.store.score_code import FLOOR, OFFSET_STEP, Encoding, ScoreCode
 
-CODE_BYTES, CLASS_BYTES, TAIL_BYTES = 0.8, 4.0, 1.4
-# A code between codes costs less than one that interrupts a run of zeros; per neighbor along the row.
-NEIGHBOUR = 0.6
-# The first class of a cell is what users look at, and few bytes are enough for it: its code need only save this share
-# of its price, and counts as if it saved so many bytes more for its class.
-FIRST, FIRST_BYTES = 0.3, 4.0
 # Tokens average scores, which are logarithms. The mean log of what is left is below the log of its mean, so a slightly
 # lower background is more accurate for tokens. The share of that gap, which is long where a teacher is certain:
 TOWARDS_MEAN_LOG, LONGEST_GAP = 0.2, 1.0  # a share; nats
 REFERENCE_TOP = 5  # classes per cell that the reference's files keep
 REFERENCE_EVERY = 8  # images: every eighth is compared with the reference's files
-MIN_P = 1e-12
 # Cells of a fine map are much alike: what a byte must save hardly grows with their number.
 RATE_POWER = 0.12
 DENSE_ELEMENTS = 16_000_000  # of a copy that is dense over the classes: at most 64 MB, whatever the number of classes
@@ -80,7 +71,7 @@ def encode_maps(logits: Tensor, encoding: Encoding) -> EncodedMaps:
     for chunk in logits.split(max(1, DENSE_ELEMENTS // logits[0].numel())):
         chunk = chunk.float()
         if encoding.precision == "float16":
-            parts.append(_encode_planes(chunk, sizes[0], None))
+            parts.append(_encode_planes(chunk, sizes[0], ScoreCode(None, False)))
         else:
             parts.append(_encode_sparse(chunk, sizes, encoding))
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
@@ -100,8 +91,8 @@ def encode_planes(logits: Tensor, palette: int, table: np.ndarray | None) -> Enc
     Returns:
         The encoded batch.
     """
-    values = None if table is None else torch.from_numpy(table).to(logits.device)
-    columns = [column.cpu().numpy() for column in _encode_planes(logits.float(), palette, values)]
+    encoded = _encode_planes(logits.float(), palette, ScoreCode(table, as_background=False))
+    columns = [column.cpu().numpy() for column in encoded]
     return EncodedMaps(*[*columns, reference_kl(logits.float()).cpu().numpy()])
 
 
@@ -116,7 +107,7 @@ def reference_kl(logits: Tensor) -> Tensor:
 def _encode_sparse(logits: Tensor, sizes: tuple[int, int], encoding: Encoding) -> tuple[Tensor, ...]:
     """Encodes a chunk: the fields of `EncodedMaps` in their order, without the last; sizes: (P, R)."""
     (palette, tail), (_, num_classes, height, width) = sizes, logits.shape
-    rate = encoding.threshold * (height * width) ** RATE_POWER
+    code, rate = ScoreCode.of_roots(encoding.levels), encoding.threshold * (height * width) ** RATE_POWER
     log_p = logits.log_softmax(1)
     p = log_p.exp()
     information = p * log_p
@@ -129,10 +120,10 @@ def _encode_sparse(logits: Tensor, sizes: tuple[int, int], encoding: Encoding) -
     of_rest = p.scatter(1, cells, 0.0).sum(1)  # summed, since 1 − the candidates' sum would lose what is small
     p, log_candidates = p.gather(1, cells), log_p.gather(1, cells)
 
-    codes, saved = _codes_of(p, of_rest, num_classes - candidates.shape[1], encoding.levels, rate, tail > 0)
+    codes, saved = codes_of(p, of_rest, num_classes - candidates.shape[1], code, rate, tail > 0)
     order = saved.sort(dim=1, descending=True, stable=True)
     chosen = torch.zeros_like(saved, dtype=torch.bool).scatter_(1, order.indices[:, :palette], True) & (saved > 0)
-    codes = _keep_first(codes * chosen[:, :, None, None], p)
+    codes = keep_first(codes * chosen[:, :, None, None], p)
     coded = codes > 0
 
     left = of_rest + (p * ~coded).sum(1)
@@ -140,18 +131,17 @@ def _encode_sparse(logits: Tensor, sizes: tuple[int, int], encoding: Encoding) -
         _scatter(chosen, candidates, num_classes), 0.0
     )
     uncoded = (num_classes - coded.sum(1)).float()
-    tail_classes, offsets, background = _tail(mass, left, uncoded, tail, rate)
+    tail_classes, offsets, background = choose_tail(mass, left, uncoded, tail, rate)
     used = tail_classes >= 0
     log_left = log_p.sum(1) - (log_candidates * coded).sum(1) - offsets.sum(1)[:, None, None]
     gap = background.clamp(min=MIN_P).log() - log_left / uncoded.clamp(min=1)
     lowered = background.clamp(min=MIN_P).log() - TOWARDS_MEAN_LOG * gap.clamp(0, LONGEST_GAP)
-    steps = (-lowered / BACKGROUND_STEP).round().clamp(0, -FLOOR / BACKGROUND_STEP)
-
-    read, shared = 2 * (codes.clamp(min=1) / encoding.levels).log(), -BACKGROUND_STEP * steps
+    stored_background, shared = code.background_codes(lowered)
+    read = code.root_scores(codes)
     weight = uncoded + ((offsets.exp() - 1) * used).sum(1)[:, None, None]
-    total = (read.exp() * coded).sum(1) + weight * shared.exp()
     in_tail = log_p.gather(1, _spread(tail_classes.clamp(min=0), height, width)).exp() * _spread(used, height, width)
-    cross = (p * read * coded).sum(1) + left * shared + (in_tail * offsets[:, :, None, None]).sum(1) - total.log()
+    cross = (p * read * coded).sum(1) + left * shared + (in_tail * offsets[:, :, None, None]).sum(1)
+    cross -= _log_total(read, coded, shared, weight)
     kl = (-entropy - cross).mean((1, 2))
     coverage = 1 - (left - in_tail.sum(1)).mean((1, 2))
     first = _first_kept(log_p, read.masked_fill(~coded, -torch.inf), candidates, shared, tail_classes, offsets)
@@ -164,7 +154,7 @@ def _encode_sparse(logits: Tensor, sizes: tuple[int, int], encoding: Encoding) -
     return (
         classes.masked_fill(classes == num_classes, -1),
         stored,
-        (steps + encoding.levels + 1).to(torch.uint8),
+        stored_background,
         tail_classes,
         (offsets / OFFSET_STEP).round().to(torch.int8),
         kl,
@@ -174,74 +164,12 @@ def _encode_sparse(logits: Tensor, sizes: tuple[int, int], encoding: Encoding) -
     )
 
 
-def _codes_of(p: Tensor, of_rest: Tensor, others: int, levels: int, rate: float, tail: bool) -> tuple[Tensor, Tensor]:
-    """Returns codes [B, Q, H, W] of candidates, 0 where a code does not pay, and what each class saves [B, Q].
+def _log_total(scores: Tensor, named: Tensor, shared: Tensor, others: Tensor) -> Tensor:
+    """Returns [B, H, W]: log of the sum that a cell's softmax divides by.
 
-    p [B, Q, H, W]: the candidates' probabilities; of_rest [B, H, W]: the probability of all `others`.
+    scores [B, Q, H, W], of which only `named` count; shared [B, H, W]: the background's score, which `others` share.
     """
-    rounded = (p.sqrt() * levels).round().clamp(max=levels)
-    worth = (rounded / levels) ** 2
-    log_worth = worth.clamp(min=MIN_P).log()
-    coded = torch.zeros_like(rounded, dtype=torch.bool)
-    first = torch.zeros_like(coded).scatter_(1, p.argmax(1, keepdim=True), True)
-    price = torch.where(first, FIRST * rate * CODE_BYTES, rate * CODE_BYTES)
-    needed = price
-    # Which codes pay depends on the background, which depends on the codes: three rounds are enough.
-    for last in (False, False, True):
-        left = of_rest + (p * ~coded).sum(1)
-        b = (left / (others + (~coded).sum(1)).clamp(min=1)).clamp(min=MIN_P)[:, None]
-        gain = (p * (log_worth - b.log()) - (worth - b)).masked_fill(rounded == 0, -1.0)
-        coded = gain > needed
-        if not last:
-            run = F.pad(coded.flatten(2).float(), (1, 1))
-            beside = (run[:, :, :-2] + run[:, :, 2:]).view_as(p)
-            needed = price * (1 + NEIGHBOUR * (1 - beside))
-    saved = ((gain - price) * coded).sum((2, 3)) - rate * CLASS_BYTES
-    saved += rate * FIRST_BYTES * (coded & first).sum((2, 3))
-    if tail:  # if an offset for all cells would save as much, the class is better off in the tail
-        _, in_tail = _offsets(p.sum((2, 3)), b.sum((1, 2, 3))[:, None])
-        saved -= (in_tail - rate * TAIL_BYTES).clamp(min=0)
-    return rounded * coded, saved
-
-
-def _keep_first(codes: Tensor, p: Tensor) -> Tensor:
-    """Lowers codes by a step where rounding has made them equal to that of the cell's first class."""
-    first = p.argmax(1, keepdim=True)
-    tied = (codes == codes.gather(1, first)).scatter(1, first, False)
-    return (codes - tied.to(codes.dtype)).clamp(min=0)
-
-
-def _tail(mass: Tensor, left: Tensor, uncoded: Tensor, tail: int, rate: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns tail classes [B, R], ascending (−1 unused), offsets in nats, and the background per class [B, H, W].
-
-    mass [B, C]: each class's probability summed over the cells, 0 for those of the palette; left [B, H, W]: the
-    probability that has no code; uncoded [B, H, W]: number of classes without a code.
-    """
-    background = left / uncoded.clamp(min=1)
-    classes = mass.new_full((len(mass), tail), -1, dtype=torch.int64)
-    offsets = mass.new_zeros(len(mass), tail)
-    if not tail:
-        return classes, offsets, background
-    for _ in range(2):  # offsets and background depend on each other
-        expected = background.sum((1, 2))[:, None].clamp(min=MIN_P)
-        every, saved = _offsets(mass, expected)
-        saved = saved.masked_fill(mass == 0, 0.0)
-        best = saved.sort(dim=1, descending=True, stable=True)
-        kept = best.values[:, :tail] > rate * TAIL_BYTES
-        num_classes = mass.shape[1]
-        classes = torch.where(kept, best.indices[:, :tail], num_classes).sort(dim=1).values
-        used = classes < num_classes
-        offsets = every.gather(1, classes.clamp(max=num_classes - 1)) * used
-        weight = uncoded + ((offsets.exp() - 1) * used).sum(1)[:, None, None]
-        background = left / weight.clamp(min=MIN_P)
-    return classes.masked_fill(~used, -1), offsets, background
-
-
-def _offsets(mass: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the offset of each class with `mass` [B, K] over a background of `expected` [B, 1], and what it saves."""
-    steps = ((mass / expected).clamp(min=MIN_P).log() / OFFSET_STEP).round()
-    offsets = (steps * OFFSET_STEP).clamp(-MAX_OFFSET, MAX_OFFSET)
-    return offsets, mass * offsets - (offsets.exp() - 1) * expected
+    return ((scores.exp() * named).sum(1) + others * shared.exp()).log()
 
 
 def _first_kept(
@@ -259,7 +187,7 @@ def _first_kept(
     return (kept & (best > background)).float().mean((1, 2))
 
 
-def _encode_planes(logits: Tensor, palette: int, table: Tensor | None) -> tuple[Tensor, ...]:
+def _encode_planes(logits: Tensor, palette: int, code: ScoreCode) -> tuple[Tensor, ...]:
     """Encodes like `_encode_sparse`, with dense planes of the largest classes and no tail."""
     num_images, num_classes = logits.shape[:2]
     log_p = logits.log_softmax(1)
@@ -277,19 +205,19 @@ def _encode_planes(logits: Tensor, palette: int, table: Tensor | None) -> tuple[
     background = (left / others.clamp(min=1)).log().clamp(min=FLOOR)
 
     scores = scores.clamp(min=FLOOR).masked_fill(~visible, FLOOR)
-    stored, stored_background = _quantise(scores, table), _quantise(background, table)
-    if table is not None:
+    stored, stored_background = code.nearest(scores), code.nearest(background)
+    if code.values is not None:
         first = scores.argmax(1, keepdim=True)
         tied = (stored == stored.gather(1, first)).scatter(1, first, False)
-        stored = torch.where(tied & (stored < len(table) - 1), stored + 1, stored)
-    read, shared = ((s.float() if table is None else table[s.long()]) for s in (stored, stored_background))
-    total = (read.exp() * visible).sum(1) + others * shared.exp()
-    kl = (-entropy - ((chosen_p * read).sum(1) + left * shared - total.log())).mean((1, 2))
+        stored = torch.where(tied & (stored < len(code.values) - 1), stored + 1, stored)
+    read, shared = code.decode(stored, stored_background)
+    log_total = _log_total(read, visible, shared, others)
+    kl = (-entropy - ((chosen_p * read).sum(1) + left * shared - log_total)).mean((1, 2))
     none = order.new_zeros(num_images, 0)
     first_kept = _first_kept(log_p, read.masked_fill(~visible, -torch.inf), order, shared, none, none)
 
     missing = palette - order.shape[1]  # if there are fewer classes than slots
-    unused = _quantise(scores.new_full((num_images, missing, *scores.shape[2:]), FLOOR), table)
+    unused = code.nearest(scores.new_full((num_images, missing, *scores.shape[2:]), FLOOR))
     return (
         F.pad(order.masked_fill(~used, -1), (0, missing), value=-1),
         torch.cat([stored, unused], 1),
@@ -301,16 +229,6 @@ def _encode_planes(logits: Tensor, palette: int, table: Tensor | None) -> tuple[
         entropy.mean((1, 2)),
         first_kept,
     )
-
-
-def _quantise(scores: Tensor, table: Tensor | None) -> Tensor:
-    """Rounds scores to the nearest code of a descending table, or to float16."""
-    if table is None:
-        return scores.half()
-    # Of the codes that repeat the floor only the first is written.
-    codes = int((table > table[-1]).sum()) + 1
-    midpoints = -(table[1:codes] + table[: codes - 1]) / 2
-    return torch.bucketize(-scores, midpoints).to(torch.uint8)
 
 
 def _top(values: Tensor, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,40 +22,15 @@ from labeler.base.errors import InputError, IntegrityError
 from labeler.base.open_files import OpenFiles
 from labeler.store.check_store import Verification, check_images, check_store
 from labeler.store.foreign_store import refuse_hostile
+from labeler.store.hdf5.read_shard import ShardReader
 from labeler.store.plan import Plan, StoreMeta, load_plan
-from labeler.store.score_code import OFFSET_STEP, ScoreCode
+from labeler.store.row_schema import ShardRows, signed_classes
+from labeler.store.score_code import ScoreCode
 from labeler.store.score_maps import ScoreMaps
-from labeler.store.shard_file import ShardReader, ShardRows
-from labeler.store.shard_markers import Marker, check_file, read_marker
+from labeler.store.shard_markers import Marker, check_file, read_markers
+from labeler.store.stored_rows import StoredRows
 
 CACHES = (None, "ram", "ram-compressed")
-
-
-@dataclass(frozen=True)
-class StoredRows:
-    """Rows as they are stored, to be decoded elsewhere; `LabelStore.code` has the meaning of uint8 codes.
-
-    Attributes:
-        classes: int64 [N, P], −1 where unused.
-        scores: uint8 or float16 [N, P, H, W].
-        background: uint8 or float16 [N, H, W]; None in a `logit` store, where it is 0.
-        region: float32 [N, 4].
-        tail_classes: int64 [N, R], −1 where unused.
-        tail_offsets: int8 [N, R], in quarter nats.
-    """
-
-    classes: np.ndarray
-    scores: np.ndarray
-    background: np.ndarray | None
-    region: np.ndarray
-    tail_classes: np.ndarray
-    tail_offsets: np.ndarray
-
-    def maps(self, code: ScoreCode, num_classes: int) -> ScoreMaps:
-        """Decodes the rows with their store's code and number of classes."""
-        scores, background = code.decode(self.scores, self.background)
-        offsets = self.tail_offsets.astype(np.float32) * np.float32(OFFSET_STEP)
-        return ScoreMaps(self.classes, scores, background, self.region, num_classes, self.tail_classes, offsets)
 
 
 class LabelStore:
@@ -91,40 +66,19 @@ class LabelStore:
                 remedy="Label one with `python -m labeler label`.",
             )
         self.plan: Plan = plan
-        self.markers: list[Marker] = self._read_markers()
+        self.markers: list[Marker] = read_markers(self.path, plan)
         # First row of each shard; at the end, the number of rows.
         self._starts = np.cumsum([0, *(marker.rows for marker in self.markers)])
         self._readers: dict[int, ShardReader] = {}
         self._files = OpenFiles()
         self.closed = False
 
-    def _read_markers(self) -> list[Marker]:
-        """Reads the markers of all shards."""
-        shards = self.plan.meta.shards
-        markers = [read_marker(self.path, shard, shards) for shard in range(shards)]
-        missing = [shard for shard, marker in enumerate(markers) if marker is None]
-        if missing:
-            raise IntegrityError(
-                f"the store {str(self.path)!r} is not complete",
-                got=f"{shards - len(missing)} of {shards} shards, without shard {missing[0]}",
-                remedy="Run the labeling command again: it resumes where it stopped.",
-            )
-        present = [marker for marker in markers if marker is not None]
-        for marker in present:
-            part = self.plan.slice_of(marker.shard)
-            if marker.rows > part.stop - part.start:
-                raise IntegrityError(
-                    f"the marker of shard {marker.shard} of {str(self.path)!r} is impossible",
-                    got=f"{marker.rows:,} rows", expected=f"at most {part.stop - part.start:,}",
-                )  # fmt: skip
-        return present
-
     def close(self) -> None:
         """Closes all files and drops the cache; reads that are under way in other threads still finish."""
         self.closed = True
         self._readers.clear()
         self._files.close()
-        for held in ("_decoded", "keys"):
+        for held in ("_held", "keys"):
             self.__dict__.pop(held, None)
 
     def __enter__(self) -> LabelStore:
@@ -251,39 +205,23 @@ class LabelStore:
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} requested of a store with {len(self)} rows")
         self._refuse_closed()
         if self.cache == "ram":
-            return _rows_of(self._decoded, wanted, trim)
+            return self._held.select(wanted, trim)
         stored = self._gather(wanted)
-        return _rows_of(stored, slice(None), trim) if trim else stored
+        return stored.select(slice(None), trim=True) if trim else stored
 
     @cached_property
-    def _decoded(self) -> StoredRows:
+    def _held(self) -> StoredRows:
         """All rows, for the cache "ram"."""
         return self._gather(np.arange(len(self)))
 
     def _gather(self, wanted: np.ndarray) -> StoredRows:
         """Reads rows from their shards."""
-        n, layout = len(wanted), self.plan.layout
-
-        def empty(name: str) -> np.ndarray:
-            dtype, shape = layout[name]
-            return np.empty((n, *shape), dtype)
-
-        scores, region = empty("scores"), empty("region")
-        background = empty("background") if "background" in layout else None
-        classes = np.empty((n, self.meta.palette), np.int64)
-        tail_classes = np.empty((n, self.meta.tail), np.int64)
-        tail_offsets = np.empty((n, self.meta.tail), np.int8)
         shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
-        for shard in np.unique(shard_of).tolist():
-            index = np.nonzero(shard_of == shard)[0]
-            part = self.read_shard(shard, wanted[index] - self._starts[shard])
-            scores[index], region[index] = part.scores, part.region
-            if background is not None:
-                background[index] = part.background
-            classes[index] = _signed(part.classes)
-            if part.tail_classes is not None and part.tail_offsets is not None:
-                tail_classes[index], tail_offsets[index] = _signed(part.tail_classes), part.tail_offsets
-        return StoredRows(classes, scores, background, region, tail_classes, tail_offsets)
+        indices = {shard: np.nonzero(shard_of == shard)[0] for shard in np.unique(shard_of).tolist()}
+        parts = (
+            (index, self.read_shard(shard, wanted[index] - self._starts[shard])) for shard, index in indices.items()
+        )
+        return StoredRows.gathered(len(wanted), self.plan.layout, parts)
 
     def verify(self, images: str | Path | None = None) -> Verification:
         """Checks the whole store, bit by bit.
@@ -334,7 +272,7 @@ class LabelStore:
             path = self.path / self.markers[shard].file
             reader = self._files.retried(lambda: self._open(self.markers[shard]), path)
             for name in ("classes", "tail_classes") if self.meta.tail else ("classes",):
-                if _signed(reader.small(name)).max(initial=-1) >= self.meta.num_classes:
+                if signed_classes(reader.small(name)).max(initial=-1) >= self.meta.num_classes:
                     expected = f"ids below {self.meta.num_classes}"
                     raise IntegrityError(f"{str(path)!r} is damaged", got="a class id out of range", expected=expected)
             self._readers[shard] = reader
@@ -353,30 +291,3 @@ class LabelStore:
                 f"the label store {str(self.path)!r} is closed", got="a read after close()", expected="an open store",
                 remedy="Read inside the `with` block, or open the store again with LabelStore(path).",
             )  # fmt: skip
-
-
-def _rows_of(rows: StoredRows, wanted: np.ndarray | slice, trim: bool) -> StoredRows:
-    """Selects rows; with `trim` without the slots that none of them uses."""
-    classes, tail_classes = rows.classes[wanted], rows.tail_classes[wanted]
-    palette, tail = classes.shape[1], tail_classes.shape[1]
-    if trim:
-        palette, tail = max(1, _most_used(classes)), _most_used(tail_classes)
-    return StoredRows(
-        classes[:, :palette],
-        rows.scores[wanted, :palette],
-        None if rows.background is None else rows.background[wanted],
-        rows.region[wanted],
-        tail_classes[:, :tail],
-        rows.tail_offsets[wanted, :tail],
-    )
-
-
-def _most_used(classes: np.ndarray) -> int:
-    """Returns the number of slots up to the last that any row uses; unused ones come last."""
-    used = np.flatnonzero((classes >= 0).any(0))
-    return int(used[-1]) + 1 if len(used) else 0
-
-
-def _signed(classes: np.ndarray) -> np.ndarray:
-    """Converts class ids to int64, with −1 for the type's maximum, which marks an unused slot."""
-    return np.where(classes == np.iinfo(classes.dtype).max, -1, classes.astype(np.int64))

@@ -19,8 +19,8 @@ from labeler.base.errors import IntegrityError, MismatchError
 from labeler.base.version import __version__
 from labeler.base.whole_files import read_sealed, write_sealed
 from labeler.sources.decoding.pixels import ORIENTATIONS
+from labeler.store.row_schema import Layout, row_layout
 from labeler.store.score_code import Encoding, ScoreCode
-from labeler.store.shard_file import Layout, row_layout
 
 PLAN_FILE = "plan.json"
 FORMAT_NAME = "token-label store"

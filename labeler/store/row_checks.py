@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from labeler.store.hdf5.read_shard import ShardReader
 from labeler.store.plan import Plan, plain
+from labeler.store.row_schema import ShardRows, signed_classes
 from labeler.store.score_code import MAX_OFFSET
-from labeler.store.shard_file import ShardReader, ShardRows
 
 
 def shard_problems(plan: Plan, shard: int, reader: ShardReader, quarantine: list[dict[str, str]]) -> list[str]:
@@ -28,11 +29,10 @@ def shard_problems(plan: Plan, shard: int, reader: ShardReader, quarantine: list
 def value_problems(plan: Plan, rows: ShardRows) -> list[str]:
     """Returns the problems in a shard's values: those that the labeler never writes."""
     meta, problems = plan.meta, []
-    unused = np.iinfo(rows.classes.dtype).max
     named = rows.classes if rows.tail_classes is None else np.concatenate([rows.classes, rows.tail_classes], 1)
-    if ((named >= meta.num_classes) & (named != unused)).any():
+    ordered = np.sort(signed_classes(named), axis=1)
+    if (ordered >= meta.num_classes).any():
         problems.append(f"a class id beyond {meta.num_classes - 1}")
-    ordered = np.sort(np.where(named == unused, -1, named.astype(np.int64)), axis=1)
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
         problems.append("a class twice in one palette or tail")
     if rows.tail_offsets is not None and (np.abs(rows.tail_offsets.astype(np.int16)) > MAX_OFFSET * 4).any():

@@ -9,18 +9,22 @@ codes above `levels` are for the background only: 0, −0.25, −0.5 … nats.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from labeler.base.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 LEAST_KL = 1e-5  # nats per cell; less is rounding
 NUM_CODES = 256
 BACKGROUND_STEP, FLOOR = 0.25, -20.0  # nats
 OFFSET_STEP = 0.25  # nats between the offsets of a tail, which are stored as whole numbers of steps
 MAX_OFFSET = 31  # nats that a tail class may be above or below the background
+IMAGES_AT_A_TIME = 8
 MIN_LEVELS, MAX_LEVELS = 4, NUM_CODES - 2 - round(-FLOOR / BACKGROUND_STEP)
 
 
@@ -81,13 +85,21 @@ class ScoreCode:
     Attributes:
         values: float32 [256]: the score of each uint8 code; None: scores are stored as they are.
         as_background: Whether code 0 in a palette plane stands for the background's score (format 2.0).
+        levels: Quantization steps of √p, to encode; 0: not known, or the codes are no such steps.
     """
 
     values: np.ndarray | None
     as_background: bool
+    levels: int = 0
+    _tables: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def decode(self, scores: np.ndarray, background: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Decodes stored planes.
+    @classmethod
+    def of_roots(cls, levels: int) -> ScoreCode:
+        """Returns the code of format 2.0."""
+        return cls(code_table(levels), True, levels)
+
+    def decode(self, scores: Any, background: Any | None) -> tuple[Any, Any]:
+        """Decodes stored planes, arrays or tensors; both ways give the same numbers, bit for bit.
 
         Args:
             scores: Palette planes [N, P, H, W], uint8 or float16.
@@ -96,18 +108,83 @@ class ScoreCode:
         Returns:
             (scores, background), float32 of the same shapes.
         """
-        if background is None:
-            shared = np.zeros((len(scores), *scores.shape[2:]), np.float32)
-        else:
-            shared = self._values_of(background)
-        decoded = self._values_of(scores)
+        return (self._decode_arrays if isinstance(scores, np.ndarray) else self._decode_tensors)(scores, background)
+
+    @staticmethod
+    def decode_offsets(offsets: Any) -> Any:
+        """Decodes the stored offsets of a tail, an array or a tensor, to nats."""
+        if isinstance(offsets, np.ndarray):
+            return offsets.astype(np.float32) * np.float32(OFFSET_STEP)
+        return offsets.float() * OFFSET_STEP
+
+    def root_codes(self, p: torch.Tensor) -> torch.Tensor:
+        """Returns the nearest codes of probabilities, as floats; 0 has no probability of its own."""
+        return (p.sqrt() * self.levels).round().clamp(max=self.levels)
+
+    def root_probabilities(self, codes: torch.Tensor) -> torch.Tensor:
+        """Returns the probabilities that codes of `root_codes` stand for."""
+        return (codes / self.levels) ** 2
+
+    def root_scores(self, codes: torch.Tensor) -> torch.Tensor:
+        """Returns the scores that codes of `root_codes` stand for; for code 0, which has none, that of code 1."""
+        return 2 * (codes.clamp(min=1) / self.levels).log()
+
+    def background_codes(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the nearest codes of a background's scores, uint8, and the scores that they stand for."""
+        import torch
+
+        steps = (-scores / BACKGROUND_STEP).round().clamp(0, -FLOOR / BACKGROUND_STEP)
+        return (steps + self.levels + 1).to(torch.uint8), -BACKGROUND_STEP * steps
+
+    def nearest(self, scores: torch.Tensor) -> torch.Tensor:
+        """Returns the nearest codes of scores in a table that falls, as that of format 1.0; without a table float16."""
+        import torch
+
+        if self.values is None:
+            return scores.half()
+        # Of the codes that repeat the floor only the first is written.
+        table = self._table(scores.device)[: int((self.values > self.values[-1]).sum()) + 1]
+        return torch.bucketize(-scores, -(table[1:] + table[:-1]) / 2).to(torch.uint8)
+
+    def _decode_arrays(self, scores: np.ndarray, background: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        def look_up(stored: np.ndarray) -> np.ndarray:
+            return stored.astype(np.float32) if self.values is None else self.values[stored]
+
+        shape = (len(scores), *scores.shape[2:])
+        shared = np.zeros(shape, np.float32) if background is None else look_up(background)
+        decoded = look_up(scores)
         if self.as_background:
             np.copyto(decoded, shared[:, None], where=scores == 0)
         return decoded, shared
 
-    def _values_of(self, stored: np.ndarray) -> Any:
-        """Looks up stored numbers."""
-        return stored.astype(np.float32) if self.values is None else self.values[stored]
+    def _decode_tensors(
+        self, scores: torch.Tensor, background: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        if self.values is None:
+            zeros = scores.new_zeros((len(scores), *scores.shape[2:]), dtype=torch.float32)
+            return scores.float(), zeros if background is None else background.float()
+        table = self._table(scores.device)
+        # An int32 index takes half the bytes of an int64 index.
+        shared = table.new_zeros((len(scores), *scores.shape[2:])) if background is None else table[background.int()]
+        decoded = torch.empty(scores.shape, dtype=table.dtype, device=scores.device)
+        # A few images at a time on a CPU, so that they stay in its cache between the operations.
+        step = max(1, len(scores) if scores.is_cuda else IMAGES_AT_A_TIME)
+        for start in range(0, len(scores), step):
+            part = slice(start, start + step)
+            torch.index_select(table, 0, scores[part].reshape(-1).int(), out=decoded[part].view(-1))
+            if self.as_background:
+                torch.where(scores[part] == 0, shared[part, None], decoded[part], out=decoded[part])
+        return decoded, shared
+
+    def _table(self, device: torch.device) -> torch.Tensor:
+        """Returns `values` on a device; copied once, since a copy to a GPU waits for it."""
+        import torch
+
+        if device not in self._tables:
+            self._tables[device] = torch.from_numpy(self.values).to(device)
+        return self._tables[device]
 
 
 def share_of_reference(compared_kl: float, reference_kl: float, rows: int) -> float | None:

@@ -60,11 +60,7 @@ class ScoreMaps:
     def dense(self) -> Any:
         """Returns float32 [N, C, H, W]: each cell's distribution over all classes."""
         parts = self.classes, self.scores, self.background, self.tail_classes, self.tail_offsets
-        logits = dense_scores(*parts, self.num_classes)
-        if not isinstance(logits, np.ndarray):
-            return logits.softmax(1)
-        weights = np.exp(logits - logits.max(1, keepdims=True))
-        return weights / weights.sum(1, keepdims=True)
+        return dense_shares(*parts, self.num_classes)
 
     def top1(self) -> np.ndarray:
         """Returns int64 [N, H, W]: the most probable class of each cell among those in the palette and the tail."""
@@ -121,6 +117,71 @@ def dense_scores(
     )
     logits[image, classes[image, slot]] = scores[image, slot]
     return logits
+
+
+def dense_shares(
+    classes: Any, scores: Any, background: Any, tail_classes: Any, tail_offsets: Any, num_classes: int
+) -> Any:
+    """Returns the distributions [N, C, …] over all classes: the softmax of `dense_scores`, see there."""
+    logits = dense_scores(classes, scores, background, tail_classes, tail_offsets, num_classes)
+    if not isinstance(logits, np.ndarray):
+        return logits.softmax(1)
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class ClassShares:
+    """The distributions of maps, without a plane for each of the C classes.
+
+    Attributes:
+        p: float32 [N, P, H, W]: probability of each palette class; 0 in unused slots and where it counts as background.
+        tail: float32 [N, H, W]: probability of all tail classes together.
+        left: float32 [N, H, W]: probability of all other classes together; p, tail and left sum to 1.
+        shared: float32 [N, H, W]: probability of one class of the background.
+        entropy: float32 [N, H, W]: in nats.
+        confidence: float32 [N, H, W]: probability of the most probable class.
+    """
+
+    p: np.ndarray
+    tail: np.ndarray
+    left: np.ndarray
+    shared: np.ndarray
+    entropy: np.ndarray
+    confidence: np.ndarray
+
+
+def class_shares(maps: ScoreMaps, named: np.ndarray | None = None) -> ClassShares:
+    """Takes the softmax of maps.
+
+    Args:
+        maps: Maps of N images, as arrays.
+        named: bool [N, P, H, W]: where a palette class has a score of its own and does not count as background; None:
+            in all used slots.
+
+    Returns:
+        The shares of the classes.
+    """
+    in_tail = maps.tail_classes >= 0
+    if named is None:
+        named = np.broadcast_to((maps.classes >= 0)[:, :, None, None], maps.scores.shape)
+    others = maps.num_classes - named.sum(1) - in_tail.sum(1)[:, None, None]
+    # Scores are relative to the cell's largest: logits could overflow.
+    leader = np.where(in_tail, maps.tail_offsets, -np.inf).max(1, initial=-np.inf)[:, None, None]
+    leader = np.maximum(leader, np.where(others > 0, 0, -np.inf))
+    best = np.maximum(np.where(named, maps.scores, -np.inf).max(1), maps.background + leader)
+    shared = np.exp(maps.background - best)
+    p = np.where(named, np.exp(maps.scores - best[:, None]), 0)
+    weights = np.where(in_tail, np.exp(maps.tail_offsets), 0)
+    tail = shared * weights.sum(1)[:, None, None]
+    left = shared * others
+    total = p.sum(1) + tail + left
+    # −Σ p·log p, where log p is the score minus log_total; a tail class's score is the background's plus its offset.
+    log_total = best + np.log(total)
+    offsets = (weights * maps.tail_offsets).sum(1)[:, None, None]
+    scored = (p * np.where(named, maps.scores, 0)).sum(1) + (tail + left) * maps.background + shared * offsets
+    shares = (p / total[:, None], tail / total, left / total, shared / total, log_total - scored / total, 1 / total)
+    return ClassShares(*(share.astype(np.float32) for share in shares))
 
 
 def _like(array: Any, values: np.ndarray) -> Any:

@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from labeler.base.errors import IntegrityError
 from labeler.base.whole_files import TEMPORARY, damaged, publish_exclusively, read_sealed, replace_file, sealed
+from labeler.store.plan import Plan
 
 MOST = 1 << 40  # bytes, or rows, of a shard
 
@@ -109,6 +111,38 @@ def _check_types(marker: Marker) -> None:
         wrong = ["quarantine"]
     if wrong:
         raise TypeError(f"{', '.join(wrong)} that no marker has")
+
+
+def read_markers(store: Path, plan: Plan) -> list[Marker]:
+    """Reads the markers of all shards.
+
+    Args:
+        store: The store's folder.
+        plan: The store's plan.
+
+    Returns:
+        The markers, in the order of the shards.
+
+    Raises:
+        IntegrityError: A marker is missing, damaged or impossible.
+    """
+    shards = plan.meta.shards
+    found = [read_marker(store, shard, shards) for shard in range(shards)]
+    markers = [marker for marker in found if marker is not None]
+    if len(markers) < shards:
+        raise IntegrityError(
+            f"the store {str(store)!r} is not complete",
+            got=f"{len(markers)} of {shards} shards, without shard {found.index(None)}",
+            remedy="Run the labeling command again: it resumes where it stopped.",
+        )
+    for marker in markers:
+        part = plan.slice_of(marker.shard)
+        if marker.rows > part.stop - part.start:
+            raise IntegrityError(
+                f"the marker of shard {marker.shard} of {str(store)!r} is impossible",
+                got=f"{marker.rows:,} rows", expected=f"at most {part.stop - part.start:,}",
+            )  # fmt: skip
+    return markers
 
 
 def check_file(store: Path, marker: Marker) -> None:

@@ -12,8 +12,10 @@ import numpy as np
 
 from labeler.base.errors import InputError, IntegrityError, LabelingError
 from labeler.base.whole_files import replace_file, sync_folder
+from labeler.store.hdf5 import VIEW_FILE
+from labeler.store.hdf5.build_shard import build_shard, build_view
 from labeler.store.plan import Plan, load_plan, refuse_other_settings
-from labeler.store.shard_file import VIEW_FILE, ShardRows, build_shard, build_view, class_dtype
+from labeler.store.row_schema import ShardRows
 from labeler.store.shard_markers import Marker, check_file, publish_shard, read_marker, shard_stem, sweep
 
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -162,9 +164,3 @@ def finish_store(store: Path, plan: Plan) -> list[Marker]:
     except OSError as error:
         raise disk_error(store, error) from None
     return markers
-
-
-def store_classes(classes: np.ndarray, num_classes: int) -> np.ndarray:
-    """Converts class ids, −1 where unused, to the type and the mark for unused slots that are stored."""
-    dtype = class_dtype(num_classes)
-    return np.where(classes < 0, np.iinfo(dtype).max, classes).astype(dtype)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from labeler.base.errors import InputError
-from labeler.store.score_maps import dense_scores
+from labeler.store.score_maps import dense_shares
 
 # exp of this is 0 in every float type: the score of all classes that a known label excludes.
 NOTHING = -1e4
@@ -69,11 +69,10 @@ class TokenTargets:
 
     def _dense(self, scores: torch.Tensor, background: torch.Tensor, num_classes: int) -> torch.Tensor:
         """Expands palette scores [B, P, T] and background [B, T] to distributions [B, T, C]."""
-        logits = dense_scores(
-            self.classes, scores, background, self.tail_classes, self.tail_offsets.to(scores.dtype), num_classes
-        )
         # Over dim 1, as in the published code: float32 rounds differently along the last one (2e-5 at C = 1000).
-        return logits.softmax(1).transpose(1, 2)
+        offsets = self.tail_offsets.to(scores.dtype)
+        shares = dense_shares(self.classes, scores, background, self.tail_classes, offsets, num_classes)
+        return shares.transpose(1, 2)
 
     def tempered(self, temperature: float) -> TokenTargets:
         """Returns targets with scores divided by `temperature`: above 1 softer than the teacher, below 1 sharper."""

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from labeler.store.plan import FORMAT_VERSION, Plan, StoreMeta
+from labeler.store.row_schema import ShardRows, encoded_columns
 from labeler.store.score_code import FLOOR, NUM_CODES, QUALITIES, Encoding, code_table
-from labeler.store.shard_file import ShardRows
-from labeler.store.shard_writer import begin_store, finish_store, store_classes, write_shard
+from labeler.store.shard_writer import begin_store, finish_store, write_shard
 
 if TYPE_CHECKING:
     import torch
@@ -154,15 +154,11 @@ def write_synthetic_shard(store: Path, plan: Plan, shard: int, maps: EncodedMaps
     generator = np.random.default_rng(shard)
     keys = tuple(map(key_of, range(part.start, part.stop)))
     rows = ShardRows(
-        scores=maps.scores[repeated],
-        background=maps.background[repeated],
-        classes=store_classes(maps.classes[repeated], CLASSES),
+        **{name: array[repeated] for name, array in encoded_columns(maps, CLASSES).items()},
         region=np.tile(np.array([0, 0, 1, 1], np.float32), (n, 1)),
         image_size=generator.integers(200, 600, (n, 2)).astype(np.uint32),
         target=generator.integers(0, CLASSES, n).astype(np.int32),
         image_digest=generator.integers(0, 2**64, n, dtype=np.uint64),
         keys=keys,
-        tail_classes=store_classes(maps.tail_classes[repeated], CLASSES) if plan.meta.tail else None,
-        tail_offsets=maps.tail_offsets[repeated] if plan.meta.tail else None,
     )
     write_shard(store, plan, shard, rows, [], {}, keys)

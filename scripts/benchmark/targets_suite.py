@@ -25,9 +25,10 @@ from labeler.base.freed_memory import freed_memory_kept
 from labeler.store.label_store import LabelStore
 from labeler.store.score_code import Encoding
 from labeler.store.score_maps import ScoreMaps
+from labeler.store.stored_rows import StoredRows
 from pipeline import TokenTargets, crop_score_maps
 from pipeline.augment.crops import random_resized_crops
-from pipeline.labels.label_rows import HostRows, LabelRows
+from pipeline.labels.label_rows import LabelRows
 from scripts.benchmark.measure import (
     KEPT,
     Case,
@@ -133,8 +134,8 @@ def run(options: Options) -> Result:
     return Result(cases)
 
 
-def stored_rows(folder: Path, batch: int, palette: int, side: int, device: str) -> tuple[LabelRows, HostRows]:
-    """Returns a store of random codes as the loader holds it, and rows as read from it."""
+def stored_rows(folder: Path, batch: int, palette: int, side: int, device: str) -> tuple[LabelRows, StoredRows]:
+    """A store of random codes as the loader holds it, and rows of it as they are read."""
     random = np.random.default_rng(0)
     classes = np.sort(np.stack([random.permutation(CLASSES)[: palette + TAIL] for _ in range(batch)])[:, :, None], 1)
     coded = random.random((batch, palette, side, side)) < CODED
