@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from labeler.sources.decode_reference import ReferenceDecoder
+from labeler.sources.decoding.decode_reference import ReferenceDecoder
 from tiny import CLASSES, GRID, colour_teacher, make_images
 
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, label_images
