@@ -14,10 +14,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from labeler.sources.decoding.decode_reference import ReferenceDecoder
 from tiny import CLASSES, GRID, colour_teacher, make_images
 
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, label_images
+from labeler.sources.decoding.decode_reference import ReferenceDecoder
 from labeler.sources.decoding.decoder import DecodeSettings
 from labeler.store.hdf5.build_shard import build_shard, fletcher32, packed_planes
 from labeler.store.hdf5.read_shard import ShardReader
