@@ -7,6 +7,7 @@ images are in the quarantine; 4 an integrity check failed; 143 stopped by a sign
 from __future__ import annotations
 
 from labeler.base.signals import end_at_interrupt
+from labeler.remote.remote_files import path_or_url
 
 if __name__ == "__main__":
     end_at_interrupt()  # before the imports, which take seconds
@@ -181,7 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     verify = add_command(commands, "verify", _verify, "check a store for any damage, and that it belongs to its images")
     verify.add_argument("store", type=Path, help="folder of the label store")
     verify.add_argument(
-        "--images", type=Path, help="image root: also compare every image file with the one that was labeled"
+        "--images",
+        type=path_or_url,
+        help="the images that were labeled: also compare every image file with the one that was labeled",
     )
     verify.add_argument(
         "--relabel", type=at_least(0), default=0, metavar="N", help="also label N random rows again with the teacher"
@@ -192,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report = add_command(commands, "report", _report, "write a self-contained HTML page about a store")
     report.add_argument("store", type=Path, help="folder of the label store")
-    report.add_argument("--images", type=Path, required=True, help="the image root that was labeled")
+    report.add_argument("--images", type=path_or_url, required=True, help="the images that were labeled")
     report.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page to write")
     report.add_argument(
         "--truth", type=Path, help="folder of PNGs of class ids, named by key, to measure the accuracy of the maps"
@@ -220,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         commands, "import-token-labels", _import, "convert TokenLabeling or ReLabel .pt files to a store"
     )
     maps.add_argument("files", type=Path, help="folder of .pt maps, named and laid out like the images")
-    maps.add_argument("--images", type=Path, required=True, help="image root that the maps belong to")
+    maps.add_argument("--images", type=path_or_url, required=True, help="the images that the maps belong to")
     maps.add_argument("--store", type=Path, required=True, help="folder of the label store")
     maps.add_argument("--num-classes", type=int, default=1000, help="number of classes of the maps (%(default)s)")
     maps.add_argument("--class-names", help="file of class names, one per line")
@@ -228,8 +231,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_label(commands: Any) -> None:
-    label = add_command(commands, "label", _label, "label a folder of images; run the same command again to resume")
-    label.add_argument("images", type=Path, help="image root; sub-folders may name the classes")
+    label = add_command(commands, "label", _label, "label images; run the same command again to resume")
+    label.add_argument(
+        "images",
+        type=path_or_url,
+        help="folder of images, whose sub-folders may name the classes; a list (.txt, .csv, .tsv); .tar or .parquet "
+        "files, such as 'name-{000..146}.tar'; or a URL of any of them",
+    )
     label.add_argument("--store", type=Path, required=True, help="folder of the label store")
     add_flags(label, LabelerConfig, "image_list", "class_names")
     teacher = label.add_argument_group("teacher")

@@ -71,7 +71,9 @@ class LabelerConfig:
         "file of class names, one per line in the teacher's order", None, affects="recorded"
     )
     image_list: str | None = option(
-        "label only the images whose keys this file lists, one per line", None, affects="recorded"
+        "label only the images that this file lists: one path per line, or a table (.csv, .tsv)",
+        None,
+        affects="recorded",
     )
     shard_size: int | None = option(
         "images per shard; default: by the number of images, at most 10,000", None, affects="recorded", lowest=1

@@ -31,6 +31,7 @@ from pathlib import Path
 from labeler.base.command_line import OneLineParser, add_command, parser_of_command, program, run_command
 from labeler.base.errors import InputError
 from labeler.base.whole_files import replace_file
+from labeler.remote.remote_files import path_or_url
 from pipeline.config import BACKENDS, MIXES, LoaderConfig
 
 
@@ -97,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     text = "draw one training batch as a picture, to check that images and token labels agree"
     view = add_command(commands, "view", _view, text)
-    view.add_argument("images", type=Path, help="the image root that was labeled, or its tar shards")
+    view.add_argument("images", type=path_or_url, help="the images that were labeled")
     view.add_argument("--store", type=Path, required=True, help="folder of the label store")
     view.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
     view.add_argument("--count", type=int, default=8, metavar="B", help="images in the batch (%(default)s)")

@@ -25,7 +25,7 @@ class LoaderConfig:
     """Settings of a loader: the images, their labels, and how they are cropped and augmented."""
 
     images: str = option(
-        "folder of images, or of tar shards in WebDataset layout, or one .tar file", affects="recorded"
+        "folder of images, a list of them, .tar or .parquet files, or a URL of any of these", affects="recorded"
     )
     store: str | None = option("folder of the label store; None: plain classification", None, affects="recorded")
     token_labels: bool = option(
@@ -33,9 +33,7 @@ class LoaderConfig:
         True,
         affects="values",
     )
-    image_list: str | None = option(
-        "use only the images whose keys this file lists, one per line", None, affects="recorded"
-    )
+    image_list: str | None = option("use only the images that this file lists", None, affects="recorded")
     num_classes: int | None = option(
         "number of classes of the network; the store, or the folders, must have as many",
         None,

@@ -33,6 +33,7 @@ from typing import Any
 
 from labeler.base.command_line import OneLineParser, add_command, at_least, parser_of_command, program, run_command
 from labeler.base.errors import InputError
+from labeler.remote.remote_files import path_or_url
 from train.ranks.rank_errors import first_rank_first
 
 PICTURES = Path("predictions")
@@ -222,10 +223,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     plain_help = fit.format_help
     fit.format_help = lambda: f"{plain_help()}\n{_all_settings()}"  # type: ignore[method-assign]
-    validate = add_command(commands, "validate", _validate, "measure top-1 and top-5 accuracy on a folder of images")
+    validate = add_command(commands, "validate", _validate, "measure top-1 and top-5 accuracy on images")
     validate.add_argument("checkpoint", type=Path, help="a run's folder, one of its checkpoints, or a published file")
     validate.add_argument(
-        "--images", type=Path, required=True, help="folder of class folders; with --real, any folder of images"
+        "--images", type=path_or_url, required=True, help="images in class folders, or with labels; any with --real"
     )
     validate.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
     validate.add_argument(
@@ -250,7 +251,10 @@ def _parser() -> argparse.ArgumentParser:
     predict = add_command(commands, "predict", _predict, PREDICT, "print one JSON object per line, for each image")
     predict.add_argument("checkpoint", type=Path, help="as for validate")
     predict.add_argument(
-        "images", nargs="+", metavar="PATH", help="an image, a folder, or - for paths on standard input, one per line"
+        "images",
+        nargs="+",
+        metavar="PATH",
+        help="an image, a folder, a list, .tar or .parquet files, or - for paths on standard input, one per line",
     )
     predict.add_argument("--top", type=int, default=5, metavar="N", help="classes to print per image (%(default)s)")
     predict.add_argument("--csv", type=Path, metavar="FILE", help=CSV)

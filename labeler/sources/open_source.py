@@ -83,6 +83,16 @@ def holds_images(path: str | Path) -> bool:
     return suffix in ARCHIVES or suffix in LISTS or Path(path).is_dir()
 
 
+def exists(images: str | Path) -> bool:
+    """Whether there is something at a path, quickly: a folder, a list, or archives. A URL is not looked at."""
+    name = str(images)
+    if is_url(name) or Path(name).is_dir():
+        return True
+    if _suffix(name) in ARCHIVES:
+        return all(file.is_file() for file in _archives(Path(name)))
+    return _suffix(name) in LISTS and Path(name).is_file()
+
+
 def _open_remote(url: str, image_list: str | Path | None, progress: bool) -> ImageSource:
     """Opens the images behind a URL."""
     if _suffix(url) in ARCHIVES:

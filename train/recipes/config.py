@@ -72,7 +72,10 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Images, labels and how they are loaded."""
 
-    images: str = setting("training images: a folder, a folder of tar shards, or one .tar file", affects="recorded")
+    images: str = setting(
+        "training images: a folder, a list (.txt, .csv), .tar or .parquet files, or a URL of any of them",
+        affects="recorded",
+    )
     store: str | None = setting(
         "folder of the label store; none with token_labels=false: plain classification", None, affects="recorded"
     )
@@ -82,9 +85,7 @@ class DataConfig(Section):
     validation: str | None = setting(
         "images for evaluation, in the same class folders; none: no evaluation during training", None, affects="nothing"
     )
-    image_list: str | None = setting(
-        "use only the images that this file lists, one key per line", None, affects="recorded"
-    )
+    image_list: str | None = setting("use only the images that this file lists", None, affects="recorded")
     cache: Literal["none", "ram", "ram-compressed"] = setting(
         "labels in memory: none reads the files, ram keeps decoded codes (3 kB per image), ram-compressed the files",
         "none",

@@ -12,6 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from labeler.base.errors import InputError, did_you_mean
+from labeler.remote.remote_files import is_url
+from labeler.sources.open_source import exists
 from train.recipes.config import SECTIONS, TrainConfig
 from train.recipes.overrides import apply_override
 
@@ -123,13 +125,14 @@ def refuse_absent_paths(config: TrainConfig) -> None:
     """Raise InputError, naming the setting, if images or labels do not exist."""
     for name in ("images", "validation"):
         path = getattr(config.data, name)
-        if path is not None and not (Path(path).is_dir() or (Path(path).suffix == ".tar" and Path(path).is_file())):
+        if path is not None and not exists(path):
             raise InputError(
                 f"data.{name}: {path!r} is not a folder of images",
-                got="a file" if Path(path).exists() else "nothing there", expected="a folder, or a .tar file",
+                got="a file" if Path(path).exists() else "nothing there",
+                expected="a folder, a list, .tar or .parquet files, or a URL",
             )  # fmt: skip
     store = config.data.store
-    if store is not None and not Path(store).is_dir():
+    if store is not None and not is_url(store) and not Path(store).is_dir():
         raise InputError(f"data.store: {store!r} is not a label store", got="no such folder")
 
 
