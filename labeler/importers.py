@@ -9,7 +9,6 @@ other classes count as logit 0, which is also the meaning of score 0 and of the 
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,13 @@ from labeler.config import LabelerConfig
 from labeler.run import default_shard_size, make_task, stored_keys
 from labeler.sources.class_names import name_classes, true_classes
 from labeler.sources.decoding.create_decoder import create_decoder
-from labeler.sources.decoding.decoder import DecodeSettings, teacher_region
+from labeler.sources.decoding.decoder import Decoder, DecodeSettings, teacher_region
 from labeler.sources.image_source import BadImage, ImageSource, refuse_other_images
 from labeler.sources.open_source import open_source
 from labeler.store.foreign_store import remember_written
-from labeler.store.plan import Plan, StoreMeta, load_plan
+from labeler.store.plan import Plan, load_plan, plan_of
 from labeler.store.row_schema import ShardRows, store_classes
 from labeler.store.shard_writer import begin_store, committed_shards, finish_store, write_shard
-from labeler.teacher.teacher_config import TeacherConfig
 from labeler.worker import ShardTask, load_batches
 
 log = logging.getLogger("labeler")
@@ -115,12 +113,11 @@ def import_token_label_files(
     plan = begin_store(path, _make_plan(source, grid, palette, num_classes, class_names, view, crop_pct))
     markers = committed_shards(path, plan)
     targets = true_classes(source, plan.class_folders, num_classes)
-    decoder_config = LabelerConfig(TeacherConfig("import"), orientation="ignore")
     # Decoded in full although only the size is kept: training relies on it that every image of a store can be decoded.
     decode = create_decoder("auto", DecodeSettings(size=8, orientation="ignore", threads=2))
     todo = [shard for shard in range(plan.meta.shards) if shard not in markers]
     for shard in _bar(todo, "import", progress):
-        _import_shard(make_task(plan, source, targets, shard), sources, path, plan, decoder_config, decode)
+        _import_shard(make_task(plan, source, targets, shard), sources, path, plan, decode)
     markers_now = finish_store(path, plan)
     if not markers:  # existing shards may come from elsewhere
         remember_written(path)
@@ -245,8 +242,11 @@ def _make_plan(
 ) -> Plan:
     """Returns the plan of an import."""
     names, folders = name_classes(images, num_classes, names_file)
-    size = default_shard_size(len(images))
-    meta = StoreMeta(
+    return plan_of(
+        images,
+        folders,
+        {"from_list": False},
+        default_shard_size(len(images)),
         num_classes=num_classes,
         class_names=names,
         palette=palette,
@@ -255,12 +255,7 @@ def _make_plan(
         precision="float16",
         orientation="ignore",
         teacher={"name": "imported TokenLabeling maps", "view": view, "crop_pct": crop},
-        dataset_fingerprint=images.fingerprint,
-        num_images=len(images),
-        shards=math.ceil(len(images) / size),
     )
-    key_bytes = max(len(key.encode()) for key in images.keys)
-    return Plan(meta, {"from_list": False}, size, key_bytes, class_folders=dict(folders))
 
 
 def _import_shard(
@@ -268,15 +263,15 @@ def _import_shard(
     sources: dict[str, Path | str],
     store: Path,
     plan: Plan,
-    config: LabelerConfig,
-    decode: Any,
+    decode: Decoder,
 ) -> None:
     """Imports and commits one shard."""
     meta, teacher = plan.meta, plan.meta.teacher
     failures: dict[int, str] = {}
     parts: list[ShardRows] = []
     agree = 0
-    for batch in load_batches(task, config, decode):
+    limits = LabelerConfig.batch_size, LabelerConfig.min_side, LabelerConfig.max_pixels  # their defaults
+    for batch in load_batches(task, decode, *limits):
         failures |= batch.failures
         for index, position in enumerate(batch.positions):
             source = sources[task.keys[position]]

@@ -23,7 +23,7 @@ from labeler.sources.image_source import ImageSource, refuse_other_images
 from labeler.sources.open_source import open_source
 from labeler.store.foreign_store import remember_written
 from labeler.store.label_store import LabelStore
-from labeler.store.plan import Plan, StoreMeta, load_plan
+from labeler.store.plan import Plan, load_plan, plan_of
 from labeler.store.score_code import Encoding, code_table, share_of_reference
 from labeler.store.shard_markers import Marker
 from labeler.store.shard_writer import begin_store, committed_shards, finish_store
@@ -207,7 +207,12 @@ def make_plan(
     settings |= {"from_list": config.image_list is not None}
     if coded:
         settings |= {"levels": encoding.levels, "threshold": encoding.threshold}
-    meta = StoreMeta(
+    return plan_of(
+        images,
+        folders,
+        settings,
+        size,
+        tuple(code_table(encoding.levels).tolist()) if coded else (),
         num_classes=info.num_classes,
         class_names=names,
         palette=palette,
@@ -217,17 +222,6 @@ def make_plan(
         precision=config.precision,
         orientation=config.orientation,
         teacher=teacher_record(info, config),
-        dataset_fingerprint=images.fingerprint,
-        num_images=len(images),
-        shards=math.ceil(len(images) / size),
-    )
-    return Plan(
-        meta=meta,
-        settings=settings,
-        shard_size=size,
-        key_bytes=max(len(key.encode()) for key in images.keys),
-        code_values=tuple(code_table(encoding.levels).tolist()) if coded else (),
-        class_folders=dict(folders),
     )
 
 

@@ -156,11 +156,11 @@ class ShardLabeler:
 
     def _label(self, task: ShardTask, advance: Callable[[int], None]) -> ShardResult:
         """Decodes, labels, encodes and commits the images of `task`; those that cannot be labeled are quarantined."""
-        job = self.job
+        job, config = self.job, self.job.config
         failures: dict[int, str] = {}
         parts: list[ShardRows] = []
         stats = dict.fromkeys((*SUMS, "agree", "known", "reference_kl", "compared_kl"), 0.0)
-        for batch in load_batches(task, job.config, self.decoder):
+        for batch in load_batches(task, self.decoder, config.batch_size, config.min_side, config.max_pixels):
             if batch.positions:
                 logits = self.teacher.label(batch.decoded.pixels)
                 means = logits.mean((2, 3))
@@ -171,7 +171,7 @@ class ShardLabeler:
             failures |= batch.failures
             if batch.positions:
                 maps = encode_maps(logits, job.plan.encoding)
-                parts.append(_rows(task, batch, maps, job.plan, job.config, self.teacher.info.crop_pct))
+                parts.append(_rows(task, batch, maps, job.plan, config, self.teacher.info.crop_pct))
                 predicted = means.argmax(1).cpu().numpy()
                 _add_stats(stats, maps, predicted, parts[-1].target)
             advance(len(batch.positions) + len(batch.failures))
@@ -196,17 +196,30 @@ def decoder_for(teacher: LoadedTeacher, config: LabelerConfig, device: str, thre
     return create_decoder(config.decoder, settings)
 
 
-def load_batches(task: ShardTask, config: LabelerConfig, decoder: Decoder) -> Iterator[LoadedBatch]:
-    """Yields batches in order, read and decoded by a thread that works ahead of the teacher."""
-    size, count = config.batch_size, len(task.keys)
-    slices = iter([range(start, min(start + size, count)) for start in range(0, count, size)])
+def load_batches(
+    task: ShardTask, decoder: Decoder, batch_size: int, min_side: int, max_pixels: int
+) -> Iterator[LoadedBatch]:
+    """Yields batches in order, read and decoded by a thread that works ahead of the teacher.
+
+    Args:
+        task: The shard.
+        decoder: The decoder.
+        batch_size: Images per batch.
+        min_side: Shortest side of an image in pixels.
+        max_pixels: Most pixels of an image.
+
+    Yields:
+        The batches.
+    """
+    count = len(task.keys)
+    slices = iter([range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)])
     thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
     pending: deque[Future[LoadedBatch]] = deque()
     try:
         while True:
             for positions in islice(slices, 1 + BATCHES_AHEAD - len(pending)):
                 try:
-                    pending.append(thread.submit(_load, task, positions, config, decoder))
+                    pending.append(thread.submit(_load, task, positions, decoder, min_side, max_pixels))
                 except RuntimeError as error:
                     remedy = "Raise the limit on processes and threads (ulimit -u), or free some."
                     raise LabelingError("cannot start a thread to read images", got=error, remedy=remedy) from None
@@ -217,13 +230,13 @@ def load_batches(task: ShardTask, config: LabelerConfig, decoder: Decoder) -> It
         thread.shutdown(cancel_futures=True)
 
 
-def _load(task: ShardTask, positions: range, config: LabelerConfig, decoder: Decoder) -> LoadedBatch:
+def _load(task: ShardTask, positions: range, decoder: Decoder, min_side: int, max_pixels: int) -> LoadedBatch:
     """Reads, checks and decodes the images at `positions`."""
     encoded, kept, failures = [], [], {}
     for i in positions:
         try:
             data = task.images.read(i)
-            check_header(data, config.min_side, config.max_pixels)
+            check_header(data, min_side, max_pixels)
         except BadImage as error:
             failures[i] = str(error)
         else:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from labeler.base.errors import IntegrityError, MismatchError
 from labeler.base.version import __version__
@@ -21,6 +22,9 @@ from labeler.base.whole_files import read_sealed, write_sealed
 from labeler.sources.decoding.pixels import ORIENTATIONS
 from labeler.store.row_schema import Layout, row_layout
 from labeler.store.score_code import Encoding, ScoreCode
+
+if TYPE_CHECKING:
+    from labeler.sources.image_source import ImageSource
 
 PLAN_FILE = "plan.json"
 FORMAT_NAME = "token-label store"
@@ -38,10 +42,17 @@ COMPARED = (
     "score_kind",
 )
 KINDS = frozenset({("logprob", "uint8"), ("logprob", "float16"), ("logit", "float16")})
-MAX_CLASSES = 1 << 31
+# Bounds of what a plan can say: readers allocate memory by it.
+ClassCount = Annotated[int, Field(ge=1, le=1 << 31)]
+PaletteSize = Annotated[int, Field(ge=1, le=1 << 16)]
+TailSize = Annotated[int, Field(ge=0, lt=1 << 16)]
+Side = Annotated[int, Field(ge=1, le=4096)]
+ImageCount = Annotated[int, Field(ge=1, le=1 << 40)]
+ShardCount = Annotated[int, Field(ge=1, le=1_000_000)]
 MAX_ROW = 32 << 20  # scores of one image
 # Of a teacher's record: equal weights may be stored elsewhere, and the rest is information for people.
 NOT_COMPARED = frozenset({"checkpoint", "random_weights", "method", "self_test", "notes"})
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -66,21 +77,23 @@ class StoreMeta:
         writer: Program and version that wrote the store.
     """
 
-    num_classes: int
+    num_classes: ClassCount
     class_names: tuple[str, ...]
-    palette: int
-    grid: tuple[int, int]
+    palette: PaletteSize
+    grid: tuple[Side, Side]
     score_kind: str
     precision: str
     orientation: str
     teacher: Mapping[str, Any]
     dataset_fingerprint: str
-    num_images: int
-    shards: int
-    tail: int = 0
+    num_images: ImageCount
+    shards: ShardCount
+    tail: TailSize = 0
     format: str = FORMAT_NAME
     format_version: str = FORMAT_VERSION
     writer: str = f"token-labeling {__version__}"
+
+    __pydantic_config__ = ConfigDict(extra="ignore")  # later versions of the format may add entries
 
     def attributes(self, shard: int | None = None) -> dict[str, Any]:
         """Returns the attributes of a shard's file, or (None) of the view over all shards; structures as JSON text."""
@@ -109,10 +122,12 @@ class Plan:
 
     meta: StoreMeta
     settings: Mapping[str, Any]
-    shard_size: int
-    key_bytes: int
-    code_values: tuple[float, ...] = ()
+    shard_size: ImageCount
+    key_bytes: Annotated[int, Field(ge=1, le=1 << 16)]
+    code_values: tuple[FiniteFloat, ...] = ()
     class_folders: Mapping[str, int] = field(default_factory=dict)
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     @property
     def layout(self) -> Layout:
@@ -139,6 +154,33 @@ class Plan:
     def save(self, store: Path) -> bool:
         """Writes the plan. Returns False if another run's plan was there first."""
         return write_sealed(store / PLAN_FILE, asdict(self))
+
+
+def plan_of(
+    images: ImageSource,
+    class_folders: Mapping[str, int],
+    settings: Mapping[str, Any],
+    shard_size: int,
+    code_values: tuple[float, ...] = (),
+    **content: Any,
+) -> Plan:
+    """Returns the plan of a store of these images.
+
+    Args:
+        images: The images.
+        class_folders: See `Plan`, as the next three.
+        settings: The labeling settings that affect the values of labels.
+        shard_size: Images per shard.
+        code_values: The scores of the uint8 codes.
+        content: The fields of `StoreMeta` that do not follow from these.
+
+    Returns:
+        The plan.
+    """
+    shards = math.ceil(len(images) / shard_size)
+    meta = StoreMeta(dataset_fingerprint=images.fingerprint, num_images=len(images), shards=shards, **content)
+    key_bytes = max(len(key.encode()) for key in images.keys)
+    return Plan(meta, settings, shard_size, key_bytes, code_values, dict(class_folders))
 
 
 def load_plan(store: Path) -> Plan | None:
@@ -175,46 +217,55 @@ def load_plan(store: Path) -> Plan | None:
             expected=f"{FORMAT_NAME!r} format {' or '.join(f'{major}.x' for major in READABLE)}",
             remedy="Install a version of this package that supports the format.",
         )
-    known = {f.name for f in fields(StoreMeta)}
     try:
-        meta = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in meta.items() if name in known
-        }
-        record["code_values"] = tuple(record["code_values"])
-        plan = Plan(**{**record, "meta": StoreMeta(**meta)})
+        plan = parse_record(record, Plan)
         problem = _impossible(plan)
-    except (TypeError, LookupError, ValueError, AttributeError, OverflowError) as error:
+    except ValueError as error:
         problem = str(error)
     if problem:
         raise IntegrityError(f"{str(path)!r} is not a plan", got=problem, expected="the plan of a store")
     return plan
 
 
+def parse_record(record: Mapping[str, Any], kind: type[Record]) -> Record:
+    """Converts a record that was read from a file, which may come from elsewhere.
+
+    Args:
+        record: The record.
+        kind: The dataclass to convert it to.
+
+    Returns:
+        The dataclass.
+
+    Raises:
+        ValueError: An entry is missing, or has another type or value than the dataclass says; it names each.
+    """
+    try:
+        # As JSON text: lists become tuples, and no other type is converted.
+        return _adapter(kind).validate_json(json.dumps(record), strict=True)  # type: ignore[arg-type]
+    except ValidationError as error:
+        wrong = [(".".join(map(str, one["loc"])), one) for one in error.errors(include_url=False)]
+        texts = [f"no {name}" if one["type"] == "missing" else f"{name} {_short(one['input'])}" for name, one in wrong]
+        raise ValueError("; ".join(texts)[:300]) from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
 def _impossible(plan: Plan) -> str | None:
-    """Returns what is impossible in a plan, or None: readers allocate memory by it. Wrong types may raise any error."""
+    """Returns what contradicts itself in a plan, or None."""
     m = plan.meta
-    limits = {
-        "num_classes": (m.num_classes, MAX_CLASSES), "palette": (m.palette, 1 << 16), "shards": (m.shards, 1_000_000),
-        "num_images": (m.num_images, 1 << 40), "shard_size": (plan.shard_size, 1 << 40),
-        "key_bytes": (plan.key_bytes, 1 << 16), **{f"grid[{i}]": (side, 4096) for i, side in enumerate(m.grid)},
-    }  # fmt: skip
-    for name, (value, most) in limits.items():
-        if type(value) is not int or not 1 <= value <= most:
-            return f"{name} {_short(value)}"
-    texts = (*m.class_names, m.dataset_fingerprint, m.writer, m.format_version, *plan.class_folders)
-    numbers = (*plan.code_values, *plan.class_folders.values())
     wrong = {
-        "names": any(type(text) is not str for text in texts) or len(m.class_names) not in (0, m.num_classes),
-        "grid": len(m.grid) != 2,
-        "score kind, precision or orientation": (m.score_kind, m.precision) not in KINDS
-        or m.orientation not in ORIENTATIONS,
-        "numbers": any(type(n) not in (int, float) or not math.isfinite(n) for n in numbers),
-        "code values": len(plan.code_values) != (256 if m.precision == "uint8" else 0),
+        "number of class names": len(m.class_names) not in (0, m.num_classes),
+        "score kind or precision": (m.score_kind, m.precision) not in KINDS,
+        "orientation": m.orientation not in ORIENTATIONS,
+        "number of code values": len(plan.code_values) != (256 if m.precision == "uint8" else 0),
         "class folders": any(not 0 <= n < m.num_classes for n in plan.class_folders.values()),
         "number of shards": m.shards != -(-m.num_images // plan.shard_size),
-        "settings": not isinstance(m.teacher, dict) or not isinstance(plan.settings, dict),
         "size of rows": m.palette * m.grid[0] * m.grid[1] > MAX_ROW,
-        "tail": type(m.tail) is not int or not 0 <= m.tail < 1 << 16 or (m.tail > 0 and m.precision != "uint8"),
+        "tail": m.tail > 0 and m.precision != "uint8",
     }
     return next((f"impossible {name}" for name, fault in wrong.items() if fault), None)
 

@@ -10,13 +10,15 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from labeler.base.errors import IntegrityError
 from labeler.base.whole_files import TEMPORARY, damaged, publish_exclusively, read_sealed, replace_file, sealed
-from labeler.store.plan import Plan
+from labeler.store.plan import Plan, parse_record
 
 MOST = 1 << 40  # bytes, or rows, of a shard
 
@@ -39,13 +41,13 @@ class Marker:
 
     shard: int
     file: str
-    size: int
+    size: Annotated[int, Field(ge=0, lt=MOST)]
     sha256: str
-    rows: int
+    rows: Annotated[int, Field(ge=0, lt=MOST)]
     first_key: str
     last_key: str
     quarantine: list[dict[str, str]] = field(default_factory=list)
-    stats: dict[str, float] = field(default_factory=dict)
+    stats: dict[str, int | float] = field(default_factory=dict)
 
 
 def shard_stem(shard: int, shards: int) -> str:
@@ -85,32 +87,14 @@ def read_marker(store: Path, shard: int, shards: int) -> Marker | None:
     except FileNotFoundError:
         return None
     try:
-        known = {entry.name for entry in fields(Marker)}  # later versions of the format may add some
-        marker = Marker(**{name: value for name, value in record.items() if name in known})
-        _check_types(marker)
-    except TypeError as error:
-        raise damaged(path, str(error)) from None
+        marker = parse_record(record, Marker)
+    except ValueError as error:
+        raise damaged(path, f"{error}: that no marker has") from None
+    if not all({"key", "reason"} <= entry.keys() for entry in marker.quarantine):
+        raise damaged(path, "a quarantine that no marker has")
     if marker.shard != shard or not marker.file.startswith(shard_stem(shard, shards) + ".") or "/" in marker.file:
         raise damaged(path, f"shard {marker.shard}, file {marker.file!r}")
     return marker
-
-
-def _check_types(marker: Marker) -> None:
-    """Raises TypeError if an entry has a type that no marker has: the file may come from elsewhere."""
-    kinds = {"shard": int, "size": int, "rows": int, "file": str, "sha256": str, "first_key": str, "last_key": str}
-    kinds |= {"quarantine": list, "stats": dict}
-    wrong = [name for name, kind in kinds.items() if type(getattr(marker, name)) is not kind]
-    if not wrong and not (0 <= marker.size < MOST and 0 <= marker.rows < MOST):
-        wrong = ["size or rows"]
-    if not wrong and not all(type(number) in (int, float) for number in marker.stats.values()):
-        wrong = ["stats"]
-    texts = [
-        (entry.get("key"), entry.get("reason")) if type(entry) is dict else () for entry in marker.quarantine or ()
-    ]
-    if not wrong and not all(list(map(type, pair)) == [str, str] for pair in texts):
-        wrong = ["quarantine"]
-    if wrong:
-        raise TypeError(f"{', '.join(wrong)} that no marker has")
 
 
 def read_markers(store: Path, plan: Plan) -> list[Marker]:
