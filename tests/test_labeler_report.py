@@ -204,6 +204,40 @@ def test_truth_made_from_the_maps_themselves_is_always_right(store, images, tmp_
         check_truth(sample, tmp_path)
 
 
+def test_true_maps_that_cannot_be_used_are_named(store, tmp_path):
+    sample = draw_sample(LabelStore(store), 12, seed=0)
+    path = (tmp_path / sample.keys[0]).with_suffix(".png")
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(path)
+    with pytest.raises(
+        InputError, match=rf"{path.name}' is not an image of class ids: got uint8 \(8, 8, 3\), expected"
+    ):
+        check_truth(sample, tmp_path)
+    for data in (b"text", path.read_bytes()[:40]):
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=rf"{path.name}' cannot be read: got .*, expected a PNG of class ids"):
+            check_truth(sample, tmp_path)
+
+
+def test_a_page_that_cannot_be_written_is_one_line(store, images, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["report", str(store), "--images", str(images), "--out", str(tmp_path / "file" / "page.html")]) == 2
+    said = capsys.readouterr().err
+    assert "page.html' cannot be written: got " in said
+    assert said.count("\n") == 1
+
+
+def test_a_long_quarantine_is_cut_and_says_how_much_is_left(images, tmp_path, config):
+    for i in range(203):
+        (images / "class0" / f"bad{i:03}.jpg").write_bytes(b"text")
+    label_images(images, tmp_path / "labels", config)
+    page = read_page(tmp_path / "labels", images, tmp_path / "report.html")
+    assert "203 images could not be labeled" in page
+    assert "bad199.jpg" in page
+    assert "bad200.jpg" not in page
+    assert "and 3 more, see quarantine.jsonl" in page
+
+
 def test_missing_images_and_the_quarantine_are_shown(images, tmp_path, config):
     (images / "class0" / "<bad>.jpg").write_bytes(b"text")
     label_images(images, tmp_path / "labels", dataclasses.replace(config))

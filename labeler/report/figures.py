@@ -115,7 +115,10 @@ def check_truth(sample: Sample, folder: Path) -> TruthCheck:
         path = folder / f"{key.rpartition('.')[0]}.png"
         if not path.is_file():
             continue
-        picture = np.asarray(Image.open(path))
+        try:
+            picture = np.asarray(Image.open(path))
+        except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
+            raise InputError(f"{str(path)!r} cannot be read", got=str(error), expected="a PNG of class ids") from None
         if picture.ndim != 2 or picture.dtype not in (np.uint8, np.uint16):
             raise InputError(
                 f"{str(path)!r} is not an image of class ids", got=f"{picture.dtype} {picture.shape}",
