@@ -32,8 +32,8 @@ def token_label(
         num_classes: classes of both heads; None: as many as the backbone has.
         grid: h, w of the auxiliary logits; None: the grid of the backbone's own features.
         pretrained: load timm's pretrained weights (for a name).
-        timm_kwargs: passed to `timm.create_model`. A backbone that takes no `img_size`, because it accepts any size
-            or is already built, is probed with images of this size; one that is built, with `in_chans` channels.
+        timm_kwargs: passed to `timm.create_model`. `img_size` may also be given for a backbone without such a setting,
+            and `img_size` and `in_chans` for a model that is already built: they describe the images it will get.
 
     Returns:
         The model with both heads: a `TokenLabeled`, or the backbone itself if it has its own token head.
