@@ -16,12 +16,15 @@ if TYPE_CHECKING:
         IntegrityError,
         LabelingError,
         MismatchError,
+        RemoteError,
         TeacherError,
         TokenLabelError,
     )
     from labeler.config import LabelerConfig
     from labeler.importers import import_token_label_files
     from labeler.run import LabelSummary, label_images
+    from labeler.sources.image_source import ImageSource
+    from labeler.sources.open_source import open_source
     from labeler.store.label_store import LabelStore
     from labeler.store.score_maps import ScoreMaps
     from labeler.teacher.create_teacher import LoadedTeacher, Teacher, create_teacher
@@ -34,9 +37,12 @@ _HOMES = {
     "IntegrityError": "base.errors",
     "LabelingError": "base.errors",
     "MismatchError": "base.errors",
+    "RemoteError": "base.errors",
     "TeacherError": "base.errors",
     "TokenLabelError": "base.errors",
     "import_token_label_files": "importers",
+    "ImageSource": "sources.image_source",
+    "open_source": "sources.open_source",
     "LabelSummary": "run",
     "label_images": "run",
     "ScoreMaps": "store.score_maps",
@@ -47,6 +53,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ImageSource",
     "InputError",
     "IntegrityError",
     "LabelStore",
@@ -55,6 +62,7 @@ __all__ = [
     "LabelingError",
     "LoadedTeacher",
     "MismatchError",
+    "RemoteError",
     "ScoreMaps",
     "Teacher",
     "TeacherConfig",
@@ -64,6 +72,7 @@ __all__ = [
     "create_teacher",
     "import_token_label_files",
     "label_images",
+    "open_source",
 ]
 
 

@@ -134,7 +134,7 @@ def parquet_source(files: Sequence[ArchiveFile], name: str, progress: bool = Tru
     file_of = np.repeat(np.arange(len(files), dtype=np.int32), counts)[order]
     places = np.concatenate([place for *_, place in parts])[order]
     labels, class_names = _labels([columns for columns, *_ in parts], [texts for _, _, texts, _ in parts])
-    groups = np.unique(np.stack([file_of, places[:, 0]]), axis=1, return_inverse=True)[1].reshape(-1)
+    groups = np.unique(file_of.astype(np.int64) << 32 | places[:, 0], return_inverse=True)[1].reshape(-1)
     return ImageSource(
         name,
         keys,
@@ -232,8 +232,9 @@ def _read_index(file: ArchiveFile) -> tuple[Columns, list[str], list[str] | None
     stem = file.stem
     keys = [path or f"{stem}/{row:08d}" for row, path in enumerate(paths)]
     texts = None if labels is None else ["" if label is None else str(label) for label in labels]
-    places = [(group, row) for group, count in enumerate(rows) for row in range(count)]
-    return columns, keys, texts, np.array(places, np.int32).reshape(-1, 2)
+    groups = np.repeat(np.arange(len(rows), dtype=np.int32), rows)
+    in_group = np.concatenate([np.arange(count, dtype=np.int32) for count in [0, *rows]])
+    return columns, keys, texts, np.stack([groups, in_group], 1)
 
 
 def _columns(file: str, schema: Any) -> Columns:
