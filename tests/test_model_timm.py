@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from timm.layers import calculate_drop_path_rates
 from timm.optim import create_optimizer_v2
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -263,6 +264,7 @@ def test_drop_path_rates_rise_linearly_to_the_last_block(name):
         return [block.drop_path.drop_prob for block in getattr(net, net.BLOCKS)]
 
     assert rates(4) == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert rates(9) == pytest.approx(calculate_drop_path_rates(0.3, 9))
     assert rates(1) == [0]
 
 

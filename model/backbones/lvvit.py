@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from timm import create_model
-from timm.layers import Attention, DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import Attention, DropPath, Mlp, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from labeler.base.errors import ModelError
 from model.backbones.patch_embed import ConvStem
-from model.backbones.patch_model import PatchModel, check_pool
+from model.backbones.patch_model import PatchModel, check_pool, drop_path_rates
 from model.backbones.published import PROJECTION, STEM, patch_arguments, registered_size
 from model.backbones.registration import build_patch_model, fit_position_embedding, untrained_cfg
 from model.families import Family, PublishedWeights, State, register_family
@@ -113,7 +113,7 @@ class LVViT(PatchModel):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid) + 1, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        rates = drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
             [Block(embed_dim, num_heads, mlp_ratio, skip_lam, drop_rate, rate) for rate in rates]
         )

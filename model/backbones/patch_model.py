@@ -62,6 +62,15 @@ def check_pool(global_pool: str) -> str:
     return global_pool
 
 
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """The rates of stochastic depth of `depth` blocks, linearly from 0 to `last`.
+
+    timm's `calculate_drop_path_rates` has the same rule, but reads the rates from a tensor, which fails under fake
+    tensors, and rounds them to the default dtype.
+    """
+    return [last * i / max(1, depth - 1) for i in range(depth)]
+
+
 class PatchModel(TokenLabelHeads):
     """A backbone that runs patch tokens and one class token through a list of blocks. Subclasses set the attributes.
 

@@ -11,12 +11,12 @@ from typing import Any, cast
 
 import torch
 import torch.fx
-from timm.layers import DropPath, calculate_drop_path_rates, lecun_normal_, to_2tuple, trunc_normal_
+from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
 from torch import nn
 
 from labeler.base.errors import ModelError
 from model.backbones.patch_embed import ConvStem, PatchProjection
-from model.backbones.patch_model import PatchModel, check_pool
+from model.backbones.patch_model import PatchModel, check_pool, drop_path_rates
 from model.mixers import Mixer, create_mixer
 from model.mixers.mamba import widen
 
@@ -143,7 +143,7 @@ class VisionMamba(PatchModel):
             "backend": backend,
             **(mixer_options or {}),
         }
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        rates = drop_path_rates(drop_path_rate, depth)
         self.layers = nn.ModuleList([Block(embed_dim, rate, mixer, **options) for rate in rates])
         self.norm_f: nn.Module = SumNorm(embed_dim, eps=NORM_EPS)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
