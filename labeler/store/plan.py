@@ -68,7 +68,7 @@ class StoreMeta:
         precision: Score precision: "uint8" or "float16".
         orientation: "exif" or "ignore": whether images were rotated as their EXIF tag says before labeling.
         teacher: name, weights_sha256, input_size, view, interpolation, mean, std, …
-        dataset_fingerprint: Fingerprint of the images, see `ImageSet.fingerprint`.
+        dataset_fingerprint: Fingerprint of the images, see `ImageSource.fingerprint`.
         num_images: Number of images, quarantined ones included.
         shards: Number of shards.
         tail: R, tail slots of a row.
