@@ -77,7 +77,7 @@ def test_the_outline_is_where_the_view_says_and_its_dot_tells_a_flip(batch, load
     affine = torch.tensor([[[1.0, 0, 0], [0, -1, 1] if flipped else [0, 1, 0]]], dtype=torch.float64)
     views = Views(torch.tensor([[0.25, 0.5, 0.75, 1.0]] * COUNT).double(), affine.repeat(COUNT, 1, 1))
     picture = pictures.draw_batch(dataclasses.replace(batch, views=views), loader)
-    height, width = loader.samples.sizes[loader.samples.source.images.keys.index(batch.keys[0])]
+    height, width = loader.samples.sizes[loader.samples.source.keys.index(batch.keys[0])]
     scale = min(pictures.HEIGHT / height, pictures.WIDE / width)
     y, x = np.nonzero((panel(picture, 0, 0) == pictures.DOT).all(-1))
     assert y.mean() == pytest.approx(pictures.HEIGHT / 2 - scale * height / 4, abs=1)
@@ -90,7 +90,7 @@ def test_the_stored_map_lies_over_the_whole_image_in_the_same_colours(batch, loa
     maps = loader.samples.store.read(batch.rows)
     dense = maps.dense()
     for b in range(COUNT):
-        height, width = loader.samples.sizes[loader.samples.source.images.keys.index(batch.keys[b])]
+        height, width = loader.samples.sizes[loader.samples.source.keys.index(batch.keys[b])]
         scale = min(pictures.HEIGHT / height, pictures.WIDE / width)
         centre = (np.arange(4) + 0.5) / 4 - 0.5
         y = np.rint(pictures.HEIGHT / 2 + centre * scale * height).astype(int)
