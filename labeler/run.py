@@ -137,9 +137,9 @@ def _warn_of_other_folders(images: ImageSource, plan: Plan) -> None:
         unmatched = not plan.class_folders
     if len(own) > 1 and unmatched:
         log.warning(
-            "the %d %s of %s (%s%s) are not the teacher's %d classes, so no image's true class is known: the "
-            "labels cannot be checked against it, and training cannot evaluate on these images. --class-names FILE "
-            "lists the class names, one per line in the teacher's order, to match them with.",
+            "the %d %s of %s (%s%s) are not the teacher's %d classes, so no image's true class is known and the labels "
+            "cannot be checked against it; training gives the images' own classes a class head (data.classes=images). "
+            "If they are the teacher's: --class-names FILE lists its class names in order, one per line.",
             len(own), "folders" if images.labels is None else "labels", images.name, ", ".join(own[:3]),
             ", …" * (len(own) > 3), plan.meta.num_classes,
         )  # fmt: skip

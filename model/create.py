@@ -23,15 +23,18 @@ def token_label(
     num_classes: int | None = None,
     grid: int | Size | None = None,
     pretrained: bool = False,
+    aux_classes: int | None = None,
     **timm_kwargs: Any,
 ) -> TokenLabelHeads:
     """Add an auxiliary token head to a timm backbone.
 
     Args:
         name_or_module: a name for `timm.create_model`, or a model that is already built.
-        num_classes: classes of both heads; None: as many as the backbone has.
+        num_classes: classes of the class head; None: as many as the backbone has.
         grid: h, w of the auxiliary logits; None: the grid of the backbone's own features.
         pretrained: load timm's pretrained weights (for a name).
+        aux_classes: classes of the auxiliary head, if they are others, as those of a teacher are; None: the same
+            classes.
         timm_kwargs: passed to `timm.create_model`. `img_size` may also be given for a backbone without such a setting,
             and `img_size` and `in_chans` for a model that is already built: they describe the images it will get.
 
@@ -45,7 +48,9 @@ def token_label(
     if isinstance(net, str):
         family = family_of_name(net)
         classes = {} if num_classes is None else {"num_classes": num_classes}
-        heads = {} if family is None else family.token_head
+        heads = {} if family is None else dict(family.token_head)
+        if family is not None and aux_classes is not None:
+            heads["aux_classes"] = aux_classes
         net = create_backbone(net, **{**heads, "pretrained": pretrained, **timm_kwargs, **classes})
     elif unknown := timm_kwargs.keys() - {"img_size", "in_chans"}:
         raise ModelError(
@@ -56,7 +61,9 @@ def token_label(
     elif num_classes not in (None, getattr(net, "num_classes", None)):
         net.reset_classifier(num_classes)  # type: ignore[operator]
     if not isinstance(net, TokenLabelHeads):
-        return TokenLabeled(net, grid, timm_kwargs.get("img_size"), timm_kwargs.get("in_chans"))
+        return TokenLabeled(net, grid, timm_kwargs.get("img_size"), timm_kwargs.get("in_chans"), aux_classes)
+    if net.aux_classes != aux_classes:
+        net.reset_aux_head(aux_classes)  # type: ignore[operator]
     if net.aux_head is None or (grid is not None and to_2tuple(grid) != getattr(net, "grid", None)):
         raise ModelError(f"{type(net).__name__} has its own token head: build it with aux_head=True, without grid")
     return net

@@ -122,8 +122,10 @@ class TokenLabelHeads(nn.Module):
         head: the class head.
         aux_head: the auxiliary head; None: the model has none.
         aux_weight: weight of the auxiliary logits in evaluation: each class's largest one over the tokens is added to
-            its class logit with this factor.
-        num_classes: number of classes of both heads; 0: no heads.
+            its class logit with this factor. Without effect if the heads have other classes.
+        num_classes: number of classes of the class head; 0: no heads.
+        aux_classes: number of classes of the auxiliary head, if they are other classes than those of the class head, as
+            those of a teacher are; None: the same classes.
         global_pool: input of the class head: "token" for the class token, "avg" for the mean of the other tokens, ""
             for every token.
     """
@@ -132,6 +134,7 @@ class TokenLabelHeads(nn.Module):
     aux_head: nn.Module | None
     aux_weight = 0.5
     num_classes: int
+    aux_classes: int | None = None
     global_pool: str
 
     def cls_position(self, length: int) -> int:
@@ -177,7 +180,15 @@ class TokenLabelHeads(nn.Module):
             return cls
         if self.training:
             return cls, aux
-        return cls + self.aux_weight * aux.amax(1) if self.aux_weight else cls
+        return self.combined(cls, aux)
+
+    def combined(self, cls: torch.Tensor, aux: torch.Tensor) -> torch.Tensor:
+        """The output in evaluation [B, C] of class logits [B, C] and auxiliary logits [B, T, C]."""
+        return cls + self.aux_weight * aux.amax(1) if self.aux_weight and self.aux_classes is None else cls
+
+    def aux_outputs(self) -> int:
+        """Number of auxiliary logits per token; 0: no heads."""
+        return self.aux_classes if self.num_classes and self.aux_classes is not None else self.num_classes
 
     def forward(self, images: torch.Tensor, mix: Mix | None = None) -> Logits:
         """Run the model.

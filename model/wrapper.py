@@ -33,7 +33,12 @@ class TokenLabeled(TokenLabelHeads):
     """
 
     def __init__(
-        self, backbone: nn.Module, grid: Any = None, img_size: Any = None, in_chans: int | None = None
+        self,
+        backbone: nn.Module,
+        grid: Any = None,
+        img_size: Any = None,
+        in_chans: int | None = None,
+        aux_classes: int | None = None,
     ) -> None:
         super().__init__()
         self.backbone: Any = backbone
@@ -53,7 +58,8 @@ class TokenLabeled(TokenLabelHeads):
         own = getattr(backbone, "aux_head", None)  # VOLO adds half its largest token score itself; we do that here
         if own is not None:
             backbone.aux_head = None  # type: ignore[assignment]
-        fits = isinstance(own, nn.Linear) and own.weight.shape == (self.num_classes, self.num_features)
+        self.aux_classes = aux_classes
+        fits = isinstance(own, nn.Linear) and own.weight.shape == (self.aux_outputs(), self.num_features)
         self.aux_head: nn.Module = cast(nn.Module, own) if fits else self._new_head()
         self.training = backbone.training
 
@@ -61,7 +67,7 @@ class TokenLabeled(TokenLabelHeads):
         if not self.num_classes:
             return nn.Identity()
         like = next(self.backbone.parameters())
-        head = nn.Linear(self.num_features, self.num_classes, device=like.device, dtype=like.dtype)
+        head = nn.Linear(self.num_features, self.aux_outputs(), device=like.device, dtype=like.dtype)
         trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
         return head
@@ -158,7 +164,7 @@ class TokenLabeled(TokenLabelHeads):
         if pre_logits or not self.num_classes:
             return self.backbone.forward_head(features, pre_logits=True)
         cls, aux = self.token_logits(features, size)
-        return (cls, aux) if self.training else cls + self.aux_weight * aux.amax(1)
+        return (cls, aux) if self.training else self.combined(cls, aux)
 
     def forward(self, images: torch.Tensor, mix: Mix | None = None) -> Logits:
         """As in `TokenLabelHeads`; `mix`: box or mask on `grid`."""
@@ -212,15 +218,23 @@ class TokenLabeled(TokenLabelHeads):
         """The backbone's class head; some backbones have several."""
         return self.backbone.get_classifier()
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+    def reset_classifier(
+        self, num_classes: int, global_pool: str | None = None, aux_classes: int | None = None
+    ) -> None:
         """Replace the class and auxiliary heads.
 
         Args:
-            num_classes: classes of both heads; 0: remove them.
+            num_classes: classes of the class head; 0: remove both heads.
             global_pool: as in timm; None: unchanged.
+            aux_classes: classes of the auxiliary head; None: those of the class head.
         """
         self.backbone.reset_classifier(num_classes, **({} if global_pool is None else {"global_pool": global_pool}))
         self.num_classes = num_classes
+        self.reset_aux_head(aux_classes)
+
+    def reset_aux_head(self, aux_classes: int | None = None) -> None:
+        """Replace the auxiliary head alone; `aux_classes`: its classes, None: those of the class head."""
+        self.aux_classes = aux_classes
         self.aux_head = self._new_head()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -15,7 +15,7 @@ INTERPOLATIONS = ("random", "bilinear", "bicubic")
 CROP_MODES = ("center", "squash")
 MIXES = ("none", "token", "image")
 ERASE_MODES = ("pixel", "const")
-CLASSES = ("teacher", "none")
+CLASSES = ("teacher", "images", "auto", "none")
 CACHES = ("none", "ram", "ram-compressed")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -44,8 +44,9 @@ class LoaderConfig:
         "folder name -> class id; None: the store's, or the sorted folders of the root", None, affects="recorded"
     )
     classes: str = option(
-        'true classes: "teacher": those of the store, or of the folders without one; "none": they are not known and '
-        "not needed, every label is −1 (evaluation)",
+        'classes of the labels: "teacher": those of the store, or of the folders without one; "images": the folders or '
+        'the labels of the source, in sorted order; "auto": "images" where the store knows no true class and there are '
+        'class folders, else "teacher"; "none": they are not known and not needed, every label is −1 (evaluation)',
         "teacher",
         affects="recorded",
         choices=CLASSES,

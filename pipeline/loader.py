@@ -69,7 +69,9 @@ class TokenLabelLoader:
         config: Its settings.
         device: Device of the batches.
         samples: Its images with their label rows.
-        num_classes: C.
+        num_classes: C, the classes of the labels and of the class head.
+        class_names: One for each of them; empty if they are not known.
+        aux_classes: Classes of the token targets; None: the same classes.
         epoch: The current epoch.
     """
 
@@ -87,7 +89,10 @@ class TokenLabelLoader:
         self.policies = policies
         backend = _backend(config)
         self.samples = open_samples(config)
-        self.num_classes = self.samples.num_classes
+        classes, store = self.samples.classes, self.samples.store
+        self.num_classes, self.class_names = classes.count, classes.names
+        own = store is not None and config.token_labels and classes.kind == "images"
+        self.aux_classes = store.meta.num_classes if store is not None and own else None
         groups = self.samples.source.groups
         self.order = EpochOrder(
             len(self.samples),

@@ -19,22 +19,17 @@ import numpy as np
 from tqdm import tqdm
 
 from labeler.base.errors import InputError, IntegrityError, LabelingError, MismatchError, error_text
-from labeler.sources.class_names import folder_classes, targets_of, true_classes
 from labeler.sources.decoding.check_header import FORMATS
 from labeler.sources.decoding.pixels import decoded_size
 from labeler.sources.image_source import BadImage, ImageSource, are_labeled_images, difference, image_digest
 from labeler.sources.open_source import open_source
 from labeler.store.label_store import LabelStore
+from pipeline.classes import TrueClasses, find_classes, some
 from pipeline.config import LoaderConfig
 
 log = logging.getLogger("pipeline")
 
 PROGRESS_FROM = 5_000  # images
-OTHER_FOLDERS = (
-    "Make one folder per class, in sorted order of the classes, or label with --class-names, which lists the folders' "
-    "names in order of the classes. If the folders are not the teacher's classes, there is no evaluation "
-    "(data.validation=none). In Python, class_folders maps folders to classes."
-)
 MOST_NAMED = 20  # bad images in an error
 
 
@@ -48,10 +43,9 @@ class Samples:
         store: The label store; None: no labels.
         rows: int64 [N]: row of each sample in the store; −1 without a store.
         sizes: int64 [N, 2]: height and width of the decoded images.
-        labels: int64 [N]: true classes, −1 where not known.
+        classes: Their true classes, and the number and names of all.
         digests: uint64 [N]: xxh3-64 of the files that were labeled; None without a store.
         orientation: "exif" or "ignore".
-        num_classes: C.
     """
 
     source: ImageSource
@@ -59,13 +53,17 @@ class Samples:
     store: LabelStore | None
     rows: np.ndarray
     sizes: np.ndarray
-    labels: np.ndarray
+    classes: TrueClasses
     digests: np.ndarray | None
     orientation: str
-    num_classes: int
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [N]: true classes, −1 where not known."""
+        return self.classes.labels
 
     def key(self, sample: int) -> str:
         """Returns the key of a sample."""
@@ -107,13 +105,13 @@ def open_samples(config: LoaderConfig) -> Samples:
         IntegrityError: The store is damaged.
     """
     source = open_source(config.images, config.image_list, config.progress)
-    if config.store is None:
-        samples = _without_store(config, source)
-    else:
+    if config.store is not None:
         cache = None if config.cache == "none" or not config.token_labels else config.cache
-        samples = _with_store(config, source, LabelStore(config.store, cache))
-        _check_classes(config, samples)
-    return samples
+        return _with_store(config, source, LabelStore(config.store, cache))
+    every, nothing = np.arange(len(source)), np.full(len(source), -1)
+    classes = find_classes(config, source, every, None, nothing)
+    unmeasured = np.zeros((len(source), 2), np.int64)
+    return Samples(source, every, None, nothing, unmeasured, classes, None, config.orientation)
 
 
 def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) -> Samples:
@@ -128,7 +126,7 @@ def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) ->
     if unlabeled:
         raise MismatchError(
             f"{len(unlabeled):,} of {len(keys):,} images have no labels in {name!r}",
-            got=_some(unlabeled),
+            got=some(unlabeled),
             expected="a row, or an entry in the quarantine, for every image",
             remedy=f"Label these images too, or {choose}.",
         )
@@ -140,14 +138,7 @@ def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) ->
     if not len(positions):
         raise InputError(f"all {len(keys)} images are in the quarantine of {name!r}")
     columns = {name: store.column(name)[rows] for name in ("image_size", "target", "image_digest")}
-    labels = columns["target"].astype(np.int64)
-    if config.classes == "none":
-        labels = np.full(len(rows), -1)
-    elif config.class_folders is not None:
-        labels = targets_of(tuple(keys[i] for i in positions.tolist()), config.class_folders).astype(np.int64)
-    elif source.labels is not None:
-        own = true_classes(source, store.plan.class_folders, store.meta.num_classes)[positions]
-        labels = np.where(own >= 0, own, labels)
+    classes = find_classes(config, source, positions, store, columns["target"].astype(np.int64))
     meta = store.meta
     if config.token_labels and (meta.grid[0] < config.grid[0] or meta.grid[1] < config.grid[1]):
         log.warning(
@@ -160,10 +151,9 @@ def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) ->
         store,
         rows,
         columns["image_size"].astype(np.int64),
-        labels,
+        classes,
         columns["image_digest"],
         meta.orientation,
-        meta.num_classes,
     )
 
 
@@ -178,7 +168,7 @@ def _check_same_images(source: ImageSource, store: LabelStore, rows: np.ndarray,
     if missing:
         raise MismatchError(
             f"{len(missing):,} labeled images are missing in {source.name!r}",
-            got=f"no {_some(missing)}",
+            got=f"no {some(missing)}",
             expected=f"the {len(store):,} images of {str(store.path)!r}",
             remedy=f"Restore them, or {choose}.",
         )
@@ -190,33 +180,6 @@ def _check_same_images(source: ImageSource, store: LabelStore, rows: np.ndarray,
             remedy=f"`python -m labeler verify {store.path} --images {source.name}` lists them; restore "
             "them or label them again.",
         )
-
-
-def _without_store(config: LoaderConfig, source: ImageSource) -> Samples:
-    """Finds the true classes of images without a store."""
-    count, folders = config.num_classes, config.class_folders
-    labels = source.labels if folders is None else None
-    if config.classes == "none":
-        labels = np.full(len(source), -1)
-    elif labels is None:
-        if folders is None:
-            # All folders of the root, even those without a listed image: their order gives the class ids.
-            folders = folder_classes(source.folders, count)
-            if count is not None and count != len(folders):
-                raise MismatchError(
-                    f"the folders below {source.name!r} do not name the classes",
-                    got=f"{len(folders)} folders",
-                    expected=f"{count}, one for each class",
-                    remedy=OTHER_FOLDERS,
-                )
-        labels = targets_of(source.keys, folders).astype(np.int64)
-        count = count or max(folders.values(), default=-1) + 1
-    count = count or len(source.class_names) or max(int(labels.max()) + 1, 1)
-    n = len(source)
-    unmeasured = np.zeros((n, 2), np.int64)
-    samples = Samples(source, np.arange(n), None, np.full(n, -1), unmeasured, labels, None, config.orientation, count)
-    _check_classes(config, samples)
-    return samples
 
 
 def scan_sizes(source: ImageSource, orientation: str, threads: int | None, progress: bool) -> np.ndarray:
@@ -285,51 +248,3 @@ def _all_unreadable(bad: Mapping[str, str], count: int) -> IntegrityError:
         f"{len(bad):,} of {count:,} images cannot be used", got="; ".join(named) + more,
         remedy="Restore the files, or leave them out.",
     )  # fmt: skip
-
-
-def _check_classes(config: LoaderConfig, samples: Samples) -> None:
-    """Raises an error if the number of classes differs, or a class is out of range or needed and not known."""
-    if config.num_classes is not None and samples.store and samples.num_classes != config.num_classes:
-        raise MismatchError(
-            "the label store has another number of classes than the network",
-            got=f"{samples.num_classes} in {str(samples.store.path)!r}",
-            expected=f"{config.num_classes}",
-            remedy="Set num_classes to the store's, or label with a teacher of these classes.",
-        )
-    if len(samples) and samples.labels.max() >= samples.num_classes:
-        worst = int(samples.labels.argmax())
-        raise MismatchError(
-            "a true class is out of range",
-            got=f"class {samples.labels[worst]} of {samples.key(worst)!r}",
-            expected=f"less than {samples.num_classes}",
-        )
-    unknown = np.nonzero(samples.labels < 0)[0]
-    if len(unknown) and config.classes != "none" and (samples.store is None or not config.token_labels):
-        raise _unknown_classes(config, samples, [samples.key(i) for i in unknown.tolist()])
-
-
-def _unknown_classes(config: LoaderConfig, samples: Samples, keys: list[str]) -> InputError:
-    """Returns the error for images whose class is needed and not known."""
-    problem = f"the true class of {len(keys):,} images is not known"
-    folders = sorted({key.split("/", 1)[0] for key in keys if "/" in key})
-    known = config.class_folders
-    if known is None and samples.store is None and samples.source.labels is None:
-        known = folder_classes(samples.source.folders, samples.num_classes)
-    if folders and known:
-        return InputError(
-            problem,
-            got=f"{_some(keys)} in {len(folders)} folder(s) that are not among the classes: {_some(folders)}",
-            expected=f"folders with the names of the classes: {_some(sorted(known))}",
-            remedy="Rename the folders, or leave these images out.",
-        )
-    return InputError(
-        problem,
-        got=_some(keys),
-        expected="a folder for each class",
-        remedy=f"Without token labels every image needs a class. {OTHER_FOLDERS}",
-    )
-
-
-def _some(keys: list[str]) -> str:
-    """Returns the first few keys as text."""
-    return ", ".join(map(repr, keys[:3])) + (" …" if len(keys) > 3 else "")

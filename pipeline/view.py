@@ -106,7 +106,9 @@ def draw_batch(batch: Batch, loader: TokenLabelLoader, opacity: float = 0.55) ->
     if not 0 <= opacity <= 1:
         raise InputError("opacity is out of range", got=opacity, expected="0 to 1")
     rows = _rows(batch, loader)
-    shares, labels = [row.shares(loader.num_classes) for row in rows], batch.labels.tolist()
+    shares, labels = [row.shares(loader.aux_classes or loader.num_classes) for row in rows], batch.labels.tolist()
+    if loader.aux_classes is not None:  # labels of the images' own classes, which no cell has
+        labels = [-1] * len(labels)
     total = np.sum(shares, 0)
     present = [c for c in np.argsort(-total, kind="stable").tolist() if total[c] or c in labels]
     colors = assign_colours(present)
@@ -191,7 +193,7 @@ def _rows(batch: Batch, loader: TokenLabelLoader) -> list[Row]:
         of_tokens["classes"],
         scores.reshape(*scores.shape[:2], *config.grid),
         background.reshape(-1, *config.grid),
-        num_classes=loader.num_classes,
+        num_classes=loader.aux_classes or loader.num_classes,
         tail_classes=of_tokens["tail_classes"],
         tail_offsets=of_tokens["tail_offsets"],
     )
@@ -283,12 +285,13 @@ def _legend(draw: Draw, top: int, shares: np.ndarray, label: int, colors: Colors
     """Draws the names of the row's classes, the true one first, then by their share, as many as fit."""
     common = [c for c in np.argsort(-shares, kind="stable").tolist() if shares[c] > RARE and c != label]
     store, left = loader.samples.store, float(MARGIN)
-    for i, number in enumerate((label, *common)):
+    first = [label] if loader.aux_classes is None else []
+    for i, number in enumerate([*first, *common]):
         name = "not known" if number < 0 else class_name(store, number) if store else f"class {number}"
         text = " ".join(f"{'true class: ' * (number == label)}{name}".split())
         end = left + SWATCH + 6 + draw.textlength(text, FONT)
         if end > WIDTH - MARGIN - (i < len(common)) * MORE:
-            draw.text((left, top), f"and {len(common) + 1 - i} more", SOFT, FONT)
+            draw.text((left, top), f"and {len(first) + len(common) - i} more", SOFT, FONT)
             break
         draw.rectangle((left, top + 3, left + SWATCH, top + 3 + SWATCH), colors.get(number, OTHER))
         draw.text((left + SWATCH + 6, top), text, INK, FONT)

@@ -108,6 +108,50 @@ def test_closed_form_equals_dense(
 @both_types
 @mixed_or_not
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("own", [7, 23], ids=["fewer classes", "as many classes"])
+def test_the_class_head_of_own_classes_learns_the_labels_and_tokens_the_teacher(dtype, mix, smoothing, own):
+    """Against the dense loss in float64; the second image has no label, and so no class loss."""
+    labels = torch.tensor([3, -1, 6, 0, 3])
+    batch = make_batch(make_targets(5, 6, 23, dtype, tail=4), mix, labels)
+    options = {"smoothing": smoothing, "cls_weight": 0.7, "dense_weight": 0.4, "classes": "images"}
+    outputs = make_outputs(5, own, dtype)[0], make_outputs(5, 23, dtype)[1]
+    loss = TokenLabelLoss(**options)(outputs, batch)
+    found = torch.autograd.grad(loss, outputs)
+    wide = tuple(logits.detach().double().requires_grad_() for logits in outputs)
+    dense = dense_token_label_loss(wide, as_double(batch), GRID, **options)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-6
+    assert loss.dtype == dtype
+    assert abs(loss - dense) <= tolerance * abs(dense)
+    for one, other in zip(found, torch.autograd.grad(dense, wide), strict=True):
+        assert (one - other).abs().max() <= tolerance * max(1e-3, float(other.abs().max()))
+
+
+def test_the_class_loss_of_own_classes_is_torchs_smoothed_cross_entropy():
+    labels = torch.tensor([3, 1, 6, 0])
+    cls_logits, cross = make_outputs(4, 7)[0], torch.nn.functional.cross_entropy
+    for mix, lam in ((None, 1.0), (BOX, 0.5)):
+        batch = make_batch(make_targets(4, 6, 23), mix, labels)
+        loss = TokenLabelLoss(smoothing=0.1, classes="images")(cls_logits, batch)
+        own, partners = (cross(cls_logits, y, label_smoothing=0.1) for y in (labels, labels.flip(0)))
+        torch.testing.assert_close(loss, lam * own + (1 - lam) * partners)
+
+
+def test_what_does_not_go_with_own_classes_is_refused():
+    with pytest.raises(InputError, match=r"ground_truth blends .*Set ground_truth=false"):
+        TokenLabelLoss(ground_truth=True, classes="images")
+    with pytest.raises(InputError, match="classes is out of range: got 'folders'"):
+        TokenLabelLoss(classes="folders")
+    outputs = make_outputs(4, 7)[0], make_outputs(4, 23)[1]
+    batch = make_batch(make_targets(4, 6, 23), labels=torch.tensor([3, 1, 6, 0]))
+    with pytest.raises(InputError, match="auxiliary logits do not fit"):  # unless it was meant
+        TokenLabelLoss()(outputs, batch)
+    with pytest.raises(InputError, match="auxiliary logits do not fit"):
+        TokenLabelLoss(classes="images")((outputs[0], outputs[1][:, 1:]), batch)
+
+
+@both_types
+@mixed_or_not
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("batch", "palette", "classes", "unused", "tail"),
     [(4, 6, 23, 0, 5), (5, 6, 23, 3, 9), (2, 4, 9, 4, 3), (4, 5, 9, 0, 4), (3, 6, 23, 0, 1)],

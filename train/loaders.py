@@ -16,13 +16,16 @@ from train.ranks.distributed import Ranks
 from train.recipes.config import TrainConfig
 
 
-def training_loader(config: TrainConfig, net: TokenLabelHeads, ranks: Ranks) -> TokenLabelLoader:
+def training_loader(
+    config: TrainConfig, net: TokenLabelHeads, ranks: Ranks, classes: str | None = None
+) -> TokenLabelLoader:
     """Create the loader of training batches.
 
     Args:
         config: the recipe.
         net: the network, for its token grid.
         ranks: the ranks that train together.
+        classes: "teacher" or "images", as a checkpoint records it; None: as the recipe says.
 
     Returns:
         The loader of this rank's part of each batch.
@@ -44,6 +47,7 @@ def training_loader(config: TrainConfig, net: TokenLabelHeads, ranks: Ranks) -> 
             store=data.store,
             token_labels=data.token_labels,
             image_list=data.image_list,
+            classes=classes or data.classes,
             num_classes=config.model.num_classes,
             batch_size=images_per_rank(config, ranks.world_size),
             image_size=config.model.img_size,
@@ -87,7 +91,7 @@ def validation_loader(
         net: the network, for its token grid.
         ranks: the ranks that train together.
         training: the loader of training batches.
-        folders: folder name -> class id, as in training.
+        folders: folder or label -> class id, as in training.
 
     Returns:
         The loader; None: the recipe has no validation images.
@@ -145,8 +149,8 @@ def evaluation_loader(
         image_size: side of the square input in pixels.
         grid: h, w of the token grid.
         num_classes: number of classes.
-        class_folders: folder name -> class id, as in training; if they are ImageNet's, its other folders are known too.
-            None: all folders, sorted.
+        class_folders: folder or label -> class id, as in training; if they are ImageNet's, its other folders are known
+            too. None: all folders, sorted.
         transform: from `transform_of`.
         ranks: the ranks that share the images.
         batch_size: images of one rank at a time.
@@ -207,8 +211,10 @@ def transform_of(config: TrainConfig, net: TokenLabelHeads, orientation: str) ->
 
 
 def class_folders(loader: TokenLabelLoader) -> dict[str, int]:
-    """Folder name -> class id of the training images; empty if they are not in folders."""
+    """Folder or label -> class id of the training images; empty if they have neither."""
     samples = loader.samples
+    if samples.classes.folders:
+        return dict(samples.classes.folders)
     keys = map(samples.key, range(len(samples)))
     return {key.split("/", 1)[0]: int(c) for key, c in zip(keys, samples.labels, strict=True) if "/" in key and c >= 0}
 

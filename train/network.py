@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -65,18 +65,25 @@ def _blank(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update={"args": {**args, "pretrained": False}})
 
 
-def set_classes(net: TokenLabelHeads, num_classes: int, config: ModelConfig) -> None:
-    """Replace the heads if their number of classes is not that of the data; logged if they were trained.
+def set_classes(net: TokenLabelHeads, num_classes: int, aux_classes: int | None, config: ModelConfig) -> None:
+    """Replace each head whose number of classes is not that of the data; logged if it was trained.
 
     Args:
         net: the model.
         num_classes: classes of the data.
+        aux_classes: classes of the token targets; None: the same classes.
         config: the recipe's section `model`.
     """
+    trained = config.weights is not None or any(config.args.get(key) for key in BEGINNING)
+    aux_head, aux_count = net.aux_head, net.aux_outputs()
     if net.num_classes != num_classes:
-        if config.weights is not None or any(config.args.get(key) for key in BEGINNING):
+        if trained:
             log.info("new heads for %d classes replace trained ones for %d", num_classes, net.num_classes)
         net.reset_classifier(num_classes)  # type: ignore[operator]
+    if net.aux_classes != aux_classes:
+        net.reset_aux_head(aux_classes)  # type: ignore[operator]
+    if net.aux_outputs() == aux_count:
+        net.aux_head = aux_head
 
 
 def restore_network(info: CheckpointInfo, state: dict[str, torch.Tensor]) -> TokenLabelHeads:
@@ -99,7 +106,7 @@ def restore_network(info: CheckpointInfo, state: dict[str, torch.Tensor]) -> Tok
         got = f"{'.'.join(map(str, ('model', *fault['loc'])))}: {fault['msg']}"
         raise IntegrityError("the checkpoint's record does not describe a model", got=got) from None
     config = as_checkpointed(settings, info)
-    net = _create(config, config.num_classes, config.img_size)
+    net = _create(config, config.num_classes, config.img_size, info.aux_classes)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
@@ -124,7 +131,9 @@ def train_mode(net: nn.Module, config: ModelConfig) -> None:
                 module.eval()
 
 
-def _create(config: ModelConfig, num_classes: int | None, img_size: int) -> TokenLabelHeads:
+def _create(
+    config: ModelConfig, num_classes: int | None, img_size: int, aux_classes: int | None = None
+) -> TokenLabelHeads:
     if not timm.is_model(config.name) and ":" not in config.name:  # "hf-hub:…" and "local-dir:…" are not in timm's list
         names = timm.list_models()
         remedy = did_you_mean(config.name, names) or "`python -m model list` and timm.list_models() list all."
@@ -136,7 +145,7 @@ def _create(config: ModelConfig, num_classes: int | None, img_size: int) -> Toke
     if begin and not Path(str(begin)).is_file():
         raise InputError("model.args.checkpoint_path is not a file", got=repr(begin))
     try:
-        return token_label(config.name, num_classes, img_size=img_size, **kwargs)
+        return token_label(config.name, num_classes, img_size=img_size, aux_classes=aux_classes, **kwargs)
     except ModelError as error:
         raise InputError(f"model.name {config.name!r} cannot be built", got=error) from None
     except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
@@ -160,8 +169,9 @@ def _from_weights(config: ModelConfig) -> TokenLabelHeads:
     """Build the model to fit the weights, load them, and then change to the recipe's resolution and classes."""
     path = Path(str(config.weights))
     config = _blank(config)
-    state, classes, side, described = _begin_with(path, config)
-    net = _create(config, classes, side)
+    begin = _begin_with(path, config)
+    state, side = begin.state, begin.side
+    net = _create(config, begin.classes, side, begin.aux_classes)
     missing = [key for key in net.state_dict() if key not in state and not key.startswith("aux_head.")]
     shapes = {key: value.shape for key, value in net.state_dict().items()}
     wrong = [key for key, value in state.items() if shapes.get(key) != value.shape]
@@ -171,14 +181,16 @@ def _from_weights(config: ModelConfig) -> TokenLabelHeads:
             got=f"{len(missing)} weights missing, {len(wrong)} of another name or shape "
             f"({', '.join([*missing, *wrong][:3])})",
             expected="the weights of the same model",
-            remedy=f"Set model.name and model.args to those of the weights: {described}.",
+            remedy=f"Set model.name and model.args to those of the weights: {begin.described}.",
         )
     net.load_state_dict(state, strict=False)
     if side != config.img_size:
         net.set_input_size(config.img_size)  # type: ignore[operator]
-        _refuse_other_shapes(net, _create(config, classes, config.img_size), side)
+        _refuse_other_shapes(net, _create(config, begin.classes, config.img_size, begin.aux_classes), side)
     if config.new_heads:
-        net.reset_classifier(classes)  # type: ignore[operator]
+        net.reset_classifier(begin.classes)  # type: ignore[operator]
+        if begin.aux_classes is not None:
+            net.reset_aux_head(begin.aux_classes)  # type: ignore[operator]
     return net
 
 
@@ -193,8 +205,25 @@ def _refuse_other_shapes(net: nn.Module, built: nn.Module, side: int) -> None:
         )  # fmt: skip
 
 
-def _begin_with(path: Path, config: ModelConfig) -> tuple[dict[str, torch.Tensor], int, int, str]:
-    """The weights, their number of classes, their resolution, and a description of their model."""
+class _Beginning(NamedTuple):
+    """Initial weights.
+
+    Attributes:
+        state: a state dict of the network.
+        classes: classes of their class head.
+        side: their resolution.
+        described: their model, for messages.
+        aux_classes: classes of their auxiliary head; None: those of the class head.
+    """
+
+    state: dict[str, torch.Tensor]
+    classes: int
+    side: int
+    described: str
+    aux_classes: int | None = None
+
+
+def _begin_with(path: Path, config: ModelConfig) -> _Beginning:
     ema = config.weights_ema
     recorded = checkpoint_of(path)
     if path.is_dir() or recorded:
@@ -202,7 +231,8 @@ def _begin_with(path: Path, config: ModelConfig) -> tuple[dict[str, torch.Tensor
         ema = ema or averaged
         settings = ", ".join(f"{key} {value}" for key, value in info.model["args"].items())
         described = f"{info.model['name']} with {settings or 'its usual settings'}"
-        return read_weights(folder, info, ema), info.num_classes, int(info.model["img_size"]), described
+        state, side = read_weights(folder, info, ema), int(info.model["img_size"])
+        return _Beginning(state, info.num_classes, side, described, info.aux_classes)
     try:
         if family_of_name(config.name) is None:  # a timm backbone, which `TokenLabeled` wraps
             return _of_timm(read_state_dict(path, ema), config)
@@ -213,10 +243,10 @@ def _begin_with(path: Path, config: ModelConfig) -> tuple[dict[str, torch.Tensor
     if size[0] != size[1]:  # type: ignore[index]
         raise InputError(f"{path} is not for square images", got=size)
     described = f"{type(net).__name__} with embed_dim {net.embed_dim}, depth {len(net.feature_info)}"  # type: ignore[arg-type]
-    return net.state_dict(), net.num_classes, size[0], described  # type: ignore[return-value, index]
+    return _Beginning(net.state_dict(), net.num_classes, size[0], described)  # type: ignore[arg-type, index]
 
 
-def _of_timm(state: dict[str, torch.Tensor], config: ModelConfig) -> tuple[dict[str, torch.Tensor], int, int, str]:
+def _of_timm(state: dict[str, torch.Tensor], config: ModelConfig) -> _Beginning:
     """As `_begin_with`, for a state dict of the backbone or of the whole network, which does not record its size."""
     described = f"of a model with {', '.join([*state][:3])}, …"
     if not any(key.startswith("backbone.") for key in state):  # VOLO has its own auxiliary head
@@ -228,8 +258,8 @@ def _of_timm(state: dict[str, torch.Tensor], config: ModelConfig) -> tuple[dict[
     classes = int(net.num_classes) if weight is None else len(weight)
     for side in (config.img_size, usual.get("input_size", (0, config.img_size))[-1]):
         if _fits(state, net if side == config.img_size else _create(config, None, side)):
-            return state, classes, side, described
-    return state, classes, config.img_size, described
+            return _Beginning(state, classes, side, described)
+    return _Beginning(state, classes, config.img_size, described)
 
 
 def _fits(state: dict[str, torch.Tensor], net: TokenLabelHeads) -> bool:

@@ -100,6 +100,11 @@ def opening(
     sizes = [(p.numel(), p.requires_grad) for p in net.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
     side, grid = config.model.img_size, loader.config.grid
+    classes = f"{loader.num_classes:,} classes"
+    if loader.aux_classes is not None:
+        classes += f" of the images, {loader.aux_classes:,} of the teacher for the tokens"
+    elif data.store is not None:
+        classes += f" of the {'teacher' if loader.samples.classes.kind == 'teacher' else 'images'}"
     labels = f"token labels of {data.store}" if data.token_labels else "no token labels"
     batch = f"{run.batch_size:,}"
     if run.micro_batch is not None and run.micro_batch < loader.config.batch_size:
@@ -113,7 +118,7 @@ def opening(
     average = "" if config.ema.decay is None else f", moving average {config.ema.decay:g}"
     return [
         f"{config.model.name}, {total:,} parameters{'' if trained == total else f', {trained:,} of them trained'}, "
-        f"{side}×{side} pixels, {grid[0]}×{grid[1]} tokens, {loader.num_classes:,} classes",
+        f"{side}×{side} pixels, {grid[0]}×{grid[1]} tokens, {classes}",
         f"{len(loader.samples):,} images, {labels}, {len(loader):,} steps of {batch} an epoch, {steps:,} steps; "
         f"{tested}",
         f"{device}, {str(precision).removeprefix('torch.')}; {config.optimizer.name}, lr {config.optimizer.lr:g}"

@@ -17,7 +17,7 @@ from train.optimization import LearningRate, build_optimizer, total_steps
 from train.ranks.distributed import Ranks
 from train.recipes.config import TrainConfig
 from train.record.checkpoint import CheckpointInfo, read_state, read_weights
-from train.record.continuation import refuse_other_past, refuse_other_run
+from train.record.continuation import refuse_other_classes, refuse_other_past, refuse_other_run
 from train.record.step_losses import StepLosses
 from train.task import TokenLabelTask, TrainingStep
 
@@ -60,10 +60,12 @@ class RunParts:
         model = config.model if start is None else as_checkpointed(config.model, start)
         net = build_network(model, config.loss.dense_weight)
         build_optimizer(net, config.optimizer)  # checks the settings before any image is read; heads may change below
-        self.loader = training_loader(config, net, ranks)
+        chosen = start.classes if start is not None and config.data.classes == "auto" else None
+        self.loader = training_loader(config, net, ranks, chosen)
         if start is not None:
             refuse_other_past(config, start, len(self.loader))
-        set_classes(net, self.loader.num_classes, model)
+            refuse_other_classes(self.loader, start)
+        set_classes(net, self.loader.num_classes, self.loader.aux_classes, model)
         # Computed once, as it takes a pass over all images; every checkpoint records it.
         self.class_folders = class_folders(self.loader)
         self.transform = transform_of(config, net, self.loader.samples.orientation)
@@ -78,7 +80,11 @@ class RunParts:
             net.set_grad_checkpointing(True)
         if config.run.channels_last:
             net = net.to(memory_format=torch.channels_last)
-        loss = TokenLabelLoss(**config.loss.model_dump(exclude={"final_temperature"}), grid=self.loader.config.grid)
+        loss = TokenLabelLoss(
+            **config.loss.model_dump(exclude={"final_temperature"}),
+            grid=self.loader.config.grid,
+            classes="teacher" if self.loader.aux_classes is None else "images",
+        )
         self.task = TokenLabelTask(net, loss, ranks.device)
         self.optimizer = build_optimizer(net, config.optimizer)
         self.rate = LearningRate(self.optimizer, config.schedule, len(self.loader))
@@ -128,20 +134,23 @@ class RunParts:
         Returns:
             The record.
         """
-        store = self.loader.samples.store
+        loader, store = self.loader, self.loader.samples.store
         return CheckpointInfo(
             step=step,
-            epoch=self.loader.epoch,
+            epoch=loader.epoch,
             model=self.config.model.model_dump(),
-            num_classes=self.loader.num_classes,
+            num_classes=loader.num_classes,
             aux_weight=self.net.aux_weight,
-            class_names=list(store.meta.class_names) if store else [],
+            class_names=list(loader.class_names),
             class_folders=self.class_folders,
             transform=self.transform,
             config=self.config.model_dump(),
             world_size=self.ranks.world_size,
             threads=self.threads,
             accuracy=accuracy,
+            classes=loader.samples.classes.kind,
+            aux_classes=loader.aux_classes,
+            aux_class_names=list(store.meta.class_names) if store and loader.aux_classes is not None else [],
         )
 
     def restore(self, folder: Path, info: CheckpointInfo) -> None:

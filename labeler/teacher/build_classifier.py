@@ -118,7 +118,9 @@ def _from_folder_or_hub(name: str, config: TeacherConfig, state: dict[str, Tenso
     if state is not None:
         load_weights(model, state, config.checkpoint)
     names = model.pretrained_cfg.get("label_names") or ()
-    named = tuple(map(str, names)) if len(names) == model.num_classes and state is None else ()
+    # Names are those of the class head; a model whose token head has other classes gives maps of those.
+    fit = len(names) == model.num_classes and getattr(model, "aux_classes", None) is None
+    named = tuple(map(str, names)) if fit and state is None else ()
     return Classifier(model, **_timm_preprocessing(model.pretrained_cfg), class_names=named)
 
 

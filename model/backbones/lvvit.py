@@ -62,7 +62,7 @@ class LVViT(PatchModel):
         img_size: side, or (height, width), in pixels; other sizes are refused (see `set_input_size`).
         patch_size: side of a patch in pixels; even.
         in_chans: channels of the images.
-        num_classes: classes of both heads; 0: no heads.
+        num_classes: classes of the class head; 0: no heads.
         embed_dim: model width D.
         depth: number of blocks.
         num_heads: attention heads; they must divide D.
@@ -73,6 +73,8 @@ class LVViT(PatchModel):
         drop_rate: dropout on the embedded tokens and in the blocks.
         drop_path_rate: rate of stochastic depth in the last block; the rates rise linearly from 0 in the first.
         global_pool: input of the class head, see `TokenLabelHeads`.
+        aux_classes: classes of the auxiliary head, if they are others, as those of a teacher are; None: the same
+            classes.
 
     Raises:
         ModelError: embed_dim is not a multiple of num_heads, an unknown global_pool, or an img_size that does not
@@ -97,6 +99,7 @@ class LVViT(PatchModel):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         global_pool: str = "token",
+        aux_classes: int | None = None,
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:
@@ -123,7 +126,7 @@ class LVViT(PatchModel):
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)
         ]
-        self.reset_classifier(num_classes)
+        self.reset_classifier(num_classes, aux_classes=aux_classes)
         self._init_weights()
 
     def _init_weights(self) -> None:

@@ -222,25 +222,36 @@ class PatchModel(TokenLabelHeads):
         """The class head."""
         return self.head
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+    def reset_classifier(
+        self, num_classes: int, global_pool: str | None = None, aux_classes: int | None = None
+    ) -> None:
         """Replace the class and auxiliary heads.
 
         Args:
-            num_classes: classes of both heads; 0: remove them.
+            num_classes: classes of the class head; 0: remove both heads.
             global_pool: as in `TokenLabelHeads`; None: unchanged.
+            aux_classes: classes of the auxiliary head; None: those of the class head.
         """
         if global_pool is not None:
             self.global_pool = check_pool(global_pool)
         self.num_classes = num_classes
-        like = self.pos_embed
-        for name in ("head", "aux_head"):
-            if getattr(self, name) is not None:
-                head: nn.Module = nn.Identity()
-                if num_classes:
-                    head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
-                    trunc_normal_(head.weight, std=0.02)
-                    nn.init.zeros_(head.bias)
-                setattr(self, name, head)
+        if self.head is not None:
+            self.head = self._new_head(num_classes)
+        self.reset_aux_head(aux_classes)
+
+    def reset_aux_head(self, aux_classes: int | None = None) -> None:
+        """Replace the auxiliary head alone; `aux_classes`: its classes, None: those of the class head."""
+        self.aux_classes = aux_classes
+        if self.aux_head is not None:
+            self.aux_head = self._new_head(self.aux_outputs())
+
+    def _new_head(self, classes: int) -> nn.Module:
+        if not classes:
+            return nn.Identity()
+        head = nn.Linear(self.embed_dim, classes, device=self.pos_embed.device, dtype=self.pos_embed.dtype)
+        trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        return head
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -62,7 +62,7 @@ class VisionMamba(PatchModel):
         img_size: side, or (height, width), in pixels; other sizes are refused (see `set_input_size`).
         patch_size: side of a patch in pixels.
         in_chans: channels of the images.
-        num_classes: classes of both heads; 0: no heads.
+        num_classes: classes of the class head; 0: no heads.
         embed_dim: model width D.
         depth: number of layers.
         stem: "conv" for LV-ViT's convolutional stem, "patch" for one linear projection.
@@ -81,6 +81,8 @@ class VisionMamba(PatchModel):
         backend: backend of the scan, see `model.ops.selective_scan`.
         mixer: name of the mixer, see `create_mixer`.
         mixer_options: further options of the mixer; None: none.
+        aux_classes: classes of the auxiliary head, if they are others, as those of a teacher are; None: the same
+            classes.
 
     Raises:
         ModelError: an unknown stem, cls_place, global_pool or mixer, or an img_size that does not divide into patches.
@@ -112,9 +114,11 @@ class VisionMamba(PatchModel):
         backend: str = "auto",
         mixer: str = "mamba",
         mixer_options: Mapping[str, Any] | None = None,
+        aux_classes: int | None = None,
     ) -> None:
         super().__init__()
-        self.num_classes, self.embed_dim, self.num_features = num_classes, embed_dim, embed_dim
+        self.num_classes, self.aux_classes = num_classes, aux_classes
+        self.embed_dim = self.num_features = embed_dim
         self.head_hidden_size, self.in_chans, self.cls_place = embed_dim, in_chans, cls_place
         self.num_prefix_tokens = 0  # the class token is in the middle; `without_token` removes it
         self.grad_checkpointing = False
@@ -147,7 +151,8 @@ class VisionMamba(PatchModel):
         self.layers = nn.ModuleList([Block(embed_dim, rate, mixer, **options) for rate in rates])
         self.norm_f: nn.Module = SumNorm(embed_dim, eps=NORM_EPS)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        self.aux_head = (nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()) if aux_head else None
+        tokens_out = self.aux_outputs()
+        self.aux_head = (nn.Linear(embed_dim, tokens_out) if tokens_out else nn.Identity()) if aux_head else None
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": patch_size, "module": f"layers.{i}"} for i in range(depth)
         ]

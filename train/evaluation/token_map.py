@@ -75,7 +75,7 @@ def draw_map(
     for i, number in enumerate(named):
         y = top + i * LINE
         draw.rectangle((lefts[2], y + 3, lefts[2] + SWATCH, y + 3 + SWATCH), colors.get(number, OTHER))
-        text = f"{shares[number]:.0%} {trained.class_name(number)}"
+        text = f"{shares[number]:.0%} {trained.aux_class_name(number)}"
         draw.text((lefts[2] + SWATCH + 6, y), _cut(draw, text, COLUMN - SWATCH - 6), INK, FONT)
     if len(common) > len(named):
         draw.text((lefts[2], top + len(named) * LINE), f"and {len(common) - len(named)} more classes", SOFT, FONT)

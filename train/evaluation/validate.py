@@ -35,10 +35,11 @@ class Trained:
         name: where it was loaded from.
         transform: mean, std, crop_pct, crop_mode, orientation.
         class_names: one for each class, or empty.
-        class_folders: folder name -> class id; empty: all folders of the images, sorted.
+        class_folders: folder or label -> class id; empty: all folders of the images, sorted.
         dense_trained: whether the auxiliary head was trained.
         precision: of the forward pass on a GPU.
         recorded: whether all this was read from a checkpoint's record; otherwise it is assumed.
+        aux_class_names: names of the auxiliary head's classes, if they are others than those of the class head.
     """
 
     net: TokenLabelHeads
@@ -49,6 +50,7 @@ class Trained:
     dense_trained: bool = True
     precision: str = "float32"
     recorded: bool = True
+    aux_class_names: tuple[str, ...] = ()
 
     def log_assumptions(self) -> None:
         """Log the assumed preprocessing, which a file of weights does not record but its accuracy depends on."""
@@ -78,6 +80,12 @@ class Trained:
         if number < len(self.class_names):
             return self.class_names[number]
         return next((folder for folder, c in self.class_folders.items() if c == number), f"class {number}")
+
+    def aux_class_name(self, number: int) -> str:
+        """The name of class `number` of the auxiliary head."""
+        if self.net.aux_classes is None:
+            return self.class_name(number)
+        return self.aux_class_names[number] if number < len(self.aux_class_names) else f"class {number}"
 
 
 @dataclass(frozen=True)
@@ -168,7 +176,9 @@ def _load(path: Path, ema: bool | None) -> Trained:
         name = f"{folder} (moving average)" if ema else str(folder)
         transform = {"orientation": "exif", **info.transform}
         precision = info.config["run"]["precision"]
-        return Trained(net, name, transform, info.class_names, info.class_folders, dense, precision)
+        names, aux_names = info.class_names, tuple(info.aux_class_names)
+        folders = info.class_folders
+        return Trained(net, name, transform, names, folders, dense, precision, aux_class_names=aux_names)
     try:
         net = load_reference_checkpoint(path, ema=bool(ema))  # type: ignore[assignment]
     except ModelError as error:

@@ -15,6 +15,9 @@ loss values of the published code (tests/fixtures/token_targets.xz). With t the 
 This matches all values of TokenLabeling to 5e-8. DeMansia's code has 0.6 and 1.0 instead of 0.5 and 0.9: it drops the
 true class exactly where it would correct the teacher. Hard targets do not change. We follow TokenLabeling. An image
 without a known label keeps its soft target.
+
+With `classes="images"` the class logits are of other classes than the targets. The class target is t alone, and an
+image without a known label has no class loss.
 """
 
 from __future__ import annotations
@@ -38,28 +41,33 @@ def dense_token_label_loss(
     cls_weight: float = 1.0,
     smoothing: float = 0.1,
     ground_truth: bool = False,
+    classes: str = "teacher",
 ) -> torch.Tensor:
     """cls_weight · class loss + dense_weight · mean token loss.
 
     Args:
-        outputs: (cls_logits [B, C], aux_logits [B, T, C]).
+        outputs: (cls_logits [B, C], aux_logits [B, T, C]); with classes="images" the two C may differ.
         batch: targets, labels and mix box.
         grid: h, w of the tokens, on which the mix box lies.
         dense_weight: weight of the token loss.
         cls_weight: weight of the class loss.
         smoothing: label smoothing of all targets.
         ground_truth: blend true labels into the class targets.
+        classes: of the class logits: "teacher" or "images".
 
     Returns:
         A scalar in float32, or float64 for float64 logits.
     """
     dtype = torch.float64 if outputs[0].dtype == torch.float64 else torch.float32
     cls_logits, aux_logits = (logits.to(dtype) for logits in outputs)
-    targets, classes = _as_dtype(batch.targets, dtype), cls_logits.shape[1]
-    own = smoothed(targets.dense_cls(classes), smoothing)
+    targets = _as_dtype(batch.targets, dtype)
+    if classes == "images":
+        own = smoothed_truth(batch.labels, cls_logits.shape[1], smoothing).to(dtype) * (batch.labels >= 0)[:, None]
+    else:
+        own = smoothed(targets.dense_cls(cls_logits.shape[1]), smoothing)
     if ground_truth:
         own = blend_truth(own, batch.labels, smoothing)
-    tokens = smoothed(targets.dense_tokens(classes), smoothing)
+    tokens = smoothed(targets.dense_tokens(aux_logits.shape[2]), smoothing)
     cls_loss = cross_entropy(own, cls_logits)
     if batch.mix is not None:
         inside = batch.mix.mask(grid).to(tokens.device)
@@ -79,10 +87,14 @@ def smoothed(target: torch.Tensor, smoothing: float) -> torch.Tensor:
     return target * (1 - smoothing + off) + off
 
 
+def smoothed_truth(labels: torch.Tensor, classes: int, smoothing: float) -> torch.Tensor:
+    """float64 [B, C]: 1 − s + s/C at the true class, s/C elsewhere; of no meaning where the label is −1."""
+    return F.one_hot(labels.clamp(min=0), classes).double() * (1 - smoothing) + smoothing / classes
+
+
 def blend_truth(soft: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
     """Blend the true classes [B] into class targets [B, C], as the module's docstring says."""
-    classes = soft.shape[1]
-    truth = F.one_hot(labels.clamp(min=0), classes).to(soft.dtype) * (1 - smoothing) + smoothing / classes
+    truth = smoothed_truth(labels, soft.shape[1], smoothing).to(soft.dtype)
     share = torch.where(soft.argmax(1) == labels, TEACHER_RIGHT, TEACHER_WRONG).to(soft.dtype)
     share = torch.where(labels < 0, 1.0, share)[:, None]
     return share * soft + (1 - share) * truth

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from labeler.base.errors import InputError
 from pipeline.augment.mix import MixBox
@@ -35,6 +36,8 @@ from pipeline.labels.token_targets import NOTHING, TokenTargets
 from train.loss.loss_reference import TEACHER_RIGHT, TEACHER_WRONG
 from train.loss.smoothed_targets import sum_dtype
 from train.loss.token_cross_entropy import spread_weight, token_cross_entropy
+
+CLASSES = ("teacher", "images")
 
 
 class TokenLabelLoss(nn.Module):
@@ -50,6 +53,8 @@ class TokenLabelLoss(nn.Module):
             size. Ignored where that is impossible (see `token_cross_entropy`).
         temperature: the teacher's scores are divided by it: above 1 the soft targets are softer. May be changed between
             calls.
+        classes: of the class logits. "teacher": those of the targets. "images": the images' own; the class loss is the
+            smoothed cross-entropy with `batch.labels`, and an image without a label has none.
 
     Raises:
         InputError: a value is out of range.
@@ -64,6 +69,7 @@ class TokenLabelLoss(nn.Module):
         grid: tuple[int, int] | None = None,
         in_place: bool = False,
         temperature: float = 1.0,
+        classes: str = "teacher",
     ) -> None:
         super().__init__()
         if not 0 <= smoothing < 1:
@@ -73,6 +79,14 @@ class TokenLabelLoss(nn.Module):
                 raise InputError(f"{name} is out of range", got=weight, expected="a finite number, 0 or more")
         if not 0 < temperature < math.inf:
             raise InputError("temperature is out of range", got=temperature, expected="a finite number above 0")
+        if classes not in CLASSES:
+            raise InputError("classes is out of range", got=repr(classes), expected=" or ".join(map(repr, CLASSES)))
+        if ground_truth and classes == "images":
+            raise InputError(
+                "ground_truth blends the true class into the teacher's target for the image",
+                got='classes="images", where the true class is the whole target', remedy="Set ground_truth=false.",
+            )  # fmt: skip
+        self.own_classes = classes == "images"
         self.dense_weight, self.cls_weight, self.smoothing = dense_weight, cls_weight, smoothing
         self.ground_truth, self.grid, self.in_place = ground_truth, grid, in_place
         self.temperature = temperature
@@ -83,7 +97,8 @@ class TokenLabelLoss(nn.Module):
         """The loss of a batch.
 
         Args:
-            outputs: (cls_logits [B, C], aux_logits [B, T, C]), or only cls_logits for the class loss alone.
+            outputs: (cls_logits [B, C], aux_logits [B, T, C]), or only cls_logits for the class loss alone. With
+                `classes="images"` the two may have another number of classes.
             batch: the batch that they were computed from, on the same device.
 
         Returns:
@@ -92,7 +107,7 @@ class TokenLabelLoss(nn.Module):
         Raises:
             InputError: the outputs do not fit the batch.
         """
-        cls_logits, aux_logits = _split(outputs, batch)
+        cls_logits, aux_logits = _split(outputs, batch, self.own_classes)
         if self.temperature != 1:
             batch = dataclasses.replace(batch, targets=batch.targets.tempered(self.temperature))
         # The class logits get several gradients; they are summed in float32.
@@ -113,12 +128,27 @@ class TokenLabelLoss(nn.Module):
 
     def _class_loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The class loss: the class token's target is that of the whole crop, mixed with its partner's."""
+        if self.own_classes:
+            return self._own_class_loss(logits, batch)
         weight = spread_weight(logits[:, None], self.cls_weight)
         if batch.mix is None:
             return self._class_loss_of(logits, batch, weight, None)
         everywhere = torch.ones(1, dtype=torch.bool, device=logits.device)
         own = self._class_loss_of(logits, batch, weight * batch.mix.lam, None)
         return own + self._class_loss_of(logits, batch, weight * (1 - batch.mix.lam), everywhere)
+
+    def _own_class_loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The class loss with the images' own labels, mixed with the partners'."""
+        labels = batch.labels.to(logits.device)
+        losses = self._label_losses(logits, labels)
+        if batch.mix is not None:
+            lam = batch.mix.lam
+            losses = lam * losses + (1 - lam) * self._label_losses(logits, labels.flip(0))
+        return self.cls_weight * losses.mean()
+
+    def _label_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """[B]: smoothed cross-entropy with true classes; 0 where the label is −1."""
+        return F.cross_entropy(logits, labels, ignore_index=-1, reduction="none", label_smoothing=self.smoothing)
 
     def _class_loss_of(
         self, logits: torch.Tensor, batch: Batch, weight: torch.Tensor, partner: torch.Tensor | None
@@ -157,17 +187,20 @@ def _teacher_share(targets: TokenTargets, labels: torch.Tensor, count: int) -> t
     return torch.where(labels < 0, 1.0, share)
 
 
-def _split(outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _split(outputs: Any, batch: Batch, own_classes: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Class and auxiliary logits. Raises InputError unless they fit each other and the batch."""
     cls_logits, aux_logits = (outputs, None) if isinstance(outputs, torch.Tensor) else _pair(outputs)
     images, tokens = len(batch.targets), batch.targets.token_background.shape[1]
     if cls_logits.ndim != 2 or cls_logits.shape[0] != images:
         raise InputError("class logits do not fit the batch", got=tuple(cls_logits.shape), expected=f"({images}, C)")
-    if aux_logits is not None and aux_logits.shape != (images, tokens, cls_logits.shape[1]):
+    if aux_logits is None:
+        return cls_logits, None
+    classes = aux_logits.shape[-1] if own_classes else cls_logits.shape[1]
+    if aux_logits.shape != (images, tokens, classes):
         raise InputError(
             "auxiliary logits do not fit the batch and the class logits",
             got=tuple(aux_logits.shape),
-            expected=(images, tokens, cls_logits.shape[1]),
+            expected=(images, tokens, classes),
             remedy="The loader's grid must be the model's: image size / patch size along each side.",
         )
     return cls_logits, aux_logits

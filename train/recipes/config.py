@@ -41,7 +41,7 @@ class ModelConfig(Section):
     )
     img_size: Count = setting("side of the square input in pixels", 224, affects="values")
     num_classes: Count | None = setting(
-        "classes of the heads; none: as many as in the label store, or class folders", None, affects="values"
+        "classes of the class head; none: as many as in the label store, or class folders", None, affects="values"
     )
     drop_path_rate: Decay = setting("stochastic depth rate of the last layer", 0.0, affects="values")
     aux_weight: Number | None = setting(
@@ -81,6 +81,13 @@ class DataConfig(Section):
     )
     token_labels: bool = setting(
         "false: every target is the image's true class, everything else the same (ablation)", True, affects="values"
+    )
+    classes: Literal["auto", "teacher", "images"] = setting(
+        "classes of the class head. teacher: those of the label store; images: the class folders, or the labels of the "
+        "source, while the token head keeps the teacher's; auto: images where the store knows no true class and there "
+        "are class folders, else teacher",
+        "auto",
+        affects="recorded",
     )
     validation: str | None = setting(
         "images for evaluation, in the same class folders; none: no evaluation during training", None, affects="nothing"

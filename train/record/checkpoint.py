@@ -50,16 +50,19 @@ class CheckpointInfo:
         step: steps done.
         epoch: epochs started.
         model: settings that rebuild the model (`train.recipes.config.ModelConfig`).
-        num_classes: classes of the heads.
+        num_classes: classes of the class head.
         aux_weight: weight of the auxiliary head in evaluation.
         class_names: one for each class, or empty.
-        class_folders: folder name -> class id.
+        class_folders: folder or label -> class id.
         transform: preprocessing of evaluation images: mean, std, crop_pct, crop_mode, orientation.
         config: the run's resolved recipe.
         world_size: number of ranks.
         threads: torch's CPU threads.
         accuracy: top-1 and top-5 of the weights and of the moving average at that step, if it was evaluated.
         files: name -> size and sha256.
+        classes: "teacher" or "images": whose classes those of the class head are.
+        aux_classes: classes of the auxiliary head; None: those of the class head.
+        aux_class_names: one for each of them, or empty.
     """
 
     step: int
@@ -75,6 +78,9 @@ class CheckpointInfo:
     threads: int
     accuracy: dict[str, float] = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)
+    classes: str = "teacher"
+    aux_classes: int | None = None
+    aux_class_names: list[str] = field(default_factory=list)
 
 
 _INFO = TypeAdapter(CheckpointInfo)

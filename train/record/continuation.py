@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from labeler.base.errors import MismatchError
+from pipeline import TokenLabelLoader
 from train.optimization import LearningRate, total_steps
 from train.ranks.distributed import Ranks
 from train.recipes.config import BEGINNING, TrainConfig, keys_that_affect
@@ -62,6 +63,25 @@ def refuse_other_run(config: TrainConfig, info: CheckpointInfo, ranks: Ranks) ->
             "different, and BatchNorm sees other parts of the batch",
             ranks.world_size, info.world_size,
         )  # fmt: skip
+
+
+def refuse_other_classes(loader: TokenLabelLoader, info: CheckpointInfo) -> None:
+    """Raise an error if the class head would be of other classes, or of as many others, than in the checkpoint.
+
+    Args:
+        loader: the training batches.
+        info: the checkpoint's record.
+
+    Raises:
+        MismatchError: the classes differ.
+    """
+
+    def text(count: int, aux_count: int | None) -> str:
+        return f"{count:,} of the {'teacher' if aux_count is None else 'images'}"
+
+    ours, saved = text(loader.num_classes, loader.aux_classes), text(info.num_classes, info.aux_classes)
+    if loader.samples.store is not None and ours != saved:
+        raise MismatchError("the checkpoint has other classes", got=ours, expected=saved, remedy=REMEDY)
 
 
 def refuse_other_past(config: TrainConfig, info: CheckpointInfo, epoch_steps: int) -> None:
