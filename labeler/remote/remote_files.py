@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -340,6 +340,8 @@ class RemoteFolder:
             InputError: There is no permission, or the service can only be read.
             RemoteError: The service does not answer.
         """
+        if not files:
+            return
         if is_hub(self.url):
             send_in_commits(self.url, files, self.patience, sent, "token-labeling push")
             return
@@ -368,6 +370,17 @@ class RemoteFolder:
             if fs.exists(temporary):
                 fs.rm_file(temporary)
             raise
+
+    def sweep(self, names: Collection[str]) -> None:
+        """Removes what writers of these files that were killed have left, where files get their names by renaming."""
+        if self.protocol in OBJECT_STORES or is_hub(self.url):
+            return
+        fs, folder = self._fs
+        for path in [str(entry["name"]) for entry in fs.ls(folder, detail=True)]:
+            name = path.rpartition("/")[2]
+            if name.startswith(TEMPORARY) and name[len(TEMPORARY) :].rpartition("-")[0] in names:
+                with suppress(FileNotFoundError):
+                    fs.rm_file(path)
 
     def delete(self, name: str) -> None:
         """Removes a file; nothing happens if there is none."""

@@ -20,16 +20,13 @@ from tqdm import tqdm
 
 from labeler.base.errors import InputError, IntegrityError, MismatchError
 from labeler.base.whole_files import TEMPORARY, publish_exclusively, replace_file
-from labeler.remote.failures import NotThere
+from labeler.remote.local_copy import read_record
 from labeler.remote.remote_files import RemoteFolder, in_parallel
 from labeler.share.store_files import CARD, Transfer, marker_names, named, read_markers, remote_folder
 from labeler.store.foreign_store import refuse_hostile
 from labeler.store.plan import PLAN_FILE, Plan, load_plan
 from labeler.store.shard_markers import Marker, check_file, read_marker
 from labeler.store.shard_writer import finish_store
-
-RECORD_BYTES = 256 << 20  # of the plan, or of one marker
-CARD_BYTES = 16 << 20
 
 
 def pull_store(url: str | Path, store: str | Path, *, progress: bool = False, trusted: bool = False) -> Transfer:
@@ -95,14 +92,10 @@ def _fetch_plan(remote: RemoteFolder, records: Path) -> Plan:
 
 def _fetch_record(remote: RemoteFolder, name: str, records: Path) -> bool:
     """Fetches the plan or a marker. Returns False if there is none."""
-    try:
-        known = remote.identity(name)
-        if known.size is None or known.size > RECORD_BYTES:
-            raise IntegrityError(f"{remote.url_of(name)} is refused", got=f"{known.size} bytes", expected="a record")
-        (records / name).write_bytes(remote.read(name, identity=known))
-    except NotThere:
-        return False
-    return True
+    data = read_record(remote, name)
+    if data is not None:
+        (records / name).write_bytes(data)
+    return data is not None
 
 
 def _begin(store: Path, plan: Path, remote: RemoteFolder) -> None:
@@ -173,9 +166,6 @@ def _fetch_card(remote: RemoteFolder, store: Path) -> None:
     """Fetches the card, if there is one and none is here."""
     if (store / CARD).exists():
         return
-    try:
-        known = remote.identity(CARD)
-        if known.size is not None and known.size <= CARD_BYTES:
-            replace_file(store / CARD, remote.read(CARD, identity=known))
-    except NotThere:
-        pass
+    data = read_record(remote, CARD)
+    if data is not None:
+        replace_file(store / CARD, data)

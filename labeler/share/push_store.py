@@ -62,6 +62,7 @@ def push_store(store: str | Path, url: str | Path, *, progress: bool = False) ->
     with tqdm(total=total, desc="push", unit="B", unit_scale=True, disable=not progress) as bar:
         for step in steps:
             remote.put_all(step, bar.update)
+    remote.sweep({PLAN_FILE, VIEW_FILE, QUARANTINE_FILE, CARD, *marker_names(plan), *(m.file for m in markers)})
     return Transfer(
         str(store), str(url), len(markers), sum(marker.rows for marker in markers), sum(map(len, steps)), total,
         len(markers) - len(missing), time.perf_counter() - started,
