@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from labeler.base.errors import IntegrityError
@@ -12,6 +13,7 @@ from labeler.remote.failures import NotThere
 from labeler.remote.file_cache import FileCache
 from labeler.remote.remote_files import FileIdentity, RemoteFolder, in_parallel
 
+PUT_AGAIN = "Put it there again, from where it is whole."
 RECORD_BYTES = 256 << 20  # of a file that is read into memory
 
 
@@ -44,6 +46,12 @@ class LocalCopy:
     def close(self) -> None:
         """Lets the cache remove the files when it needs room."""
         self._end()
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Names the remote folder, not the files here, in errors of damage that the block raises."""
+        with named(self.path, self.remote.url):
+            yield
 
     def fetch_records(self, names: Sequence[str]) -> None:
         """Reads small files anew, several at a time; those that are no longer there are removed here."""
@@ -84,7 +92,7 @@ class LocalCopy:
             raise IntegrityError(
                 f"{self.remote.url_of(name)} is damaged",
                 got="no such file" if known.size is None else f"{known.size} bytes", expected=f"{size} bytes",
-                remedy="Push the store there again, from where it is whole.",
+                remedy=PUT_AGAIN,
             )  # fmt: skip
         return self.cache.fetch_into(self.path, self.remote, name, known, sha256)
 
@@ -99,6 +107,16 @@ class LocalCopy:
         known = self.remote.identity(name)
         (self.path / name).unlink(missing_ok=True)
         return self.cache.fetch_into(self.path, self.remote, name, known)
+
+
+@contextmanager
+def named(folder: Path, url: str) -> Iterator[None]:
+    """Names a URL in place of the folder here in errors of damage that the block raises."""
+    try:
+        yield
+    except IntegrityError as error:
+        problem = error.problem.replace(str(folder), url)
+        raise IntegrityError(problem, got=error.got, expected=error.expected, remedy=PUT_AGAIN) from None
 
 
 def read_record(remote: RemoteFolder, name: str) -> bytes | None:

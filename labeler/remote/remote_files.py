@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import secrets
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -63,9 +64,16 @@ def is_url(text: str | os.PathLike[str]) -> bool:
     return isinstance(text, str) and URL.match(text) is not None
 
 
-def path_or_url(text: str) -> Path | str:
+def path_or_url(text: str | Path) -> Path | str:
     """Returns a URL as it is and all else as a path: an argparse type."""
-    return text if is_url(text) else Path(text)
+    return text if isinstance(text, str) and is_url(text) else Path(text)
+
+
+def local_path(text: str) -> Path:
+    """Returns a path, and refuses a URL: an argparse type for what is written here."""
+    if is_url(text):
+        raise ArgumentTypeError(f"got {text!r}, expected a folder of this machine (push sends a store to a URL)")
+    return Path(text)
 
 
 def split_url(url: str) -> tuple[str, str]:

@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from labeler.base.errors import InputError, IntegrityError, MismatchError
 from labeler.base.whole_files import TEMPORARY, publish_exclusively, replace_file
-from labeler.remote.local_copy import read_record
+from labeler.remote.local_copy import PUT_AGAIN, named, read_record
 from labeler.remote.remote_files import RemoteFolder, in_parallel
-from labeler.share.store_files import CARD, Transfer, marker_names, named, read_markers, remote_folder
+from labeler.share.store_files import CARD, Transfer, markers_in, remote_folder
 from labeler.store.foreign_store import refuse_hostile
 from labeler.store.plan import PLAN_FILE, Plan, load_plan
-from labeler.store.shard_markers import Marker, check_file, read_marker
+from labeler.store.shard_markers import Marker, check_file, marker_names, read_marker
 from labeler.store.shard_writer import finish_store
 
 
@@ -56,7 +56,7 @@ def pull_store(url: str | Path, store: str | Path, *, progress: bool = False, tr
         names = marker_names(plan)
         in_parallel(lambda name: _fetch_record(remote, name, records), names, 16)
         with named(records, remote.url):
-            markers = read_markers(records, plan)
+            markers = markers_in(records, plan)
         missing = [shard for shard in markers if not _is_whole(path, plan, markers[shard])]
         size = sum(markers[shard].size for shard in missing)
         _refuse_full_disk(path, size)
@@ -151,7 +151,7 @@ def _fetch_shard(remote: RemoteFolder, store: Path, marker: Marker, fetched: Cal
     if known.size != marker.size:
         raise IntegrityError(
             f"{remote.url_of(marker.file)} is damaged", got=f"{known.size} bytes", expected=f"{marker.size} bytes",
-            remedy="Push the store there again, from where it is whole.",
+            remedy=PUT_AGAIN,
         )  # fmt: skip
     temporary = store / f"{TEMPORARY}{marker.file}-{os.getpid()}-{secrets.token_hex(4)}"
     try:

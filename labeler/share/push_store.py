@@ -19,10 +19,10 @@ from labeler.remote.failures import NotThere
 from labeler.remote.hub import size_of
 from labeler.remote.remote_files import FileIdentity, RemoteFolder, in_parallel
 from labeler.share.dataset_card import card_of
-from labeler.share.store_files import CARD, Transfer, marker_names, read_markers, remote_folder
+from labeler.share.store_files import CARD, Transfer, markers_in, remote_folder
+from labeler.store.hdf5 import VIEW_FILE
 from labeler.store.plan import PLAN_FILE, Plan, load_plan
-from labeler.store.shard_file import VIEW_FILE
-from labeler.store.shard_markers import Marker, check_file
+from labeler.store.shard_markers import Marker, check_file, marker_names
 from labeler.store.shard_writer import QUARANTINE_FILE
 
 Files = list[tuple[str, Path | bytes]]
@@ -74,7 +74,7 @@ def _local(store: Path) -> tuple[Plan, list[Marker]]:
     plan = load_plan(store)
     if plan is None:
         raise InputError(f"{str(store)!r} is not a label store", got="no plan.json", remedy="Give a store's folder.")
-    markers = read_markers(store, plan)
+    markers = markers_in(store, plan)
     unfinished = [name for name in (VIEW_FILE, QUARANTINE_FILE) if not (store / name).is_file()]
     if len(markers) < plan.meta.shards or unfinished:
         raise IntegrityError(
