@@ -7,7 +7,7 @@ from pathlib import Path
 
 from labeler.remote.remote_files import RemoteFolder, is_url
 from labeler.store.plan import Plan
-from labeler.store.shard_markers import Marker, read_marker
+from labeler.store.shard_markers import Marker, read_foreign_marker
 
 CARD = "README.md"
 
@@ -52,5 +52,5 @@ def remote_folder(place: str | Path) -> RemoteFolder:
 
 def markers_in(folder: Path, plan: Plan) -> dict[int, Marker]:
     """Returns shard -> marker of all markers in a folder. Raises IntegrityError if one is damaged."""
-    found = ((shard, read_marker(folder, shard, plan.meta.shards)) for shard in range(plan.meta.shards))
+    found = ((shard, read_foreign_marker(folder, shard, plan.meta.shards)) for shard in range(plan.meta.shards))
     return {shard: marker for shard, marker in found if marker is not None}

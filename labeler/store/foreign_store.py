@@ -27,7 +27,7 @@ from labeler.base.errors import InputError, IntegrityError
 from labeler.remote.local_copy import LocalCopy
 from labeler.remote.remote_files import is_url
 from labeler.store.plan import PLAN_FILE, load_plan
-from labeler.store.shard_markers import marker_names, read_marker, shard_stem
+from labeler.store.shard_markers import marker_names, read_foreign_marker, shard_stem
 
 log = logging.getLogger("labeler")
 
@@ -126,7 +126,7 @@ def open_folder(store: str | Path) -> tuple[Path, LocalCopy | None]:
         if plan is not None:
             copy.fetch_records(marker_names(plan))
             for shard in range(plan.meta.shards):
-                read_marker(copy.path, shard, plan.meta.shards)  # a damaged one is named by its URL here
+                read_foreign_marker(copy.path, shard, plan.meta.shards)  # a damaged one is named by its URL here
     return copy.path, copy
 
 

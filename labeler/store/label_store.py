@@ -73,7 +73,9 @@ class LabelStore:
             raise InputError("cache is not known", got=repr(cache), expected='None, "ram" or "ram-compressed"')
         self.path, self.cache = path_or_url(path), cache
         self.folder, self._remote = open_folder(path)
-        known = check_known(self.folder) if self._remote else (WRITTEN if refuse_hostile(self.folder) else CHECKED)
+        known = check_known(self.folder) if self._remote else None
+        if self._remote is None and not trusted:
+            known = WRITTEN if refuse_hostile(self.folder) else CHECKED
         # Whether the teacher that the plan names may be run here.
         self.trusted = trusted or known == WRITTEN
         # Whether shards of a remote store can be opened as they are, and whether all of them are here.

@@ -104,6 +104,15 @@ def read_marker(store: Path, shard: int, shards: int) -> Marker | None:
     return marker
 
 
+def read_foreign_marker(store: Path, shard: int, shards: int) -> Marker | None:
+    """Reads a marker like `read_marker`; its shard, which is to be fetched, must have the usual name."""
+    marker = read_marker(store, shard, shards)
+    stem = shard_stem(shard, shards)
+    if marker is not None and marker.file != f"{stem}.{marker.sha256[:12]}.h5":
+        raise damaged(store / f"{stem}.json", f"file {marker.file[:80]!r}", "a name with its digest")
+    return marker
+
+
 def read_markers(store: Path, plan: Plan, name: str | Path | None = None) -> list[Marker]:
     """Reads the markers of all shards.
 
