@@ -26,7 +26,7 @@ from labeler.base.command_line import OneLineParser, add_command, at_least, pars
 from labeler.base.settings import add_flags, settings_of
 from labeler.base.signals import STOP_SIGNALS, STOPPED
 from labeler.config import LabelerConfig
-from labeler.remote.remote_files import local_path, path_or_url
+from labeler.remote.remote_files import local_path
 from labeler.teacher.teacher_config import TeacherConfig
 
 if TYPE_CHECKING:
