@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from labeler.config import LabelerConfig
     from labeler.importers import import_token_label_files
     from labeler.run import LabelSummary, label_images
+    from labeler.share.pull_store import pull_store
+    from labeler.share.push_store import push_store
     from labeler.sources.image_source import ImageSource
     from labeler.sources.open_source import open_source
     from labeler.store.label_store import LabelStore
@@ -45,6 +47,8 @@ _HOMES = {
     "open_source": "sources.open_source",
     "LabelSummary": "run",
     "label_images": "run",
+    "pull_store": "share.pull_store",
+    "push_store": "share.push_store",
     "ScoreMaps": "store.score_maps",
     "LabelStore": "store.label_store",
     "LoadedTeacher": "teacher.create_teacher",
@@ -73,6 +77,8 @@ __all__ = [
     "import_token_label_files",
     "label_images",
     "open_source",
+    "pull_store",
+    "push_store",
 ]
 
 

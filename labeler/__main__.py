@@ -1,4 +1,4 @@
-"""The command line: `python -m labeler label | verify | report | import-token-labels`.
+"""The command line: `python -m labeler label | verify | report | push | pull | import-token-labels`.
 
 Exit status: 0 all done; 1 the run could not finish (the same command resumes); 2 bad input or usage; 3 done, but some
 images are in the quarantine; 4 an integrity check failed; 143 stopped by a signal, with everything finished kept.
@@ -26,6 +26,7 @@ from labeler.base.command_line import OneLineParser, add_command, at_least, pars
 from labeler.base.settings import add_flags, settings_of
 from labeler.base.signals import STOP_SIGNALS, STOPPED
 from labeler.config import LabelerConfig
+from labeler.remote.remote_files import local_path
 from labeler.teacher.teacher_config import TeacherConfig
 
 if TYPE_CHECKING:
@@ -161,6 +162,24 @@ def _import(options: argparse.Namespace) -> int:
     return QUARANTINED if summary.quarantined else 0
 
 
+def _push(options: argparse.Namespace) -> int:
+    """Runs `push`."""
+    from labeler.share.push_store import push_store
+
+    done = push_store(options.store, options.url, progress=not options.quiet)
+    print(json.dumps(asdict(done)) if options.json else f"{done.text()}\n{done.url}")
+    return 0
+
+
+def _pull(options: argparse.Namespace) -> int:
+    """Runs `pull`."""
+    from labeler.share.pull_store import pull_store
+
+    done = pull_store(options.url, options.store, progress=not options.quiet, trusted=options.trusted)
+    print(json.dumps(asdict(done)) if options.json else f"{done.text()}\n{done.store}")
+    return 0
+
+
 def _config(options: argparse.Namespace) -> LabelerConfig:
     """Returns the settings that the flags of `label` give."""
 
@@ -180,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_label(commands)
     verify = add_command(commands, "verify", _verify, "check a store for any damage, and that it belongs to its images")
-    verify.add_argument("store", type=Path, help="folder of the label store")
+    verify.add_argument("store", type=path_or_url, help="folder or URL of the label store")
     verify.add_argument(
         "--images",
         type=path_or_url,
@@ -194,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
         "--trusted", action="store_true", help="trust this store: --relabel may run the teacher that it names"
     )
     report = add_command(commands, "report", _report, "write a self-contained HTML page about a store")
-    report.add_argument("store", type=Path, help="folder of the label store")
+    report.add_argument("store", type=path_or_url, help="folder or URL of the label store")
     report.add_argument("--images", type=path_or_url, required=True, help="the images that were labeled")
     report.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page to write")
     report.add_argument(
@@ -219,15 +238,27 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--trusted", action="store_true", help="trust this store: --audit may run the teacher that it names"
     )
+    _add_push_and_pull(commands)
     maps = add_command(
         commands, "import-token-labels", _import, "convert TokenLabeling or ReLabel .pt files to a store"
     )
     maps.add_argument("files", type=Path, help="folder of .pt maps, named and laid out like the images")
     maps.add_argument("--images", type=path_or_url, required=True, help="the images that the maps belong to")
-    maps.add_argument("--store", type=Path, required=True, help="folder of the label store")
+    maps.add_argument("--store", type=local_path, required=True, help="folder of the label store")
     maps.add_argument("--num-classes", type=int, default=1000, help="number of classes of the maps (%(default)s)")
     maps.add_argument("--class-names", help="file of class names, one per line")
     return parser
+
+
+def _add_push_and_pull(commands: Any) -> None:
+    where = "hf://datasets/USER/NAME, s3://BUCKET/PATH, any URL that fsspec knows, or a folder"
+    push = add_command(commands, "push", _push, "send a store to a URL; run the same command again to go on")
+    push.add_argument("store", type=local_path, help="folder of the label store")
+    push.add_argument("url", type=path_or_url, help=f"where to: {where}")
+    pull = add_command(commands, "pull", _pull, "fetch a store from a URL, with every digest checked; again: go on")
+    pull.add_argument("url", type=path_or_url, help=f"where from: {where}")
+    pull.add_argument("store", type=local_path, help="folder of the label store to write")
+    pull.add_argument("--trusted", action="store_true", help="trust this store: skip the check in a child process")
 
 
 def _add_label(commands: Any) -> None:
@@ -238,7 +269,7 @@ def _add_label(commands: Any) -> None:
         help="folder of images, whose sub-folders may name the classes; a list (.txt, .csv, .tsv); .tar or .parquet "
         "files, such as 'name-{000..146}.tar'; or a URL of any of them",
     )
-    label.add_argument("--store", type=Path, required=True, help="folder of the label store")
+    label.add_argument("--store", type=local_path, required=True, help="folder of the label store")
     add_flags(label, LabelerConfig, "image_list", "class_names")
     teacher = label.add_argument_group("teacher")
     teacher.add_argument(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 OLD_AUTOCASTS = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}  # words of format 1.0
 
 
-def refuse_foreign_teacher(trusted: bool, plan: Plan, store: Path, option: str) -> None:
+def refuse_foreign_teacher(trusted: bool, plan: Plan, store: str | Path, option: str) -> None:
     """Checks that the teacher that a store names, which may be any code, may be run here.
 
     Args:

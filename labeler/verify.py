@@ -10,7 +10,7 @@ import numpy as np
 from labeler.base.errors import InputError, IntegrityError
 from labeler.relabel import refuse_foreign_teacher, teacher_kl, teacher_of
 from labeler.store.check_store import Verification, check_store
-from labeler.store.foreign_store import refuse_hostile
+from labeler.store.foreign_store import WRITTEN, check_known
 from labeler.store.label_store import LabelStore
 
 
@@ -27,7 +27,7 @@ def verify_store(
     """Checks a store's plan, markers, digests, layout, rows and view; with `images`, also every image file.
 
     Args:
-        store: The store's folder.
+        store: The store's folder, or its URL.
         images: The image root that was labeled.
         relabel: Run the store's teacher again on this many random rows (needs `images`).
         device: Device of the teacher, for `relabel`.
@@ -49,7 +49,7 @@ def verify_store(
         return result
     opened = LabelStore(store, trusted=True)
     if relabel:
-        refuse_foreign_teacher(trusted or refuse_hostile(Path(store)), opened.plan, Path(store), "--relabel")
+        refuse_foreign_teacher(trusted or check_known(opened.folder) == WRITTEN, opened.plan, opened.path, "--relabel")
     checked, problems = opened.check_images(images, progress)
     result = replace(result, images_checked=checked, problems=problems)
     return _relabeled(result, opened, images, relabel, device, seed) if relabel and not problems else result

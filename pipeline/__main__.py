@@ -79,7 +79,7 @@ def _config(options: argparse.Namespace) -> LoaderConfig:
         raise InputError("the patches do not fit the image", got=f"{size} pixels in patches of {patch}")
     return LoaderConfig(
         images=str(options.images),
-        store=str(options.store),
+        store=options.store,
         batch_size=options.count,
         image_size=size,
         grid=(size // patch, size // patch),
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "draw one training batch as a picture, to check that images and token labels agree"
     view = add_command(commands, "view", _view, text)
     view.add_argument("images", type=path_or_url, help="the images that were labeled")
-    view.add_argument("--store", type=Path, required=True, help="folder of the label store")
+    view.add_argument("--store", required=True, help="folder or URL of the label store")
     view.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
     view.add_argument("--count", type=int, default=8, metavar="B", help="images in the batch (%(default)s)")
     view.add_argument(

@@ -18,7 +18,8 @@ from tiny import make_images
 from labeler import LabelerConfig, TeacherConfig, label_images
 
 torch.set_num_threads(1)
-# What is remembered of the tests' stores does not belong among the user's.
+# What is remembered and kept of the tests' stores does not belong among the user's.
+os.environ["TOKEN_LABELING_CACHE"] = tempfile.mkdtemp(prefix="token-labeling-tests-")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="token-labeling-tests-")
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -111,9 +111,10 @@ class FileCache:
         self, folder: Path, remote: RemoteFolder, name: str, identity: FileIdentity, sha256: str | None = None
     ) -> Path:
         """Returns a whole copy of a file in a folder that the caller has pinned; raises what `fetch` raises."""
+        held = self.held(folder, name, identity.size, sha256)
+        if held is not None:
+            return held
         path = folder / _file_name(name)
-        if self._is_good(path, identity.size, sha256):
-            return path
         self.make_room(identity.size or 0)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
@@ -130,6 +131,11 @@ class FileCache:
         finally:
             temporary.unlink(missing_ok=True)
         return path
+
+    def held(self, folder: Path, name: str, size: int | None, sha256: str | None) -> Path | None:
+        """Returns the copy of a file in a folder that the caller has pinned; None if it is not here as it should be."""
+        path = folder / _file_name(name)
+        return path if self._is_good(path, size, sha256) else None
 
     def write(self, folder: Path, name: str, data: bytes) -> Path:
         """Writes a file into a folder that the caller has pinned, unless it has this content already."""

@@ -12,18 +12,23 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 from labeler.base.errors import InputError, IntegrityError, RemoteError
 from labeler.base.whole_files import TEMPORARY, sync_folder
 from labeler.remote.failures import NotThere, Patience, TryAgain, retried
+from labeler.remote.hub import is_hub, send_in_commits, size_of
 
+T = TypeVar("T")
+R = TypeVar("R")
 log = logging.getLogger("labeler")
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -59,9 +64,16 @@ def is_url(text: str | os.PathLike[str]) -> bool:
     return isinstance(text, str) and URL.match(text) is not None
 
 
-def path_or_url(text: str) -> Path | str:
+def path_or_url(text: str | Path) -> Path | str:
     """Returns a URL as it is and all else as a path: an argparse type."""
-    return text if is_url(text) else Path(text)
+    return text if isinstance(text, str) and is_url(text) else Path(text)
+
+
+def local_path(text: str) -> Path:
+    """Returns a path, and refuses a URL: an argparse type for what is written here."""
+    if is_url(text):
+        raise ArgumentTypeError(f"got {text!r}, expected a folder of this machine (push sends a store to a URL)")
+    return Path(text)
 
 
 def split_url(url: str) -> tuple[str, str]:
@@ -323,6 +335,31 @@ class RemoteFolder:
 
         self._retried(name, send)
 
+    def put_all(
+        self, files: Sequence[tuple[str, Path | bytes]], sent: Callable[[int], None] = lambda size: None
+    ) -> None:
+        """Writes several files, in no particular order; on the Hugging Face Hub in few commits.
+
+        Args:
+            files: (name below the folder, file to send or its content) of each.
+            sent: Called with the bytes of what has been sent.
+
+        Raises:
+            InputError: There is no permission, or the service can only be read.
+            RemoteError: The service does not answer.
+        """
+        if not files:
+            return
+        if is_hub(self.url):
+            send_in_commits(self.url, files, self.patience, sent, "token-labeling push")
+            return
+
+        def send(file: tuple[str, Path | bytes]) -> None:
+            self.put(*file)
+            sent(size_of(file[1]))
+
+        in_parallel(send, files)
+
     def _put_by_renaming(self, fs: Any, path: str, source: Path | bytes) -> None:
         """Writes a file under another name first."""
         folder, _, name = path.rpartition("/")
@@ -342,10 +379,31 @@ class RemoteFolder:
                 fs.rm_file(temporary)
             raise
 
+    def sweep(self, names: Collection[str]) -> None:
+        """Removes what writers of these files that were killed have left, where files get their names by renaming."""
+        if self.protocol in OBJECT_STORES or is_hub(self.url):
+            return
+        fs, folder = self._fs
+        for path in [str(entry["name"]) for entry in fs.ls(folder, detail=True)]:
+            name = path.rpartition("/")[2]
+            if name.startswith(TEMPORARY) and name[len(TEMPORARY) :].rpartition("-")[0] in names:
+                with suppress(FileNotFoundError):
+                    fs.rm_file(path)
+
     def delete(self, name: str) -> None:
         """Removes a file; nothing happens if there is none."""
         with suppress(NotThere):
             self._retried(name, lambda fs, path: fs.rm_file(path))
+
+
+def in_parallel(action: Callable[[T], R], items: Sequence[T], workers: int = 4) -> list[R]:
+    """Returns `action` of each item, by several threads; after an error no further item is begun."""
+    pool = ThreadPoolExecutor(max_workers=max(1, min(workers, len(items))), thread_name_prefix="transfer")
+    try:
+        running = [pool.submit(action, item) for item in items]
+        return [future.result() for future in running]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def stays_below(name: str) -> bool:

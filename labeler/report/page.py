@@ -86,7 +86,7 @@ def write_report(
     """Writes the report on a store.
 
     Args:
-        store: The store's folder.
+        store: The store's folder, or its URL.
         images: The image root that was labeled.
         out: The page to write.
         truth: Folder of PNGs of class ids, named by key; None: no comparison.

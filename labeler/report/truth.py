@@ -40,8 +40,7 @@ def totals(store: LabelStore) -> dict[str, float]:
 def cards(store: LabelStore, sample: Sample, truth: TruthCheck | None) -> list[tuple[str, str]]:
     """Returns (figure, meaning) of the figures at the top of the page."""
     rows, sums = max(1, len(store)), totals(store)
-    size = sum(file.stat().st_size for file in store.path.iterdir())
-    figures = [(f"{size / rows:,.0f} B", "per image, with all files of the store"), *truth_cards(store)]
+    figures = [(f"{store.bytes / rows:,.0f} B", "per image, with all files of the store"), *truth_cards(store)]
     if truth is not None:
         figures.append((f"{truth.right:.1%}", f"of {truth.cells:,} object cells have the right class"))
     if sums.get("known"):

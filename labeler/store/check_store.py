@@ -6,6 +6,7 @@ Legend: n rows of a shard.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from typing import Any
 import numpy as np
 
 from labeler.base.errors import InputError, IntegrityError, TokenLabelError
+from labeler.remote.failures import NotThere
+from labeler.remote.local_copy import LocalCopy
+from labeler.remote.remote_files import in_parallel
 from labeler.sources.image_source import BadImage, image_digest, refuse_other_images
 from labeler.sources.open_source import open_images, open_source
-from labeler.store.foreign_store import refuse_hostile, view_rows
+from labeler.store.foreign_store import open_folder, refuse_hostile, view_rows
 from labeler.store.hdf5 import VIEW_FILE
 from labeler.store.hdf5.read_shard import ShardReader, file_rows
 from labeler.store.plan import Plan, load_plan
@@ -73,7 +77,7 @@ def check_store(store: str | Path, *, trusted: bool = False, progress: bool = Fa
     """Checks a store's plan, markers, digests, layout, rows and view.
 
     Args:
-        store: The store's folder.
+        store: The store's folder, or its URL: then all of it is fetched into the cache.
         trusted: Skip the check in a child process that comes first; for your own stores, or those of people you trust.
         progress: Show a progress bar.
 
@@ -82,23 +86,30 @@ def check_store(store: str | Path, *, trusted: bool = False, progress: bool = Fa
 
     Raises:
         InputError: There is no store.
+        RemoteError: The service of its URL does not answer.
     """
-    path, problems = Path(store), []
+    path, remote = open_folder(store)
+    problems, plan = [], None
     try:
+        plan = None if remote is None else load_plan(path)
+        failed = {} if remote is None or plan is None else _fetch(remote, plan)
         own = trusted or refuse_hostile(path)
     except IntegrityError as error:
-        return Verification(str(path), 0, 0, 0, 0, 0, 0, None, 0.0, (str(error),))
-    plan = load_plan(path)
+        return Verification(str(store), 0, 0, 0, 0, 0, 0, None, 0.0, (str(error),))
+    plan = plan or load_plan(path)
     if plan is None:
-        raise InputError(f"{str(path)!r} is not a label store", got="no plan.json", remedy="Give a store's folder.")
+        raise InputError(f"{str(store)!r} is not a label store", got="no plan.json", remedy="Give a store's folder.")
     rows = quarantined = 0
     stored_kl = 0.0
     for shard in _progress(range(plan.meta.shards), "verify", progress):
         try:
             marker = read_marker(path, shard, plan.meta.shards)
             if marker is None:
-                problems.append(f"shard {shard} is missing: run the labeling command again")
+                again = "run the labeling command again" if remote is None else "push the store again"
+                problems.append(f"shard {shard} is missing: {again}")
                 continue
+            if shard in failed:
+                raise failed[shard]
             check_file(path, marker)
             reader = ShardReader(path / marker.file, plan.layout, marker.rows)
             values = reader.read(np.arange(marker.rows))
@@ -113,12 +124,31 @@ def check_store(store: str | Path, *, trusted: bool = False, progress: bool = Fa
         problems += _view_problems(path, rows, quarantined, file_rows if own else view_rows)
     size = sum(file.stat().st_size for file in path.iterdir())
     return Verification(
-        str(path), plan.meta.shards, rows, quarantined, size, 0, 0, None, stored_kl / max(1, rows), tuple(problems)
+        str(store), plan.meta.shards, rows, quarantined, size, 0, 0, None, stored_kl / max(1, rows), tuple(problems)
     )
 
 
+def _fetch(remote: LocalCopy, plan: Plan) -> dict[int, IntegrityError]:
+    """Fetches all of a remote store that there is; returns what is wrong with shards that cannot be fetched."""
+    failed = {}
+
+    def fetch(shard: int) -> None:
+        marker = read_marker(remote.path, shard, plan.meta.shards)
+        try:
+            if marker is not None:
+                remote.fetch(marker.file, marker.size, marker.sha256)
+        except IntegrityError as error:
+            failed[shard] = error
+
+    in_parallel(fetch, range(plan.meta.shards))
+    for name in (VIEW_FILE, QUARANTINE_FILE):
+        with suppress(NotThere):
+            remote.fetch_anew(name)
+    return failed
+
+
 def check_images(
-    store: Path,
+    store: str | Path,
     plan: Plan,
     keys: Sequence[str],
     digests: Sequence[int],

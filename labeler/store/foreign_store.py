@@ -19,11 +19,15 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from labeler.base.errors import InputError, IntegrityError
-from labeler.store.plan import PLAN_FILE
+from labeler.remote.local_copy import LocalCopy
+from labeler.remote.remote_files import is_url
+from labeler.store.plan import PLAN_FILE, load_plan
+from labeler.store.shard_markers import marker_names, read_foreign_marker, shard_stem
 
 log = logging.getLogger("labeler")
 
@@ -76,14 +80,65 @@ def refuse_hostile(store: Path) -> bool:
     return known == WRITTEN
 
 
+def refuse_hostile_shard(store: Path, shard: int, shards: int) -> None:
+    """Checks one shard in a child process, unless that was done before; the other shards need not be here.
+
+    Args:
+        store: A folder with the plan, all markers and this shard's file.
+        shard: Number of the shard.
+        shards: Number of shards of the store.
+
+    Raises:
+        IntegrityError: The shard is not what the labeler writes, or the child crashed or ran into a limit.
+    """
+    digest = _digest(store, [f"{shard_stem(shard, shards)}.json"])
+    if _recall(digest) is None and run_child(store, None, str(shard)) == "whole":
+        _note(digest, CHECKED)
+
+
+def check_known(store: Path) -> str | None:
+    """Returns what is recorded of a store with this plan and these markers: WRITTEN, CHECKED or None."""
+    try:
+        return _recall(_digest(store))
+    except FileNotFoundError:
+        return None
+
+
+def open_folder(store: str | Path) -> tuple[Path, LocalCopy | None]:
+    """Returns the folder here with a store's plan and markers.
+
+    Args:
+        store: The store's folder, or its URL.
+
+    Returns:
+        (the folder, None) or, for a URL, (a folder of the cache, what fetches shards into it).
+
+    Raises:
+        InputError: There is no driver or no permission for the URL.
+        IntegrityError: The plan or a marker is damaged.
+        RemoteError: The URL's service does not answer.
+    """
+    if isinstance(store, Path) or not is_url(store):
+        return Path(store), None
+    copy = LocalCopy(store, PLAN_FILE)
+    with copy.named():
+        plan = load_plan(copy.path)
+        if plan is not None:
+            copy.fetch_records(marker_names(plan))
+            for shard in range(plan.meta.shards):
+                read_foreign_marker(copy.path, shard, plan.meta.shards)  # a damaged one is named by its URL here
+    return copy.path, copy
+
+
 def remember_written(store: Path) -> None:
     """Records that this user wrote the whole store, so that it needs no check."""
     _note(_digest(store), WRITTEN)
 
 
-def _digest(store: Path) -> str:
-    """Returns the sha256 over plan and markers, and so over every shard. Nothing is parsed."""
-    names = [name for name in os.listdir(store) if name.startswith("shard-") and name.endswith(".json")]
+def _digest(store: Path, names: Sequence[str] | None = None) -> str:
+    """Returns the sha256 over plan and markers (None: all), and so over their shards. Nothing is parsed."""
+    if names is None:
+        names = [name for name in os.listdir(store) if name.startswith("shard-") and name.endswith(".json")]
     digest, left = hashlib.sha256(), RECORDS_BYTES
     for name in [PLAN_FILE, *sorted(names)]:
         # Otherwise a pipe in place of a file would block.
@@ -133,7 +188,7 @@ def run_child(store: Path, limits: Limits | None = None, *more: str) -> str:
     Args:
         store: The store's folder.
         limits: Limits of the child; None: those for the store's size.
-        more: Name of a data set whose rows to count; none: check the store.
+        more: Name of a data set whose rows to count, or number of a shard to check; none: check the store.
 
     Returns:
         The last line that the child printed.

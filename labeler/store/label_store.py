@@ -18,10 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from labeler.base.errors import InputError, IntegrityError
+from labeler.base.errors import InputError, IntegrityError, MismatchError
 from labeler.base.open_files import OpenFiles
+from labeler.remote.remote_files import path_or_url
 from labeler.store.check_store import Verification, check_images, check_store
-from labeler.store.foreign_store import refuse_hostile
+from labeler.store.foreign_store import (
+    CHECKED,
+    WRITTEN,
+    check_known,
+    open_folder,
+    refuse_hostile,
+    refuse_hostile_shard,
+)
 from labeler.store.hdf5.read_shard import ShardReader
 from labeler.store.plan import Plan, StoreMeta, load_plan
 from labeler.store.row_schema import ShardRows, signed_classes
@@ -36,37 +44,51 @@ CACHES = (None, "ram", "ram-compressed")
 class LabelStore:
     """A complete label store, open for reading.
 
+    One behind a URL is read without being copied first: its plan and markers at once, each shard on first use, into a
+    cache (see `labeler.remote.file_cache`), where its digest is checked; `keys` and `column` need all shards.
+
     It can be used from several threads; a pickled copy in another process opens its own files. At most 256 of the
     shards' files are open at a time, fewer if the process may open only few. `close()`, or the end of a
     `with LabelStore(path) as store:`, closes them and drops the cache.
 
     Args:
-        path: The store's folder.
+        path: The store's folder, or its URL: s3://…, hf://datasets/USER/NAME, https://…
         cache: None: read rows from the files; "ram-compressed": keep the files in memory; "ram": keep all codes in it.
         trusted: Skip the check of a store from elsewhere (see `labeler.store.foreign_store`), which takes 1.6 s for
             10,000 rows, once.
 
+    Attributes:
+        path: The folder or URL that was given.
+        folder: The folder here that its files are in.
+
     Raises:
-        InputError: There is no store.
+        InputError: There is no store, or a driver for its URL is missing.
         MismatchError: The store has a newer format.
         IntegrityError: Shards are missing or damaged.
+        RemoteError: The service of its URL does not answer.
     """
 
     def __init__(self, path: str | Path, cache: str | None = None, trusted: bool = False) -> None:
         if cache not in CACHES:
             raise InputError("cache is not known", got=repr(cache), expected='None, "ram" or "ram-compressed"')
-        self.path, self.cache = Path(path), cache
+        self.path, self.cache = path_or_url(path), cache
+        self.folder, self._remote = open_folder(path)
+        known = check_known(self.folder) if self._remote else None
+        if self._remote is None and not trusted:
+            known = WRITTEN if refuse_hostile(self.folder) else CHECKED
         # Whether the teacher that the plan names may be run here.
-        self.trusted = trusted or refuse_hostile(self.path)
-        plan = load_plan(self.path)
+        self.trusted = trusted or known == WRITTEN
+        # Whether shards of a remote store can be opened as they are, and whether all of them are here.
+        self._checked, self._all_here = trusted or known is not None, self._remote is None
+        plan = load_plan(self.folder)
         if plan is None:
             raise InputError(
                 f"{str(path)!r} is not a label store",
-                got="no plan.json in it" if self.path.is_dir() else "no such folder",
+                got="no plan.json in it" if self._remote or self.folder.is_dir() else "no such folder",
                 remedy="Label one with `python -m labeler label`.",
             )
         self.plan: Plan = plan
-        self.markers: list[Marker] = read_markers(self.path, plan)
+        self.markers: list[Marker] = read_markers(self.folder, plan, self.path)
         # First row of each shard; at the end, the number of rows.
         self._starts = np.cumsum([0, *(marker.rows for marker in self.markers)])
         self._readers: dict[int, ShardReader] = {}
@@ -78,6 +100,8 @@ class LabelStore:
         self.closed = True
         self._readers.clear()
         self._files.close()
+        if self._remote is not None:
+            self._remote.close()
         for held in ("_held", "keys"):
             self.__dict__.pop(held, None)
 
@@ -98,10 +122,16 @@ class LabelStore:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "cache": self.cache, "trusted": True}  # checked here
+        checked = self._checked if self._remote else True
+        return {"path": self.path, "cache": self.cache, "trusted": checked, "fingerprint": self.fingerprint}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        wanted = state.pop("fingerprint")
         self.__init__(**state)  # type: ignore[misc]
+        if self.fingerprint != wanted:
+            raise MismatchError(
+                f"the store {str(self.path)!r} has changed since it was opened", remedy="Start again with the new one."
+            )
 
     @property
     def meta(self) -> StoreMeta:
@@ -124,7 +154,16 @@ class LabelStore:
     @cached_property
     def keys(self) -> list[str]:
         """The key of every row, in order of rows, which are sorted by key."""
+        self._fetch_all()
         return [key for shard in range(len(self.markers)) for key in self.reader(shard).keys]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all files of the store; for one behind a URL, of its shards, plan and markers."""
+        if self._remote is None:
+            return sum(file.stat().st_size for file in self.folder.iterdir())
+        records = sum(file.stat().st_size for file in self.folder.glob("*.json"))
+        return records + sum(marker.size for marker in self.markers)
 
     @property
     def code(self) -> ScoreCode:
@@ -167,6 +206,7 @@ class LabelStore:
         Returns:
             The data set, as it is stored.
         """
+        self._fetch_all()
         return np.concatenate([self.reader(shard).small(name) for shard in range(len(self.markers))])
 
     def read(self, rows: Sequence[int] | np.ndarray) -> ScoreMaps:
@@ -269,7 +309,7 @@ class LabelStore:
         self._refuse_closed()
         reader = self._readers.get(shard)
         if reader is None:
-            path = self.path / self.markers[shard].file
+            path = self.folder / self.markers[shard].file
             reader = self._files.retried(lambda: self._open(self.markers[shard]), path)
             for name in ("classes", "tail_classes") if self.meta.tail else ("classes",):
                 if signed_classes(reader.small(name)).max(initial=-1) >= self.meta.num_classes:
@@ -280,9 +320,23 @@ class LabelStore:
 
     def _open(self, marker: Marker) -> ShardReader:
         """Opens a shard's file."""
-        check_file(self.path, marker)
+        if not self._all_here and self._remote is not None:
+            self._remote.fetch(marker.file, marker.size, marker.sha256)
+            if not self._checked:
+                refuse_hostile_shard(self.folder, marker.shard, self.plan.meta.shards)
+        check_file(self.folder, marker)
         held = self.cache == "ram-compressed"
-        return ShardReader(self.path / marker.file, self.plan.layout, marker.rows, in_memory=held, files=self._files)
+        return ShardReader(self.folder / marker.file, self.plan.layout, marker.rows, in_memory=held, files=self._files)
+
+    def _fetch_all(self) -> None:
+        """Fetches all shards of a remote store, several at a time, and checks them at once."""
+        self._refuse_closed()
+        if self._all_here or self._remote is None:
+            return
+        self._remote.fetch_all([(marker.file, marker.size, marker.sha256) for marker in self.markers])
+        if not self._checked:
+            refuse_hostile(self.folder)
+        self._checked = self._all_here = True
 
     def _refuse_closed(self) -> None:
         """Raises InputError if the store is closed."""

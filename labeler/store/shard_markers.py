@@ -18,8 +18,10 @@ from pydantic import Field
 
 from labeler.base.errors import IntegrityError
 from labeler.base.whole_files import TEMPORARY, damaged, publish_exclusively, read_sealed, replace_file, sealed
+from labeler.remote.remote_files import is_url
 from labeler.store.plan import Plan, parse_record
 
+PUSH_AGAIN = "Finish the push to it: the same command goes on where it stopped."
 MOST = 1 << 40  # bytes, or rows, of a shard
 
 
@@ -53,6 +55,11 @@ class Marker:
 def shard_stem(shard: int, shards: int) -> str:
     """Returns how the names of a shard's files begin, such as "shard-00000-of-00128"."""
     return f"shard-{shard:05d}-of-{shards:05d}"
+
+
+def marker_names(plan: Plan) -> list[str]:
+    """Returns the names of all markers of a store, in the order of the shards."""
+    return [f"{shard_stem(shard, plan.meta.shards)}.json" for shard in range(plan.meta.shards)]
 
 
 def publish_shard(store: Path, stem: str, data: bytes, fields: Mapping[str, Any]) -> bool:
@@ -97,12 +104,22 @@ def read_marker(store: Path, shard: int, shards: int) -> Marker | None:
     return marker
 
 
-def read_markers(store: Path, plan: Plan) -> list[Marker]:
+def read_foreign_marker(store: Path, shard: int, shards: int) -> Marker | None:
+    """Reads a marker like `read_marker`; its shard, which is to be fetched, must have the usual name."""
+    marker = read_marker(store, shard, shards)
+    stem = shard_stem(shard, shards)
+    if marker is not None and marker.file != f"{stem}.{marker.sha256[:12]}.h5":
+        raise damaged(store / f"{stem}.json", f"file {marker.file[:80]!r}", "a name with its digest")
+    return marker
+
+
+def read_markers(store: Path, plan: Plan, name: str | Path | None = None) -> list[Marker]:
     """Reads the markers of all shards.
 
     Args:
         store: The store's folder.
         plan: The store's plan.
+        name: What errors call the store; None: its folder.
 
     Returns:
         The markers, in the order of the shards.
@@ -110,20 +127,20 @@ def read_markers(store: Path, plan: Plan) -> list[Marker]:
     Raises:
         IntegrityError: A marker is missing, damaged or impossible.
     """
-    shards = plan.meta.shards
+    shards, name = plan.meta.shards, str(name or store)
     found = [read_marker(store, shard, shards) for shard in range(shards)]
     markers = [marker for marker in found if marker is not None]
     if len(markers) < shards:
         raise IntegrityError(
-            f"the store {str(store)!r} is not complete",
+            f"the store {name!r} is not complete",
             got=f"{len(markers)} of {shards} shards, without shard {found.index(None)}",
-            remedy="Run the labeling command again: it resumes where it stopped.",
+            remedy=PUSH_AGAIN if is_url(name) else "Run the labeling command again: it resumes where it stopped.",
         )
     for marker in markers:
         part = plan.slice_of(marker.shard)
         if marker.rows > part.stop - part.start:
             raise IntegrityError(
-                f"the marker of shard {marker.shard} of {str(store)!r} is impossible",
+                f"the marker of shard {marker.shard} of {name!r} is impossible",
                 got=f"{marker.rows:,} rows", expected=f"at most {part.stop - part.start:,}",
             )  # fmt: skip
     return markers

@@ -65,6 +65,39 @@ def inspect(store: Path, say: Callable[[str], None]) -> bool:
     return len(readers) == plan.meta.shards
 
 
+def inspect_one(store: Path, shard: int, say: Callable[[str], None]) -> bool:
+    """Reads one shard, whose neighbours need not be here.
+
+    Args:
+        store: A folder with the plan, the markers and the shard's file.
+        shard: Number of the shard.
+        say: Called with the name of each file before it is opened.
+
+    Returns:
+        Whether it matches its marker.
+
+    Raises:
+        IntegrityError: The shard is not what the labeler writes.
+    """
+    say(PLAN_FILE)
+    plan = load_plan(store)
+    if plan is None:
+        return False
+    shards = plan.meta.shards
+    marker = read_marker(store, shard, shards)
+    if marker is None:
+        return False
+    say(marker.file)
+    check_file(store, marker)
+    before = read_marker(store, shard - 1, shards) if shard else None
+    after = read_marker(store, shard + 1, shards) if shard + 1 < shards else None
+    reader = ShardReader(store / marker.file, plan.layout, marker.rows)
+    last = _inspect_shard(plan, shard, reader, marker.quarantine, before.last_key if before else "")
+    if after is not None and last >= after.first_key:
+        raise IntegrityError("keys that are not below those of later shards")
+    return True
+
+
 def _inspect_shard(plan: Plan, shard: int, reader: ShardReader, quarantine: list[dict[str, str]], last: str) -> str:
     """Raises IntegrityError for what the labeler never writes; returns the last key. `last`: that of earlier shards."""
     problems = shard_problems(plan, shard, reader, quarantine)
@@ -106,7 +139,9 @@ def main(arguments: list[str]) -> int:
         print(printable(line), file=output, flush=True)
 
     try:
-        if name:
+        if name.isdigit():
+            say("whole" if inspect_one(store, int(name), say) else "not whole")
+        elif name:
             say(VIEW_FILE)
             say(str(file_rows(store, name)))
         else:
