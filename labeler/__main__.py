@@ -73,6 +73,8 @@ def _label(options: argparse.Namespace) -> int:
         known = "" if summary.agreement is None else f", agreement with the folders' classes {summary.agreement:.1%}"
         share = "" if summary.kl_of_reference is None else f" ({summary.kl_of_reference:.2f} of top-5 float16 files')"
         ignored = f" ({summary.other_files} files of other types ignored)" if summary.other_files else ""
+        if summary.head:
+            print(summary.head.text())
         print(
             f"{summary.rows:,} images in {summary.shards} shards, {summary.quarantined} in the quarantine{ignored}\n"
             f"{summary.labeled_now:,} labeled now in {summary.seconds:.1f} s ({summary.images_per_s:.1f} images/s)\n"
@@ -282,6 +284,7 @@ def _add_label(commands: Any) -> None:
         teacher, TeacherConfig, "checkpoint", "ema", "random_weights", "num_classes", "input_size", "mean", "std",
         "view", "autocast", "compile",
     )  # fmt: skip
+    add_flags(teacher, LabelerConfig, "fit_head", "head_images", "head_accuracy")
     teacher.add_argument(
         "--tta",
         choices=("none", "flip"),

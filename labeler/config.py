@@ -67,6 +67,26 @@ class LabelerConfig:
         affects="values",
         lowest=1,
     )
+    fit_head: bool = option(
+        "fit a linear head for the classes of the image folders to the features of the teacher network, which needs no "
+        "classifier of its own; the head is kept with the store",
+        False,
+        affects="recorded",
+    )
+    head_images: int = option(
+        "most images to fit and check the head with, shared out equally among the classes",
+        20_000,
+        affects="recorded",
+        lowest=2,
+    )
+    head_accuracy: float | None = option(
+        "lowest accuracy of the head on held-out images, 0 to 1; default: a fifth of the way from chance to 1, and two "
+        "standard errors above chance",
+        None,
+        affects="nothing",
+        lowest=0,
+        highest=1,
+    )
     class_names: str | None = option(
         "file of class names, one per line in the teacher's order", None, affects="recorded"
     )
@@ -108,6 +128,11 @@ class LabelerConfig:
             raise InputError(
                 "bytes_per_image picks the threshold of uint8 codes itself",
                 got=f"threshold {self.threshold}, precision {self.precision}", remedy="Give one or the other.",
+            )  # fmt: skip
+        if self.fit_head and (self.class_names or self.teacher.num_classes):
+            raise InputError(
+                "the classes of a fitted head are the image folders", got="fit_head with class_names or num_classes",
+                remedy="Omit them, or fit_head.",
             )  # fmt: skip
         if not self.gpus_per_worker > 0:
             raise InputError("gpus_per_worker must be positive", got=self.gpus_per_worker)

@@ -18,6 +18,7 @@ from labeler.base.settings import names_that_affect
 from labeler.choose_encoding import asked_encoding, fit_encoding
 from labeler.config import LabelerConfig
 from labeler.executor import refuse_absent_ray, run_in_process, run_on_ray
+from labeler.fit_head import with_head
 from labeler.sources.class_names import folders_of, name_classes, true_classes
 from labeler.sources.image_source import ImageSource, refuse_other_images
 from labeler.sources.open_source import open_source
@@ -31,6 +32,7 @@ from labeler.worker import LabelingJob, ShardTask
 
 if TYPE_CHECKING:
     from labeler.teacher.create_teacher import TeacherInfo
+    from labeler.teacher.linear_head import HeadFit
 
 log = logging.getLogger("labeler")
 
@@ -59,6 +61,7 @@ class LabelSummary:
         agreement: Share of images whose mean map names the true class; None if no true class is known.
         known: Images whose true class is known.
         other_files: Files below the image root that are not images.
+        head: How well the fitted head does on held-out images; None without `fit_head`.
     """
 
     store: str
@@ -76,6 +79,7 @@ class LabelSummary:
     agreement: float | None
     known: int
     other_files: int
+    head: HeadFit | None = None
 
 
 def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -> LabelSummary:
@@ -107,11 +111,13 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     # The driver of a cluster may not have a GPU itself.
     elsewhere = config.workers and config.ray_address and config.device != "auto"
     device = config.device if elsewhere else str(pick_device(config.device))
+    here = "cpu" if elsewhere else device
+    config, head = with_head(config, source, path, here, begun)
     settled = _with_autocast(config, device, bool(elsewhere))
     # Built here once, so that a wrong teacher is reported before any worker starts.
     teacher = create_teacher(settled.teacher, "cpu" if config.workers else device)
     info = teacher.info
-    encoding = _encoding(source, settled, "cpu" if elsewhere else device, begun)
+    encoding = _encoding(source, settled, here, begun)
     plan = begin_store(path, make_plan(source, info, settled, encoding, begun, teacher.class_names))
     _warn_of_other_folders(source, plan)
     markers = committed_shards(path, plan)
@@ -122,7 +128,7 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     finished = finish_store(path, plan)
     if not markers:  # existing shards may come from elsewhere
         remember_written(path)
-    summary = _summary(path, finished, labeled, seconds, source.other)
+    summary = replace(_summary(path, finished, labeled, seconds, source.other), head=head)
     _warn_of_chance(summary, plan)
     return summary
 
@@ -237,6 +243,10 @@ def teacher_record(info: TeacherInfo, config: LabelerConfig) -> dict[str, Any]:
     record.update(random_weights=config.teacher.random_weights)
     if config.teacher.ema is not None:
         record.update(ema=config.teacher.ema)
+    if config.teacher.head is not None:
+        from labeler.teacher.linear_head import head_record
+
+        record.update(head=head_record(config.teacher.head))
     return record
 
 

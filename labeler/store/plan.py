@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from labeler.sources.image_source import ImageSource
 
 PLAN_FILE = "plan.json"
+HEAD_FILE = "head.safetensors"  # a linear head that was fitted for the store; the plan has its digest
 FORMAT_NAME = "token-label store"
 FORMAT_VERSION = "2.0"
 READABLE = ("1", "2")  # major versions

@@ -14,7 +14,7 @@ from labeler.base.errors import InputError, IntegrityError, LabelingError
 from labeler.base.whole_files import replace_file, sync_folder
 from labeler.store.hdf5 import VIEW_FILE
 from labeler.store.hdf5.build_shard import build_shard, build_view
-from labeler.store.plan import Plan, load_plan, refuse_other_settings
+from labeler.store.plan import HEAD_FILE, Plan, load_plan, refuse_other_settings
 from labeler.store.row_schema import ShardRows
 from labeler.store.shard_markers import Marker, check_file, publish_shard, read_marker, shard_stem, sweep
 
@@ -40,26 +40,47 @@ def begin_store(store: Path, plan: Plan) -> Plan:
         LabelingError: The disk is full or fails.
     """
     try:
-        store.mkdir(parents=True, exist_ok=True)
-        existing = load_plan(store)
+        existing = open_folder(store, keep_head="head" in plan.meta.teacher)
         if existing is None:
-            foreign = sorted(p.name for p in store.iterdir() if not p.name.startswith(".tmp-"))
-            if foreign:
-                raise InputError(
-                    f"{str(store)!r} is not empty and not a label store",
-                    got=", ".join(foreign[:3]),
-                    remedy="Choose an empty or a new folder.",
-                )
             if plan.save(store):
                 return plan
             existing = load_plan(store)
             assert existing is not None
     except OSError as error:
-        if error.errno in CANNOT_WRITE:
-            raise InputError(f"the store {str(store)!r} cannot be written", got=error.strerror) from None
-        raise disk_error(store, error) from None
+        raise folder_error(store, error) from None
     refuse_other_settings(store, existing, plan)
     return existing
+
+
+def open_folder(store: Path, keep_head: bool) -> Plan | None:
+    """Creates a store's folder if needed.
+
+    Args:
+        store: The store's folder.
+        keep_head: Whether a linear head may be in it before the plan.
+
+    Returns:
+        The plan in it; None if there is none yet.
+
+    Raises:
+        InputError: The folder cannot be written, or contains something else.
+        LabelingError: The disk is full or fails.
+    """
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        plan = load_plan(store)
+        names = sorted(path.name for path in store.iterdir())
+    except OSError as error:
+        raise folder_error(store, error) from None
+    expected = HEAD_FILE if keep_head else None
+    foreign = [name for name in names if not name.startswith(".tmp-") and name != expected]
+    if plan is None and foreign:
+        raise InputError(
+            f"{str(store)!r} is not empty and not a label store",
+            got=", ".join(foreign[:3]),
+            remedy="Choose an empty or a new folder.",
+        )
+    return plan
 
 
 def write_shard(
@@ -102,6 +123,13 @@ def write_shard(
         return publish_shard(store, shard_stem(shard, plan.meta.shards), data, fields)
     except OSError as error:
         raise disk_error(store, error) from None
+
+
+def folder_error(store: Path, error: OSError) -> InputError | LabelingError:
+    """Returns the error to raise when a store's folder could not be created or begun."""
+    if error.errno in CANNOT_WRITE:
+        return InputError(f"the store {str(store)!r} cannot be written", got=error.strerror)
+    return disk_error(store, error)
 
 
 def disk_error(store: Path, error: OSError) -> LabelingError:

@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from labeler.base.errors import TeacherError, TokenLabelError
 from labeler.teacher.dense_maps import HEADS, first_line
+from labeler.teacher.linear_head import read_head, set_head
 from labeler.teacher.teacher_config import TeacherConfig
 from labeler.teacher.weights import classes_in, load_weights, read_checkpoint, weights_only
 
@@ -62,21 +63,37 @@ class Classifier:
 
 def build_classifier(config: TeacherConfig) -> Classifier:
     """Builds the configured network on the CPU, with its weights. Raises TeacherError if that fails."""
+    if config.head is None:
+        return _build(config)
+    head, _ = read_head(config.head)
+    built = build_frozen(config)
+    set_head(built.model, head, config.name)
+    return replace(built, class_names=head.classes)
+
+
+def build_frozen(config: TeacherConfig) -> Classifier:
+    """Builds the network that a linear head is fitted for; it may lack a classifier. Raises TeacherError if not."""
+    # The number of classes is that of the linear head; the network keeps the one of its weights, or has none.
+    return _build(replace(config, num_classes=None, head=None), headless=True)
+
+
+def _build(config: TeacherConfig, headless: bool = False) -> Classifier:
+    """Builds the network; `headless`: its weights may lack a classifier."""
     source, _, name = config.name.rpartition(":")
     state = read_checkpoint(config.checkpoint, config.ema) if config.checkpoint else None
     folder = Path(config.name)
     if (folder / RUN_FOLDER / "config.json").is_file():  # a run of ours
-        return _from_folder_or_hub(f"local-dir:{folder / RUN_FOLDER}", config, state)
+        return _from_folder_or_hub(f"local-dir:{folder / RUN_FOLDER}", config, state, headless)
     if config.name.startswith(TIMM_SOURCES):
-        return _from_folder_or_hub(config.name, config, state)
+        return _from_folder_or_hub(config.name, config, state, headless)
     if source in ("", "timm"):
-        return _from_timm(name, config, state)
+        return _from_timm(name, config, state, headless)
     if source == "torchvision":
         return _from_torchvision(name, config, state)
     return _from_function(source, name, config, state)
 
 
-def _from_timm(name: str, config: TeacherConfig, state: dict[str, Tensor] | None) -> Classifier:
+def _from_timm(name: str, config: TeacherConfig, state: dict[str, Tensor] | None, headless: bool) -> Classifier:
     """Builds a network by timm's name."""
     import timm
 
@@ -89,9 +106,10 @@ def _from_timm(name: str, config: TeacherConfig, state: dict[str, Tensor] | None
     except RuntimeError:
         raise _unknown_name("timm", name, timm.list_pretrained(name.split(".")[0] + "*")) from None
     num_classes = config.num_classes or classes_in(state, published.classifier or HEADS)
-    arguments: dict[str, Any] = {"num_classes": num_classes}
+    arguments: dict[str, Any] = {"num_classes": num_classes or (0 if headless else None)}
     if state is None and not config.random_weights:
-        _refuse_other_head(name, config.num_classes, published.num_classes)
+        if not headless:
+            _refuse_other_head(name, config.num_classes, published.num_classes)
         arguments["pretrained"] = True
     model = _create(timm.create_model, arguments, "img_size", config.input_size, name)
     if state is not None:
@@ -107,13 +125,15 @@ def _from_timm(name: str, config: TeacherConfig, state: dict[str, Tensor] | None
     return Classifier(model, **_timm_preprocessing(model.pretrained_cfg))
 
 
-def _from_folder_or_hub(name: str, config: TeacherConfig, state: dict[str, Tensor] | None) -> Classifier:
+def _from_folder_or_hub(
+    name: str, config: TeacherConfig, state: dict[str, Tensor] | None, headless: bool
+) -> Classifier:
     """Builds a network from a folder or from the Hugging Face Hub, in timm's format."""
     import timm
 
     register_other_models()
     arguments: dict[str, Any] = {"pretrained": state is None and not config.random_weights}
-    arguments["num_classes"] = config.num_classes or classes_in(state, HEADS)
+    arguments["num_classes"] = config.num_classes or classes_in(state, HEADS) or (0 if headless else None)
     model = _create(timm.create_model, arguments, "img_size", config.input_size, name)
     if state is not None:
         load_weights(model, state, config.checkpoint)
@@ -209,7 +229,8 @@ def _create(factory: Callable[..., Any], arguments: dict[str, Any], size_name: s
 def _refuse_other_head(name: str, wanted: int | None, published: int) -> None:
     """Raises TeacherError if the published weights have no head, or one of another number of classes."""
     if published == 0:
-        raise TeacherError(f"{name} is published without a classification head", remedy=NO_WEIGHTS_REMEDY)
+        remedy = f"Fit one for the classes of your folders with --fit-head. {NO_WEIGHTS_REMEDY}"
+        raise TeacherError(f"{name} is published without a classification head", remedy=remedy)
     if wanted is not None and wanted != published:
         raise TeacherError(
             f"the pretrained head of {name} has another number of classes", got=f"--num-classes {wanted}",

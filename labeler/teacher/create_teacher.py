@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from labeler.base.errors import TeacherError
 from labeler.base.runtime import DTYPES, pick_device, pick_precision
-from labeler.teacher.build_classifier import build_classifier
+from labeler.teacher.build_classifier import Classifier, build_classifier, build_frozen
 from labeler.teacher.dense_maps import DenseMap, dense_map
+from labeler.teacher.linear_head import check_linear, frozen_sha256, give_head, pooled_features
 from labeler.teacher.teacher_config import TeacherConfig
 from labeler.teacher.weights import weights_sha256
 
@@ -147,13 +148,9 @@ def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
         built = build_classifier(config)
     model = built.model.eval().requires_grad_(False)
     digest = weights_sha256(model)
-    # Weights of 3-D convolutions have no channels-last form.
-    volumes = any(tensor.dim() == 5 for tensor in model.state_dict().values() if isinstance(tensor, Tensor))
-    model = model.to(torch_device) if volumes else model.to(torch_device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    size = config.input_size or built.input_size
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(torch_device)
+    model, images = _on_device(model, config.input_size or built.input_size, torch_device)
     with torch.inference_mode():
-        dense, report = dense_map(model, images.contiguous(memory_format=torch.channels_last), config.name)
+        dense, report = dense_map(model, images, config.name)
     if config.num_classes not in (None, report.num_classes):
         raise TeacherError(
             f"teacher {config.name} has another number of classes", got=report.num_classes, expected=config.num_classes,
@@ -161,15 +158,9 @@ def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
         )  # fmt: skip
     compile_notes = _compile(dense) if config.compile else ()
     info = TeacherInfo(
-        name=config.name,
+        **_input_of(config, built, torch_device),
         weights_sha256=digest,
         num_classes=report.num_classes,
-        input_size=size,
-        mean=tuple(float(value) for value in config.mean or built.mean),
-        std=tuple(float(value) for value in config.std or built.std),
-        interpolation=built.interpolation,
-        crop_pct=float(built.crop_pct),
-        autocast=pick_precision(config.autocast, torch_device),
         flip=config.flip,
         grid=report.grid,
         method=report.method,
@@ -180,6 +171,83 @@ def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
     if (config.compile or info.autocast != "float32") and not teacher.score_maps(images).isfinite().all():
         raise TeacherError(f"teacher {config.name} overflows in {info.autocast}", remedy="Use autocast float32.")
     return teacher
+
+
+class PooledFeatures:
+    """The features that a network's classifier reads, as maps [B, D, 1, 1] of one cell."""
+
+    method = "the pooled features"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Computes features [B, D, 1, 1] of images [B, 3, S, S]."""
+        return pooled_features(self.model, images)[:, :, None, None]
+
+
+def create_frozen(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
+    """Creates the frozen network that a linear head is fitted for.
+
+    Args:
+        config: Settings of the teacher.
+        device: As in `create_teacher`.
+
+    Returns:
+        What gives pooled features [B, D, 1, 1], of the image alone, in place of maps. Its digest of the weights is that
+        of the network without a classifier.
+
+    Raises:
+        InputError: This machine has no such device.
+        TeacherError: The network cannot be built, a linear head cannot be its classifier, or there would be no dense
+            map with one.
+    """
+    torch_device = pick_device(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        built = build_frozen(config)
+        digest = frozen_sha256(built.model, config.name)
+        give_head(built.model, 2, config.name)
+    size = config.input_size or built.input_size
+    model, images = _on_device(built.model.eval().requires_grad_(False), size, torch_device)
+    with torch.inference_mode():
+        _, report = dense_map(model, images, config.name)
+        check_linear(model, images, config.name)
+        dense = PooledFeatures(model)
+        width = dense(images).shape[1]
+    info = TeacherInfo(
+        **_input_of(config, built, torch_device),
+        weights_sha256=digest,
+        num_classes=width,
+        flip=False,
+        grid=(1, 1),
+        method=dense.method,
+        self_test=report.self_test,
+        notes=report.notes,
+    )
+    return LoadedTeacher(dense, info, torch_device)
+
+
+def _on_device(model: nn.Module, size: int, device: torch.device) -> tuple[nn.Module, Tensor]:
+    """Returns the network on its device, and random images [2, 3, S, S] to test it with."""
+    # Weights of 3-D convolutions have no channels-last form.
+    volumes = any(tensor.dim() == 5 for tensor in model.state_dict().values() if isinstance(tensor, Tensor))
+    model = model.to(device) if volumes else model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    return model, images.contiguous(memory_format=torch.channels_last)
+
+
+def _input_of(config: TeacherConfig, built: Classifier, device: torch.device) -> dict[str, Any]:
+    """Returns the fields of `TeacherInfo` that say what goes into the network."""
+    return {
+        "name": config.name,
+        "input_size": config.input_size or built.input_size,
+        "mean": tuple(float(value) for value in config.mean or built.mean),
+        "std": tuple(float(value) for value in config.std or built.std),
+        "interpolation": built.interpolation,
+        "crop_pct": float(built.crop_pct),
+        "autocast": pick_precision(config.autocast, device),
+    }
 
 
 def _compile(dense: Any) -> tuple[str, ...]:

@@ -231,7 +231,7 @@ def _refuse_missing_head(model: Any, name: str) -> None:
     else:
         heads = [getattr(model, part, None) for part in HEADS]
     if getattr(model, "num_classes", None) == 0 or any(isinstance(head, nn.Identity) for head in heads):
-        remedy = "Choose a classifier, or give --checkpoint with a trained head."
+        remedy = "Choose a classifier, give --checkpoint with a trained head, or fit one with --fit-head."
         raise _refusal(name, "has no classification head", "features only", "logits of classes", remedy)
 
 

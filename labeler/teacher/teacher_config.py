@@ -59,6 +59,11 @@ class TeacherConfig:
         affects="recorded",
         choices=AUTOCASTS,
     )
+    head: str | None = option(
+        "file of a linear head, fitted by fit_head, that replaces the network's own classifier",
+        None,
+        affects="recorded",
+    )
     compile: bool = option("run the teacher through torch.compile", False, affects="rounding")
 
     def __post_init__(self) -> None:

@@ -1,0 +1,332 @@
+"""`fit_head`: a linear head for the classes of the image folders, fitted to a frozen network and kept with the store.
+
+Legend: N images, C classes, D feature width.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from labeler.base.cores import usable_cores
+from labeler.base.errors import InputError, IntegrityError, MismatchError, TeacherError
+from labeler.base.whole_files import publish_exclusively, replace_file
+from labeler.config import LabelerConfig
+from labeler.sources.images import ImageSet
+from labeler.store.plan import HEAD_FILE, Plan, plain
+from labeler.store.shard_writer import folder_error, open_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from labeler.teacher.create_teacher import LoadedTeacher
+    from labeler.teacher.linear_head import HeadFit, LinearHead
+
+log = logging.getLogger("labeler")
+
+HELD_OUT = 5  # one in so many images of each class
+SEED = 0
+WAY_FROM_CHANCE = 0.2  # of the lowest accuracy that is accepted, unless a setting says another
+DEVIATIONS = 2  # standard errors by which the accuracy must be above chance
+FEW = 10  # images of a class below which there is a warning
+
+
+def with_head(
+    config: LabelerConfig, images: ImageSet, store: Path, device: str, begun: Plan | None
+) -> tuple[LabelerConfig, HeadFit | None]:
+    """Fits the head of a run, or finds the one that is kept with its store.
+
+    Args:
+        config: Settings of the run.
+        images: All images.
+        store: The store's folder.
+        device: Device of the network.
+        begun: The store's plan, if it has one.
+
+    Returns:
+        (settings whose teacher has the head, how well it does); the settings as they were and None without `fit_head`.
+
+    Raises:
+        InputError: There are too few images or folders to fit a head.
+        TeacherError: A linear head cannot be the network's classifier, or it is less accurate than is accepted.
+        MismatchError: The store was begun with other settings.
+        IntegrityError: The head of the store is not as it was.
+    """
+    recorded = None if begun is None else begun.meta.teacher.get("head")
+    if begun is not None and config.fit_head != (recorded is not None):
+        raise MismatchError(
+            f"the store {str(store)!r} was begun with another head",
+            got="--fit-head" if config.fit_head else "the teacher's own head",
+            expected="--fit-head, and the head that is kept with the store" if recorded else "the teacher's own head",
+            remedy="Use the settings that it was begun with, or another --store.",
+        )
+    if not config.fit_head:
+        return config, None
+    path = (store / HEAD_FILE).absolute()
+    if recorded is not None:
+        fit = _kept(path, recorded, config.head_images)
+    else:
+        fit = _fitted(path, config, images, device)
+        _tell(fit, config)
+        _refuse_inaccurate(fit, config)
+    return replace(config, teacher=replace(config.teacher, head=str(path))), fit
+
+
+def _kept(path: Path, recorded: Any, most_images: int) -> HeadFit:
+    """Returns how well the head does that the store was begun with."""
+    from labeler.teacher.linear_head import read_head
+
+    try:
+        head, digest = read_head(path)
+    except TeacherError as error:
+        problem, got = error.problem, error.got
+    else:
+        if digest == recorded["sha256"]:
+            if head.fitted_with["most_images"] != most_images:
+                raise MismatchError(
+                    "the head of the store was fitted on another number of images", got=f"--head-images {most_images}",
+                    expected=head.fitted_with["most_images"],
+                    remedy="Use the settings that the store was begun with, or another --store.",
+                )  # fmt: skip
+            return head.fit
+        problem, got = f"{str(path)!r} is not the head that the store was begun with", f"sha256 {digest[:12]}"
+    raise IntegrityError(
+        problem, got=got, expected=f"sha256 {recorded['sha256'][:12]}",
+        remedy="Restore it from a copy, or label into a new folder.",
+    )  # fmt: skip
+
+
+def _fitted(path: Path, config: LabelerConfig, images: ImageSet, device: str) -> HeadFit:
+    """Returns how well the head does that an earlier run left in the folder, or that is fitted now and kept there."""
+    import torch
+
+    from labeler.teacher.create_teacher import create_frozen
+    from labeler.teacher.linear_head import read_head
+
+    open_folder(path.parent, keep_head=True)
+    classes = class_folders(images)
+    chosen = choose_images(images, classes, config.head_images)
+    torch.set_num_threads(config.threads or usable_cores())
+    network = create_frozen(config.teacher, device)
+    fitted_with = _settings(network, config, images)
+    left = read_head(path)[0] if path.exists() else None
+    if left is not None and (left.features_sha256, left.fitted_with) == (network.info.weights_sha256, fitted_with):
+        return left.fit
+    head = fit_head(network, config, images, classes, chosen, fitted_with, device)
+    try:
+        # Of two runs that start together, the head of the first is the head of both.
+        if left is not None:
+            replace_file(path, head.to_bytes())
+        else:
+            publish_exclusively(path, head.to_bytes())
+    except OSError as error:
+        raise folder_error(path.parent, error) from None
+    return read_head(path)[0].fit
+
+
+def _settings(network: LoadedTeacher, config: LabelerConfig, images: ImageSet) -> dict[str, Any]:
+    """Returns what decides a head's values beside the network's weights, as JSON gives it back."""
+    info = network.info
+    return {
+        "dataset_fingerprint": images.fingerprint,
+        "most_images": config.head_images,
+        "input_size": info.input_size,
+        "mean": plain(info.mean),
+        "std": plain(info.std),
+        "interpolation": info.interpolation,
+        "autocast": info.autocast,
+        "view": config.teacher.view,
+        "orientation": config.orientation,
+        "min_side": config.min_side,
+        "max_pixels": config.max_pixels,
+    }
+
+
+def class_folders(images: ImageSet) -> tuple[str, ...]:
+    """Returns the names of the class folders, sorted. Raises InputError if there are fewer than two."""
+    folders = sorted({key.split("/", 1)[0] for key in images.keys if "/" in key})
+    if len(folders) < 2:
+        raise InputError(
+            f"a head needs images of two classes or more below {str(images.root)!r}",
+            got=f"{len(folders)} folders", expected="a folder for each class, named after it",
+            remedy="Omit --fit-head for a teacher that has a head already.",
+        )  # fmt: skip
+    return tuple(folders)
+
+
+def choose_images(images: ImageSet, classes: tuple[str, ...], most: int) -> dict[int, int]:
+    """Chooses at most `most` images, the same number of each class where there are enough.
+
+    A hash of each key decides which, so that new images do not change the choice among the others much.
+
+    Returns:
+        Position -> class id; within each class in the order of the hashes.
+
+    Raises:
+        InputError: A class has a single image, or `most` is less than two for each class.
+    """
+    if most < 2 * len(classes):
+        raise InputError(
+            "the head needs two images of each class or more", got=f"--head-images {most}",
+            expected=f"at least {2 * len(classes)} for {len(classes)} classes",
+        )  # fmt: skip
+    ids = {name: i for i, name in enumerate(classes)}
+    members: list[list[tuple[int, int]]] = [[] for _ in classes]
+    for position, key in enumerate(images.keys):
+        if "/" in key:
+            members[ids[key.split("/", 1)[0]]].append((xxhash.xxh3_64_intdigest(key.encode(), SEED), position))
+    share = _equal_share([len(some) for some in members], most)
+    return {position: i for i, some in enumerate(members) for _, position in sorted(some)[:share]}
+
+
+def _equal_share(counts: list[int], most: int) -> int:
+    """Returns the largest number of images of each class with which there are at most `most` in all."""
+    low, high = 1, max(counts)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if sum(min(count, middle) for count in counts) <= most else (low, middle - 1)
+    return low
+
+
+def fit_head(
+    network: LoadedTeacher, config: LabelerConfig, images: ImageSet, classes: tuple[str, ...], chosen: dict[int, int],
+    fitted_with: dict[str, Any], device: str,
+) -> LinearHead:  # fmt: skip
+    """Computes the features of the chosen images, fits a head to four fifths of each class, and tests it on the rest.
+
+    Args:
+        network: What gives features [B, D, 1, 1].
+        config: Settings of the run.
+        images: All images.
+        classes: Names of the classes.
+        chosen: Position of an image -> class id.
+        fitted_with: What the head records of its settings.
+        device: Device of the network.
+
+    Returns:
+        The head.
+
+    Raises:
+        InputError: Fewer than two images of a class can be read.
+    """
+    import torch
+
+    from labeler.teacher.fit_linear import fit_linear
+    from labeler.teacher.linear_head import HeadFit, LinearHead
+
+    features, read = features_of(network, config, images, sorted(chosen), device)
+    rows = {position: row for row, position in enumerate(read)}
+    fitted, held = split([position for position in chosen if position in rows], chosen, classes)
+    ids = {name: torch.tensor([chosen[i] for i in some]) for name, some in (("fitted", fitted), ("held", held))}
+    x, held_x = features[[rows[i] for i in fitted]], features[[rows[i] for i in held]]
+    fit = fit_linear(x, ids["fitted"], held_x, ids["held"], len(classes))
+    result = HeadFit(
+        accuracy=fit.accuracy,
+        standard_error=math.sqrt(fit.accuracy * (1 - fit.accuracy) / len(held)),
+        chance=int(torch.bincount(ids["held"]).max()) / len(held),
+        held_out=len(held),
+        fitted=len(fitted),
+        skipped=len(chosen) - len(read),
+        cross_entropy=fit.cross_entropy,
+        l2=fit.l2,
+    )
+    return LinearHead(fit.weight, fit.bias, classes, network.info.weights_sha256, fitted_with, result)
+
+
+def split(chosen: list[int], ids: dict[int, int], classes: tuple[str, ...]) -> tuple[list[int], list[int]]:
+    """Splits images in order of their hashes into those to fit on and, a fifth of each class, those to test on."""
+    fitted: list[int] = []
+    held: list[int] = []
+    few = []
+    for i, name in enumerate(classes):
+        members = [position for position in chosen if ids[position] == i]
+        if len(members) < 2:
+            raise InputError(
+                f"the head needs two images of each class or more, one to fit on and one to test on: {name!r}",
+                got=f"{len(members)} that can be read", expected="at least 2, better 20",
+                remedy="Add images, or move the folder elsewhere.",
+            )  # fmt: skip
+        count = max(1, round(len(members) / HELD_OUT))
+        held += members[:count]
+        fitted += members[count:]
+        few += [name] * (len(members) < FEW)
+    if few:
+        log.warning(
+            "%d of the %d classes have fewer than %d images to fit the head with (%s%s)", len(few), len(classes), FEW,
+            ", ".join(few[:3]), ", …" * (len(few) > 3),
+        )  # fmt: skip
+    return fitted, held
+
+
+def features_of(
+    network: LoadedTeacher, config: LabelerConfig, images: ImageSet, positions: list[int], device: str
+) -> tuple[Tensor, list[int]]:
+    """Computes the features of images, without those that cannot be read.
+
+    Returns:
+        (float32 features [N, D] on the CPU, the positions of the N images).
+    """
+    import torch
+    from tqdm import tqdm
+
+    from labeler.worker import ShardTask, decoder_for, load_batches
+
+    task = ShardTask(
+        0,
+        tuple(images.keys[i] for i in positions),
+        tuple(int(images.sizes[i]) for i in positions),
+        (-1,) * len(positions),
+        {index: images.problems[i] for index, i in enumerate(positions) if i in images.problems},
+    )
+    decoder = decoder_for(network, config, device, config.threads or usable_cores())
+    features = torch.empty(len(positions), network.info.num_classes)
+    read: list[int] = []
+    interval = 0.1 if sys.stderr.isatty() else 10
+    with tqdm(
+        total=len(positions), unit="img", desc="features", disable=not config.progress, mininterval=interval
+    ) as bar:
+        for batch in load_batches(task, images.root, config, decoder):
+            if batch.positions:
+                some = network.label(batch.decoded.pixels).flatten(1).cpu()
+                finite = some.isfinite().all(1)
+                kept = np.array(batch.positions)[finite.numpy()].tolist()
+                features[len(read) : len(read) + len(kept)] = some[finite]
+                read += [positions[index] for index in kept]
+            bar.update(len(batch.positions) + len(batch.failures))
+    return features[: len(read)], read
+
+
+def lowest_accuracy(fit: HeadFit) -> float:
+    """Returns the lowest accuracy that is accepted by default.
+
+    A fifth of the way from chance to 1: below it, most of what the maps say is wrong. And two standard errors of
+    guessing above chance: with few held-out images a useless head can be right often by luck.
+    """
+    luck = math.sqrt(fit.chance * (1 - fit.chance) / fit.held_out)
+    return max(fit.chance + WAY_FROM_CHANCE * (1 - fit.chance), fit.chance + DEVIATIONS * luck)
+
+
+def _refuse_inaccurate(fit: HeadFit, config: LabelerConfig) -> None:
+    """Raises TeacherError if the accuracy is lower than is accepted."""
+    lowest = lowest_accuracy(fit) if config.head_accuracy is None else config.head_accuracy
+    if fit.accuracy < lowest:
+        raise TeacherError(
+            f"the head fitted to the features of {config.teacher.name} is not accurate enough to label with",
+            got=f"{fit.accuracy:.1%} ± {fit.standard_error:.1%} of {fit.held_out:,} held-out images right",
+            expected=f"at least {lowest:.1%} (chance is {fit.chance:.1%})",
+            remedy="Choose another teacher, a larger --input-size or more images; or accept this head, which is kept, "
+            f"with --head-accuracy {math.floor(1000 * fit.accuracy) / 1000:g}.",
+        )  # fmt: skip
+
+
+def _tell(fit: HeadFit, config: LabelerConfig) -> None:
+    """Prints how well the head does, before the labeling that may take hours."""
+    if config.progress:
+        print(fit.text(), file=sys.stderr, flush=True)
