@@ -68,8 +68,8 @@ class LabelerConfig:
         lowest=1,
     )
     fit_head: bool = option(
-        "fit a linear head for the classes of the image folders to the features of the teacher network, which needs no "
-        "classifier of its own; the head is kept with the store",
+        "fit a linear head for the images' own classes (folders or labels) to the features of the teacher network, "
+        "which needs no classifier; the head is kept with the store",
         False,
         affects="recorded",
     )
@@ -131,7 +131,8 @@ class LabelerConfig:
             )  # fmt: skip
         if self.fit_head and (self.class_names or self.teacher.num_classes):
             raise InputError(
-                "the classes of a fitted head are the image folders", got="fit_head with class_names or num_classes",
+                "the classes of a fitted head are the images' own: their folders, or labels",
+                got="fit_head with class_names or num_classes",
                 remedy="Omit them, or fit_head.",
             )  # fmt: skip
         if not self.gpus_per_worker > 0:

@@ -1,11 +1,10 @@
-"""`fit_head`: a linear head for the classes of the image folders, fitted to a frozen network and kept with the store.
+"""`fit_head`: a linear head for the images' own classes, fitted to a frozen network and kept with the store.
 
 Legend: N images, C classes, D feature width.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 from dataclasses import replace
@@ -13,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xxhash
 
 from labeler.base.cores import usable_cores
-from labeler.base.errors import InputError, IntegrityError, MismatchError, TeacherError
+from labeler.base.errors import IntegrityError, MismatchError, TeacherError
 from labeler.base.whole_files import publish_exclusively, replace_file
 from labeler.config import LabelerConfig
-from labeler.sources.images import ImageSet
+from labeler.sources.class_sample import choose_images, own_classes, split
+from labeler.sources.image_source import ImageSource
 from labeler.store.plan import HEAD_FILE, Plan, plain
 from labeler.store.shard_writer import folder_error, open_folder
 
@@ -29,17 +28,12 @@ if TYPE_CHECKING:
     from labeler.teacher.create_teacher import LoadedTeacher
     from labeler.teacher.linear_head import HeadFit, LinearHead
 
-log = logging.getLogger("labeler")
-
-HELD_OUT = 5  # one in so many images of each class
-SEED = 0
 WAY_FROM_CHANCE = 0.2  # of the lowest accuracy that is accepted, unless a setting says another
 DEVIATIONS = 2  # standard errors by which the accuracy must be above chance
-FEW = 10  # images of a class below which there is a warning
 
 
 def with_head(
-    config: LabelerConfig, images: ImageSet, store: Path, device: str, begun: Plan | None
+    config: LabelerConfig, images: ImageSource, store: Path, device: str, begun: Plan | None
 ) -> tuple[LabelerConfig, HeadFit | None]:
     """Fits the head of a run, or finds the one that is kept with its store.
 
@@ -103,7 +97,7 @@ def _kept(path: Path, recorded: Any, most_images: int) -> HeadFit:
     )  # fmt: skip
 
 
-def _fitted(path: Path, config: LabelerConfig, images: ImageSet, device: str) -> HeadFit:
+def _fitted(path: Path, config: LabelerConfig, images: ImageSource, device: str) -> HeadFit:
     """Returns how well the head does that an earlier run left in the folder, or that is fitted now and kept there."""
     import torch
 
@@ -111,7 +105,7 @@ def _fitted(path: Path, config: LabelerConfig, images: ImageSet, device: str) ->
     from labeler.teacher.linear_head import read_head
 
     open_folder(path.parent, keep_head=True)
-    classes = class_folders(images)
+    classes = own_classes(images)
     chosen = choose_images(images, classes, config.head_images)
     torch.set_num_threads(config.threads or usable_cores())
     network = create_frozen(config.teacher, device)
@@ -119,7 +113,7 @@ def _fitted(path: Path, config: LabelerConfig, images: ImageSet, device: str) ->
     left = read_head(path)[0] if path.exists() else None
     if left is not None and (left.features_sha256, left.fitted_with) == (network.info.weights_sha256, fitted_with):
         return left.fit
-    head = fit_head(network, config, images, classes, chosen, fitted_with, device)
+    head = fit_head(network, config, images, classes, chosen)
     try:
         # Of two runs that start together, the head of the first is the head of both.
         if left is not None:
@@ -131,7 +125,7 @@ def _fitted(path: Path, config: LabelerConfig, images: ImageSet, device: str) ->
     return read_head(path)[0].fit
 
 
-def _settings(network: LoadedTeacher, config: LabelerConfig, images: ImageSet) -> dict[str, Any]:
+def _settings(network: LoadedTeacher, config: LabelerConfig, images: ImageSource) -> dict[str, Any]:
     """Returns what decides a head's values beside the network's weights, as JSON gives it back."""
     info = network.info
     return {
@@ -149,56 +143,9 @@ def _settings(network: LoadedTeacher, config: LabelerConfig, images: ImageSet) -
     }
 
 
-def class_folders(images: ImageSet) -> tuple[str, ...]:
-    """Returns the names of the class folders, sorted. Raises InputError if there are fewer than two."""
-    folders = sorted({key.split("/", 1)[0] for key in images.keys if "/" in key})
-    if len(folders) < 2:
-        raise InputError(
-            f"a head needs images of two classes or more below {str(images.root)!r}",
-            got=f"{len(folders)} folders", expected="a folder for each class, named after it",
-            remedy="Omit --fit-head for a teacher that has a head already.",
-        )  # fmt: skip
-    return tuple(folders)
-
-
-def choose_images(images: ImageSet, classes: tuple[str, ...], most: int) -> dict[int, int]:
-    """Chooses at most `most` images, the same number of each class where there are enough.
-
-    A hash of each key decides which, so that new images do not change the choice among the others much.
-
-    Returns:
-        Position -> class id; within each class in the order of the hashes.
-
-    Raises:
-        InputError: A class has a single image, or `most` is less than two for each class.
-    """
-    if most < 2 * len(classes):
-        raise InputError(
-            "the head needs two images of each class or more", got=f"--head-images {most}",
-            expected=f"at least {2 * len(classes)} for {len(classes)} classes",
-        )  # fmt: skip
-    ids = {name: i for i, name in enumerate(classes)}
-    members: list[list[tuple[int, int]]] = [[] for _ in classes]
-    for position, key in enumerate(images.keys):
-        if "/" in key:
-            members[ids[key.split("/", 1)[0]]].append((xxhash.xxh3_64_intdigest(key.encode(), SEED), position))
-    share = _equal_share([len(some) for some in members], most)
-    return {position: i for i, some in enumerate(members) for _, position in sorted(some)[:share]}
-
-
-def _equal_share(counts: list[int], most: int) -> int:
-    """Returns the largest number of images of each class with which there are at most `most` in all."""
-    low, high = 1, max(counts)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if sum(min(count, middle) for count in counts) <= most else (low, middle - 1)
-    return low
-
-
 def fit_head(
-    network: LoadedTeacher, config: LabelerConfig, images: ImageSet, classes: tuple[str, ...], chosen: dict[int, int],
-    fitted_with: dict[str, Any], device: str,
-) -> LinearHead:  # fmt: skip
+    network: LoadedTeacher, config: LabelerConfig, images: ImageSource, classes: tuple[str, ...], chosen: dict[int, int]
+) -> LinearHead:
     """Computes the features of the chosen images, fits a head to four fifths of each class, and tests it on the rest.
 
     Args:
@@ -207,8 +154,6 @@ def fit_head(
         images: All images.
         classes: Names of the classes.
         chosen: Position of an image -> class id.
-        fitted_with: What the head records of its settings.
-        device: Device of the network.
 
     Returns:
         The head.
@@ -221,7 +166,7 @@ def fit_head(
     from labeler.teacher.fit_linear import fit_linear
     from labeler.teacher.linear_head import HeadFit, LinearHead
 
-    features, read = features_of(network, config, images, sorted(chosen), device)
+    features, read = features_of(network, config, images, sorted(chosen))
     rows = {position: row for row, position in enumerate(read)}
     fitted, held = split([position for position in chosen if position in rows], chosen, classes)
     ids = {name: torch.tensor([chosen[i] for i in some]) for name, some in (("fitted", fitted), ("held", held))}
@@ -237,36 +182,12 @@ def fit_head(
         cross_entropy=fit.cross_entropy,
         l2=fit.l2,
     )
+    fitted_with = _settings(network, config, images)
     return LinearHead(fit.weight, fit.bias, classes, network.info.weights_sha256, fitted_with, result)
 
 
-def split(chosen: list[int], ids: dict[int, int], classes: tuple[str, ...]) -> tuple[list[int], list[int]]:
-    """Splits images in order of their hashes into those to fit on and, a fifth of each class, those to test on."""
-    fitted: list[int] = []
-    held: list[int] = []
-    few = []
-    for i, name in enumerate(classes):
-        members = [position for position in chosen if ids[position] == i]
-        if len(members) < 2:
-            raise InputError(
-                f"the head needs two images of each class or more, one to fit on and one to test on: {name!r}",
-                got=f"{len(members)} that can be read", expected="at least 2, better 20",
-                remedy="Add images, or move the folder elsewhere.",
-            )  # fmt: skip
-        count = max(1, round(len(members) / HELD_OUT))
-        held += members[:count]
-        fitted += members[count:]
-        few += [name] * (len(members) < FEW)
-    if few:
-        log.warning(
-            "%d of the %d classes have fewer than %d images to fit the head with (%s%s)", len(few), len(classes), FEW,
-            ", ".join(few[:3]), ", …" * (len(few) > 3),
-        )  # fmt: skip
-    return fitted, held
-
-
 def features_of(
-    network: LoadedTeacher, config: LabelerConfig, images: ImageSet, positions: list[int], device: str
+    network: LoadedTeacher, config: LabelerConfig, images: ImageSource, positions: list[int]
 ) -> tuple[Tensor, list[int]]:
     """Computes the features of images, without those that cannot be read.
 
@@ -278,21 +199,15 @@ def features_of(
 
     from labeler.worker import ShardTask, decoder_for, load_batches
 
-    task = ShardTask(
-        0,
-        tuple(images.keys[i] for i in positions),
-        tuple(int(images.sizes[i]) for i in positions),
-        (-1,) * len(positions),
-        {index: images.problems[i] for index, i in enumerate(positions) if i in images.problems},
-    )
-    decoder = decoder_for(network, config, device, config.threads or usable_cores())
+    task = ShardTask(0, images.part(positions), (-1,) * len(positions))
+    decoder = decoder_for(network, config, str(network.device), config.threads or usable_cores())
     features = torch.empty(len(positions), network.info.num_classes)
     read: list[int] = []
     interval = 0.1 if sys.stderr.isatty() else 10
     with tqdm(
         total=len(positions), unit="img", desc="features", disable=not config.progress, mininterval=interval
     ) as bar:
-        for batch in load_batches(task, images.root, config, decoder):
+        for batch in load_batches(task, config, decoder):
             if batch.positions:
                 some = network.label(batch.decoded.pixels).flatten(1).cpu()
                 finite = some.isfinite().all(1)

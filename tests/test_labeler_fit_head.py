@@ -28,8 +28,9 @@ from labeler import (
     label_images,
 )
 from labeler.__main__ import main
-from labeler.fit_head import choose_images, lowest_accuracy
-from labeler.sources.images import find_images
+from labeler.fit_head import lowest_accuracy
+from labeler.sources.class_sample import choose_images
+from labeler.sources.open_source import open_source
 from labeler.store.plan import HEAD_FILE
 from labeler.teacher.create_teacher import create_frozen
 from labeler.teacher.fit_linear import STRENGTHS, _Problem, evaluate, fit_linear
@@ -152,7 +153,7 @@ def test_images_are_shared_out_equally_and_new_ones_leave_the_others_alone(tmp_p
     root = make_coloured(tmp_path / "a", 9)
     for i in range(6):
         (root / "blue" / f"{i:03d}.png").unlink()
-    images = find_images(root)
+    images = open_source(root)
     classes = ("blue", "green", "red")
     chosen = choose_images(images, classes, 13)
     assert np.bincount(list(chosen.values())).tolist() == [3, 5, 5]
@@ -161,7 +162,7 @@ def test_images_are_shared_out_equally_and_new_ones_leave_the_others_alone(tmp_p
     assert len(everything) == 21
     before = [images.keys[i] for i in everything]
     (root / "green" / "new.png").write_bytes((root / "green" / "000.png").read_bytes())
-    more = find_images(root)
+    more = open_source(root)
     after = [more.keys[i] for i in choose_images(more, classes, 1000)]
     assert [key for key in after if key != "green/new.png"] == before
 
@@ -193,8 +194,22 @@ def test_images_without_folders_are_refused_and_their_folders_are_the_classes(tm
     Image.new("RGB", (20, 20)).save(tmp_path / "flat" / "a.png")
     with pytest.raises(InputError, match=r"two classes or more.*got 0 folders"):
         label_images(tmp_path / "flat", tmp_path / "labels", config_of())
-    with pytest.raises(InputError, match="the classes of a fitted head are the image folders"):
+    with pytest.raises(InputError, match="the classes of a fitted head are the images' own"):
         config_of(class_names="names.txt")
+
+
+def test_labels_of_a_list_are_classes_as_folders_are(tmp_path):
+    """Under other names, in another order: the head is for what the list says."""
+    root = make_coloured(tmp_path / "images")
+    words = {"blue": "sea", "green": "wood", "red": "brick"}
+    lines = [f"{folder}/{i:03d}.png,{words[folder]}" for folder in words for i in range(12)]
+    (root / "list.csv").write_text("\n".join(["path,label", *lines]) + "\n")
+    summary = label_images(root / "list.csv", tmp_path / "labels", config_of())
+    store = LabelStore(tmp_path / "labels")
+    assert store.meta.class_names == ("brick", "sea", "wood")
+    assert summary.known == 36
+    assert summary.agreement is not None
+    assert summary.agreement > 0.9
 
 
 # Networks
