@@ -77,12 +77,13 @@ def _kept(path: Path, recorded: Any, most_images: int) -> HeadFit:
     """Returns how well the head does that the store was begun with."""
     from labeler.teacher.linear_head import read_head
 
+    expected = str(dict(recorded).get("sha256"))
     try:
         head, digest = read_head(path)
     except TeacherError as error:
-        problem, got = error.problem, error.got
+        problem, got = error.problem, error.got  # as of a file that is gone
     else:
-        if digest == recorded["sha256"]:
+        if digest == expected:
             if head.fitted_with["most_images"] != most_images:
                 raise MismatchError(
                     "the head of the store was fitted on another number of images", got=f"--head-images {most_images}",
@@ -92,7 +93,7 @@ def _kept(path: Path, recorded: Any, most_images: int) -> HeadFit:
             return head.fit
         problem, got = f"{str(path)!r} is not the head that the store was begun with", f"sha256 {digest[:12]}"
     raise IntegrityError(
-        problem, got=got, expected=f"sha256 {recorded['sha256'][:12]}",
+        problem, got=got, expected=f"sha256 {expected[:12]}",
         remedy="Restore it from a copy, or label into a new folder.",
     )  # fmt: skip
 
@@ -207,7 +208,7 @@ def features_of(
     with tqdm(
         total=len(positions), unit="img", desc="features", disable=not config.progress, mininterval=interval
     ) as bar:
-        for batch in load_batches(task, config, decoder):
+        for batch in load_batches(task, decoder, config.batch_size, config.min_side, config.max_pixels):
             if batch.positions:
                 some = network.label(batch.decoded.pixels).flatten(1).cpu()
                 finite = some.isfinite().all(1)
@@ -221,8 +222,8 @@ def features_of(
 def lowest_accuracy(fit: HeadFit) -> float:
     """Returns the lowest accuracy that is accepted by default.
 
-    A fifth of the way from chance to 1: below it, most of what the maps say is wrong. And two standard errors of
-    guessing above chance: with few held-out images a useless head can be right often by luck.
+    A fifth of the way from chance to 1: labels below it say little that an image's class does not. And two standard
+    errors of guessing above chance: with few held-out images a useless head can be right often by luck.
     """
     luck = math.sqrt(fit.chance * (1 - fit.chance) / fit.held_out)
     return max(fit.chance + WAY_FROM_CHANCE * (1 - fit.chance), fit.chance + DEVIATIONS * luck)
