@@ -161,6 +161,7 @@ def test_images_are_shared_out_equally_and_new_ones_leave_the_others_alone(tmp_p
     everything = choose_images(images, classes, 1000)
     assert len(everything) == 21
     before = [images.keys[i] for i in everything]
+    assert before != sorted(before), "files of one origin often have neighbouring names"
     (root / "green" / "new.png").write_bytes((root / "green" / "000.png").read_bytes())
     more = open_source(root)
     after = [more.keys[i] for i in choose_images(more, classes, 1000)]
