@@ -80,7 +80,7 @@ def teacher_of(store: LabelStore, device: str) -> tuple[LoadedTeacher, Decoder]:
             view=record["view"],
             flip=record["flip"],
             autocast=OLD_AUTOCASTS.get(record["autocast"], record["autocast"]),
-            head=str(store.path / HEAD_FILE) if "head" in record else None,
+            head=str(store.folder / HEAD_FILE) if "head" in record else None,
         ),
         orientation=store.meta.orientation,
     )
