@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from pipeline.batch import Batch
     from pipeline.config import LoaderConfig
     from pipeline.geometry import Views
-    from pipeline.labels.crop_score_maps import crop_score_maps
-    from pipeline.labels.token_targets import TokenTargets
     from pipeline.loader import TokenLabelLoader, create_loader
+    from pipeline.targets.crop_score_maps import crop_score_maps
+    from pipeline.targets.token_targets import TokenTargets
 
 _HOMES = {
     "Batch": "batch",

@@ -47,8 +47,8 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 def _view(options: argparse.Namespace) -> int:
     """Runs `view`."""
+    from pipeline.batch_picture import draw_batch
     from pipeline.loader import create_loader
-    from pipeline.view import draw_batch
 
     if options.epoch < 0:
         raise InputError("epoch must be 0 or more", got=options.epoch)

@@ -14,7 +14,7 @@ import torch
 from labeler.base.errors import InputError
 from pipeline.augment.mix import MixBox
 from pipeline.geometry import Views, identity
-from pipeline.labels.token_targets import TokenTargets
+from pipeline.targets.token_targets import TokenTargets
 
 
 @dataclass(frozen=True)

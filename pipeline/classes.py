@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from labeler.base.errors import InputError, MismatchError
-from labeler.sources.class_names import folder_classes, targets_of, true_classes
+from labeler.sources.class_names import classes_of_keys, folder_classes, true_classes
 from labeler.sources.image_source import ImageSource
 from labeler.store.label_store import LabelStore
 from pipeline.config import LoaderConfig
@@ -105,7 +105,7 @@ def _of_teacher(
             remedy="Set num_classes to the store's, or label with a teacher of these classes.",
         )
     if config.class_folders is not None:
-        labels = targets_of(_keys(source, positions), config.class_folders).astype(np.int64)
+        labels = classes_of_keys(_keys(source, positions), config.class_folders).astype(np.int64)
     elif source.labels is not None:
         own = true_classes(source, store.plan.class_folders, meta.num_classes)[positions]
         labels = np.where(own >= 0, own, labels)
@@ -135,7 +135,7 @@ def _own(config: LoaderConfig, source: ImageSource, positions: np.ndarray) -> Tr
     if source.class_names and folders.keys() & set(source.class_names):
         labels = true_classes(source, folders, count)[positions].astype(np.int64)
     else:
-        labels = targets_of(_keys(source, positions), folders).astype(np.int64)
+        labels = classes_of_keys(_keys(source, positions), folders).astype(np.int64)
     by_id = {number: name for name, number in folders.items()}
     names = tuple(by_id[i] for i in range(count)) if by_id.keys() == set(range(count)) else ()
     return TrueClasses(labels, count, "images", names, folders)

@@ -24,14 +24,14 @@ from pipeline.augment.draws import DRAWS_VERSION, draw_batch
 from pipeline.augment.erasing import erase
 from pipeline.augment.mix import mix_pixels
 from pipeline.augment.policy import Policy, create_policies
-from pipeline.backend import LoaderBackend, Prepared
+from pipeline.backends.backend import LoaderBackend, Prepared
 from pipeline.batch import Batch
 from pipeline.config import LoaderConfig
-from pipeline.labels.label_rows import LabelRows
-from pipeline.labels.token_targets import TokenTargets, label_targets
 from pipeline.order import EpochOrder
 from pipeline.prefetcher import Prefetcher
 from pipeline.samples import open_samples, scan_sizes
+from pipeline.targets.row_reader import LabelRowReader
+from pipeline.targets.token_targets import TokenTargets, label_targets
 
 
 def create_loader(config: LoaderConfig, check: Callable[[int], None] | None = None) -> TokenLabelLoader:
@@ -116,9 +116,9 @@ class TokenLabelLoader:
         if self.samples.store is None:
             sizes = scan_sizes(self.samples.source, config.orientation, config.threads, config.progress)
             self.samples = replace(self.samples, sizes=sizes)
-        self.rows = None
+        self.row_reader = None
         if self.samples.store is not None and config.token_labels:
-            self.rows = LabelRows(self.samples.store, self.device)
+            self.row_reader = LabelRowReader(self.samples.store, self.device)
         # Its own stream, so that copies and waits of the next batch do not queue behind the training step.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.backend = backend(
@@ -267,10 +267,10 @@ class TokenLabelLoader:
             reading = [pool.submit(self._read, part.tolist()) for part in parts]
             sizes = self.samples.sizes[chosen]
             draws = draw_batch(self.config, self.policies, sizes, epoch, batch)
-            rows = self.rows.read(self.samples.rows[chosen]) if self.rows else None
+            stored = self.row_reader.read(self.samples.rows[chosen]) if self.row_reader else None
             keys = tuple(map(self.samples.key, chosen.tolist()))
             encoded = [data for part in reading for data in part.result()]
-            yield Prepared(chosen, keys, sizes, encoded, draws, rows)
+            yield Prepared(chosen, keys, sizes, encoded, draws, stored)
 
     def _on_own_stream(self) -> AbstractContextManager:
         """Makes the loader's stream the current one."""
@@ -303,9 +303,9 @@ class TokenLabelLoader:
 
     def _targets(self, prepared: Prepared, labels: torch.Tensor) -> TokenTargets:
         """Returns the targets of a batch."""
-        if self.rows is None or prepared.rows is None:
+        if self.row_reader is None or prepared.stored is None:
             return label_targets(labels, self.config.grid[0] * self.config.grid[1])
-        return self.backend.targets(self.rows.decode(prepared.rows), prepared.draws)
+        return self.backend.targets(self.row_reader.decode(prepared.stored), prepared.draws)
 
 
 def _backend(config: LoaderConfig) -> type[LoaderBackend]:
@@ -314,11 +314,11 @@ def _backend(config: LoaderConfig) -> type[LoaderBackend]:
     if name == "auto":
         name = "dali" if has_dali() else "reference"
     if name == "reference":
-        from pipeline.reference_loader import ReferenceBackend
+        from pipeline.backends.reference_backend import ReferenceBackend
 
         return ReferenceBackend
     try:
-        from pipeline.dali_loader import DaliBackend
+        from pipeline.backends.dali_backend import DaliBackend
     except ImportError as error:
         raise InputError(
             "DALI cannot be imported", got=str(error), remedy='Install it, or use backend="reference".'

@@ -17,7 +17,7 @@ from PIL import Image
 from labeler.base.whole_files import replace_file
 from labeler.report.charts import COLOURS, lay_over, picture
 from labeler.report.template import fill
-from pipeline.view import WHOLE
+from pipeline.batch_picture import WHOLE
 from scripts.demo_students import Student
 from train.evaluation.single_images import load_image, normalized
 from train.evaluation.validate import load_trained

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from labeler.sources.class_names import imagenet_names, name_classes, number_labels, targets_of, true_classes
+from labeler.sources.class_names import classes_of_keys, imagenet_names, name_classes, number_labels, true_classes
 from labeler.sources.image_source import ImageSource
 
 SYNSETS, DESCRIPTIONS = imagenet_names()
@@ -45,7 +45,7 @@ def test_a_file_of_names_goes_first(tmp_path):
 
 
 def test_an_image_in_no_folder_has_no_class():
-    assert targets_of(("x/a.jpg", "y/z/a.jpg", "u/a.jpg", "a.jpg"), {"x": 4, "y": 0}).tolist() == [4, 0, -1, -1]
+    assert classes_of_keys(("x/a.jpg", "y/z/a.jpg", "u/a.jpg", "a.jpg"), {"x": 4, "y": 0}).tolist() == [4, 0, -1, -1]
 
 
 @pytest.mark.parametrize("place", [0, 388, 999])

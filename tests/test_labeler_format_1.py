@@ -18,7 +18,7 @@ from labeler.sources.decoding.decode_reference import ReferenceDecoder
 from labeler.sources.decoding.decoder import DecodeSettings
 from labeler.verify import verify_store
 from pipeline import LoaderConfig, create_loader
-from pipeline.labels.label_rows import LabelRows
+from pipeline.targets.row_reader import LabelRowReader
 
 HOME = Path(__file__).parent / "fixtures" / "store_1_0"  # six images of 24×32 pixels, the tiny teacher, shards of three
 
@@ -44,7 +44,7 @@ def test_its_rows_are_the_teachers_maps(old):
 def test_the_loader_decodes_its_rows_as_the_reader_does(old):
     """There code 0 is the highest score; in format 2 it stands for the background."""
     labels = LabelStore(old / "labels")
-    rows = LabelRows(labels, torch.device("cpu"))
+    rows = LabelRowReader(labels, torch.device("cpu"))
     found, expected = rows.decode(rows.read(np.arange(6))), labels.read(range(6))
     assert (labels.read_codes(range(6)).scores == 0).any()
     np.testing.assert_array_equal(found.scores.numpy(), expected.scores[:, : found.scores.shape[1]])

@@ -17,7 +17,7 @@ from labeler.base.errors import ModelError
 from model import Family, PublishedWeights, load_reference_checkpoint, register_family, token_label
 from model import families as registry
 from model.backbones.lvvit import LVViT
-from model.backbones.registration import build_patch_model, fit_position_embedding
+from model.backbones.timm_interface import build_patch_model, fit_position_embedding
 
 
 class Acorn(LVViT):

@@ -17,7 +17,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from labeler import InputError, ScoreMaps
 from pipeline import Batch, MixBox, TokenTargets, Views
-from pipeline.labels.token_targets import label_targets
+from pipeline.targets.token_targets import label_targets
 from train.loss.token_label_loss import TokenLabelLoss
 from train.micro_batches import micro_batches
 

@@ -24,9 +24,9 @@ from pipeline.geometry import (
     identity,
     is_axis_aligned,
 )
-from pipeline.labels.crop_reference import crop_one_by_one
-from pipeline.labels.crop_score_maps import crop_score_maps
-from pipeline.labels.token_targets import TokenTargets, label_targets
+from pipeline.targets.crop_reference import crop_one_by_one
+from pipeline.targets.crop_score_maps import crop_score_maps
+from pipeline.targets.token_targets import TokenTargets, label_targets
 
 CLASSES = 9
 FULL = (0.0, 0.0, 1.0, 1.0)

@@ -177,7 +177,7 @@ def test_a_faulty_exif_block_turns_an_image_for_dali_as_for_pil(tag):
 def refuse_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let all files go to DALI as they are, as if the check of their heads knew nothing."""
     monkeypatch.setattr("labeler.sources.decoding.decode_dali.plain_file", lambda data: data)
-    monkeypatch.setattr("pipeline.dali_loader.plain_file", lambda data: data)
+    monkeypatch.setattr("pipeline.backends.dali_backend.plain_file", lambda data: data)
 
 
 def test_an_image_that_dali_refuses_all_the_same_is_decoded_by_pil(good, tmp_path, config, monkeypatch, caplog):

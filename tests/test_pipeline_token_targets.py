@@ -12,7 +12,7 @@ from fixtures import SOURCES, about, close, tensors
 from torchvision.ops import roi_align
 
 from labeler.store.score_maps import ScoreMaps
-from pipeline.labels.crop_score_maps import crop_score_maps
+from pipeline.targets.crop_score_maps import crop_score_maps
 
 CELLS = 18
 TOLERANCE = 5e-6

@@ -18,7 +18,7 @@ from labeler.report.charts import COLOURS
 from pipeline import LoaderConfig, MixBox, Views, create_loader
 from pipeline import view as pictures
 from pipeline.__main__ import main
-from pipeline.labels.token_targets import NOTHING, TokenTargets
+from pipeline.targets.token_targets import NOTHING, TokenTargets
 
 SIZE, GRID, COUNT, CLASSES = 64, 8, 4, 6
 

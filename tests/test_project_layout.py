@@ -30,7 +30,7 @@ ONE_FILE = {
     "fsspec": {"labeler/remote/remote_files.py"},
     "pyarrow": {"labeler/sources/parquet_source.py"},
     "ray": {"labeler/executor.py"},
-    "nvidia": {"labeler/sources/decoding/decode_dali.py", "pipeline/dali_loader.py"},
+    "nvidia": {"labeler/sources/decoding/decode_dali.py", "pipeline/backends/dali_backend.py"},
     "triton": {"model/ops/scan_triton_kernels.py", "model/ops/scan_triton.py", "train/loss/loss_triton.py"},
 }
 ONE_ROOM = {"h5py": "labeler/store/hdf5"}

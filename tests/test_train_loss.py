@@ -15,7 +15,7 @@ from fixtures import SOURCES, about, close, tensors
 from labeler.base.errors import InputError
 from pipeline.augment.mix import MixBox
 from pipeline.batch import Batch
-from pipeline.labels.token_targets import TokenTargets, label_targets
+from pipeline.targets.token_targets import TokenTargets, label_targets
 from train.loss.loss_reference import cross_entropy, dense_token_label_loss, smoothed
 from train.loss.token_label_loss import TokenLabelLoss, token_cross_entropy
 

@@ -30,7 +30,7 @@ def check(dtype: object, palette: int, mixed: bool, classes: int = 75, block: in
     """
     import torch
 
-    from pipeline.labels.token_targets import TokenTargets
+    from pipeline.targets.token_targets import TokenTargets
     from train.loss import loss_triton
     from train.loss.loss_reference import cross_entropy, smoothed
 

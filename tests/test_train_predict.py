@@ -22,7 +22,7 @@ from labeler import LabelerConfig, TeacherConfig, label_images
 from labeler.report.charts import COLOURS
 from labeler.sources.decoding.pixels import ORIENTATION_TAG
 from model.backbones.vim import Vim
-from pipeline.view import FAINTEST, GAP, LINE, MARGIN, MIDDLE, assign_colours
+from pipeline.batch_picture import FAINTEST, GAP, LINE, MARGIN, MIDDLE, assign_colours
 from train.__main__ import main
 from train.evaluation.predict import ClassShare, Prediction, predict
 from train.evaluation.single_images import load_image, normalized

@@ -202,7 +202,7 @@ def _automatic_loader() -> str:
 def _reference_loader() -> str:
     import PIL
 
-    import pipeline.reference_loader  # noqa: F401
+    import pipeline.backends.reference_backend  # noqa: F401
 
     return f"runs (Pillow {PIL.__version__})"
 
@@ -213,7 +213,7 @@ def _dali_loader() -> str:
     if not has_dali():
         return f"does not run: DALI is not installed; pip install {NEEDED['nvidia.dali']}, or data.backend=reference"
     try:
-        import pipeline.dali_loader  # noqa: F401
+        import pipeline.backends.dali_backend  # noqa: F401
     except Exception as error:
         return f"does not run: {_reason(error)}; set data.backend=reference"
     return f"runs (on {'GPU' if _scan_device() == 'cuda' else 'CPU'})"

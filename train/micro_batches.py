@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.batch import Batch
-from pipeline.labels.token_targets import TokenTargets
+from pipeline.targets.token_targets import TokenTargets
 
 
 def micro_batches(batch: Batch, size: int | None) -> list[Batch]:

@@ -115,7 +115,7 @@ def true_classes(images: ImageSource, class_folders: Mapping[str, int], num_clas
         int32 [N]: class ids, −1 where they are not known. Labels that are numbers are the ids, if all are below C.
     """
     if images.labels is None:
-        return targets_of(images.keys, class_folders)
+        return classes_of_keys(images.keys, class_folders)
     if images.class_names:
         ids = np.array([*(class_folders.get(name, -1) for name in images.class_names), -1])
         return ids[images.labels].astype(np.int32)
@@ -123,7 +123,7 @@ def true_classes(images: ImageSource, class_folders: Mapping[str, int], num_clas
     return images.labels.astype(np.int32) if fits else np.full(len(images), -1, np.int32)
 
 
-def targets_of(keys: tuple[str, ...], class_folders: Mapping[str, int]) -> np.ndarray:
+def classes_of_keys(keys: tuple[str, ...], class_folders: Mapping[str, int]) -> np.ndarray:
     """Returns int32 [N]: the class id of each key's first folder, −1 if it is not known."""
     return np.array([class_folders.get(key.split("/", 1)[0], -1) if "/" in key else -1 for key in keys], np.int32)
 

@@ -1,7 +1,7 @@
 """The teacher: a classifier with its weights and preprocessing, ready to produce dense class-logit maps.
 
 `create_teacher` takes a timm name, `torchvision:NAME` or `package.module:function`, builds the network
-(`classifiers`), finds a way to get a dense map from it (`dense_maps`) and tests that on random images.
+(`build_classifier`), finds a way to get a dense map from it (`dense_maps`) and tests that on random images.
 Files of weights are never allowed to run code. A network whose class token is not in front of the patch tokens
 (DeMansia and Vim have it in the middle) is refused unless it has its own `score_maps(images)`.
 

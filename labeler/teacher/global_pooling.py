@@ -1,4 +1,4 @@
-"""Finds the global poolings of a forward pass and reindices them with "every location is a batch item".
+"""Finds the global poolings of a forward pass and replaces them with "every location is a batch item".
 
 A `TorchFunctionMode` sees every torch function that a module calls, whatever the module is made of. `PoolWatcher` lists
 the calls and the global poolings among them; `PoolingReplaced` makes a pooling return all that it would have pooled, so

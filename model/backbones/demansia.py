@@ -19,7 +19,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from model.backbones.published import MIXER, PROJECTION, STEM, mamba_arguments, registered_size
-from model.backbones.registration import build_patch_model, fit_position_embedding, untrained_cfg
+from model.backbones.timm_interface import build_patch_model, fit_position_embedding, untrained_cfg
 from model.backbones.vision_mamba import VisionMamba
 from model.families import Family, PublishedWeights, State, register_family
 

@@ -29,7 +29,7 @@ from labeler.base.errors import ModelError
 from model.backbones.patch_embed import ConvStem
 from model.backbones.patch_model import PatchModel, check_pool, drop_path_rates
 from model.backbones.published import PROJECTION, STEM, patch_arguments, registered_size
-from model.backbones.registration import build_patch_model, fit_position_embedding, untrained_cfg
+from model.backbones.timm_interface import build_patch_model, fit_position_embedding, untrained_cfg
 from model.families import Family, PublishedWeights, State, register_family
 
 NORM_EPS = 1e-5

@@ -132,7 +132,7 @@ class RandAugment:
     max_magnitude: float = FULL_LEVEL
 
     def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """DrawnKernels (kernels, amounts) of n images, both [n, layers]."""
+        """Draws (kernels, amounts) of n images, both [n, layers]."""
         shape = (n, self.layers)
         chosen = rng.integers(0, len(self.operations), shape)
         applied = rng.random(shape) < self.prob
@@ -161,7 +161,7 @@ class ThreeAugment:
     max_radius: float = 2.0
 
     def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """DrawnKernels (kernels, amounts) of n images, both [n, 1]."""
+        """Draws (kernels, amounts) of n images, both [n, 1]."""
         kernels = rng.choice([SOLARIZE, COLOR, BLUR], (n, 1))
         radius = rng.uniform(0.1, self.max_radius, (n, 1))
         return kernels, np.where(kernels == SOLARIZE, 128.0, np.where(kernels == COLOR, 0.0, radius))
@@ -178,7 +178,7 @@ class ColorJitter:
     amount: float
 
     def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """DrawnKernels (kernels, amounts) of n images, both [n, 3]."""
+        """Draws (kernels, amounts) of n images, both [n, 3]."""
         kernels = rng.permuted(np.tile([BRIGHTNESS, CONTRAST, COLOR], (n, 1)), axis=1)
         return kernels, rng.uniform(max(0.0, 1 - self.amount), 1 + self.amount, (n, 3))
 
@@ -246,7 +246,7 @@ def parse_rand_augment(text: str) -> RandAugment:
 
 
 def draw_augmentation(policies: tuple[Policy, ...], n: int, rng: np.random.Generator) -> DrawnKernels:
-    """DrawnKernels the augmentation of images; geometric operations become affine maps, with KEEP in their place.
+    """Draws the augmentation of images; geometric operations become affine maps, with KEEP in their place.
 
     Args:
         policies: The policies, in order.

@@ -11,7 +11,7 @@ from labeler.store.score_code import Encoding
 from labeler.store.score_maps import ScoreMaps
 from pipeline.augment.mix import MixBox
 from pipeline.batch import Batch
-from pipeline.labels.crop_score_maps import crop_score_maps
+from pipeline.targets.crop_score_maps import crop_score_maps
 from scripts.benchmark.synthetic_maps import CLASSES, MAP
 
 PLACES = Encoding().places(CLASSES)  # P and R of a store

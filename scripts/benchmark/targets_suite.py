@@ -28,7 +28,7 @@ from labeler.store.score_maps import ScoreMaps
 from labeler.store.stored_rows import StoredRows
 from pipeline import TokenTargets, crop_score_maps
 from pipeline.augment.crops import random_resized_crops
-from pipeline.labels.label_rows import LabelRows
+from pipeline.targets.row_reader import LabelRowReader
 from scripts.benchmark.measure import (
     KEPT,
     Case,
@@ -134,7 +134,7 @@ def run(options: Options) -> Result:
     return Result(cases)
 
 
-def stored_rows(folder: Path, batch: int, palette: int, side: int, device: str) -> tuple[LabelRows, StoredRows]:
+def stored_rows(folder: Path, batch: int, palette: int, side: int, device: str) -> tuple[LabelRowReader, StoredRows]:
     """A store of random codes as the loader holds it, and rows of it as they are read."""
     random = np.random.default_rng(0)
     classes = np.sort(np.stack([random.permutation(CLASSES)[: palette + TAIL] for _ in range(batch)])[:, :, None], 1)
@@ -147,7 +147,7 @@ def stored_rows(folder: Path, batch: int, palette: int, side: int, device: str) 
         tail_offsets=random.integers(-8, 9, (batch, TAIL)).astype(np.int8),
     )
     write_store(folder, Setting(encoding=Encoding(palette, TAIL, LEVELS)), maps)
-    rows = LabelRows(LabelStore(folder, trusted=True), torch.device(device))
+    rows = LabelRowReader(LabelStore(folder, trusted=True), torch.device(device))
     return rows, rows.read(np.arange(batch))
 
 

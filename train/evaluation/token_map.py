@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from labeler.base.errors import InputError
 from labeler.base.whole_files import replace_file
 from labeler.report.charts import OTHER
-from pipeline.view import (
+from pipeline.batch_picture import (
     FAINTEST,
     FONT,
     GAP,

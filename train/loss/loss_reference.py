@@ -28,7 +28,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.batch import Batch
-from pipeline.labels.token_targets import TokenTargets
+from pipeline.targets.token_targets import TokenTargets
 
 TEACHER_RIGHT, TEACHER_WRONG = 0.5, 0.9  # the soft target's share of the class target
 

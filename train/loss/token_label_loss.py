@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from labeler.base.errors import InputError
 from pipeline.augment.mix import MixBox
 from pipeline.batch import Batch
-from pipeline.labels.token_targets import NOTHING, TokenTargets
+from pipeline.targets.token_targets import NOTHING, TokenTargets
 from train.loss.loss_reference import TEACHER_RIGHT, TEACHER_WRONG
 from train.loss.smoothed_targets import sum_dtype
 from train.loss.token_cross_entropy import spread_weight, token_cross_entropy

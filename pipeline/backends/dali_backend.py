@@ -25,10 +25,10 @@ from labeler.sources.decoding.plain_files import plain_file
 from labeler.store.score_maps import ScoreMaps
 from pipeline.augment.draws import Draws
 from pipeline.augment.kernels import apply_kernels, warp
-from pipeline.backend import LoaderBackend, Prepared, decoding_failed
+from pipeline.backends.backend import LoaderBackend, Prepared, decoding_failed
 from pipeline.config import LoaderConfig
-from pipeline.labels.crop_score_maps import crop_score_maps
-from pipeline.labels.token_targets import TokenTargets
+from pipeline.targets.crop_score_maps import crop_score_maps
+from pipeline.targets.token_targets import TokenTargets
 
 log = logging.getLogger("pipeline")
 

@@ -13,7 +13,7 @@ from labeler.store.score_maps import ScoreMaps
 from labeler.store.stored_rows import StoredRows
 
 
-class LabelRows:
+class LabelRowReader:
     """Reads rows of a store in one thread and decodes them in another.
 
     Args:

@@ -28,12 +28,10 @@ from pipeline.geometry import (
     is_axis_aligned,
     sample_counts,
 )
-from pipeline.labels.token_targets import TokenTargets
+from pipeline.targets.token_targets import TokenTargets
 
 if TYPE_CHECKING:
     from labeler.store.score_maps import ScoreMaps
-
-# exp of this is 0 in every float type: the score of all classes that a known label excludes.
 
 
 def crop_score_maps(

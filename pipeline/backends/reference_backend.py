@@ -17,9 +17,9 @@ from timm.data import auto_augment as timm_ops
 from labeler.store.score_maps import ScoreMaps
 from pipeline.augment import policy
 from pipeline.augment.draws import Draws
-from pipeline.backend import LoaderBackend, Prepared
-from pipeline.labels.crop_reference import crop_one_by_one
-from pipeline.labels.token_targets import TokenTargets
+from pipeline.backends.backend import LoaderBackend, Prepared
+from pipeline.targets.crop_reference import crop_one_by_one
+from pipeline.targets.token_targets import TokenTargets
 
 PIL_KERNELS = {
     policy.AUTOCONTRAST: lambda image, _: timm_ops.auto_contrast(image),

@@ -1,4 +1,4 @@
-"""The label crop, one image at a time and sample by sample: the readable twin of `targets.crop_score_maps`.
+"""The label crop, one image at a time and sample by sample: the readable twin of `crop_score_maps`.
 
 Legend: B images; P palette size; H×W map grid; h×w token grid, T = h·w.
 """
@@ -10,7 +10,7 @@ import torch
 
 from labeler.store.score_maps import ScoreMaps
 from pipeline.geometry import Views, sample_counts
-from pipeline.labels.token_targets import TokenTargets
+from pipeline.targets.token_targets import TokenTargets
 
 
 def crop_one_by_one(maps: ScoreMaps, views: Views, grid: tuple[int, int]) -> TokenTargets:

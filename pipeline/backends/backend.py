@@ -18,8 +18,8 @@ from labeler.store.score_maps import ScoreMaps
 from labeler.store.stored_rows import StoredRows
 from pipeline.augment.draws import Draws
 from pipeline.config import LoaderConfig
-from pipeline.labels.token_targets import TokenTargets
 from pipeline.samples import unreadable
+from pipeline.targets.token_targets import TokenTargets
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,7 +35,7 @@ class Prepared:
         sizes: int64 [B, 2]: height and width that each image must have when decoded.
         encoded: Their files, as the backend's decoder takes them.
         draws: The random numbers of the batch.
-        rows: Their label rows; None: no token labels.
+        stored: Their label rows; None: no token labels.
     """
 
     samples: np.ndarray
@@ -43,7 +43,7 @@ class Prepared:
     sizes: np.ndarray
     encoded: list[bytes]
     draws: Draws
-    rows: StoredRows | None
+    stored: StoredRows | None
 
 
 class LoaderBackend:
