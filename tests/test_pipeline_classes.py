@@ -10,6 +10,7 @@ from tiny import CLASSES, encoded, make_images, picture
 
 from labeler import InputError, LabelerConfig, MismatchError, label_images
 from pipeline import LoaderConfig, TokenLabelLoader, create_loader
+from pipeline.view import FOOTER, HEADER, HEIGHT, MARGIN, ROW, draw_batch
 
 NAMES = ("class0", "class1", "class2")
 
@@ -54,6 +55,17 @@ def test_the_targets_of_tokens_do_not_depend_on_the_classes(settings):
     one, other = (next(iter(create_loader(replace(settings, classes=kind)))) for kind in ("images", "teacher"))
     assert one.keys == other.keys
     assert one.targets.token_scores.equal(other.targets.token_scores)
+
+
+def test_a_picture_of_a_batch_draws_the_teachers_classes_and_no_label_among_them(settings):
+    """The label 2 of the images' own classes is not the teacher's class 2: all panels are those without labels."""
+    one, other = (
+        draw_batch(next(iter(loader)), loader)
+        for loader in (create_loader(replace(settings, classes=kind)) for kind in ("images", "teacher"))
+    )
+    for top in range(HEADER, one.height - FOOTER, ROW):
+        panels = (MARGIN, top, one.width, top + HEIGHT)
+        assert one.crop(panels).tobytes() == other.crop(panels).tobytes()
 
 
 def test_without_token_labels_both_heads_have_the_images_classes(settings):

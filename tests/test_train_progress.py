@@ -33,7 +33,9 @@ def test_a_run_begins_by_saying_what_it_is(data, tmp_path, capsys):
     images, store = data
     settings = {"data.validation": str(images), "run.progress": True, "run.eval_every": 2, "ema.decay": 0.5}
     model, work, place = told_by(capsys, tiny_config(images, store, tmp_path / "run", **settings))[:3]
-    assert re.fullmatch(r"demansia_nano, [\d,]{5,7} parameters, 32×32 pixels, 4×4 tokens, 6 classes", model)
+    assert re.fullmatch(
+        r"demansia_nano, [\d,]{5,7} parameters, 32×32 pixels, 4×4 tokens, 6 classes of the teacher", model
+    )
     assert work == (
         f"12 images, token labels of {store}, 3 steps of 4 an epoch, 6 steps; evaluated every 2 epochs on 12 images"
     )
