@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -305,8 +306,6 @@ def test_a_shard_that_claims_another_size_is_refused_before_it_is_fetched(labels
 
 def test_a_crafted_shard_goes_through_the_untrusted_opening(labels, tmp_path):
     """A shard whose digest is right, with content that the labeler never writes."""
-    import hashlib
-
     there = pushed(labels, tmp_path)
     old = sorted(there.glob("shard-00002*.h5"))[0]
     other = sorted(there.glob("shard-00003*.h5"))[0].read_bytes()
@@ -369,6 +368,24 @@ def test_a_card_of_the_user_stays_on_either_side(labels, tmp_path):
     assert (there / "README.md").read_text() == "written here"
     assert pull_store(there, tmp_path / "back").files == 0
     assert (tmp_path / "back/README.md").read_text() == "written here"
+
+
+def test_the_head_of_a_teacher_goes_along_where_the_plan_has_its_digest(labels, tmp_path):
+    store, there = tmp_path / "labels", tmp_path / "there"
+    shutil.copytree(labels, store)
+    record = json.loads((store / "plan.json").read_bytes())
+    del record["xxh3"]
+    record["meta"]["teacher"]["head"] = {"sha256": hashlib.sha256(b"weights").hexdigest()}
+    (store / "plan.json").write_bytes(sealed(record))
+    with pytest.raises(IntegrityError, match=r"head\.safetensors' is damaged: got sha256 of nothing"):
+        push_store(store, there)
+    (store / "head.safetensors").write_bytes(b"weights")
+    push_store(store, there)
+    pull_store(there, tmp_path / "back", trusted=True)  # the shards of this made-up store have another teacher
+    assert content(tmp_path / "back") == content(store)
+    (there / "head.safetensors").write_bytes(b"crafted")
+    with pytest.raises(IntegrityError, match=r"file://.*head\.safetensors is damaged: got sha256"):
+        pull_store(there, tmp_path / "other")
 
 
 def test_a_store_of_format_1_travels(tmp_path):
