@@ -19,6 +19,7 @@ from conftest import TINY
 from faults import counts
 from hub_server import hub_server
 from remote_servers import flaky_server, needs_http, needs_s3, s3_service
+from test_labeler_fit_head import config_of, make_coloured
 from tiny import make_images
 
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, label_images
@@ -30,6 +31,7 @@ from labeler.remote.failures import Patience
 from labeler.remote.remote_files import RemoteFolder
 from labeler.share.pull_store import pull_store
 from labeler.share.push_store import push_store
+from labeler.verify import verify_store
 
 ROOT = Path(__file__).parents[1]
 
@@ -391,22 +393,22 @@ def test_a_card_of_the_user_stays_on_either_side(labels, tmp_path):
     assert (tmp_path / "back/README.md").read_text() == "written here"
 
 
-def test_the_head_of_a_teacher_goes_along_where_the_plan_has_its_digest(labels, tmp_path):
-    store, there = tmp_path / "labels", tmp_path / "there"
-    shutil.copytree(labels, store)
-    record = json.loads((store / "plan.json").read_bytes())
-    del record["xxh3"]
-    record["meta"]["teacher"]["head"] = {"sha256": hashlib.sha256(b"weights").hexdigest()}
-    (store / "plan.json").write_bytes(sealed(record))
-    with pytest.raises(IntegrityError, match=r"head\.safetensors' is damaged: got sha256 of nothing"):
-        push_store(store, there)
-    (store / "head.safetensors").write_bytes(b"weights")
+def test_a_head_that_was_fitted_for_the_store_goes_along(tmp_path):
+    images, store, there = make_coloured(tmp_path / "images"), tmp_path / "labels", tmp_path / "there"
+    label_images(images, store, config_of())
     push_store(store, there)
-    pull_store(there, tmp_path / "back", trusted=True)  # the shards of this made-up store have another teacher
-    assert (tmp_path / "back/head.safetensors").read_bytes() == b"weights"
+    pull_store(there, tmp_path / "back")
+    assert content(tmp_path / "back") == content(store)
+    assert (tmp_path / "back/head.safetensors").exists()
+    url = f"file://{there}"
+    assert verify_store(url, images, relabel=3, trusted=True).problems == ()
     (there / "head.safetensors").write_bytes(b"crafted")
     with pytest.raises(IntegrityError, match=r"file://.*head\.safetensors is damaged: got sha256"):
         pull_store(there, tmp_path / "other")
+    assert verify_store(url).problems[0].startswith("head.safetensors is not the head that the plan names")
+    (store / "head.safetensors").unlink()
+    with pytest.raises(IntegrityError, match=r"head\.safetensors' is damaged: got sha256 of nothing"):
+        push_store(store, tmp_path / "elsewhere")
 
 
 def test_a_store_of_format_1_travels(tmp_path):

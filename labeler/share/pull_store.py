@@ -23,9 +23,9 @@ from labeler.base.errors import InputError, IntegrityError, MismatchError
 from labeler.base.whole_files import TEMPORARY, publish_exclusively, replace_file
 from labeler.remote.local_copy import PUT_AGAIN, named, read_record
 from labeler.remote.remote_files import RemoteFolder, in_parallel
-from labeler.share.store_files import CARD, HEAD_FILE, Transfer, head_digest, markers_in, remote_folder
+from labeler.share.store_files import CARD, Transfer, markers_in, remote_folder
 from labeler.store.foreign_store import refuse_hostile
-from labeler.store.plan import PLAN_FILE, Plan, load_plan
+from labeler.store.plan import HEAD_FILE, PLAN_FILE, Plan, head_digest, load_plan
 from labeler.store.shard_markers import Marker, check_file, marker_names, read_marker
 from labeler.store.shard_writer import finish_store
 

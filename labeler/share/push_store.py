@@ -21,9 +21,9 @@ from labeler.remote.failures import NotThere
 from labeler.remote.hub import size_of
 from labeler.remote.remote_files import FileIdentity, RemoteFolder, in_parallel
 from labeler.share.dataset_card import card_of
-from labeler.share.store_files import CARD, HEAD_FILE, Transfer, head_digest, markers_in, remote_folder
+from labeler.share.store_files import CARD, Transfer, markers_in, remote_folder
 from labeler.store.hdf5 import VIEW_FILE
-from labeler.store.plan import PLAN_FILE, Plan, load_plan
+from labeler.store.plan import HEAD_FILE, PLAN_FILE, Plan, head_digest, load_plan
 from labeler.store.shard_markers import Marker, check_file, marker_names
 from labeler.store.shard_writer import QUARANTINE_FILE
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from labeler.store.plan import Plan
 from labeler.store.shard_markers import Marker, read_foreign_marker
 
 CARD = "README.md"
-HEAD_FILE = "head.safetensors"  # a linear head that was fitted for the store, where the plan has its digest
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,6 @@ class Transfer:
 def remote_folder(place: str | Path) -> RemoteFolder:
     """Returns the folder of a URL, or of a path."""
     return RemoteFolder(str(place) if is_url(str(place)) else f"file://{Path(place).absolute()}")
-
-
-def head_digest(plan: Plan) -> str | None:
-    """Returns the sha256 of the teacher's head that goes with a store; None if none does."""
-    head = plan.meta.teacher.get("head")
-    return str(head.get("sha256")) if isinstance(head, Mapping) else None
 
 
 def markers_in(folder: Path, plan: Plan) -> dict[int, Marker]:
