@@ -15,7 +15,7 @@ from labeler.config import LabelerConfig
 from labeler.sources.image_source import BadImage, ImageSource
 from labeler.sources.open_source import open_images
 from labeler.store.label_store import LabelStore
-from labeler.store.plan import HEAD_FILE, Plan
+from labeler.store.plan import Plan
 from labeler.teacher.teacher_config import TeacherConfig
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def teacher_of(store: LabelStore, device: str) -> tuple[LoadedTeacher, Decoder]:
             view=record["view"],
             flip=record["flip"],
             autocast=OLD_AUTOCASTS.get(record["autocast"], record["autocast"]),
-            head=str(store.folder / HEAD_FILE) if "head" in record else None,
+            head=str(store.head_file()) if "head" in record else None,
         ),
         orientation=store.meta.orientation,
     )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from conftest import TINY
 from faults import counts
 from hub_server import hub_server
 from remote_servers import flaky_server, needs_http, needs_s3, s3_service
+from test_labeler_fit_head import config_of, make_coloured
 from tiny import make_images
 
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, label_images
@@ -26,6 +31,7 @@ from labeler.remote.failures import Patience
 from labeler.remote.remote_files import RemoteFolder
 from labeler.share.pull_store import pull_store
 from labeler.share.push_store import push_store
+from labeler.verify import verify_store
 
 ROOT = Path(__file__).parents[1]
 
@@ -305,8 +311,6 @@ def test_a_shard_that_claims_another_size_is_refused_before_it_is_fetched(labels
 
 def test_a_crafted_shard_goes_through_the_untrusted_opening(labels, tmp_path):
     """A shard whose digest is right, with content that the labeler never writes."""
-    import hashlib
-
     there = pushed(labels, tmp_path)
     old = sorted(there.glob("shard-00002*.h5"))[0]
     other = sorted(there.glob("shard-00003*.h5"))[0].read_bytes()
@@ -326,6 +330,24 @@ def test_nothing_there_and_no_driver_are_told_in_one_line(labels, tmp_path, caps
     assert said[0].startswith(f"error: file://{tmp_path}/nothing is not a label store: got no plan.json in it.")
     assert said[1] == "error: gs://bucket/labels needs a driver that is not installed. pip install gcsfs"
     assert not (tmp_path / "back").exists()
+
+
+@needs_http
+def test_a_pull_that_a_service_keeps_waiting_ends_at_a_signal(labels):
+    """At once, also where every try would go on for minutes."""
+    code = "import sys; from labeler.__main__ import main; print('ready', flush=True); sys.exit(main(sys.argv[1:]))"
+    with socket.socket() as silent:  # takes connections, and never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(20)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/labels"
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, "pull", url, "nowhere"], stdout=subprocess.PIPE, text=True
+        )
+        child.stdout.readline()
+        time.sleep(1.5)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(20) == 143
+        child.stdout.close()
 
 
 def test_the_commands_say_what_they_did(labels, tmp_path, capsys):
@@ -369,6 +391,24 @@ def test_a_card_of_the_user_stays_on_either_side(labels, tmp_path):
     assert (there / "README.md").read_text() == "written here"
     assert pull_store(there, tmp_path / "back").files == 0
     assert (tmp_path / "back/README.md").read_text() == "written here"
+
+
+def test_a_head_that_was_fitted_for_the_store_goes_along(tmp_path):
+    images, store, there = make_coloured(tmp_path / "images"), tmp_path / "labels", tmp_path / "there"
+    label_images(images, store, config_of())
+    push_store(store, there)
+    pull_store(there, tmp_path / "back")
+    assert content(tmp_path / "back") == content(store)
+    assert (tmp_path / "back/head.safetensors").exists()
+    url = f"file://{there}"
+    assert verify_store(url, images, relabel=3, trusted=True).problems == ()
+    (there / "head.safetensors").write_bytes(b"crafted")
+    with pytest.raises(IntegrityError, match=r"file://.*head\.safetensors is damaged: got sha256"):
+        pull_store(there, tmp_path / "other")
+    assert verify_store(url).problems[0].startswith("head.safetensors is not the head that the plan names")
+    (store / "head.safetensors").unlink()
+    with pytest.raises(IntegrityError, match=r"head\.safetensors' is damaged: got sha256 of nothing"):
+        push_store(store, tmp_path / "elsewhere")
 
 
 def test_a_store_of_format_1_travels(tmp_path):

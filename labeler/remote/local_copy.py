@@ -11,7 +11,7 @@ from pathlib import Path
 from labeler.base.errors import IntegrityError
 from labeler.remote.failures import NotThere
 from labeler.remote.file_cache import FileCache
-from labeler.remote.remote_files import FileIdentity, RemoteFolder, in_parallel
+from labeler.remote.remote_files import RemoteFolder, in_parallel
 
 PUT_AGAIN = "Put it there again, from where it is whole."
 RECORD_BYTES = 256 << 20  # of a file that is read into memory
@@ -65,12 +65,12 @@ class LocalCopy:
 
         in_parallel(fetch, names, 16)
 
-    def fetch(self, name: str, size: int, sha256: str) -> Path:
+    def fetch(self, name: str, size: int | None, sha256: str) -> Path:
         """Returns a whole copy of a file, fetched on first use.
 
         Args:
             name: Its name.
-            size: Its bytes.
+            size: Its bytes; None: any number of them.
             sha256: Its digest.
 
         Returns:
@@ -87,14 +87,15 @@ class LocalCopy:
         try:
             known = self.remote.identity(name)
         except NotThere:
-            known = FileIdentity(None, "")
-        if known.size != size:
-            raise IntegrityError(
-                f"{self.remote.url_of(name)} is damaged",
-                got="no such file" if known.size is None else f"{known.size} bytes", expected=f"{size} bytes",
-                remedy=PUT_AGAIN,
-            )  # fmt: skip
+            raise self._damaged(name, "no such file") from None
+        if size is not None and known.size != size:
+            raise self._damaged(name, f"{known.size} bytes", f"{size} bytes")
         return self.cache.fetch_into(self.path, self.remote, name, known, sha256)
+
+    def _damaged(self, name: str, got: str, expected: str | None = None) -> IntegrityError:
+        """The error of a remote file that is not as the records say."""
+        url = self.remote.url_of(name)
+        return IntegrityError(f"{url} is damaged", got=got, expected=expected, remedy=PUT_AGAIN)
 
     def fetch_all(self, files: Sequence[tuple[str, int, str]]) -> None:
         """Fetches files, several at a time; see `fetch` for what it raises. `files`: (name, size, sha256) of each."""

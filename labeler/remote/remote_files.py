@@ -14,11 +14,11 @@ import re
 import secrets
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
@@ -397,13 +397,37 @@ class RemoteFolder:
 
 
 def in_parallel(action: Callable[[T], R], items: Sequence[T], workers: int = 4) -> list[R]:
-    """Returns `action` of each item, by several threads; after an error no further item is begun."""
-    pool = ThreadPoolExecutor(max_workers=max(1, min(workers, len(items))), thread_name_prefix="transfer")
+    """Returns `action` of each item, by several threads. After an error no further item is begun.
+
+    The threads do not keep a process alive that a signal ends: a service that does not answer would for minutes.
+    """
+    done: dict[int, R] = {}
+    errors: list[BaseException] = []
+    left, lock = iter(enumerate(items)), Lock()
+
+    def work() -> None:
+        while not errors:
+            with lock:
+                number, item = next(left, (-1, None))
+            if number < 0:
+                return
+            try:
+                done[number] = action(item)  # type: ignore[arg-type]
+            except BaseException as error:
+                errors.append(error)
+
+    threads = [Thread(target=work, daemon=True) for _ in range(min(workers, len(items)))]
     try:
-        running = [pool.submit(action, item) for item in items]
-        return [future.result() for future in running]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException as error:
+        errors.append(error)
+        raise
+    if errors:
+        raise errors[0]
+    return [done[number] for number in range(len(items))]
 
 
 def stays_below(name: str) -> bool:

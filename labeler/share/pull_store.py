@@ -8,6 +8,7 @@ as every store from elsewhere (`labeler.store.foreign_store`).
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import shutil
@@ -24,7 +25,7 @@ from labeler.remote.local_copy import PUT_AGAIN, named, read_record
 from labeler.remote.remote_files import RemoteFolder, in_parallel
 from labeler.share.store_files import CARD, Transfer, markers_in, remote_folder
 from labeler.store.foreign_store import refuse_hostile
-from labeler.store.plan import PLAN_FILE, Plan, load_plan
+from labeler.store.plan import HEAD_FILE, PLAN_FILE, Plan, head_digest, load_plan
 from labeler.store.shard_markers import Marker, check_file, marker_names, read_marker
 from labeler.store.shard_writer import finish_store
 
@@ -71,6 +72,7 @@ def pull_store(url: str | Path, store: str | Path, *, progress: bool = False, tr
             got=f"{len(markers)} of {plan.meta.shards} shards, without shard {absent[0]}",
             remedy="What there is was fetched. Finish the push to it, then pull again.",
         )  # fmt: skip
+    _fetch_head(remote, path, plan)
     finish_store(path, plan)
     _fetch_card(remote, path)
     if not trusted:
@@ -160,6 +162,20 @@ def _fetch_shard(remote: RemoteFolder, store: Path, marker: Marker, fetched: Cal
     finally:
         temporary.unlink(missing_ok=True)
     fetched(marker.size)
+
+
+def _fetch_head(remote: RemoteFolder, store: Path, plan: Plan) -> None:
+    """Fetches the teacher's head that the plan names, if any. Raises IntegrityError if it is not there, or another."""
+    digest = head_digest(plan)
+    if digest is None or (store / HEAD_FILE).is_file():
+        return
+    data = read_record(remote, HEAD_FILE)
+    found = "no such file" if data is None else f"sha256 {hashlib.sha256(data).hexdigest()}"
+    if data is None or found != f"sha256 {digest}":
+        raise IntegrityError(
+            f"{remote.url_of(HEAD_FILE)} is damaged", got=found[:19], expected=f"sha256 {digest[:12]}", remedy=PUT_AGAIN
+        )
+    replace_file(store / HEAD_FILE, data)
 
 
 def _fetch_card(remote: RemoteFolder, store: Path) -> None:

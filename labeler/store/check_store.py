@@ -23,7 +23,7 @@ from labeler.sources.open_source import open_images, open_source
 from labeler.store.foreign_store import open_folder, refuse_hostile, view_rows
 from labeler.store.hdf5 import VIEW_FILE
 from labeler.store.hdf5.read_shard import ShardReader, file_rows
-from labeler.store.plan import HEAD_FILE, Plan, load_plan
+from labeler.store.plan import HEAD_FILE, Plan, head_digest, load_plan
 from labeler.store.row_checks import shard_problems, value_problems
 from labeler.store.shard_markers import check_file, read_marker
 from labeler.store.shard_writer import QUARANTINE_FILE
@@ -89,9 +89,9 @@ def check_store(store: str | Path, *, trusted: bool = False, progress: bool = Fa
         InputError: There is no store.
         RemoteError: The service of its URL does not answer.
     """
-    path, remote = open_folder(store)
-    problems, plan = [], None
+    problems: list[str] = []
     try:
+        path, remote = open_folder(store)
         plan = None if remote is None else load_plan(path)
         failed = {} if remote is None or plan is None else _fetch(remote, plan)
         own = trusted or refuse_hostile(path)
@@ -143,7 +143,8 @@ def _fetch(remote: LocalCopy, plan: Plan) -> dict[int, IntegrityError]:
             failed[shard] = error
 
     in_parallel(fetch, range(plan.meta.shards))
-    for name in (VIEW_FILE, QUARANTINE_FILE):
+    head = [HEAD_FILE] if head_digest(plan) is not None else []
+    for name in (VIEW_FILE, QUARANTINE_FILE, *head):
         with suppress(NotThere):
             remote.fetch_anew(name)
     return failed

@@ -271,6 +271,12 @@ def _impossible(plan: Plan) -> str | None:
     return next((f"impossible {name}" for name, fault in wrong.items() if fault), None)
 
 
+def head_digest(plan: Plan) -> str | None:
+    """Returns the sha256 of the head that was fitted for a store; None if its teacher has its own."""
+    head = plan.meta.teacher.get("head")
+    return str(head.get("sha256")) if isinstance(head, Mapping) else None
+
+
 def refuse_other_settings(store: Path, existing: Plan, wanted: Plan) -> None:
     """Compares the plans of a store and of a run that would resume it.
 
