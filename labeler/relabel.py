@@ -15,7 +15,7 @@ from labeler.config import LabelerConfig
 from labeler.sources.image_source import BadImage, ImageSource
 from labeler.sources.open_source import open_images
 from labeler.store.label_store import LabelStore
-from labeler.store.plan import HEAD_FILE, Plan
+from labeler.store.plan import Plan
 from labeler.teacher.teacher_config import TeacherConfig
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def teacher_of(store: LabelStore, device: str) -> tuple[LoadedTeacher, Decoder]:
     record, device = store.meta.teacher, str(pick_device(device))
     if store.meta.score_kind != "logprob":
         raise InputError(f"{str(store.path)!r} was imported", got="no teacher in it", expected="a store labeled here")
+    head = store.head_file()
     config = LabelerConfig(
         TeacherConfig(
             name=record["name"],
@@ -80,7 +81,7 @@ def teacher_of(store: LabelStore, device: str) -> tuple[LoadedTeacher, Decoder]:
             view=record["view"],
             flip=record["flip"],
             autocast=OLD_AUTOCASTS.get(record["autocast"], record["autocast"]),
-            head=str(store.folder / HEAD_FILE) if "head" in record else None,
+            head=None if head is None else str(head),
         ),
         orientation=store.meta.orientation,
     )

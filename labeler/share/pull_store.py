@@ -13,7 +13,6 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,8 +23,8 @@ from labeler.remote.local_copy import PUT_AGAIN, named, read_record
 from labeler.remote.remote_files import RemoteFolder, in_parallel
 from labeler.share.store_files import CARD, Transfer, markers_in, remote_folder
 from labeler.store.foreign_store import refuse_hostile
-from labeler.store.plan import PLAN_FILE, Plan, load_plan
-from labeler.store.shard_markers import Marker, check_file, marker_names, read_marker
+from labeler.store.plan import HEAD_FILE, PLAN_FILE, Plan, load_plan
+from labeler.store.shard_markers import Marker, check_file, check_head, marker_names, read_marker
 from labeler.store.shard_writer import finish_store
 
 
@@ -60,8 +59,10 @@ def pull_store(url: str | Path, store: str | Path, *, progress: bool = False, tr
         missing = [shard for shard in markers if not _is_whole(path, plan, markers[shard])]
         size = sum(markers[shard].size for shard in missing)
         _refuse_full_disk(path, size)
+        if plan.head is not None and not _has_head(path, plan):
+            _fetch_file(remote, path, HEAD_FILE, *plan.head)
         with tqdm(total=size, desc="pull", unit="B", unit_scale=True, disable=not progress) as bar:
-            in_parallel(lambda shard: _fetch_shard(remote, path, markers[shard], bar.update), missing)
+            in_parallel(lambda shard: bar.update(_fetch_shard(remote, path, markers[shard])), missing)
         for shard in markers:
             publish_exclusively(path / names[shard], (records / names[shard]).read_bytes())
     absent = [shard for shard in range(plan.meta.shards) if shard not in markers]
@@ -145,21 +146,35 @@ def _refuse_full_disk(store: Path, size: int) -> None:
         )  # fmt: skip
 
 
-def _fetch_shard(remote: RemoteFolder, store: Path, marker: Marker, fetched: Callable[[int], object]) -> None:
-    """Fetches a shard's file, and checks it before it has its name."""
-    known = remote.identity(marker.file)
-    if known.size != marker.size:
+def _has_head(store: Path, plan: Plan) -> bool:
+    """Whether the linear head that the plan names is here, bit by bit."""
+    try:
+        check_head(store, plan)
+        return True
+    except IntegrityError:
+        return False
+
+
+def _fetch_shard(remote: RemoteFolder, store: Path, marker: Marker) -> int:
+    """Fetches a shard's file, and checks it before it has its name; returns its size."""
+    _fetch_file(remote, store, marker.file, marker.size, marker.sha256)
+    return marker.size
+
+
+def _fetch_file(remote: RemoteFolder, store: Path, name: str, size: int, sha256: str) -> None:
+    """Fetches a file, and checks it before it has its name."""
+    known = remote.identity(name)
+    if known.size != size:
         raise IntegrityError(
-            f"{remote.url_of(marker.file)} is damaged", got=f"{known.size} bytes", expected=f"{marker.size} bytes",
+            f"{remote.url_of(name)} is damaged", got=f"{known.size} bytes", expected=f"{size} bytes",
             remedy=PUT_AGAIN,
         )  # fmt: skip
-    temporary = store / f"{TEMPORARY}{marker.file}-{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = store / f"{TEMPORARY}{name}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        remote.download(marker.file, temporary, known, marker.sha256)
-        os.replace(temporary, store / marker.file)
+        remote.download(name, temporary, known, sha256)
+        os.replace(temporary, store / name)
     finally:
         temporary.unlink(missing_ok=True)
-    fetched(marker.size)
 
 
 def _fetch_card(remote: RemoteFolder, store: Path) -> None:

@@ -21,8 +21,8 @@ from labeler.remote.remote_files import FileIdentity, RemoteFolder, in_parallel
 from labeler.share.dataset_card import card_of
 from labeler.share.store_files import CARD, Transfer, markers_in, remote_folder
 from labeler.store.hdf5 import VIEW_FILE
-from labeler.store.plan import PLAN_FILE, Plan, load_plan
-from labeler.store.shard_markers import Marker, check_file, marker_names
+from labeler.store.plan import HEAD_FILE, PLAN_FILE, Plan, load_plan
+from labeler.store.shard_markers import Marker, check_file, check_head, marker_names
 from labeler.store.shard_writer import QUARANTINE_FILE
 
 Files = list[tuple[str, Path | bytes]]
@@ -52,6 +52,7 @@ def push_store(store: str | Path, url: str | Path, *, progress: bool = False) ->
     present = _refuse_other_store(path, plan, remote, set(there))
     missing = [marker for marker in markers if marker.file not in there or there[marker.file].size != marker.size]
     in_parallel(lambda marker: check_file(path, marker), missing)
+    check_head(path, plan)
     steps: list[Files] = [
         [] if PLAN_FILE in there else [(PLAN_FILE, path / PLAN_FILE)],
         [(marker.file, path / marker.file) for marker in missing],
@@ -62,7 +63,8 @@ def push_store(store: str | Path, url: str | Path, *, progress: bool = False) ->
     with tqdm(total=total, desc="push", unit="B", unit_scale=True, disable=not progress) as bar:
         for step in steps:
             remote.put_all(step, bar.update)
-    remote.sweep({PLAN_FILE, VIEW_FILE, QUARANTINE_FILE, CARD, *marker_names(plan), *(m.file for m in markers)})
+    small = {PLAN_FILE, HEAD_FILE, VIEW_FILE, QUARANTINE_FILE, CARD}
+    remote.sweep({*small, *marker_names(plan), *(m.file for m in markers)})
     return Transfer(
         str(store), str(url), len(markers), sum(marker.rows for marker in markers), sum(map(len, steps)), total,
         len(markers) - len(missing), time.perf_counter() - started,
@@ -118,6 +120,8 @@ def _refuse_other_store(store: Path, plan: Plan, remote: RemoteFolder, there: se
 def _small_files(store: Path, plan: Plan, markers: list[Marker], url: str, there: Mapping[str, FileIdentity]) -> Files:
     """Returns the files beside plan, shards and markers. A card that somebody has written there stays."""
     files: Files = [(name, store / name) for name in (QUARANTINE_FILE, VIEW_FILE)]
+    if plan.head is not None:
+        files.append((HEAD_FILE, store / HEAD_FILE))
     if (store / CARD).is_file():
         files.append((CARD, store / CARD))
     elif CARD not in there:

@@ -5,7 +5,6 @@ Legend: n rows of a shard.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from labeler.store.hdf5 import VIEW_FILE
 from labeler.store.hdf5.read_shard import ShardReader, file_rows
 from labeler.store.plan import HEAD_FILE, Plan, load_plan
 from labeler.store.row_checks import shard_problems, value_problems
-from labeler.store.shard_markers import check_file, read_marker
+from labeler.store.shard_markers import check_file, check_head, read_marker
 from labeler.store.shard_writer import QUARANTINE_FILE
 
 MOST_PROBLEMS = 100
@@ -121,7 +120,10 @@ def check_store(store: str | Path, *, trusted: bool = False, progress: bool = Fa
             continue
         rows, quarantined = rows + marker.rows, quarantined + len(marker.quarantine)
         stored_kl += marker.stats.get("kl", 0.0)
-    problems += _head_problems(path, plan)
+    try:
+        check_head(path, plan)
+    except IntegrityError as error:
+        problems.append(str(error))
     if not problems:
         problems += _view_problems(path, rows, quarantined, file_rows if own else view_rows)
     size = sum(file.stat().st_size for file in path.iterdir())
@@ -143,6 +145,9 @@ def _fetch(remote: LocalCopy, plan: Plan) -> dict[int, IntegrityError]:
             failed[shard] = error
 
     in_parallel(fetch, range(plan.meta.shards))
+    with suppress(IntegrityError):  # a head that is missing or another is a problem later on
+        if plan.head is not None:
+            remote.fetch(HEAD_FILE, *plan.head)
     for name in (VIEW_FILE, QUARANTINE_FILE):
         with suppress(NotThere):
             remote.fetch_anew(name)
@@ -189,20 +194,6 @@ def check_images(
             problems.append("… and possibly more")
             break
     return compared, tuple(problems)
-
-
-def _head_problems(store: Path, plan: Plan) -> list[str]:
-    """Checks that the linear head that the plan names, if any, is there and whole."""
-    head = plan.meta.teacher.get("head")
-    if head is None:
-        return []
-    try:
-        with open(store / HEAD_FILE, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return [f"{HEAD_FILE}, the teacher's head, cannot be read: {error.strerror}"]
-    same = isinstance(head, dict) and head.get("sha256") == digest
-    return [] if same else [f"{HEAD_FILE} is not the head that the plan names: sha256 {digest[:12]}"]
 
 
 def _view_problems(store: Path, rows: int, quarantined: int, count: Callable[[Path, str], int]) -> list[str]:

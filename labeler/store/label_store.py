@@ -31,11 +31,11 @@ from labeler.store.foreign_store import (
     refuse_hostile_shard,
 )
 from labeler.store.hdf5.read_shard import ShardReader
-from labeler.store.plan import Plan, StoreMeta, load_plan
+from labeler.store.plan import HEAD_FILE, Plan, StoreMeta, load_plan
 from labeler.store.row_schema import ShardRows, signed_classes
 from labeler.store.score_code import ScoreCode
 from labeler.store.score_maps import ScoreMaps
-from labeler.store.shard_markers import Marker, check_file, read_markers
+from labeler.store.shard_markers import Marker, check_file, check_head, read_markers
 from labeler.store.stored_rows import StoredRows
 
 CACHES = (None, "ram", "ram-compressed")
@@ -164,6 +164,22 @@ class LabelStore:
             return sum(file.stat().st_size for file in self.folder.iterdir())
         records = sum(file.stat().st_size for file in self.folder.glob("*.json"))
         return records + sum(marker.size for marker in self.markers)
+
+    def head_file(self) -> Path | None:
+        """Returns the file of the linear head that was fitted for the store, after comparing it with its digest.
+
+        Returns:
+            The file here; None if the teacher has its own head.
+
+        Raises:
+            IntegrityError: The file is not there, or is another one.
+        """
+        if self.plan.head is None:
+            return None
+        if self._remote is not None:
+            self._remote.fetch(HEAD_FILE, *self.plan.head)
+        check_head(self.folder, self.plan)
+        return self.folder / HEAD_FILE
 
     @property
     def code(self) -> ScoreCode:

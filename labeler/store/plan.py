@@ -131,6 +131,21 @@ class Plan:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     @property
+    def head(self) -> tuple[int, str] | None:
+        """Size and sha256 of the file of the teacher's linear head; None if it has none that was fitted for the store.
+
+        Raises:
+            IntegrityError: The plan says neither.
+        """
+        record = self.meta.teacher.get("head")
+        if record is None:
+            return None
+        size, digest = (record.get("size"), record.get("sha256")) if isinstance(record, dict) else (None, None)
+        if type(size) is not int or not 0 < size < 1 << 40 or type(digest) is not str:
+            raise IntegrityError(f"{PLAN_FILE} does not say what {HEAD_FILE} is", got=_short(record))
+        return size, digest
+
+    @property
     def layout(self) -> Layout:
         """The data sets of every shard."""
         m = self.meta
