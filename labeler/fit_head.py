@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from labeler.base.cores import usable_cores
-from labeler.base.errors import IntegrityError, MismatchError, TeacherError
+from labeler.base.errors import MismatchError, TeacherError
 from labeler.base.whole_files import publish_exclusively, replace_file
 from labeler.config import LabelerConfig
 from labeler.sources.class_sample import choose_images, own_classes, split
 from labeler.sources.image_source import ImageSource
 from labeler.store.plan import HEAD_FILE, Plan, plain
+from labeler.store.shard_markers import check_head
 from labeler.store.shard_writer import folder_error, open_folder
 
 if TYPE_CHECKING:
@@ -53,19 +54,18 @@ def with_head(
         MismatchError: The store was begun with other settings.
         IntegrityError: The head of the store is not as it was.
     """
-    recorded = None if begun is None else begun.meta.teacher.get("head")
-    if begun is not None and config.fit_head != (recorded is not None):
+    if begun is not None and config.fit_head != (begun.head is not None):
         raise MismatchError(
             f"the store {str(store)!r} was begun with another head",
             got="--fit-head" if config.fit_head else "the teacher's own head",
-            expected="--fit-head, and the head that is kept with the store" if recorded else "the teacher's own head",
+            expected="--fit-head, and the head that is kept with the store" if begun.head else "the teacher's own head",
             remedy="Use the settings that it was begun with, or another --store.",
         )
     if not config.fit_head:
         return config, None
     path = (store / HEAD_FILE).absolute()
-    if recorded is not None:
-        fit = _kept(path, recorded, config.head_images)
+    if begun is not None:
+        fit = _kept(path, begun, config.head_images)
     else:
         fit = _fitted(path, config, images, device)
         _tell(fit, config)
@@ -73,29 +73,19 @@ def with_head(
     return replace(config, teacher=replace(config.teacher, head=str(path))), fit
 
 
-def _kept(path: Path, recorded: Any, most_images: int) -> HeadFit:
+def _kept(path: Path, begun: Plan, most_images: int) -> HeadFit:
     """Returns how well the head does that the store was begun with."""
     from labeler.teacher.linear_head import read_head
 
-    expected = str(dict(recorded).get("sha256"))
-    try:
-        head, digest = read_head(path)
-    except TeacherError as error:
-        problem, got = error.problem, error.got  # as of a file that is gone
-    else:
-        if digest == expected:
-            if head.fitted_with["most_images"] != most_images:
-                raise MismatchError(
-                    "the head of the store was fitted on another number of images", got=f"--head-images {most_images}",
-                    expected=head.fitted_with["most_images"],
-                    remedy="Use the settings that the store was begun with, or another --store.",
-                )  # fmt: skip
-            return head.fit
-        problem, got = f"{str(path)!r} is not the head that the store was begun with", f"sha256 {digest[:12]}"
-    raise IntegrityError(
-        problem, got=got, expected=f"sha256 {expected[:12]}",
-        remedy="Restore it from a copy, or label into a new folder.",
-    )  # fmt: skip
+    check_head(path.parent, begun)
+    head, _ = read_head(path)
+    if head.fitted_with["most_images"] != most_images:
+        raise MismatchError(
+            "the head of the store was fitted on another number of images", got=f"--head-images {most_images}",
+            expected=head.fitted_with["most_images"],
+            remedy="Use the settings that the store was begun with, or another --store.",
+        )  # fmt: skip
+    return head.fit
 
 
 def _fitted(path: Path, config: LabelerConfig, images: ImageSource, device: str) -> HeadFit:

@@ -29,6 +29,8 @@ from labeler import (
 )
 from labeler.__main__ import main
 from labeler.fit_head import lowest_accuracy
+from labeler.share.pull_store import pull_store
+from labeler.share.push_store import push_store
 from labeler.sources.class_sample import choose_images
 from labeler.sources.open_source import open_source
 from labeler.store.plan import HEAD_FILE
@@ -370,6 +372,22 @@ def test_a_store_goes_on_only_with_the_head_that_it_was_begun_with(images, label
     label_images(images, tmp_path / "own", config_of(fit_head=False))
     with pytest.raises(MismatchError, match=r"got --fit-head, expected the teacher's own head"):
         label_images(images, tmp_path / "own", config_of())
+
+
+def test_the_head_travels_with_its_store(images, labeled, tmp_path):
+    """Also of a store that is read where it is, its teacher can be built again."""
+    url = f"file://{tmp_path / 'there'}"
+    push_store(labeled, url)
+    pull_store(url, tmp_path / "back")
+    assert (tmp_path / "back" / HEAD_FILE).read_bytes() == (labeled / HEAD_FILE).read_bytes()
+    assert equal(tmp_path / "back", labeled)
+    result = verify_store(url, images, 2, trusted=True)
+    assert (result.problems, result.relabeled) == ((), 2)
+    (tmp_path / "back" / HEAD_FILE).unlink()
+    with pytest.raises(IntegrityError, match=r"head\.safetensors' is damaged: got no such file"):
+        push_store(tmp_path / "back", f"file://{tmp_path / 'elsewhere'}")
+    pull_store(url, tmp_path / "back")
+    assert (tmp_path / "back" / HEAD_FILE).exists()
 
 
 def test_what_is_no_head_is_refused_and_left_alone(images, tmp_path):

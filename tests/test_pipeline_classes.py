@@ -10,7 +10,7 @@ from tiny import CLASSES, encoded, make_images, picture
 
 from labeler import InputError, LabelerConfig, MismatchError, label_images
 from pipeline import LoaderConfig, TokenLabelLoader, create_loader
-from pipeline.view import FOOTER, HEADER, HEIGHT, MARGIN, ROW, draw_batch
+from pipeline.batch_picture import FOOTER, HEADER, HEIGHT, MARGIN, ROW, draw_batch
 
 NAMES = ("class0", "class1", "class2")
 

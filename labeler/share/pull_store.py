@@ -25,7 +25,7 @@ from labeler.remote.local_copy import PUT_AGAIN, named, read_record
 from labeler.remote.remote_files import RemoteFolder, in_parallel
 from labeler.share.store_files import CARD, Transfer, markers_in, remote_folder
 from labeler.store.foreign_store import refuse_hostile
-from labeler.store.plan import HEAD_FILE, PLAN_FILE, Plan, head_digest, load_plan
+from labeler.store.plan import HEAD_FILE, PLAN_FILE, Plan, load_plan
 from labeler.store.shard_markers import Marker, check_file, marker_names, read_marker
 from labeler.store.shard_writer import finish_store
 
@@ -166,9 +166,9 @@ def _fetch_shard(remote: RemoteFolder, store: Path, marker: Marker, fetched: Cal
 
 def _fetch_head(remote: RemoteFolder, store: Path, plan: Plan) -> None:
     """Fetches the teacher's head that the plan names, if any. Raises IntegrityError if it is not there, or another."""
-    digest = head_digest(plan)
-    if digest is None or (store / HEAD_FILE).is_file():
+    if plan.head is None or (store / HEAD_FILE).is_file():
         return
+    digest = plan.head[1]
     data = read_record(remote, HEAD_FILE)
     found = "no such file" if data is None else f"sha256 {hashlib.sha256(data).hexdigest()}"
     if data is None or found != f"sha256 {digest}":

@@ -8,7 +8,6 @@ name, with its size, is not sent again.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,15 +15,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from labeler.base.errors import InputError, IntegrityError, MismatchError
-from labeler.base.whole_files import damaged
 from labeler.remote.failures import NotThere
 from labeler.remote.hub import size_of
 from labeler.remote.remote_files import FileIdentity, RemoteFolder, in_parallel
 from labeler.share.dataset_card import card_of
 from labeler.share.store_files import CARD, Transfer, markers_in, remote_folder
 from labeler.store.hdf5 import VIEW_FILE
-from labeler.store.plan import HEAD_FILE, PLAN_FILE, Plan, head_digest, load_plan
-from labeler.store.shard_markers import Marker, check_file, marker_names
+from labeler.store.plan import HEAD_FILE, PLAN_FILE, Plan, load_plan
+from labeler.store.shard_markers import Marker, check_file, check_head, marker_names
 from labeler.store.shard_writer import QUARANTINE_FILE
 
 Files = list[tuple[str, Path | bytes]]
@@ -79,7 +77,7 @@ def _local(store: Path) -> tuple[Plan, list[Marker]]:
     if plan is None:
         raise InputError(f"{str(store)!r} is not a label store", got="no plan.json", remedy="Give a store's folder.")
     markers = markers_in(store, plan)
-    _refuse_other_head(store, plan)
+    check_head(store, plan)
     unfinished = [name for name in (VIEW_FILE, QUARANTINE_FILE) if not (store / name).is_file()]
     if len(markers) < plan.meta.shards or unfinished:
         raise IntegrityError(
@@ -88,20 +86,6 @@ def _local(store: Path) -> tuple[Plan, list[Marker]]:
             remedy="Run the labeling command again, then push.",
         )  # fmt: skip
     return plan, [markers[shard] for shard in sorted(markers)]
-
-
-def _refuse_other_head(store: Path, plan: Plan) -> None:
-    """Raises IntegrityError if the teacher's head that the plan names is not there, or another one."""
-    digest = head_digest(plan)
-    if digest is None:
-        return
-    try:
-        with open(store / HEAD_FILE, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        found = "of nothing: no such file"
-    if found != digest:
-        raise damaged(store / HEAD_FILE, f"sha256 {found[:24]}", f"sha256 {digest[:12]}")
 
 
 def _refuse_other_store(store: Path, plan: Plan, remote: RemoteFolder, there: set[str]) -> set[str]:
@@ -137,7 +121,7 @@ def _refuse_other_store(store: Path, plan: Plan, remote: RemoteFolder, there: se
 def _small_files(store: Path, plan: Plan, markers: list[Marker], url: str, there: Mapping[str, FileIdentity]) -> Files:
     """Returns the files beside plan, shards and markers. A card that somebody has written there stays."""
     files: Files = [(name, store / name) for name in (QUARANTINE_FILE, VIEW_FILE)]
-    if head_digest(plan) is not None:
+    if plan.head is not None:
         files.append((HEAD_FILE, store / HEAD_FILE))
     if (store / CARD).is_file():
         files.append((CARD, store / CARD))

@@ -5,7 +5,6 @@ Legend: n rows of a shard.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from labeler.sources.open_source import open_images, open_source
 from labeler.store.foreign_store import open_folder, refuse_hostile, view_rows
 from labeler.store.hdf5 import VIEW_FILE
 from labeler.store.hdf5.read_shard import ShardReader, file_rows
-from labeler.store.plan import HEAD_FILE, Plan, head_digest, load_plan
+from labeler.store.plan import HEAD_FILE, Plan, load_plan
 from labeler.store.row_checks import shard_problems, value_problems
-from labeler.store.shard_markers import check_file, read_marker
+from labeler.store.shard_markers import check_file, check_head, read_marker
 from labeler.store.shard_writer import QUARANTINE_FILE
 
 MOST_PROBLEMS = 100
@@ -143,7 +142,7 @@ def _fetch(remote: LocalCopy, plan: Plan) -> dict[int, IntegrityError]:
             failed[shard] = error
 
     in_parallel(fetch, range(plan.meta.shards))
-    head = [HEAD_FILE] if head_digest(plan) is not None else []
+    head = [HEAD_FILE] if plan.head is not None else []
     for name in (VIEW_FILE, QUARANTINE_FILE, *head):
         with suppress(NotThere):
             remote.fetch_anew(name)
@@ -194,16 +193,11 @@ def check_images(
 
 def _head_problems(store: Path, plan: Plan) -> list[str]:
     """Checks that the linear head that the plan names, if any, is there and whole."""
-    head = plan.meta.teacher.get("head")
-    if head is None:
-        return []
     try:
-        with open(store / HEAD_FILE, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return [f"{HEAD_FILE}, the teacher's head, cannot be read: {error.strerror}"]
-    same = isinstance(head, dict) and head.get("sha256") == digest
-    return [] if same else [f"{HEAD_FILE} is not the head that the plan names: sha256 {digest[:12]}"]
+        check_head(store, plan)
+    except IntegrityError as error:
+        return [str(error)]
+    return []
 
 
 def _view_problems(store: Path, rows: int, quarantined: int, count: Callable[[Path, str], int]) -> list[str]:

@@ -31,7 +31,7 @@ from labeler.store.foreign_store import (
     refuse_hostile_shard,
 )
 from labeler.store.hdf5.read_shard import ShardReader
-from labeler.store.plan import HEAD_FILE, Plan, StoreMeta, head_digest, load_plan
+from labeler.store.plan import HEAD_FILE, Plan, StoreMeta, load_plan
 from labeler.store.row_schema import ShardRows, signed_classes
 from labeler.store.score_code import ScoreCode
 from labeler.store.score_maps import ScoreMaps
@@ -159,8 +159,8 @@ class LabelStore:
 
     def head_file(self) -> Path:
         """Returns the file of the head that was fitted for the store, fetched if the store is behind a URL."""
-        if self._remote is not None:
-            self._remote.fetch(HEAD_FILE, None, str(head_digest(self.plan)))
+        if self._remote is not None and self.plan.head is not None:
+            self._remote.fetch(HEAD_FILE, *self.plan.head)
         return self.folder / HEAD_FILE
 
     @property

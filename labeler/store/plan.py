@@ -131,6 +131,21 @@ class Plan:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     @property
+    def head(self) -> tuple[int, str] | None:
+        """Size and sha256 of the file of the teacher's linear head; None if it has none that was fitted for the store.
+
+        Raises:
+            IntegrityError: The plan says neither.
+        """
+        record = self.meta.teacher.get("head")
+        if record is None:
+            return None
+        size, digest = (record.get("size"), record.get("sha256")) if isinstance(record, dict) else (None, None)
+        if type(size) is not int or not 0 < size < 1 << 40 or type(digest) is not str:
+            raise IntegrityError(f"{PLAN_FILE} does not say what {HEAD_FILE} is", got=_short(record))
+        return size, digest
+
+    @property
     def layout(self) -> Layout:
         """The data sets of every shard."""
         m = self.meta
@@ -269,12 +284,6 @@ def _impossible(plan: Plan) -> str | None:
         "tail": m.tail > 0 and m.precision != "uint8",
     }
     return next((f"impossible {name}" for name, fault in wrong.items() if fault), None)
-
-
-def head_digest(plan: Plan) -> str | None:
-    """Returns the sha256 of the head that was fitted for a store; None if its teacher has its own."""
-    head = plan.meta.teacher.get("head")
-    return str(head.get("sha256")) if isinstance(head, Mapping) else None
 
 
 def refuse_other_settings(store: Path, existing: Plan, wanted: Plan) -> None:

@@ -19,7 +19,7 @@ from pydantic import Field
 from labeler.base.errors import IntegrityError
 from labeler.base.whole_files import TEMPORARY, damaged, publish_exclusively, read_sealed, replace_file, sealed
 from labeler.remote.remote_files import is_url
-from labeler.store.plan import Plan, parse_record
+from labeler.store.plan import HEAD_FILE, Plan, parse_record
 
 PUSH_AGAIN = "Finish the push to it: the same command goes on where it stopped."
 MOST = 1 << 40  # bytes, or rows, of a shard
@@ -148,17 +148,32 @@ def read_markers(store: Path, plan: Plan, name: str | Path | None = None) -> lis
 
 def check_file(store: Path, marker: Marker) -> None:
     """Compares a shard's file with its marker, bit by bit. Raises IntegrityError if they differ."""
-    path = store / marker.file
+    _compare(store / marker.file, marker.size, marker.sha256, "the file that its marker names")
+
+
+def check_head(store: Path, plan: Plan) -> None:
+    """Compares the file of the teacher's linear head, if it has one, with the plan. Raises IntegrityError likewise."""
+    if plan.head is None:
+        return
+    try:
+        _compare(store / HEAD_FILE, *plan.head, "the linear head that the plan names")
+    except IntegrityError as error:  # unlike a shard it cannot be made again
+        remedy = "Restore it from a copy, or label into a new folder."
+        raise IntegrityError(error.problem, got=error.got, expected=error.expected, remedy=remedy) from None
+
+
+def _compare(path: Path, expected_size: int, expected_sha256: str, expected: str) -> None:
+    """Raises IntegrityError if a file is not there, or has another size or digest."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            digest = hashlib.file_digest(file, "sha256").hexdigest() if size == marker.size else None
+            digest = hashlib.file_digest(file, "sha256").hexdigest() if size == expected_size else None
     except FileNotFoundError:
-        raise damaged(path, "no such file", "the file that its marker names") from None
-    if size != marker.size:
-        raise damaged(path, f"{size} bytes", f"{marker.size} bytes")
-    if digest != marker.sha256:
-        raise damaged(path, f"sha256 {digest}"[:19], f"sha256 {marker.sha256}"[:19])
+        raise damaged(path, "no such file", expected) from None
+    if size != expected_size:
+        raise damaged(path, f"{size} bytes", f"{expected_size} bytes")
+    if digest != expected_sha256:
+        raise damaged(path, f"sha256 {digest}"[:19], f"sha256 {expected_sha256}"[:19])
 
 
 def sweep(store: Path, markers: list[Marker]) -> None:

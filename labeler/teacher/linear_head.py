@@ -120,9 +120,10 @@ def read_head(path: str | Path) -> tuple[LinearHead, str]:
 
 
 def head_record(path: str | Path) -> dict[str, Any]:
-    """Returns what a store's plan records of a head: its digest, how many images it was fitted on, and its accuracy."""
+    """Returns what a store's plan records of a head: its file, how many images it was fitted on, and its accuracy."""
     head, digest = read_head(path)
-    return {"sha256": digest, "most_images": head.fitted_with.get("most_images"), **asdict(head.fit)}
+    size = Path(path).stat().st_size
+    return {"sha256": digest, "size": size, "most_images": head.fitted_with.get("most_images"), **asdict(head.fit)}
 
 
 def give_head(model: Any, num_classes: int, name: str) -> None:
