@@ -22,10 +22,10 @@ _HOMES = {
     "LoaderConfig": "config",
     "MixBox": "augment.mix",
     "TokenLabelLoader": "loader",
-    "TokenTargets": "labels.token_targets",
+    "TokenTargets": "targets.token_targets",
     "Views": "geometry",
     "create_loader": "loader",
-    "crop_score_maps": "labels.crop_score_maps",
+    "crop_score_maps": "targets.crop_score_maps",
     "mix_pixels": "augment.mix",
     "sample_mix_box": "augment.mix",
 }

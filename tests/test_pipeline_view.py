@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from labeler.base.errors import InputError
 from labeler.report.charts import COLOURS
 from pipeline import LoaderConfig, MixBox, Views, create_loader
-from pipeline import view as pictures
+from pipeline import batch_picture as pictures
 from pipeline.__main__ import main
 from pipeline.targets.token_targets import NOTHING, TokenTargets
 
