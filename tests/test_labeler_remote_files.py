@@ -105,23 +105,23 @@ def test_a_name_cannot_leave_its_folder(name, tmp_path):
         RemoteFolder(f"file://{tmp_path}").read(name)
 
 
-def test_nothing_half_written_is_seen_in_a_plain_folder(tmp_path):
-    """A writer that is killed leaves the old file, whenever that happens."""
-    remote = RemoteFolder(f"file://{tmp_path}/remote")
+@pytest.mark.parametrize("ends", ["in the middle", "before it has its name"])
+def test_nothing_half_written_is_seen_in_a_plain_folder(tmp_path, monkeypatch, ends):
+    remote = RemoteFolder(f"file://{tmp_path}/remote", Patience(tries=1))
     remote.put("one.bin", b"old")
-    code = (
-        "import sys; from labeler.remote.remote_files import RemoteFolder\n"
-        "remote = RemoteFolder(sys.argv[1]); print(flush=True)\n"
-        "while True: remote.put('one.bin', b'new' * 3_000_000)"
-    )
-    for wait in (0.0, 0.005, 0.02):
-        writer = subprocess.Popen([sys.executable, "-c", code, remote.url], stdout=subprocess.PIPE)
-        writer.stdout.readline()
-        time.sleep(wait)
-        writer.kill()
-        writer.communicate()
-        assert remote.read("one.bin") in (b"old", b"new" * 3_000_000)
-    assert list(remote.files()) == ["one.bin"]
+
+    def half(fs, path, source):
+        fs.pipe_file(path, source[: len(source) // 2])
+        raise OSError(5, "the cable is out")
+
+    def no_name(source, target):
+        raise OSError(5, "the cable is out")
+
+    monkeypatch.setattr(*((remote_files, "_write", half) if ends == "in the middle" else (os, "replace", no_name)))
+    with pytest.raises(RemoteError, match="the cable is out"):
+        remote.put("one.bin", b"new" * 1000)
+    assert [path.name for path in (tmp_path / "remote").iterdir()] == ["one.bin"]
+    assert remote.read("one.bin") == b"old"
 
 
 @pytest.mark.parametrize(
