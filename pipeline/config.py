@@ -10,7 +10,7 @@ from labeler.base.errors import InputError
 from labeler.base.settings import check_options, option
 from labeler.sources.decoding.pixels import ORIENTATIONS
 
-BACKENDS = ("auto", "dali", "reference")
+BACKENDS = ("auto", "dali", "pil")
 INTERPOLATIONS = ("random", "bilinear", "bicubic")
 CROP_MODES = ("center", "squash")
 MIXES = ("none", "token", "image")
@@ -119,7 +119,7 @@ class LoaderConfig:
     )
     shuffle_window: int = option("tar shards: window of the shuffle, in images", 10_000, affects="values", lowest=1)
     backend: str = option(
-        '"dali", "reference" (PIL), or "auto": DALI if it is installed',
+        '"dali", "pil", or "auto": DALI if it is installed',
         "auto",
         affects="values",
         choices=BACKENDS,
@@ -149,6 +149,8 @@ class LoaderConfig:
     progress: bool = option("show a progress bar", True, affects="nothing")
 
     def __post_init__(self) -> None:
+        if self.backend == "reference":  # as the readable twin of every fast path is called
+            object.__setattr__(self, "backend", "pil")
         check_options(self)
         if not (type(self.rank) is int and 0 <= self.rank < self.world_size):
             raise InputError(

@@ -312,16 +312,16 @@ def _backend(config: LoaderConfig) -> type[LoaderBackend]:
     """Returns the class of the configured backend."""
     name = config.backend
     if name == "auto":
-        name = "dali" if has_dali() else "reference"
-    if name == "reference":
-        from pipeline.backends.reference_backend import ReferenceBackend
+        name = "dali" if has_dali() else "pil"
+    if name == "pil":
+        from pipeline.backends.pil_backend import PilBackend
 
-        return ReferenceBackend
+        return PilBackend
     try:
         from pipeline.backends.dali_backend import DaliBackend
     except ImportError as error:
         raise InputError(
-            "DALI cannot be imported", got=str(error), remedy='Install it, or use backend="reference".'
+            "DALI cannot be imported", got=str(error), remedy='Install it, or use backend="pil".'
         ) from None
     return DaliBackend
 

@@ -74,7 +74,7 @@ def test_it_is_reported_on(old, tmp_path):
 
 def test_the_loader_trains_from_it(old):
     settings = {"images": str(old / "images"), "store": str(old / "labels"), "batch_size": 3, "image_size": 32}
-    loader = create_loader(LoaderConfig(**settings, grid=(4, 4), backend="reference", train=False, progress=False))
+    loader = create_loader(LoaderConfig(**settings, grid=(4, 4), backend="pil", train=False, progress=False))
     batches = list(loader)
     assert [len(batch) for batch in batches] == [3, 3]
     labels = LabelStore(old / "labels")

@@ -254,7 +254,7 @@ def test_report_and_view_take_a_url(data, tmp_path):
     assert "Label store there" in (tmp_path / "report.html").read_text()
     out, small = (
         str(tmp_path / "view.png"),
-        ["--image-size", "32", "--patch", "8", "--count", "4", "--backend", "reference"],
+        ["--image-size", "32", "--patch", "8", "--count", "4", "--backend", "pil"],
     )
     assert pipeline_main(["view", images, "--store", url, "--out", out, *small]) == 0
     assert Path(out).exists()
@@ -266,7 +266,7 @@ def test_a_loader_gives_the_same_batches(url, data):
             "batch_size": 4,
             "image_size": 32,
             "grid": (2, 2),
-            "backend": "reference",
+            "backend": "pil",
             "seed": 3,
             "progress": False,
         }

@@ -19,7 +19,7 @@ from tiny import picture
 from labeler.base.errors import InputError
 from pipeline.augment import policy
 from pipeline.augment.kernels import KERNELS, apply_kernels, warp
-from pipeline.backends.reference_backend import PIL_KERNELS as TWINS
+from pipeline.backends.pil_backend import PIL_KERNELS as TWINS
 
 SIDE = 28
 NAMES = {value: name for name, value in vars(policy).items() if name.isupper() and isinstance(value, int)}

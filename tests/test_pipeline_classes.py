@@ -20,7 +20,7 @@ def settings(images: Path, store: Path) -> LoaderConfig:
     """Three folders that are not the six classes of the teacher, whose true classes the store does not know."""
     return LoaderConfig(
         str(images), str(store), classes="images", batch_size=4, image_size=32, grid=(4, 4), device="cpu", threads=1,
-        backend="reference",
+        backend="pil",
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def all_ways_agree(images: Path, folder: Path, config: LabelerConfig) -> list[La
     for name in ("pil", "dali"):
         decode = create_decoder(name, DecodeSettings(SIDE, batch_size=len(files)))
         ways[f"labeler, {name}"] = dict(zip(keys, decode(files).pixels.numpy().astype(float), strict=True))
-    for backend, store in itertools.product(("reference", "dali"), stores):
+    for backend, store in itertools.product(("pil", "dali"), stores):
         ways[f"loader, {backend}, {store.path.name}"] = seen_by(settings(images, store.path, backend=backend))
     wrong = [
         f"{key}: {one}, {two}"
@@ -88,7 +88,7 @@ def all_ways_agree(images: Path, folder: Path, config: LabelerConfig) -> list[La
     assert wrong == []
     for seed in range(2):  # the windows that are drawn for training are the same: so must be what they show
         training = settings(images, stores[0].path, train=True, seed=seed, batch_size=1)
-        crops = [seen_by(replace(training, backend=backend)) for backend in ("reference", "dali")]
+        crops = [seen_by(replace(training, backend=backend)) for backend in ("pil", "dali")]
         assert [key for key in keys if np.abs(crops[0][key] - crops[1][key]).mean() > AGREE] == []
     return stores
 
@@ -121,12 +121,12 @@ def test_every_labeled_file_is_seen_alike_by_all_and_the_others_are_refused_by_a
 def test_without_labels_both_loaders_see_the_same_and_name_the_same_file(good, tmp_path):
     pytest.importorskip("nvidia.dali", reason="DALI has no wheel for this platform")
     images = write(tmp_path / "images", {name: data for name, (data, _) in good.items()})
-    shown = [seen_by(settings(images, None, backend=backend)) for backend in ("reference", "dali")]
+    shown = [seen_by(settings(images, None, backend=backend)) for backend in ("pil", "dali")]
     assert list(shown[0]) == list(shown[1])
     assert [key for key in shown[0] if np.abs(shown[0][key] - shown[1][key]).mean() > AGREE] == []
     for name, data in bad_files().items():
         alone = write(tmp_path / name, {name: data})
-        for backend in ("reference", "dali"):
+        for backend in ("pil", "dali"):
             with pytest.raises(IntegrityError, match=f"/c/{name}' cannot be used"):
                 seen_by(settings(alone, None, backend=backend))
 
@@ -190,7 +190,7 @@ def test_an_image_that_dali_refuses_all_the_same_is_decoded_by_pil(good, tmp_pat
     assert len(store) == 12
     for train in (False, True):
         config = settings(images, store.path, train=train, batch_size=2, prefetch=3)
-        shown = [seen_by(replace(config, backend=backend)) for backend in ("reference", "dali")]
+        shown = [seen_by(replace(config, backend=backend)) for backend in ("pil", "dali")]
         assert len(shown[0]) == len(shown[1]) == 12
         assert all(np.abs(shown[0][key] - shown[1][key]).mean() <= AGREE for key in shown[0])
     assert "DALI cannot decode 'class0/img003.jpg'" in caplog.text
@@ -231,6 +231,6 @@ def test_labels_of_another_size_than_the_image_has_are_refused_by_name(good, tmp
         squeezed = lambda data, _: open_rgb(data, "exif").resize((20, 20))  # noqa: E731
         patch.setattr("labeler.sources.decoding.decode_reference.open_rgb", squeezed)
         label_images(images, tmp_path / "labels", config)
-    for backend in ("reference", "dali"):
+    for backend in ("pil", "dali"):
         with pytest.raises(IntegrityError, match=r"/images/c/a\.tif'.*48×64 pixels instead of 20×20.*Label it again"):
             seen_by(settings(images, tmp_path / "labels", backend=backend))

@@ -43,7 +43,7 @@ def level_difference(a: Batch, b: Batch, config: LoaderConfig) -> torch.Tensor:
     return ((a.images - b.images).abs() * std * 255).mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("backend", ["dali", "reference"])
+@pytest.mark.parametrize("backend", ["dali", "pil"])
 def test_a_batch_holds_what_the_contract_says(settings, backend):
     loader = create_loader(replace(settings, backend=backend, mix="token"))
     batches = list(loader)
@@ -74,9 +74,7 @@ def test_dali_and_the_reference_show_the_same(photographs, tmp_path):
     label_images(photographs, tmp_path / "labels", LabelerConfig(teacher, progress=False))
     config = LoaderConfig(str(photographs), str(tmp_path / "labels"), batch_size=50, image_size=160, grid=(10, 10))
     for train in (True, False):
-        pairs = zip(
-            *(create_loader(replace(config, train=train, backend=b)) for b in ("dali", "reference")), strict=True
-        )
+        pairs = zip(*(create_loader(replace(config, train=train, backend=b)) for b in ("dali", "pil")), strict=True)
         worst, count = torch.zeros(1), 0
         for a, b in pairs:
             assert a.keys == b.keys
@@ -93,7 +91,7 @@ def test_the_backends_agree_under_all_augmentations_at_once(settings):
     config = replace(settings, auto_augment="rand-m9-mstd0.5-inc1-n3-p0.9", erase_prob=0.5, mix="image", batch_size=6)
     differences = []
     for epoch in range(8):
-        loaders = [create_loader(replace(config, backend=name, seed=epoch)) for name in ("dali", "reference")]
+        loaders = [create_loader(replace(config, backend=name, seed=epoch)) for name in ("dali", "pil")]
         for a, b in zip(*loaders, strict=True):
             differences.append(level_difference(a, b, config))
             assert a.mix == b.mix
@@ -137,7 +135,7 @@ def test_class_folders_can_be_given(settings):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
-@pytest.mark.parametrize("backend", ["dali", "reference"])
+@pytest.mark.parametrize("backend", ["dali", "pil"])
 def test_mixing_in_pixels_moves_whole_patches_of_the_partner(settings, batch_size, backend):
     config = replace(settings, batch_size=batch_size, backend=backend)
     boxes = 0
@@ -284,7 +282,7 @@ def test_evaluation_shows_every_image_once_in_order(settings):
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
-@pytest.mark.parametrize("backend", ["dali", "reference"])
+@pytest.mark.parametrize("backend", ["dali", "pil"])
 def test_evaluation_is_timms(settings, images, crop_mode, backend):
     from PIL import Image
     from timm.data import create_transform
@@ -344,7 +342,7 @@ def test_odd_files_look_the_same_to_the_labeler_and_to_both_loaders(tmp_path):
         (folder / name).write_bytes(data)
     label_images(folder, tmp_path / "labels", LabelerConfig(TeacherConfig("tiny:colour_teacher"), progress=False))
     config = LoaderConfig(str(folder), str(tmp_path / "labels"), batch_size=10, image_size=32, grid=(4, 4))
-    (a,), (b,) = (list(create_loader(replace(config, backend=name))) for name in ("dali", "reference"))
+    (a,), (b,) = (list(create_loader(replace(config, backend=name))) for name in ("dali", "pil"))
     assert a.keys == b.keys
     assert level_difference(a, b, config).max() < 1
     # Without the store, headers tell the sizes.
@@ -352,8 +350,7 @@ def test_odd_files_look_the_same_to_the_labeler_and_to_both_loaders(tmp_path):
     (tmp_path / "root").mkdir()
     folder.rename(tmp_path / "root/odd")
     (c,), (d,) = (
-        list(create_loader(replace(config, images=str(tmp_path / "root"), backend=name)))
-        for name in ("dali", "reference")
+        list(create_loader(replace(config, images=str(tmp_path / "root"), backend=name))) for name in ("dali", "pil")
     )
     assert level_difference(c, d, config).max() < 1
     assert level_difference(a, c, config).max() == 0
@@ -361,7 +358,7 @@ def test_odd_files_look_the_same_to_the_labeler_and_to_both_loaders(tmp_path):
 
 @pytest.mark.parametrize("default", ["type", "device"])
 def test_batches_are_the_same_whatever_torchs_defaults_are(settings, default):
-    settings = replace(settings, backend="reference", **EVERYTHING)
+    settings = replace(settings, backend="pil", **EVERYTHING)
     expected = next(iter(create_loader(settings)))
     if default == "type":
         torch.set_default_dtype(torch.float64)
@@ -378,3 +375,7 @@ def test_batches_are_the_same_whatever_torchs_defaults_are(settings, default):
     assert batch.images.dtype == torch.float32
     for part in PARTS:
         assert torch.equal(getattr(batch.targets, part), getattr(expected.targets, part))
+
+
+def test_the_readable_backend_goes_by_two_names(settings):
+    assert replace(settings, backend="reference") == replace(settings, backend="pil")

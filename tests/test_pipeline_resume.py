@@ -56,7 +56,7 @@ def digests_after(config: dict, state: dict) -> list[str]:
     return [digest(batch) for _ in range(2) for batch in loader]
 
 
-@pytest.mark.parametrize("backend", ["dali", "reference"])
+@pytest.mark.parametrize("backend", ["dali", "pil"])
 def test_a_new_process_yields_the_remaining_batches_bit_for_bit(settings, backend):
     config = replace(settings, backend=backend)
     loader = create_loader(config)
@@ -108,7 +108,7 @@ def test_a_state_needs_the_same_images_labels_and_settings(settings, tmp_path):
         "world_size": replace(settings, world_size=2),
         "seed": replace(settings, seed=12),
         "auto_augment": replace(settings, auto_augment="3a"),
-        "backend": replace(settings, backend="reference"),
+        "backend": replace(settings, backend="pil"),
         "token_labels": replace(settings, token_labels=False, class_folders={f"class{i}": i for i in range(3)}),
         "fingerprint": replace(settings, images=str(other_images), store=str(tmp_path / "fewer")),
         "fingerprint ": replace(settings, store=str(tmp_path / "flip")),

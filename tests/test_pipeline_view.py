@@ -27,7 +27,7 @@ SIZE, GRID, COUNT, CLASSES = 64, 8, 4, 6
 def loader(images, store):
     return create_loader(
         LoaderConfig(
-            str(images), str(store), batch_size=COUNT, image_size=SIZE, grid=(GRID, GRID), backend="reference",
+            str(images), str(store), batch_size=COUNT, image_size=SIZE, grid=(GRID, GRID), backend="pil",
             device="cpu", threads=1, progress=False,
         )
     )  # fmt: skip
@@ -135,7 +135,7 @@ def test_a_legend_says_how_many_classes_it_has_no_room_for(batch, loader, monkey
 @pytest.mark.parametrize("options", [[], ["--mix", "image"], ["--mix", "token", "--erase-prob", "1"]])
 def test_the_command_writes_one_picture(images, store, tmp_path, capsys, options):
     out = tmp_path / "new" / "batch.png"
-    size = ["--image-size", str(SIZE), "--patch", "8", "--count", str(COUNT), "--backend", "reference"]
+    size = ["--image-size", str(SIZE), "--patch", "8", "--count", str(COUNT), "--backend", "pil"]
     assert main(["view", str(images), "--store", str(store), "--out", str(out), *size, "--json", *options]) == 0
     told = json.loads(capsys.readouterr().out)
     with Image.open(out) as picture:
@@ -156,7 +156,7 @@ def test_what_cannot_be_drawn_is_told_in_one_line(images, store, tmp_path, capsy
         (["--store", str(store), "--image-size", "64", "--patch", "8", "--opacity", "2"], "opacity"),
         (["--store", str(store), "--epoch", "-1"], "epoch"),
     ):
-        assert main(["view", str(images), "--out", str(out), "--count", "4", "--backend", "reference", *wrong]) == 2
+        assert main(["view", str(images), "--out", str(out), "--count", "4", "--backend", "pil", *wrong]) == 2
         said = capsys.readouterr().err
         assert text in said
         assert said.count("\n") == 1

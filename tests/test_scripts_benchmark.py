@@ -85,7 +85,7 @@ def test_a_slow_scan_is_refused(monkeypatch):
     """A published figure is never that of the reference, whatever the environment names."""
     monkeypatch.delenv("TOKEN_LABELING_SCAN", raising=False)
     assert our_scan("cpu") == "backend: cpu"
-    for named in ("reference", "mamba_ssm", "no-such"):
+    for named in ("pil", "mamba_ssm", "no-such"):
         monkeypatch.setenv("TOKEN_LABELING_SCAN", named)
         with pytest.raises(SystemExit) as stopped:
             our_scan("cpu")

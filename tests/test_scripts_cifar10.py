@@ -15,7 +15,7 @@ from scripts.cifar10 import CLASSES, main, unpack
 from train.recipes.recipe import load_recipe
 from train.record.continuation import differences
 
-SMALL = ["model.args.depth=1", "model.args.embed_dim=16", "data.backend=reference", "run.threads=1", "run.batch_size=8"]
+SMALL = ["model.args.depth=1", "model.args.embed_dim=16", "data.backend=pil", "run.threads=1", "run.batch_size=8"]
 SMALL += ["schedule.warmup_epochs=0"]
 
 

@@ -61,7 +61,7 @@ def load_batch(data: tuple[Path, Path], size: int, mix: str) -> Batch:
     images, store = map(str, data)
     config = LoaderConfig(
         images, store, batch_size=size, image_size=32, grid=GRID, mix=mix, seed=1, scale=(0.5, 1.0),
-        backend="reference", device="cpu", threads=1, progress=False,
+        backend="pil", device="cpu", threads=1, progress=False,
     )  # fmt: skip
     loader = create_loader(config)
     while True:  # until a box neither holds nothing nor everything

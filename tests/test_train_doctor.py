@@ -38,7 +38,7 @@ def test_it_tells_of_the_machine_and_every_part(capsys):
     scan = found["selective scan"]
     assert set(scan) == {"auto", *selective_scan.BACKENDS}
     assert scan["reference"] == scan["cpu"] == "runs"
-    assert found["image loading"]["reference"].startswith("runs")
+    assert found["image loading"]["pil"].startswith("runs")
     if not torch.cuda.is_available():
         assert scan["auto"] == "cpu"
         assert scan["triton"].startswith("does not run: ")

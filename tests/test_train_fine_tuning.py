@@ -101,7 +101,7 @@ def test_a_published_file_is_fine_tuned_to_other_classes_and_pixels(data, publis
     recipe = tmp_path / "tune.toml"
     recipe.write_text(to_toml(tiny_config(*data, tmp_path / "run")))
     images = make_images(tmp_path / "images", 20, 10)
-    before = validate(published, images, backend="reference", device="cpu", progress=False)
+    before = validate(published, images, backend="pil", device="cpu", progress=False)
     assert before.images == 20
     command = ["fit", str(recipe), f"model.weights={published}", "model.args={embed_dim=32, depth=4}"]
     assert main([*command, "model.img_size=48", "schedule.steps=6", "optimizer.lr=0.003"]) == 0
@@ -109,7 +109,7 @@ def test_a_published_file_is_fine_tuned_to_other_classes_and_pixels(data, publis
     assert (info.num_classes, info.model["img_size"]) == (CLASSES, 48)
     trained = load_trained(tmp_path / "run")
     assert (trained.side, trained.net.num_classes) == (48, CLASSES)
-    assert validate(tmp_path / "run", data[0], device="cpu", backend="reference", progress=False).images == 12
+    assert validate(tmp_path / "run", data[0], device="cpu", backend="pil", progress=False).images == 12
     assert not same(last(tmp_path / "run"), load_reference_checkpoint(published).state_dict(), (*HEADS, "pos_embed"))
 
 
@@ -139,9 +139,9 @@ def test_our_own_checkpoints_are_fine_tuned_to_other_classes_and_pixels(run, tmp
         assert (trained.side, trained.net.num_classes) == (64, 3)
         assert [trained.class_name(i) for i in range(3)] == ["class0", "class1", "class2"]
     step = checkpoints(tmp_path / "next")[0]
-    found = validate(step, images, device="cpu", backend="reference", progress=False)
+    found = validate(step, images, device="cpu", backend="pil", progress=False)
     assert (found.top1, found.images) == (summary.top1, 12)
-    found = validate(step, images, ema=True, device="cpu", backend="reference", progress=False)
+    found = validate(step, images, ema=True, device="cpu", backend="pil", progress=False)
     assert found.top1 == summary.ema_top1
 
 
@@ -240,7 +240,7 @@ def test_other_backbones_train_resume_and_validate(data, tmp_path, other):
     again = config.model_copy(update={"run": config.run.model_copy(update={"out": str(tmp_path / "again")})})
     assert train.fit(again, "auto").steps == 4
     assert outcome(tmp_path / "again") == whole
-    found = validate(checkpoints(tmp_path / "run")[0], data[0], device="cpu", backend="reference", progress=False)
+    found = validate(checkpoints(tmp_path / "run")[0], data[0], device="cpu", backend="pil", progress=False)
     assert (found.top1, found.images) == (summary.top1, 12)
 
 
@@ -294,7 +294,7 @@ def test_how_a_run_began_is_no_part_of_what_it_is(data, tmp_path):
     train.fit(tiny_config(*data, tmp_path / "run", **begun))
     whole = outcome(tmp_path / "run")
     (tmp_path / "begin.pth").unlink()
-    assert validate(tmp_path / "run", data[0], device="cpu", backend="reference", progress=False).images == 12
+    assert validate(tmp_path / "run", data[0], device="cpu", backend="pil", progress=False).images == 12
     for how in (begun, {**settings, "model.args": {}}):
         shutil.rmtree(checkpoints(tmp_path / "run")[0])
         train.fit(tiny_config(*data, tmp_path / "run", **how), "auto")

@@ -98,7 +98,7 @@ def stored(store: Path) -> torch.Tensor:
 
 def whole_images(images: Path, store: Path) -> Batch:
     """All images, each shown whole, so that each token is one cell of the map."""
-    settings = {"train": False, "crop_pct": 1.0, "crop_mode": "squash", "backend": "reference", "progress": False}
+    settings = {"train": False, "crop_pct": 1.0, "crop_mode": "squash", "backend": "pil", "progress": False}
     loader = create_loader(
         LoaderConfig(str(images), str(store), batch_size=64, image_size=32, grid=(GRID, GRID), **settings)
     )

@@ -72,13 +72,13 @@ def test_an_evaluation_is_of_the_class_head_alone_and_by_the_images_classes(run,
     trained = load_trained(run, averaged)
     settings = LoaderConfig(
         str(data[0]), train=False, batch_size=12, image_size=32, grid=(4, 4), crop_pct=0.9, interpolation="bicubic",
-        device="cpu", threads=1, backend="reference",
+        device="cpu", threads=1, backend="pil",
     )  # fmt: skip
     [batch] = create_loader(settings)
     with torch.no_grad():
         features = trained.net.forward_features(batch.images)
         predicted = trained.net.head(trained.net.pool(features)).argmax(1)
-    result = validate(run, data[0], ema=averaged, backend="reference", device="cpu", progress=False)
+    result = validate(run, data[0], ema=averaged, backend="pil", device="cpu", progress=False)
     assert result.top1 == pytest.approx(float((predicted == batch.labels).double().mean()))
     assert sorted(one.name for one in result.per_class) == NAMES
     wrong = sum(confusion.images for confusion in result.confusions)
@@ -127,7 +127,7 @@ def test_a_class_folder_that_only_validation_has_is_refused_by_name(data, tmp_pa
 def test_an_evaluation_of_some_of_the_classes_keeps_their_ids(run, tmp_path):
     make_images(tmp_path / "val", 3, 1)
     (tmp_path / "val" / "class0").rename(tmp_path / "val" / "class3")
-    result = validate(run, tmp_path / "val", backend="reference", device="cpu", progress=False)
+    result = validate(run, tmp_path / "val", backend="pil", device="cpu", progress=False)
     assert [one.name for one in result.per_class] == ["class3"]
 
 
@@ -199,7 +199,7 @@ def test_weights_of_a_run_of_own_classes_begin_another(run, data, tmp_path):
 def test_a_loop_of_ones_own_trains_both_heads(data):
     config = LoaderConfig(
         str(data[0]), str(data[1]), classes="images", batch_size=4, image_size=32, grid=(4, 4), mix="token",
-        mix_prob=0.5, scale=(0.8, 1.0), device="cpu", threads=1, backend="reference",
+        mix_prob=0.5, scale=(0.8, 1.0), device="cpu", threads=1, backend="pil",
     )  # fmt: skip
     loader = create_loader(config)
     torch.manual_seed(0)

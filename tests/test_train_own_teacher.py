@@ -17,7 +17,7 @@ from labeler.store.check_store import check_store
 from train.evaluation.validate import load_trained
 from train.recipes.recipe import load_recipe
 
-PLAIN = {"data.token_labels": False, "loss.dense_weight": 0.0, "augment.mix": "none", "data.backend": "reference"}
+PLAIN = {"data.token_labels": False, "loss.dense_weight": 0.0, "augment.mix": "none", "data.backend": "pil"}
 
 
 @pytest.fixture(scope="module")

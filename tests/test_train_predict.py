@@ -78,7 +78,7 @@ def loaded(images: Path, trained: Trained) -> torch.Tensor:
         transform=trained.transform,
         ranks=Ranks(0, 1, torch.device("cpu")),
         batch_size=4,
-        backend="reference",
+        backend="pil",
         threads=1,
         progress=False,
     )

@@ -60,7 +60,7 @@ def checked(checkpoint: Path, images: Path, right: dict[str, set[int]], **settin
     trained = load_trained(checkpoint, settings.get("ema", False))
     paths = [path for path in sorted(images.rglob("*.*")) if right[path.name]]
     answers = [first_five(trained, path) for path in paths]
-    found = validate(checkpoint, images, backend="reference", device="cpu", progress=False, **settings)
+    found = validate(checkpoint, images, backend="pil", device="cpu", progress=False, **settings)
     first = sum(answer[0] in right[path.name] for answer, path in zip(answers, paths, strict=True))
     five = sum(bool(right[path.name] & set(answer)) for answer, path in zip(answers, paths, strict=True))
     assert found.images == len(paths)
@@ -148,7 +148,7 @@ def test_a_published_file_is_validated(tmp_path, capsys):
     path = saved(tmp_path / "DeMansia.ckpt", lightning(state(found)))
     images = make_images(tmp_path / "images", 23, 10)
     _, top5, _ = checked(path, images, folders(images, {f"class{i}": i for i in range(10)}), batch_size=10)
-    command = ["validate", str(path), "--images", str(images), "--json", "--quiet", "--backend", "reference"]
+    command = ["validate", str(path), "--images", str(images), "--json", "--quiet", "--backend", "pil"]
     assert main([*command, "--device", "cpu"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["images"] == 23
@@ -312,7 +312,7 @@ def test_a_file_in_a_checkpoint_is_evaluated_as_its_record_says(cropped, data, n
     for key, value in folder.net.state_dict().items():
         assert torch.equal(file.net.state_dict()[key], value)
     with caplog.at_level("INFO"):
-        validate(cropped / name, data[0], backend="reference", device="cpu", progress=False)
+        validate(cropped / name, data[0], backend="pil", device="cpu", progress=False)
     assert "assumed" not in caplog.text
     net = build_network(tiny_config(*data, Path("next"), **{"model.weights": str(cropped / name)}).model)
     assert all(torch.equal(net.state_dict()[key], value) for key, value in folder.net.state_dict().items())
@@ -321,7 +321,7 @@ def test_a_file_in_a_checkpoint_is_evaluated_as_its_record_says(cropped, data, n
 def test_a_file_of_weights_alone_says_what_is_assumed_of_it(cropped, data, tmp_path, caplog):
     alone = Path(shutil.copy(cropped / "weights.safetensors", tmp_path / "alone.safetensors"))
     with caplog.at_level("INFO"):
-        validate(alone, data[0], backend="reference", device="cpu", progress=False)
+        validate(alone, data[0], backend="pil", device="cpu", progress=False)
     assert "has no record beside it" in caplog.text
     assert (
         "32×32 pixels, crop_pct 0.9 (center), mean 0.485, 0.456, 0.406, weight of the auxiliary head 0.5" in caplog.text
@@ -332,7 +332,7 @@ def test_pixels_and_crop_of_an_evaluation_can_be_chosen(cropped, data, tmp_path,
     trained = load_trained(cropped, img_size=64, crop_pct=1.0)
     assert (trained.side, trained.transform["crop_pct"]) == (64, 1.0)
     assert load_image(next(data[0].rglob("*.*g")), trained).shape == (64, 64, 3)
-    images = ["--images", str(data[0]), "--device", "cpu", "--backend", "reference", "--quiet"]
+    images = ["--images", str(data[0]), "--device", "cpu", "--backend", "pil", "--quiet"]
     assert main(["validate", str(cropped), *images, "--img-size", "64", "--crop-pct", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 13
     assert main(["predict", str(cropped), str(next(data[0].rglob("*.*g"))), "--img-size", "64", "--quiet"]) == 0

@@ -45,7 +45,7 @@ def answers(run, data) -> Answers:
 
 @pytest.fixture(scope="module")
 def found(run, data) -> Validation:
-    return validate(run, data[0], backend="reference", device="cpu", batch_size=4, progress=False)
+    return validate(run, data[0], backend="pil", device="cpu", batch_size=4, progress=False)
 
 
 def first_five(run: Path, path: Path) -> list[int]:
@@ -87,7 +87,7 @@ def test_confusions_are_those_of_a_plain_loop_and_the_most_frequent_stands_first
 
 
 def test_the_command_prints_what_is_asked_for(run, data, found, capsys):
-    usual = ["validate", str(run), "--images", str(data[0]), "--device", "cpu", "--backend", "reference", "--quiet"]
+    usual = ["validate", str(run), "--images", str(data[0]), "--device", "cpu", "--backend", "pil", "--quiet"]
     assert main(usual) == 0
     assert capsys.readouterr().out == found.text() + "\n"
     assert main([*usual, "--per-class", "--confusions", "2"]) == 0
@@ -108,7 +108,7 @@ def test_the_command_prints_what_is_asked_for(run, data, found, capsys):
 def test_two_ranks_write_the_files_that_one_writes(run, data, found, answers, tmp_path):
     """Odd shares: 29 images in batches of four on two ranks. What is summed is summed exactly."""
     whole, classes, matrix = (tmp_path / "new" / name for name in ("all.json", "classes.csv", "matrix.csv"))
-    usual = ["validate", str(run), "--images", str(data[0]), "--device", "cpu", "--backend", "reference", "--quiet"]
+    usual = ["validate", str(run), "--images", str(data[0]), "--device", "cpu", "--backend", "pil", "--quiet"]
     usual += ["--batch-size", "4", "--matrix", str(matrix)]
     for ranks, out in ((2, whole), (1, classes)):
         assert [one.status for one in forks().run("train.__main__:main", [*usual, "--out", str(out)], ranks=ranks)] == (
@@ -157,9 +157,7 @@ def test_with_real_labels_images_of_one_right_class_belong_to_it_and_others_to_n
         if len(classes) == 1:
             answers.append((classes[0], first_five(run, path)))
     (tmp_path / "real.json").write_text(json.dumps(real))
-    found = validate(
-        run, tmp_path / "val", real=tmp_path / "real.json", backend="reference", device="cpu", progress=False
-    )
+    found = validate(run, tmp_path / "val", real=tmp_path / "real.json", backend="pil", device="cpu", progress=False)
     assert (found.images, found.several) == (8, 3)
     assert {one.id: one.images for one in found.per_class} == Counter(true for true, _ in answers)
     assert {(one.id, one.taken_for_id): one.images for one in found.confusions} == pairs(answers)

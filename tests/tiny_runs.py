@@ -28,7 +28,7 @@ TINY_RECIPE: dict[str, dict[str, Any]] = {
         "img_size": 32,
         "args": {"patch_size": 8, "embed_dim": 16, "depth": 1, "d_state": 4},
     },
-    "data": {"backend": "reference", "threads": 1, "prefetch": 1},
+    "data": {"backend": "pil", "threads": 1, "prefetch": 1},
     "augment": {"scale": [0.5, 1.0], "auto_augment": "none"},
     "schedule": {"steps": 6},
     "run": {

@@ -41,7 +41,7 @@ LEFT_OUT = 3
 EMA = "use the averaged weights, or not (default: the better ones, if the checkpoint records both accuracies)"
 PREDICT = "classify images, and with --map their tokens; unreadable images are reported, and the exit status is 3"
 CSV = "also write a table with timm's columns: filename, and index, label, prob (_0, _1 … if N > 1)"
-BACKENDS = ("auto", "dali", "reference")
+BACKENDS = ("auto", "dali", "pil")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -237,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
         "--backend",
         choices=BACKENDS,
         default="auto",
-        help="library that decodes and resizes; reference: as timm does, bit for bit",
+        help="library that decodes and resizes; pil: as timm does, bit for bit",
     )
     validate.add_argument("--device", default="auto", help="cpu, cuda or auto")
     validate.add_argument("--per-class", action="store_true", help="also print each class's accuracy, the worst first")

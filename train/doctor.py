@@ -51,7 +51,7 @@ def diagnose() -> dict[str, Findings]:
         "packages": _each(_package, NEEDED),
         "gpus": _guarded_section("cuda", _gpus),
         "selective scan": _all({"auto": _automatic_scan}) | _each(_scan, SCANS),
-        "image loading": _all({"auto": _automatic_loader, "reference": _reference_loader, "dali": _dali_loader}),
+        "image loading": _all({"auto": _automatic_loader, "pil": _pil_loader, "dali": _dali_loader}),
         "optional": _each(_optional, OPTIONAL),
     }
 
@@ -196,13 +196,13 @@ def _scan(name: str) -> str:
 def _automatic_loader() -> str:
     from labeler.sources.decoding.create_decoder import has_dali
 
-    return "dali" if has_dali() else "reference"
+    return "dali" if has_dali() else "pil"
 
 
-def _reference_loader() -> str:
+def _pil_loader() -> str:
     import PIL
 
-    import pipeline.backends.reference_backend  # noqa: F401
+    import pipeline.backends.pil_backend  # noqa: F401
 
     return f"runs (Pillow {PIL.__version__})"
 
@@ -211,11 +211,11 @@ def _dali_loader() -> str:
     from labeler.sources.decoding.create_decoder import has_dali
 
     if not has_dali():
-        return f"does not run: DALI is not installed; pip install {NEEDED['nvidia.dali']}, or data.backend=reference"
+        return f"does not run: DALI is not installed; pip install {NEEDED['nvidia.dali']}, or data.backend=pil"
     try:
         import pipeline.backends.dali_backend  # noqa: F401
     except Exception as error:
-        return f"does not run: {_reason(error)}; set data.backend=reference"
+        return f"does not run: {_reason(error)}; set data.backend=pil"
     return f"runs (on {'GPU' if _scan_device() == 'cuda' else 'CPU'})"
 
 

@@ -111,5 +111,5 @@ def decoding_failed(batches: Iterable[Prepared], error: Exception) -> IntegrityE
     return IntegrityError(
         "a batch cannot be decoded",
         got=(failures or lines)[0],
-        remedy=f'The batch has {keys} …; backend="reference" may report the image.',
+        remedy=f'The batch has {keys} …; backend="pil" may report the image.',
     )

@@ -98,8 +98,8 @@ class DataConfig(Section):
         "none",
         affects="nothing",
     )
-    backend: Literal["auto", "dali", "reference"] = setting(
-        "decodes and augments images: DALI, or PIL (reference); auto: DALI if it is installed",
+    backend: Literal["auto", "dali", "pil"] = setting(
+        "decodes and augments images: DALI or PIL; auto: DALI if it is installed",
         "auto",
         affects="values",
     )

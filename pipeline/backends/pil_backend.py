@@ -37,10 +37,10 @@ PIL_KERNELS = {
 }
 
 
-class ReferenceBackend(LoaderBackend):
+class PilBackend(LoaderBackend):
     """Decodes and augments with PIL, one image at a time."""
 
-    name = "reference"
+    name = "pil"
 
     def images(self, prepared: Iterator[Prepared]) -> Iterator[tuple[Prepared, torch.Tensor]]:
         """Yields each batch with its images: normalized float32 [B, 3, S, S], on the device."""
