@@ -7,7 +7,6 @@ images are in the quarantine; 4 an integrity check failed; 143 stopped by a sign
 from __future__ import annotations
 
 from labeler.base.signals import end_at_interrupt
-from labeler.remote.remote_files import path_or_url
 
 if __name__ == "__main__":
     end_at_interrupt()  # before the imports, which take seconds
@@ -26,7 +25,7 @@ from labeler.base.command_line import OneLineParser, add_command, at_least, pars
 from labeler.base.settings import add_flags, settings_of
 from labeler.base.signals import STOP_SIGNALS, STOPPED
 from labeler.config import LabelerConfig
-from labeler.remote.remote_files import local_path
+from labeler.remote.remote_files import local_path, path_or_url
 from labeler.teacher.teacher_config import TeacherConfig
 
 if TYPE_CHECKING:

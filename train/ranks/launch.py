@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from labeler.base.errors import InputError
+from labeler.base.signals import STOPPED
 
 GRACE_S = 15.0  # after one rank has failed, time for the others to notice, save or give up
 POLL_S = 0.1
@@ -87,9 +88,15 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
 
 
 def _cause(ended: dict[int, int]) -> int | None:
-    """The rank that failed first. Status 1 counts less: that rank may only have noticed that another was gone."""
-    failed = [rank for rank, status in ended.items() if status]
-    return min(failed, key=lambda rank: (ended[rank] > 0, ended[rank] == 1), default=None)
+    """The rank that failed first. Status 1 counts less: that rank may only have noticed that another was gone.
+
+    Where a signal stopped all ranks, it is the first one, which has printed so; it may be the last to end.
+    """
+
+    def order(rank: int) -> tuple[bool, bool, bool]:
+        return ended[rank] > 0, ended[rank] == 1, ended[rank] == STOPPED and rank > 0
+
+    return min((rank for rank, status in ended.items() if status), key=order, default=None)
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
