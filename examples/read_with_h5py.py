@@ -20,9 +20,10 @@ def read_row(store: Path, key: str | None) -> tuple[str, np.ndarray, np.ndarray,
     """
     with h5py.File(store / "labels.h5") as file:
         keys = file["key"][:]
-        row = 0 if key is None else int(np.searchsorted(keys, key.encode()))
-        if row == len(keys) or (key is not None and keys[row] != key.encode()):
+        found = np.arange(1) if key is None else np.flatnonzero(keys == key.encode())
+        if not len(found):
             raise KeyError(f"{key!r} is not in {store}")
+        row = int(found[0])
         classes, stored = file["classes"][row], file["scores"][row]
         background = file["background"][row] if "background" in file else np.zeros(stored.shape[1:])
         scores = stored

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from labeler.sources.image_source import ImageSource
     from labeler.sources.open_source import open_source
     from labeler.store.label_store import LabelStore
+    from labeler.store.parts.merge_stores import merge_stores
     from labeler.store.score_maps import ScoreMaps
     from labeler.teacher.create_teacher import LoadedTeacher, Teacher, create_teacher
     from labeler.teacher.teacher_config import TeacherConfig
@@ -47,6 +48,7 @@ _HOMES = {
     "open_source": "sources.open_source",
     "LabelSummary": "run",
     "label_images": "run",
+    "merge_stores": "store.parts.merge_stores",
     "pull_store": "share.pull_store",
     "push_store": "share.push_store",
     "ScoreMaps": "store.score_maps",
@@ -76,6 +78,7 @@ __all__ = [
     "create_teacher",
     "import_token_label_files",
     "label_images",
+    "merge_stores",
     "open_source",
     "pull_store",
     "push_store",

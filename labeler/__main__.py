@@ -1,4 +1,4 @@
-"""The command line: `python -m labeler label | verify | report | push | pull | import-token-labels`.
+"""The command line: `python -m labeler label | verify | report | merge | push | pull | import-token-labels`.
 
 Exit status: 0 all done; 1 the run could not finish (the same command resumes); 2 bad input or usage; 3 done, but some
 images are in the quarantine; 4 an integrity check failed; 143 stopped by a signal, with everything finished kept.
@@ -151,6 +151,15 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _merge(options: argparse.Namespace) -> int:
+    """Runs `merge`."""
+    from labeler.store.parts.merge_stores import merge_stores
+
+    merged = merge_stores(options.stores, options.store, options.copy)
+    print(json.dumps(asdict(merged)) if options.json else merged.text())
+    return 0
+
+
 def _import(options: argparse.Namespace) -> int:
     """Runs `import-token-labels`."""
     from labeler.importers import import_token_label_files
@@ -240,6 +249,14 @@ def _parser() -> argparse.ArgumentParser:
         "--trusted", action="store_true", help="trust this store: --audit may run the teacher that it names"
     )
     _add_push_and_pull(commands)
+    merge = add_command(
+        commands, "merge", _merge, "make one store of several, with the same settings and no image twice"
+    )
+    merge.add_argument("stores", type=Path, nargs="+", metavar="STORE", help="folders of two or more label stores")
+    merge.add_argument("--store", type=Path, required=True, help="folder of the new label store")
+    merge.add_argument(
+        "--copy", action="store_true", help="copy the files; without it they are hard links where that is possible"
+    )
     maps = add_command(
         commands, "import-token-labels", _import, "convert TokenLabeling or ReLabel .pt files to a store"
     )
@@ -271,7 +288,7 @@ def _add_label(commands: Any) -> None:
         "files, such as 'name-{000..146}.tar'; or a URL of any of them",
     )
     label.add_argument("--store", type=local_path, required=True, help="folder of the label store")
-    add_flags(label, LabelerConfig, "image_list", "class_names")
+    add_flags(label, LabelerConfig, "extend", "image_list", "class_names")
     teacher = label.add_argument_group("teacher")
     teacher.add_argument(
         "--teacher",

@@ -140,7 +140,8 @@ def audit_labels(
     if count < 1 or not len(labels):
         raise InputError("there is nothing to audit", got=f"{count} of {len(labels)} rows", expected="one or more")
     meta = labels.meta
-    rows = np.sort(np.random.default_rng(seed).permutation(len(labels))[:count])
+    drawn = np.random.default_rng(seed).permutation(len(labels))[:count]
+    rows = np.array(sorted(drawn.tolist(), key=labels.keys.__getitem__), np.int64)  # as the source sorts its images
     source = open_images(images, [labels.keys[row] for row in rows])
     present = [i for i in range(len(rows)) if i not in source.problems]
     none = InputError(

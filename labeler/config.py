@@ -98,6 +98,11 @@ class LabelerConfig:
     shard_size: int | None = option(
         "images per shard; default: by the number of images, at most 10,000", None, affects="recorded", lowest=1
     )
+    extend: bool = option(
+        "label the images that the store does not have yet into a further part of it; its labels are not touched",
+        False,
+        affects="nothing",
+    )
     batch_size: int = option("images per batch of the teacher", 32, affects="rounding", lowest=1)
     device: str = option("device of the teacher: cpu, cuda or auto", "auto", affects="rounding")
     decoder: str = option(

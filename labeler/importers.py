@@ -20,13 +20,15 @@ import torch
 from labeler.base.errors import InputError
 from labeler.base.plain_tensors import load_plain
 from labeler.config import LabelerConfig
-from labeler.run import default_shard_size, make_task, stored_keys
+from labeler.run import default_shard_size, make_task
 from labeler.sources.class_names import name_classes, true_classes
 from labeler.sources.decoding.create_decoder import create_decoder
 from labeler.sources.decoding.decoder import Decoder, DecodeSettings, teacher_region
-from labeler.sources.image_source import BadImage, ImageSource, refuse_other_images
+from labeler.sources.image_source import BadImage, ImageSource
 from labeler.sources.open_source import open_source
 from labeler.store.foreign_store import remember_written
+from labeler.store.parts.extend_store import labeled_images
+from labeler.store.parts.same_images import refuse_other_images
 from labeler.store.plan import Plan, load_plan, plan_of
 from labeler.store.row_schema import ShardRows, store_classes
 from labeler.store.shard_writer import begin_store, committed_shards, finish_store, write_shard
@@ -107,7 +109,7 @@ def import_token_label_files(
         raise InputError(f"{str(maps)!r} is not a folder of .pt maps")
     begun = load_plan(path)
     if begun is not None:
-        refuse_other_images(source, begun.meta.dataset_fingerprint, stored_keys(path), path)
+        refuse_other_images(source, labeled_images([path]), path)
     sources = match_files(source, maps)
     grid, palette = _survey(sources, num_classes, progress)
     plan = begin_store(path, _make_plan(source, grid, palette, num_classes, class_names, view, crop_pct))
@@ -118,7 +120,7 @@ def import_token_label_files(
     todo = [shard for shard in range(plan.meta.shards) if shard not in markers]
     for shard in _bar(todo, "import", progress):
         _import_shard(make_task(plan, source, targets, shard), sources, path, plan, decode)
-    markers_now = finish_store(path, plan)
+    markers_now = finish_store(path)
     if not markers:  # existing shards may come from elsewhere
         remember_written(path)
     known = sum(m.stats["known"] for m in markers_now)

@@ -7,23 +7,34 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from labeler.base.errors import TokenLabelError
+from labeler.base.errors import IntegrityError, LabelingError
 from labeler.base.settings import names_that_affect
 from labeler.choose_encoding import asked_encoding, fit_encoding
 from labeler.config import LabelerConfig
 from labeler.executor import refuse_absent_ray, run_in_process, run_on_ray
 from labeler.fit_head import with_head
-from labeler.sources.class_names import folders_of, name_classes, true_classes
-from labeler.sources.image_source import ImageSource, refuse_other_images
+from labeler.sources.class_names import classes_as_before, folders_of, name_classes, true_classes
+from labeler.sources.image_source import ImageSource
 from labeler.sources.open_source import open_source
 from labeler.store.foreign_store import remember_written
-from labeler.store.label_store import LabelStore
+from labeler.store.parts.extend_store import (
+    Piece,
+    extension_of,
+    keep_head,
+    pieces_of,
+    publish_extension,
+    refuse_unlabeled,
+)
+from labeler.store.parts.find_parts import store_bytes
+from labeler.store.parts.join_parts import refuse_other_part
+from labeler.store.parts.same_images import LabeledImages, refuse_other_images
 from labeler.store.plan import Plan, load_plan, plan_of
 from labeler.store.score_code import Encoding, code_table, share_of_reference
 from labeler.store.shard_markers import Marker
@@ -88,7 +99,8 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     Args:
         images: Whatever `open_source` takes: a folder, a list, tar shards, parquet files.
         store: Folder of the label store; created if needed.
-        config: Settings of the run.
+        config: Settings of the run. With `extend`, `images` has the images of the store and new ones, which are labeled
+            into a further part of it.
 
     Returns:
         What the run did.
@@ -99,38 +111,98 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
         MismatchError: The store was begun with other images or settings.
         LabelingError: The run could not finish. Committed shards are kept, and the same call resumes.
     """
-    from labeler.base.runtime import pick_device
-    from labeler.teacher.create_teacher import create_teacher
-
     if config.workers:
         refuse_absent_ray()
     source, path = open_source(images, config.image_list, config.progress), Path(store)
-    begun = load_plan(path)
-    if begun is not None and begun.meta.dataset_fingerprint != source.fingerprint:
-        refuse_other_images(source, begun.meta.dataset_fingerprint, stored_keys(path), path)
+    if config.extend:
+        extension = extension_of(source, path)
+        if extension is None:
+            log.warning("nothing is new: %s has all %d images of %s", path, len(source), source.name)
+        pieces = [] if extension is None else [extension]
+    else:
+        pieces = pieces_of(source, path)
+    labeled, seconds, head = _label_pieces(pieces, source, path, config) if pieces else (0, 0.0, None)
+    summary = replace(_summary(path, finish_store(path), labeled, seconds, source.other), head=head)
+    plan = load_plan(path)
+    assert plan is not None
+    _warn_of_chance(summary, plan)
+    return summary
+
+
+def _label_pieces(
+    pieces: list[Piece], source: ImageSource, store: Path, config: LabelerConfig
+) -> tuple[int, float, HeadFit | None]:
+    """Labels what is missing of each piece; returns the rows labeled, the seconds that it took, and the head's fit."""
+    from labeler.base.runtime import pick_device
+    from labeler.teacher.create_teacher import create_teacher
+
+    begun = load_plan(store)
     # The driver of a cluster may not have a GPU itself.
     elsewhere = config.workers and config.ray_address and config.device != "auto"
     device = config.device if elsewhere else str(pick_device(config.device))
     here = "cpu" if elsewhere else device
-    config, head = with_head(config, source, path, here, begun)
+    config, head = with_head(config, source, store, here, begun)
     settled = _with_autocast(config, device, bool(elsewhere))
     # Built here once, so that a wrong teacher is reported before any worker starts.
     teacher = create_teacher(settled.teacher, "cpu" if config.workers else device)
-    info = teacher.info
     encoding = _encoding(source, settled, here, begun)
-    plan = begin_store(path, make_plan(source, info, settled, encoding, begun, teacher.class_names))
-    _warn_of_other_folders(source, plan)
-    markers = committed_shards(path, plan)
-    targets = true_classes(source, plan.class_folders, plan.meta.num_classes)
-    tasks = [make_task(plan, source, targets, shard) for shard in range(plan.meta.shards) if shard not in markers]
-    job = LabelingJob(path, plan, config, device)
-    labeled, seconds = _run(tasks, source, job, markers)
-    finished = finish_store(path, plan)
+    labeled, seconds = 0, 0.0
+    for piece in pieces:
+        if piece.like is None:
+            plan = make_plan(source, teacher.info, settled, encoding, begun, teacher.class_names)
+        else:
+            plan = _plan_of_part(piece, piece.like, source, teacher.info, settled, encoding)
+        try:
+            if head is not None and piece.number:
+                keep_head(store, piece.folder)
+            rows, duration = _label_piece(piece, plan, source, store, config, device)
+            first = piece.number == 0 or publish_extension(store, piece)
+        except (IntegrityError, LabelingError):
+            if piece.number == 0 or piece.folder.exists():
+                raise
+            first = False  # another run has published the folder under this one
+        if not first:
+            refuse_unlabeled(source, store)
+            continue
+        labeled, seconds = labeled + rows, seconds + duration
+    return labeled, seconds, head
+
+
+def _plan_of_part(
+    piece: Piece, like: Plan, source: ImageSource, info: TeacherInfo, config: LabelerConfig, encoding: Encoding
+) -> Plan:
+    """Returns the plan of a part of a store; `like`: the store's plan. Raises MismatchError if settings differ."""
+    classes = classes_as_before(
+        source, like.meta.class_names, like.class_folders, like.meta.num_classes, config.class_names
+    )
+    if piece.number == 0:  # each part was begun with its own
+        config = replace(config, shard_size=None)
+    plan = make_plan(piece.images, info, config, encoding, piece.begun, classes=classes)
+    refuse_other_part(piece.folder.parent, like, piece.folder, plan)
+    recorded = like if piece.begun is None else piece.begun
+    return replace(plan, settings={**plan.settings, "from_list": recorded.settings.get("from_list", False)})
+
+
+def _label_piece(
+    piece: Piece, wanted: Plan, source: ImageSource, store: Path, config: LabelerConfig, device: str
+) -> tuple[int, float]:
+    """Begins or resumes one folder; returns the rows labeled and the seconds that it took."""
+    plan = begin_store(piece.folder, wanted)
+    if piece.begun is None and plan.meta.dataset_fingerprint != wanted.meta.dataset_fingerprint:
+        begun = LabeledImages(piece.folder, plan.meta.dataset_fingerprint, ())
+        refuse_other_images(piece.images, [begun], piece.folder)  # another run has just begun it
+    if piece.number or piece.folder == store:
+        _warn_of_other_folders(source, plan)
+    markers = committed_shards(piece.folder, plan)
+    targets = true_classes(source, plan.class_folders, plan.meta.num_classes)[piece.positions]
+    shards = [shard for shard in range(plan.meta.shards) if shard not in markers]
+    tasks = [make_task(plan, piece.images, targets, shard) for shard in shards]
+    labeled = _run(tasks, piece.images, LabelingJob(piece.folder, plan, config, device), markers)
+    if piece.folder != store:  # whose view shows all parts, and is written last
+        finish_store(piece.folder)
     if not markers:  # existing shards may come from elsewhere
-        remember_written(path)
-    summary = replace(_summary(path, finished, labeled, seconds, source.other), head=head)
-    _warn_of_chance(summary, plan)
-    return summary
+        remember_written(piece.folder)
+    return labeled
 
 
 def _warn_of_other_folders(images: ImageSource, plan: Plan) -> None:
@@ -178,15 +250,6 @@ def _with_autocast(config: LabelerConfig, device: str, elsewhere: bool) -> Label
     return replace(config, teacher=replace(config.teacher, autocast=autocast))
 
 
-def stored_keys(store: Path) -> tuple[str, ...]:
-    """Returns the keys of a store, quarantined ones included; empty if the store is incomplete or damaged."""
-    try:
-        labels = LabelStore(store)
-        return (*labels.keys, *(entry["key"] for entry in labels.quarantine))
-    except TokenLabelError:
-        return ()
-
-
 def _encoding(images: ImageSource, config: LabelerConfig, device: str, begun: Plan | None) -> Encoding:
     """Returns the encoding of the settings, or the one that fits `bytes_per_image`."""
     if config.bytes_per_image is None:
@@ -203,9 +266,13 @@ def make_plan(
     encoding: Encoding,
     begun: Plan | None,
     class_names: tuple[str, ...] = (),
+    classes: tuple[tuple[str, ...], Mapping[str, int]] | None = None,
 ) -> Plan:
-    """Returns the plan for these settings. The shard size of an existing store is kept unless one is set."""
-    names, folders = name_classes(images, info.num_classes, config.class_names, class_names)
+    """Returns the plan for these settings. The shard size of an existing store is kept unless one is set.
+
+    `class_names` are those that the teacher has; `classes` are names and folders that are settled already.
+    """
+    names, folders = classes or name_classes(images, info.num_classes, config.class_names, class_names)
     size = config.shard_size or (begun.shard_size if begun else default_shard_size(len(images)))
     coded = encoding.precision == "uint8"
     palette, tail = encoding.places(info.num_classes)
@@ -293,14 +360,13 @@ def _summary(store: Path, markers: list[Marker], labeled: int, seconds: float, o
     rows = sum(marker.rows for marker in markers)
     names = ("kl", "coverage", "first_kept", "reference_kl", "compared_kl", "agree", "known")
     total = {name: sum(m.stats.get(name, 0.0) for m in markers) for name in names}
-    size = sum(file.stat().st_size for file in store.iterdir())
     return LabelSummary(
         store=str(store),
         rows=rows,
         quarantined=sum(len(marker.quarantine) for marker in markers),
         labeled_now=labeled,
         shards=len(markers),
-        bytes_per_image=size / max(1, rows),
+        bytes_per_image=store_bytes(store) / max(1, rows),
         seconds=seconds,
         images_per_s=labeled / seconds if seconds > 0 else 0.0,
         kl=total["kl"] / max(1, rows),

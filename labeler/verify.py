@@ -49,7 +49,8 @@ def verify_store(
         return result
     opened = LabelStore(store, trusted=True)
     if relabel:
-        refuse_foreign_teacher(trusted or check_known(opened.folder) == WRITTEN, opened.plan, opened.path, "--relabel")
+        own = all(check_known(part.folder) == WRITTEN for part in opened.parts)
+        refuse_foreign_teacher(trusted or own, opened.plan, opened.path, "--relabel")
     checked, problems = opened.check_images(images, progress)
     result = replace(result, images_checked=checked, problems=problems)
     return _relabeled(result, opened, images, relabel, device, seed) if relabel and not problems else result

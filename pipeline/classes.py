@@ -100,7 +100,7 @@ def _of_teacher(
     if config.num_classes not in (None, meta.num_classes):
         raise MismatchError(
             "the label store has another number of classes than the network",
-            got=f"{meta.num_classes} in {str(store.path)!r}",
+            got=f"{meta.num_classes} in {store.name!r}",
             expected=f"{config.num_classes}",
             remedy="Set num_classes to the store's, or label with a teacher of these classes.",
         )

@@ -27,7 +27,11 @@ class LoaderConfig:
     images: str = option(
         "folder of images, a list of them, .tar or .parquet files, or a URL of any of these", affects="recorded"
     )
-    store: str | None = option("folder or URL of the label store; None: plain classification", None, affects="recorded")
+    store: str | tuple[str, ...] | None = option(
+        "folder or URL of the label store, or several that are read as one; None: plain classification",
+        None,
+        affects="recorded",
+    )
     token_labels: bool = option(
         "False: make the targets from the true labels only; everything else is unchanged (for ablations)",
         True,

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from labeler.base.errors import InputError, IntegrityError, LabelingError, MismatchError, error_text
 from labeler.sources.decoding.check_header import FORMATS
 from labeler.sources.decoding.pixels import decoded_size
-from labeler.sources.image_source import BadImage, ImageSource, are_labeled_images, difference, image_digest
+from labeler.sources.image_source import BadImage, ImageSource, difference, image_digest
 from labeler.sources.open_source import open_source
 from labeler.store.label_store import LabelStore
+from labeler.store.parts.same_images import are_the_images
 from pipeline.classes import TrueClasses, find_classes, some
 from pipeline.config import LoaderConfig
 
@@ -122,7 +123,7 @@ def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) ->
     choose = "name the images to use in image_list" if source.groups is None else "make archives of the images to use"
     positions = np.array([i for i, key in enumerate(keys) if key in row_of], np.int64)
     unlabeled = [key for key in keys if key not in row_of and key not in quarantined]
-    name = str(store.path)
+    name = store.name
     if unlabeled:
         raise MismatchError(
             f"{len(unlabeled):,} of {len(keys):,} images have no labels in {name!r}",
@@ -159,8 +160,8 @@ def _with_store(config: LoaderConfig, source: ImageSource, store: LabelStore) ->
 
 def _check_same_images(source: ImageSource, store: LabelStore, rows: np.ndarray, choose: str) -> None:
     """Checks that a source has every labeled image, with the same file sizes. Raises MismatchError."""
-    everything = tuple(sorted([*store.keys, *(entry["key"] for entry in store.quarantine)]))
-    if are_labeled_images(source, store.meta.dataset_fingerprint, everything):
+    parts = store.labeled_images()
+    if are_the_images(source, parts):
         return
     left_out = np.ones(len(store), bool)
     left_out[rows] = False
@@ -169,10 +170,11 @@ def _check_same_images(source: ImageSource, store: LabelStore, rows: np.ndarray,
         raise MismatchError(
             f"{len(missing):,} labeled images are missing in {source.name!r}",
             got=f"no {some(missing)}",
-            expected=f"the {len(store):,} images of {str(store.path)!r}",
+            expected=f"the {len(store):,} images of {store.name!r}",
             remedy=f"Restore them, or {choose}.",
         )
     # Without the quarantined files, or in shards of many folders, the fingerprint of sizes cannot be compared.
+    everything = tuple(sorted(key for part in parts for key in part.keys))
     if source.groups is None and len(source) == len(everything):
         raise MismatchError(
             f"images of {source.name!r} changed after they were labeled",

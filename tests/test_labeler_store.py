@@ -216,7 +216,7 @@ def test_a_store_sent_to_another_process_still_reads(store):
 
 def test_a_copy_of_a_checked_store_is_not_checked_again(store, monkeypatch):
     sent = pickle.dumps(LabelStore(store))
-    monkeypatch.setattr("labeler.store.label_store.refuse_hostile", lambda path: pytest.fail("checked again"))
+    monkeypatch.setattr("labeler.store.parts.open_part.refuse_hostile_part", lambda path: pytest.fail("checked again"))
     assert len(pickle.loads(sent)) == 12
 
 

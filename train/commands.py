@@ -26,6 +26,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str, str]]] = {
         "label": ("labeler", "label", "run a teacher over images and store its class-score maps; again: resume"),
         "verify": ("labeler", "verify", "check that a store is undamaged and fits its images"),
         "report": ("labeler", "report", "write an HTML page about a store"),
+        "merge": ("labeler", "merge", "make one store of several, without labeling again"),
         "push": ("labeler", "push", "send a store to a URL, such as hf://datasets/USER/NAME or s3://BUCKET/PATH"),
         "pull": ("labeler", "pull", "fetch a store from a URL, with every digest checked"),
         "import-token-labels": ("labeler", "import-token-labels", "convert TokenLabeling and ReLabel files to a store"),

@@ -105,7 +105,7 @@ def opening(
         classes += f" of the images, {loader.aux_classes:,} of the teacher for the tokens"
     elif data.store is not None:
         classes += f" of the {'teacher' if loader.samples.classes.kind == 'teacher' else 'images'}"
-    labels = f"token labels of {data.store}" if data.token_labels else "no token labels"
+    labels = f"token labels of {' + '.join(data.stores)}" if data.token_labels else "no token labels"
     batch = f"{run.batch_size:,}"
     if run.micro_batch is not None and run.micro_batch < loader.config.batch_size:
         batch += f" ({run.micro_batch:,} at a time)"

@@ -182,6 +182,8 @@ def _words(annotation: Any) -> str:
         return "|".join(map(str, arguments))
     if origin in (Union, types.UnionType):
         return "|".join(dict.fromkeys(map(_words, arguments)))
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"list of {_words(arguments[0])}s"
     if origin is tuple:
         return f"{len(arguments)} {_words(arguments[0])}s"
     if origin is dict:

@@ -242,10 +242,11 @@ def _agreement(store: LabelStore, sample: Sample) -> dict[str, object] | None:
 def _settings(store: LabelStore) -> dict[str, object]:
     """Returns the settings by name."""
     meta, plan = store.meta, store.plan
+    parts = f", in {len(store.parts)} parts" if len(store.parts) > 1 else ""
     return {
         **{f"teacher: {name}": value for name, value in meta.teacher.items() if name != "notes"},
         **{f"setting: {name}": value for name, value in plan.settings.items()},
-        "shards": f"{meta.shards} of at most {plan.shard_size} images",
+        "shards": f"{meta.shards} of at most {plan.shard_size} images" + parts,
         "scores": f"{meta.score_kind}, score precision {meta.precision}",
         "image orientation": meta.orientation,
         "data-set fingerprint": meta.dataset_fingerprint,

@@ -15,16 +15,19 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from labeler.base.errors import InputError, IntegrityError, MismatchError
-from labeler.base.whole_files import TEMPORARY, publish_exclusively, replace_file
+from labeler.base.whole_files import TEMPORARY, publish_exclusively, replace_file, sync_folder
 from labeler.remote.local_copy import PUT_AGAIN, named, read_record
-from labeler.remote.remote_files import RemoteFolder, in_parallel
+from labeler.remote.remote_files import RemoteFolder, in_parallel, is_url
 from labeler.share.store_files import CARD, Transfer, markers_in, remote_folder
 from labeler.store.foreign_store import refuse_hostile
+from labeler.store.parts.find_parts import part_folders, part_name
+from labeler.store.parts.open_part import further_urls
 from labeler.store.plan import HEAD_FILE, PLAN_FILE, Plan, load_plan
 from labeler.store.shard_markers import Marker, check_file, marker_names, read_marker
 from labeler.store.shard_writer import finish_store
@@ -49,6 +52,56 @@ def pull_store(url: str | Path, store: str | Path, *, progress: bool = False, tr
         RemoteError: The service does not answer; the same call goes on.
     """
     started, path = time.perf_counter(), Path(store)
+    parts = [_pull_part(str(url), path, progress)]
+    places = further_urls(str(url)) if is_url(str(url)) else [*map(str, part_folders(Path(url))[1:])]
+    for number, place in enumerate(places, 1):
+        parts.append(_pull_further(place, path / part_name(number), progress))
+    for folder in reversed(part_folders(path)):  # the view over all parts is written last
+        finish_store(folder)
+    _fetch_card(remote_folder(url), path)
+    if not trusted:
+        refuse_hostile(path)
+    return Transfer(
+        str(store), str(url), sum(len(part.markers) for part in parts), sum(part.rows for part in parts),
+        sum(len(part.fetched) for part in parts), sum(part.bytes for part in parts),
+        sum(len(part.markers) - len(part.fetched) for part in parts), time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _pull_further(url: str, path: Path, progress: bool) -> _Pulled:
+    """Fetches a part; it gets its name when it is whole, so that the store here can be read meanwhile."""
+    if path.exists():
+        return _pull_part(url, path, progress)
+    work = path.with_name(f"pulling-{path.name}")
+    pulled = _pull_part(url, work, progress)
+    finish_store(work)
+    os.rename(work, path)
+    sync_folder(path.parent)
+    return pulled
+
+
+@dataclass(frozen=True)
+class _Pulled:
+    """What was fetched of one folder.
+
+    Attributes:
+        markers: The markers of all of its shards.
+        fetched: The shards that were fetched now.
+        bytes: Bytes of these.
+    """
+
+    markers: dict[int, Marker]
+    fetched: list[int]
+    bytes: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of all of its shards."""
+        return sum(marker.rows for marker in self.markers.values())
+
+
+def _pull_part(url: str, path: Path, progress: bool) -> _Pulled:
+    """Fetches one folder, without its parts; see `pull_store` for the errors."""
     remote = remote_folder(url)
     with tempfile.TemporaryDirectory(prefix="token-labeling-") as folder:
         records = Path(folder)
@@ -73,14 +126,7 @@ def pull_store(url: str | Path, store: str | Path, *, progress: bool = False, tr
             remedy="What there is was fetched. Finish the push to it, then pull again.",
         )  # fmt: skip
     _fetch_head(remote, path, plan)
-    finish_store(path, plan)
-    _fetch_card(remote, path)
-    if not trusted:
-        refuse_hostile(path)
-    return Transfer(
-        str(store), str(url), len(markers), sum(marker.rows for marker in markers.values()), len(missing), size,
-        len(markers) - len(missing), time.perf_counter() - started,
-    )  # fmt: skip
+    return _Pulled(markers, missing, size)
 
 
 def _fetch_plan(remote: RemoteFolder, records: Path) -> Plan:

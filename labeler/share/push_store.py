@@ -3,13 +3,15 @@
 The plan is sent first, then the shards, the view, the quarantine and the card, and the markers last of all. A store is
 complete when it has all its markers, so whoever reads the remote store finds all of it, or is told that it is not
 complete. A shard's name has its digest, and services show a file only when it is whole: a shard that is there under its
-name, with its size, is not sent again.
+name, with its size, is not sent again. The parts of a store are sent before its own folder, and the plan of each last
+of all: a part is there when its plan is, so a store that has grown is whole there at any moment.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,6 +23,9 @@ from labeler.remote.remote_files import FileIdentity, RemoteFolder, in_parallel
 from labeler.share.dataset_card import card_of
 from labeler.share.store_files import CARD, Transfer, markers_in, remote_folder
 from labeler.store.hdf5 import VIEW_FILE
+from labeler.store.parts.find_parts import part_folders
+from labeler.store.parts.join_parts import joined_plan
+from labeler.store.parts.open_part import Part
 from labeler.store.plan import HEAD_FILE, PLAN_FILE, Plan, load_plan
 from labeler.store.shard_markers import Marker, check_file, check_head, marker_names
 from labeler.store.shard_writer import QUARANTINE_FILE
@@ -46,29 +51,68 @@ def push_store(store: str | Path, url: str | Path, *, progress: bool = False) ->
         RemoteError: The service does not answer; the same call goes on.
     """
     started, path = time.perf_counter(), Path(store)
-    plan, markers = _local(path)
+    places = [(folder, str(url) if folder == path else f"{url}/{folder.name}") for folder in part_folders(path)]
+    parts = [_prepared(folder, place, is_part=folder != path) for folder, place in places]
+    card = _card(path, url, parts)
+    parts[0].steps[2].extend(card)
+    files = [file for part in parts for step in part.steps for file in step]
+    total = sum(size_of(source) for _, source in files)
+    with tqdm(total=total, desc="push", unit="B", unit_scale=True, disable=not progress) as bar:
+        for part in [*parts[1:], parts[0]]:
+            for step in part.steps:
+                part.remote.put_all(step, bar.update)
+            part.remote.sweep(part.names)
+    markers = [marker for part in parts for marker in part.markers]
+    return Transfer(
+        str(store), str(url), len(markers), sum(marker.rows for marker in markers), len(files), total,
+        sum(part.skipped for part in parts), time.perf_counter() - started,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is to be sent of one folder.
+
+    Attributes:
+        remote: Where to.
+        plan: Its plan.
+        markers: Its markers.
+        there: The files that are there.
+        steps: Files to send, one step after the other.
+        skipped: Shards that are there already.
+    """
+
+    remote: RemoteFolder
+    plan: Plan
+    markers: list[Marker]
+    there: Mapping[str, FileIdentity]
+    steps: list[Files]
+    skipped: int
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all files of the folder."""
+        shards = {marker.file for marker in self.markers}
+        return {PLAN_FILE, VIEW_FILE, QUARANTINE_FILE, CARD, HEAD_FILE, *marker_names(self.plan)} | shards
+
+
+def _prepared(store: Path, url: str, is_part: bool) -> _Part:
+    """Compares a folder with what is at its URL; raises the errors of `push_store` before anything is sent."""
+    plan, markers = _local(store)
     remote = remote_folder(url)
     there = remote.files()
-    present = _refuse_other_store(path, plan, remote, set(there))
+    present = _refuse_other_store(store, plan, remote, set(there))
     missing = [marker for marker in markers if marker.file not in there or there[marker.file].size != marker.size]
-    in_parallel(lambda marker: check_file(path, marker), missing)
+    in_parallel(lambda marker: check_file(store, marker), missing)
+    begin: Files = [] if PLAN_FILE in there else [(PLAN_FILE, store / PLAN_FILE)]
     steps: list[Files] = [
-        [] if PLAN_FILE in there else [(PLAN_FILE, path / PLAN_FILE)],
-        [(marker.file, path / marker.file) for marker in missing],
-        [file for file in _small_files(path, plan, markers, str(url), there) if not _is_there(remote, *file, there)],
-        [(name, path / name) for name in marker_names(plan) if name not in present],
+        [] if is_part else begin,
+        [(marker.file, store / marker.file) for marker in missing],
+        [file for file in _small_files(store, plan) if not _is_there(remote, *file, there)],
+        [(name, store / name) for name in marker_names(plan) if name not in present],
+        begin if is_part else [],
     ]
-    total = sum(size_of(source) for step in steps for _, source in step)
-    with tqdm(total=total, desc="push", unit="B", unit_scale=True, disable=not progress) as bar:
-        for step in steps:
-            remote.put_all(step, bar.update)
-    remote.sweep(
-        {PLAN_FILE, VIEW_FILE, QUARANTINE_FILE, CARD, HEAD_FILE, *marker_names(plan), *(m.file for m in markers)}
-    )
-    return Transfer(
-        str(store), str(url), len(markers), sum(marker.rows for marker in markers), sum(map(len, steps)), total,
-        len(markers) - len(missing), time.perf_counter() - started,
-    )  # fmt: skip
+    return _Part(remote, plan, markers, there, steps, len(markers) - len(missing))
 
 
 def _local(store: Path) -> tuple[Plan, list[Marker]]:
@@ -118,16 +162,23 @@ def _refuse_other_store(store: Path, plan: Plan, remote: RemoteFolder, there: se
     return present
 
 
-def _small_files(store: Path, plan: Plan, markers: list[Marker], url: str, there: Mapping[str, FileIdentity]) -> Files:
-    """Returns the files beside plan, shards and markers. A card that somebody has written there stays."""
-    files: Files = [(name, store / name) for name in (QUARANTINE_FILE, VIEW_FILE)]
-    if plan.head is not None:
-        files.append((HEAD_FILE, store / HEAD_FILE))
+def _small_files(store: Path, plan: Plan) -> Files:
+    """Returns the files beside plan, shards, markers and card."""
+    head = [HEAD_FILE] if plan.head is not None else []
+    return [(name, store / name) for name in (QUARANTINE_FILE, VIEW_FILE, *head)]
+
+
+def _card(store: Path, url: str | Path, parts: list[_Part]) -> Files:
+    """Returns the card, if it is to be sent. One that somebody has written there stays."""
+    root = parts[0]
     if (store / CARD).is_file():
-        files.append((CARD, store / CARD))
-    elif CARD not in there:
-        files.append((CARD, card_of(plan, markers, url).encode()))
-    return files
+        card: tuple[str, Path | bytes] = (CARD, store / CARD)
+        return [] if _is_there(root.remote, *card, root.there) else [card]
+    if CARD in root.there:
+        return []
+    plan = joined_plan([Part(folder, trusted=True) for folder in part_folders(store)])  # no shard is opened
+    markers = [marker for part in parts for marker in part.markers]
+    return [(CARD, card_of(plan, markers, str(url)).encode())]
 
 
 def _is_there(remote: RemoteFolder, name: str, source: Path | bytes, there: Mapping[str, FileIdentity]) -> bool:

@@ -74,6 +74,32 @@ def name_classes(
     return names, {}
 
 
+def classes_as_before(
+    images: ImageSource,
+    names: tuple[str, ...],
+    folders: Mapping[str, int],
+    num_classes: int,
+    names_file: str | None,
+) -> tuple[tuple[str, ...], Mapping[str, int]]:
+    """Does the same as `name_classes` where labels are to become part of a store.
+
+    Args:
+        images: The images, old and new.
+        names: Class names of the store; empty: not known.
+        folders: Its folder or label -> class id.
+        num_classes: C.
+        names_file: File of class names, which replaces `names`; None: there is none.
+
+    Returns:
+        (class names, folder or label -> class id): the store's, and new folders by the class names or ImageNet's ids.
+    """
+    names = read_class_names(names_file, num_classes) if names_file else names
+    by_name = {name: i for i, name in enumerate(names)}
+    known = {**by_name, **with_the_rest_of_imagenet(folders, num_classes), **folders}
+    own = folders_of(images.keys) if images.labels is None else images.class_names
+    return names, {folder: known[folder] for folder in own if folder in known}
+
+
 def folder_classes(folders: Sequence[str], num_classes: int | None) -> dict[str, int]:
     """Returns folder name -> class id where only the names of the folders are known.
 

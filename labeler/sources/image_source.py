@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
-from labeler.base.errors import LabelingError, MismatchError
+from labeler.base.errors import LabelingError
 
 HEAD_BYTES = 1 << 16
 UNKNOWN_SIZE = -1
@@ -247,14 +247,3 @@ def _fingerprint(keys: tuple[str, ...], sizes: np.ndarray) -> str:
     for key, size in zip(keys, sizes.tolist(), strict=True):
         digest.update(f"{len(key.encode())} {size} ".encode() + key.encode())
     return digest.hexdigest()
-
-
-def refuse_other_images(images: ImageSource, fingerprint: str, keys: tuple[str, ...], store: object) -> None:
-    """Raises MismatchError if the images are not those that the store was labeled from."""
-    if not are_labeled_images(images, fingerprint, keys):
-        raise MismatchError(
-            f"the images of {images.name!r} are not those of the store {str(store)!r}",
-            got=f"fingerprint {images.fingerprint[:12]}, {difference(images, keys)}",
-            expected=f"fingerprint {fingerprint[:12]}",
-            remedy="Restore the images, or label these into a new store.",
-        )

@@ -7,27 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from labeler.base.errors import InputError, IntegrityError, TokenLabelError
+from labeler.base.errors import InputError, IntegrityError, MismatchError, TokenLabelError
 from labeler.remote.failures import NotThere
 from labeler.remote.local_copy import LocalCopy
-from labeler.remote.remote_files import in_parallel
-from labeler.sources.image_source import BadImage, image_digest, refuse_other_images
+from labeler.remote.remote_files import in_parallel, is_url, path_or_url
+from labeler.sources.image_source import BadImage, image_digest
 from labeler.sources.open_source import open_images, open_source
-from labeler.store.foreign_store import open_folder, refuse_hostile, view_rows
+from labeler.store.foreign_store import open_folder, refuse_hostile_part, view_rows
 from labeler.store.hdf5 import VIEW_FILE
 from labeler.store.hdf5.read_shard import ShardReader, file_rows
+from labeler.store.parts.find_parts import part_folders, part_name
+from labeler.store.parts.join_parts import joined_plan, refuse_shared_keys
+from labeler.store.parts.open_part import Part, further_urls, open_parts
+from labeler.store.parts.same_images import LabeledImages, refuse_other_images
 from labeler.store.plan import HEAD_FILE, Plan, load_plan
 from labeler.store.row_checks import shard_problems, value_problems
 from labeler.store.shard_markers import check_file, check_head, read_marker
 from labeler.store.shard_writer import QUARANTINE_FILE
 
 MOST_PROBLEMS = 100
+View = tuple[Path, Callable[[Path, str], int]]  # the folder of a view, and what counts the rows that it shows
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Verification:
 
 
 def check_store(store: str | Path, *, trusted: bool = False, progress: bool = False) -> Verification:
-    """Checks a store's plan, markers, digests, layout, rows and view.
+    """Checks the plan, markers, digests, layout, rows and view of a store and of its parts.
 
     Args:
         store: The store's folder, or its URL: then all of it is fetched into the cache.
@@ -88,14 +93,53 @@ def check_store(store: str | Path, *, trusted: bool = False, progress: bool = Fa
         InputError: There is no store.
         RemoteError: The service of its URL does not answer.
     """
+    try:
+        places: list[Path | str] = [store, *_further_places(store)]
+    except IntegrityError as error:
+        return _refused(store, error)
+    results = [_check_part(store, trusted, progress), *(_check_further(one, trusted, progress) for one in places[1:])]
+    whole, views = joined([one for one, _ in results]), [view for _, view in results]
+    if whole.problems:
+        return whole
+    problems = _view_problems(*views[0], whole.rows, whole.quarantined)
+    for place, (one, _), view in zip(places[1:], results[1:], views[1:], strict=True):
+        name = Path(str(place)).name
+        problems += [f"{name}: {problem}" for problem in _view_problems(*view, one.rows, one.quarantined)]
+    if len(places) > 1:
+        problems += _problems_between(store)
+    return replace(whole, problems=(*_lost_parts(store, len(places)), *problems))
+
+
+def _further_places(store: str | Path) -> list[Path | str]:
+    """Returns the folders or URLs of the parts below a store's own. Raises IntegrityError for a link."""
+    if isinstance(store, Path) or not is_url(store):
+        return [*part_folders(Path(store))[1:]]
+    return [*further_urls(store)]
+
+
+def _refused(place: str | Path, error: TokenLabelError) -> Verification:
+    """Returns the result for a part that cannot be read at all."""
+    return Verification(str(place), 0, 0, 0, 0, 0, 0, None, 0.0, (str(error),))
+
+
+def _check_further(place: str | Path, trusted: bool, progress: bool) -> tuple[Verification, View]:
+    """Checks a part below a store's own folder."""
+    try:
+        return _check_part(place, trusted, progress)
+    except (InputError, IntegrityError) as error:
+        return _refused(place, error), (Path(), file_rows)
+
+
+def _check_part(store: str | Path, trusted: bool, progress: bool) -> tuple[Verification, View]:
+    """Checks one folder, without its parts and its view; returns what was found, and how to look at its view."""
     problems: list[str] = []
     try:
         path, remote = open_folder(store)
         plan = None if remote is None else load_plan(path)
         failed = {} if remote is None or plan is None else _fetch(remote, plan)
-        own = trusted or refuse_hostile(path)
+        own = trusted or refuse_hostile_part(path)
     except IntegrityError as error:
-        return Verification(str(store), 0, 0, 0, 0, 0, 0, None, 0.0, (str(error),))
+        return _refused(store, error), (Path(), file_rows)
     plan = plan or load_plan(path)
     if plan is None:
         raise InputError(f"{str(store)!r} is not a label store", got="no plan.json", remedy="Give a store's folder.")
@@ -121,12 +165,47 @@ def check_store(store: str | Path, *, trusted: bool = False, progress: bool = Fa
         rows, quarantined = rows + marker.rows, quarantined + len(marker.quarantine)
         stored_kl += marker.stats.get("kl", 0.0)
     problems += _head_problems(path, plan)
-    if not problems:
-        problems += _view_problems(path, rows, quarantined, file_rows if own else view_rows)
-    size = sum(file.stat().st_size for file in path.iterdir())
-    return Verification(
+    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    found = Verification(
         str(store), plan.meta.shards, rows, quarantined, size, 0, 0, None, stored_kl / max(1, rows), tuple(problems)
     )
+    return found, (path, file_rows if own else view_rows)
+
+
+def joined(results: Sequence[Verification]) -> Verification:
+    """Returns what was checked of several stores or parts together."""
+    rows = sum(one.rows for one in results)
+    return replace(
+        results[0],
+        shards=sum(one.shards for one in results),
+        rows=rows,
+        quarantined=sum(one.quarantined for one in results),
+        bytes=sum(one.bytes for one in results),
+        stored_kl=sum(one.stored_kl * one.rows for one in results) / max(1, rows),
+        problems=tuple(problem for one in results for problem in one.problems),
+    )
+
+
+def _lost_parts(store: str | Path, parts: int) -> list[str]:
+    """Checks that no folder has a number beyond the last part: a part, or its plan, would be gone."""
+    numbers = [path.name.removeprefix("part-") for path in Path(store).glob("part-*")]
+    beyond = sorted(number for number in numbers if number.isdecimal() and int(number) >= parts)
+    return [f"part-{beyond[0]} is there, but not {part_name(parts)}/plan.json"] if beyond else []
+
+
+def _problems_between(store: str | Path) -> list[str]:
+    """Checks that the parts of a store have the same settings, and no image twice."""
+    try:
+        parts = open_parts(path_or_url(store), trusted=True)  # all of them have been checked
+        joined_plan(parts)
+        refuse_shared_keys(parts, [_keys_of(part) for part in parts])
+    except (MismatchError, IntegrityError) as error:
+        return [str(error)]
+    return []
+
+
+def _keys_of(part: Part) -> list[str]:
+    return [key for marker in part.markers for key in part.open_shard(marker).keys]
 
 
 def _fetch(remote: LocalCopy, plan: Plan) -> dict[int, IntegrityError]:
@@ -151,37 +230,35 @@ def _fetch(remote: LocalCopy, plan: Plan) -> dict[int, IntegrityError]:
 
 def check_images(
     store: str | Path,
-    plan: Plan,
-    keys: Sequence[str],
-    digests: Sequence[int],
-    quarantined: Sequence[str],
+    parts: Sequence[LabeledImages],
     images: str | Path,
+    from_list: bool,
     progress: bool = False,
 ) -> tuple[int, tuple[str, ...]]:
     """Compares every image file with the digest that was stored when it was labeled.
 
     Args:
         store: The store's folder, for messages.
-        plan: The store's plan.
-        keys: Keys of all rows.
-        digests: xxh3-64 of each row's image file.
-        quarantined: Keys of the images that could not be labeled.
+        parts: The images of each part, with their digests.
         images: The images that were labeled, as for `open_source`.
+        from_list: Whether a list named them; then the folder may have others that were not labeled.
         progress: Show a progress bar.
 
     Returns:
         (number of images compared, problems in one line each).
     """
-    if not plan.settings.get("from_list"):  # a list may name files that a listing of the folder leaves out
+    if not from_list:
         try:
-            refuse_other_images(open_source(images), plan.meta.dataset_fingerprint, (*keys, *quarantined), store)
+            refuse_other_images(open_source(images), parts, store)
         except TokenLabelError as error:
             return 0, (str(error),)
+    digests = {key: digest for part in parts for key, digest in (part.digests or {}).items()}
+    keys = sorted(digests)
     compared, problems, source = 0, [], open_images(images, keys)
-    for key, digest in _progress(list(zip(keys, digests, strict=True)), "images", progress):
+    for key in _progress(keys, "images", progress):
         compared += 1
         try:
-            if image_digest(source.read(compared - 1)) != digest:
+            if image_digest(source.read(compared - 1)) != digests[key]:
                 problems.append(f"{key!r} is not the image that was labeled: its bytes have changed")
         except BadImage as error:
             problems.append(f"{key!r} {error}")
@@ -200,7 +277,7 @@ def _head_problems(store: Path, plan: Plan) -> list[str]:
     return []
 
 
-def _view_problems(store: Path, rows: int, quarantined: int, count: Callable[[Path, str], int]) -> list[str]:
+def _view_problems(store: Path, count: Callable[[Path, str], int], rows: int, quarantined: int) -> list[str]:
     """Checks that the view and the quarantine are complete."""
     problems = []
     try:

@@ -26,6 +26,7 @@ from pathlib import Path
 from labeler.base.errors import InputError, IntegrityError
 from labeler.remote.local_copy import LocalCopy
 from labeler.remote.remote_files import is_url
+from labeler.store.parts.find_parts import part_folders
 from labeler.store.plan import PLAN_FILE, load_plan
 from labeler.store.shard_markers import marker_names, read_foreign_marker, shard_stem
 
@@ -59,17 +60,24 @@ class Limits:
 
 
 def refuse_hostile(store: Path) -> bool:
-    """Checks a store in a child process unless that was done before.
+    """Checks a store, and each of its parts, in a child process unless that was done before.
 
     An incomplete or damaged store passes: that is noticed without HDF5 when it is opened.
 
     Returns:
-        Whether this user wrote the store.
+        Whether this user wrote the whole store.
 
     Raises:
-        IntegrityError: A shard is not what the labeler writes, or the child crashed or ran into a limit. It names the
-            file.
+        IntegrityError: A part is a link, a shard is not what the labeler writes, or the child crashed or ran into a
+            limit. It names the file.
     """
+    # A list: each part is checked, whatever the first one is.
+    written = [refuse_hostile_part(folder) for folder in part_folders(store)]
+    return all(written)
+
+
+def refuse_hostile_part(store: Path) -> bool:
+    """Does the same for one folder, without its parts."""
     try:
         digest = _digest(store)
     except (FileNotFoundError, NotADirectoryError):
@@ -131,7 +139,7 @@ def open_folder(store: str | Path) -> tuple[Path, LocalCopy | None]:
 
 
 def remember_written(store: Path) -> None:
-    """Records that this user wrote the whole store, so that it needs no check."""
+    """Records that this user wrote all of a folder, without its parts, so that it needs no check."""
     _note(_digest(store), WRITTEN)
 
 

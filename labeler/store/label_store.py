@@ -21,28 +21,23 @@ import numpy as np
 from labeler.base.errors import InputError, IntegrityError, MismatchError
 from labeler.base.open_files import OpenFiles
 from labeler.remote.remote_files import path_or_url
-from labeler.store.check_store import Verification, check_images, check_store
-from labeler.store.foreign_store import (
-    CHECKED,
-    WRITTEN,
-    check_known,
-    open_folder,
-    refuse_hostile,
-    refuse_hostile_shard,
-)
+from labeler.store.check_store import Verification, check_images, check_store, joined
 from labeler.store.hdf5.read_shard import ShardReader
-from labeler.store.plan import HEAD_FILE, Plan, StoreMeta, load_plan
+from labeler.store.parts.join_parts import joined_plan, refuse_shared_keys
+from labeler.store.parts.open_part import Part, open_parts
+from labeler.store.parts.same_images import LabeledImages
+from labeler.store.plan import Plan, StoreMeta
 from labeler.store.row_schema import ShardRows, signed_classes
 from labeler.store.score_code import ScoreCode
 from labeler.store.score_maps import ScoreMaps
-from labeler.store.shard_markers import Marker, check_file, read_markers
+from labeler.store.shard_markers import Marker
 from labeler.store.stored_rows import StoredRows
 
 CACHES = (None, "ram", "ram-compressed")
 
 
 class LabelStore:
-    """A complete label store, open for reading.
+    """A complete label store, open for reading. A store with parts, and a list of stores, are read as one.
 
     One behind a URL is read without being copied first: its plan and markers at once, each shard on first use, into a
     cache (see `labeler.remote.file_cache`), where its digest is checked; `keys` and `column` need all shards.
@@ -52,56 +47,53 @@ class LabelStore:
     `with LabelStore(path) as store:`, closes them and drops the cache.
 
     Args:
-        path: The store's folder, or its URL: s3://…, hf://datasets/USER/NAME, https://…
+        path: The store's folder, or its URL: s3://…, hf://datasets/USER/NAME, https://… Or several of them, with the
+            same settings and no image twice: rows of the first, of its parts, of the second …
         cache: None: read rows from the files; "ram-compressed": keep the files in memory; "ram": keep all codes in it.
         trusted: Skip the check of a store from elsewhere (see `labeler.store.foreign_store`), which takes 1.6 s for
-            10,000 rows, once.
+            10,000 rows, once; and compare the images of several stores only when `keys` is read.
 
     Attributes:
-        path: The folder or URL that was given.
-        folder: The folder here that its files are in.
+        paths: The folders or URLs that were given.
+        parts: Each folder with labels.
 
     Raises:
         InputError: There is no store, or a driver for its URL is missing.
-        MismatchError: The store has a newer format.
+        MismatchError: The store has a newer format; or parts or stores have other settings, or share an image.
         IntegrityError: Shards are missing or damaged.
         RemoteError: The service of its URL does not answer.
     """
 
-    def __init__(self, path: str | Path, cache: str | None = None, trusted: bool = False) -> None:
+    def __init__(
+        self, path: str | Path | Sequence[str | Path], cache: str | None = None, trusted: bool = False
+    ) -> None:
         if cache not in CACHES:
             raise InputError("cache is not known", got=repr(cache), expected='None, "ram" or "ram-compressed"')
-        self.path, self.cache = path_or_url(path), cache
-        self.folder, self._remote = open_folder(path)
-        known = check_known(self.folder) if self._remote else None
-        if self._remote is None and not trusted:
-            known = WRITTEN if refuse_hostile(self.folder) else CHECKED
+        self.paths = [path_or_url(one) for one in ([path] if isinstance(path, str | Path) else path)]
+        if not self.paths:
+            raise InputError("there is no label store", got="an empty list", expected="a store's folder, or several")
+        self.cache = cache
+        self.parts: list[Part] = [part for one in self.paths for part in open_parts(one, trusted)]
         # Whether the teacher that the plan names may be run here.
-        self.trusted = trusted or known == WRITTEN
-        # Whether shards of a remote store can be opened as they are, and whether all of them are here.
-        self._checked, self._all_here = trusted or known is not None, self._remote is None
-        plan = load_plan(self.folder)
-        if plan is None:
-            raise InputError(
-                f"{str(path)!r} is not a label store",
-                got="no plan.json in it" if self._remote or self.folder.is_dir() else "no such folder",
-                remedy="Label one with `python -m labeler label`.",
-            )
-        self.plan: Plan = plan
-        self.markers: list[Marker] = read_markers(self.folder, plan, self.path)
-        # First row of each shard; at the end, the number of rows.
+        self.trusted = trusted or all(part.written for part in self.parts)
+        self.plan: Plan = joined_plan(self.parts)
+        self.markers: list[Marker] = [marker for part in self.parts for marker in part.markers]
+        # First shard of each part, and first row of each shard; at the end, the number of shards and of rows.
+        self._first_shards = np.cumsum([0, *(len(part.markers) for part in self.parts)]).tolist()
         self._starts = np.cumsum([0, *(marker.rows for marker in self.markers)])
         self._readers: dict[int, ShardReader] = {}
         self._files = OpenFiles()
         self.closed = False
+        if len(self.paths) > 1 and not trusted:  # nobody has compared them before
+            _ = self.keys
 
     def close(self) -> None:
         """Closes all files and drops the cache; reads that are under way in other threads still finish."""
         self.closed = True
         self._readers.clear()
         self._files.close()
-        if self._remote is not None:
-            self._remote.close()
+        for part in self.parts:
+            part.close()
         for held in ("_held", "keys"):
             self.__dict__.pop(held, None)
 
@@ -117,25 +109,38 @@ class LabelStore:
     def __repr__(self) -> str:
         m = self.meta
         grid = "×".join(map(str, m.grid))
-        return (
-            f"LabelStore({str(self.path)!r}: {len(self):,} rows, {m.num_classes} classes, palette {m.palette}, {grid})"
-        )
+        return f"LabelStore({self.name!r}: {len(self):,} rows, {m.num_classes} classes, palette {m.palette}, {grid})"
 
     def __getstate__(self) -> dict[str, Any]:
-        checked = self._checked if self._remote else True
-        return {"path": self.path, "cache": self.cache, "trusted": checked, "fingerprint": self.fingerprint}
+        checked = all(part.checked for part in self.parts)
+        return {"path": self.paths, "cache": self.cache, "trusted": checked, "fingerprint": self.fingerprint}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         wanted = state.pop("fingerprint")
         self.__init__(**state)  # type: ignore[misc]
         if self.fingerprint != wanted:
             raise MismatchError(
-                f"the store {str(self.path)!r} has changed since it was opened", remedy="Start again with the new one."
+                f"the store {self.name!r} has changed since it was opened", remedy="Start again with the new one."
             )
 
     @property
+    def path(self) -> Path | str:
+        """The folder or URL of the store; of several stores, of the first."""
+        return self.paths[0]
+
+    @property
+    def folder(self) -> Path:
+        """The folder here that the files of its first part are in."""
+        return self.parts[0].folder
+
+    @property
+    def name(self) -> str:
+        """The folders or URLs of the stores, for messages."""
+        return " + ".join(map(str, self.paths))
+
+    @property
     def meta(self) -> StoreMeta:
-        """The content of the store."""
+        """The content of the store: images and shards of all parts, all else as in the first."""
         return self.plan.meta
 
     @cached_property
@@ -149,27 +154,45 @@ class LabelStore:
     @property
     def quarantine(self) -> list[dict[str, str]]:
         """{"key", "reason"} of each image that could not be labeled."""
-        return [entry for marker in self.markers for entry in marker.quarantine]
+        return [entry for part in self.parts for entry in part.quarantine]
 
     @cached_property
     def keys(self) -> list[str]:
-        """The key of every row, in order of rows, which are sorted by key."""
+        """The key of every row, in order of rows; within each part they are sorted."""
         self._fetch_all()
-        return [key for shard in range(len(self.markers)) for key in self.reader(shard).keys]
+        readers = map(self.reader, range(len(self.markers)))
+        keys = [[key for _ in part.markers for key in next(readers).keys] for part in self.parts]
+        if len(keys) > 1:
+            refuse_shared_keys(self.parts, keys)
+        return [key for own in keys for key in own]
+
+    def labeled_images(self, digests: bool = False) -> list[LabeledImages]:
+        """Returns the images of each part, to compare others with them; reads the keys of all shards.
+
+        Args:
+            digests: Also read the digests of the image files.
+
+        Returns:
+            The images of each part.
+        """
+        column = self.column("image_digest").tolist() if digests else []
+        found, start = [], 0
+        for part in self.parts:
+            keys = self.keys[start : start + part.rows]
+            known = dict(zip(keys, column[start : start + part.rows], strict=True)) if digests else None
+            everything = tuple(sorted([*keys, *(entry["key"] for entry in part.quarantine)]))
+            found.append(LabeledImages(part.place, part.plan.meta.dataset_fingerprint, everything, known))
+            start += part.rows
+        return found
 
     def head_file(self) -> Path:
         """Returns the file of the head that was fitted for the store, fetched if the store is behind a URL."""
-        if self._remote is not None and self.plan.head is not None:
-            self._remote.fetch(HEAD_FILE, *self.plan.head)
-        return self.folder / HEAD_FILE
+        return self.parts[0].head_file()
 
     @property
     def bytes(self) -> int:
         """Bytes of all files of the store; for one behind a URL, of its shards, plan and markers."""
-        if self._remote is None:
-            return sum(file.stat().st_size for file in self.folder.iterdir())
-        records = sum(file.stat().st_size for file in self.folder.glob("*.json"))
-        return records + sum(marker.size for marker in self.markers)
+        return sum(part.bytes for part in self.parts)
 
     @property
     def code(self) -> ScoreCode:
@@ -193,15 +216,17 @@ class LabelStore:
         Raises:
             KeyError: The image has no row. If it is in the quarantine, the message says why.
         """
-        shard = bisect_right([marker.first_key for marker in self.markers], key) - 1
-        if shard >= 0:
-            row = self.reader(shard).row_of(key)
+        for first, part in zip(self._first_shards, self.parts, strict=False):
+            own = bisect_right([marker.first_key for marker in part.markers], key) - 1
+            if own < 0:
+                continue
+            row = self.reader(first + own).row_of(key)
             if row is not None:
-                return int(self._starts[shard]) + row
-            for entry in self.markers[shard].quarantine:
+                return int(self._starts[first + own]) + row
+            for entry in part.markers[own].quarantine:
                 if entry["key"] == key:
                     raise KeyError(f"{key!r} has no labels: {entry['reason']}")
-        raise KeyError(f"{key!r} is not in the store {str(self.path)!r}")
+        raise KeyError(f"{key!r} is not in the store {self.name!r}")
 
     def column(self, name: str) -> np.ndarray:
         """Reads a small data set for all rows.
@@ -278,7 +303,7 @@ class LabelStore:
         Returns:
             What was checked, and all problems.
         """
-        result = check_store(self.path)
+        result = joined([check_store(path) for path in self.paths])
         if images is None or result.problems:
             return result
         checked, problems = self.check_images(images)
@@ -294,9 +319,8 @@ class LabelStore:
         Returns:
             (number of images compared, problems in one line each).
         """
-        digests = self.column("image_digest").tolist()
-        quarantined = [entry["key"] for entry in self.quarantine]
-        return check_images(self.path, self.plan, self.keys, digests, quarantined, images, progress)
+        from_list = bool(self.plan.settings.get("from_list"))
+        return check_images(self.path, self.labeled_images(digests=True), images, from_list, progress)
 
     def row_bytes(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns int64 [N]: the compressed bytes of each row's score and background planes."""
@@ -315,8 +339,9 @@ class LabelStore:
         self._refuse_closed()
         reader = self._readers.get(shard)
         if reader is None:
-            path = self.folder / self.markers[shard].file
-            reader = self._files.retried(lambda: self._open(self.markers[shard]), path)
+            part, marker = self.parts[bisect_right(self._first_shards, shard) - 1], self.markers[shard]
+            path, held = part.path_of(marker), self.cache == "ram-compressed"
+            reader = self._files.retried(lambda: part.open_shard(marker, self._files, held), path)
             for name in ("classes", "tail_classes") if self.meta.tail else ("classes",):
                 if signed_classes(reader.small(name)).max(initial=-1) >= self.meta.num_classes:
                     expected = f"ids below {self.meta.num_classes}"
@@ -324,30 +349,16 @@ class LabelStore:
             self._readers[shard] = reader
         return reader
 
-    def _open(self, marker: Marker) -> ShardReader:
-        """Opens a shard's file."""
-        if not self._all_here and self._remote is not None:
-            self._remote.fetch(marker.file, marker.size, marker.sha256)
-            if not self._checked:
-                refuse_hostile_shard(self.folder, marker.shard, self.plan.meta.shards)
-        check_file(self.folder, marker)
-        held = self.cache == "ram-compressed"
-        return ShardReader(self.folder / marker.file, self.plan.layout, marker.rows, in_memory=held, files=self._files)
-
     def _fetch_all(self) -> None:
-        """Fetches all shards of a remote store, several at a time, and checks them at once."""
+        """Fetches all shards that are behind a URL."""
         self._refuse_closed()
-        if self._all_here or self._remote is None:
-            return
-        self._remote.fetch_all([(marker.file, marker.size, marker.sha256) for marker in self.markers])
-        if not self._checked:
-            refuse_hostile(self.folder)
-        self._checked = self._all_here = True
+        for part in self.parts:
+            part.fetch_all()
 
     def _refuse_closed(self) -> None:
         """Raises InputError if the store is closed."""
         if self.closed:
             raise InputError(
-                f"the label store {str(self.path)!r} is closed", got="a read after close()", expected="an open store",
+                f"the label store {self.name!r} is closed", got="a read after close()", expected="an open store",
                 remedy="Read inside the `with` block, or open the store again with LabelStore(path).",
             )  # fmt: skip

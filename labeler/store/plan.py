@@ -20,13 +20,13 @@ from labeler.base.errors import IntegrityError, MismatchError
 from labeler.base.version import __version__
 from labeler.base.whole_files import read_sealed, write_sealed
 from labeler.sources.decoding.pixels import ORIENTATIONS
+from labeler.store.parts.find_parts import PLAN_FILE
 from labeler.store.row_schema import Layout, row_layout
 from labeler.store.score_code import Encoding, ScoreCode
 
 if TYPE_CHECKING:
     from labeler.sources.image_source import ImageSource
 
-PLAN_FILE = "plan.json"
 HEAD_FILE = "head.safetensors"  # a linear head that was fitted for the store; the plan has its digest
 FORMAT_NAME = "token-label store"
 FORMAT_VERSION = "2.0"
@@ -287,7 +287,7 @@ def _impossible(plan: Plan) -> str | None:
 
 
 def refuse_other_settings(store: Path, existing: Plan, wanted: Plan) -> None:
-    """Compares the plans of a store and of a run that would resume it.
+    """Compares the plans of a store and of a run that would resume or extend it.
 
     Args:
         store: The store's folder.
@@ -297,21 +297,40 @@ def refuse_other_settings(store: Path, existing: Plan, wanted: Plan) -> None:
     Raises:
         MismatchError: They differ; it names each setting that does.
     """
-    pairs = [
-        *((name, getattr(existing.meta, name), getattr(wanted.meta, name)) for name in COMPARED),
-        *((name, getattr(existing, name), getattr(wanted, name)) for name in ("shard_size", "code_values")),
-        *_entries(existing.settings, wanted.settings),
-        *_entries(existing.meta.teacher, wanted.meta.teacher),
-    ]
-    differences = [
-        f"{name} {_short(new)}, the store has {_short(old)}" for name, old, new in pairs if plain(old) != plain(new)
-    ]
+    differences = other_settings(existing, wanted)
+    if existing.shard_size != wanted.shard_size:
+        differences.append(f"shard_size {wanted.shard_size}, the store has {existing.shard_size}")
     if differences:
         raise MismatchError(
             f"the store {str(store)!r} was begun with other settings",
-            got="; ".join(dict.fromkeys(differences)),
+            got="; ".join(differences),
             remedy="Use the settings that it was begun with, or another --store.",
         )
+
+
+def other_settings(existing: Plan, wanted: Plan, as_parts: bool = False) -> list[str]:
+    """Compares what affects the values of labels in two plans.
+
+    Args:
+        existing: The plan of a store.
+        wanted: Another plan.
+        as_parts: Whether the labels are, or are to be, parts of one store: then the images may come from a list for one
+            of them only, and class names may be known for one of them only.
+
+    Returns:
+        Each setting that differs, with both values.
+    """
+    pairs = [
+        *((name, getattr(existing.meta, name), getattr(wanted.meta, name)) for name in COMPARED),
+        ("code_values", existing.code_values, wanted.code_values),
+        *_entries(existing.settings, wanted.settings),
+        *_entries(existing.meta.teacher, wanted.meta.teacher),
+    ]
+    if as_parts:
+        known = [bool(plan.meta.class_names) for plan in (existing, wanted)]
+        pairs = [pair for pair in pairs if pair[0] != "from_list" and (pair[0] != "class_names" or all(known))]
+    different = [(name, old, new) for name, old, new in pairs if plain(old) != plain(new)]
+    return list(dict.fromkeys(f"{name} {_short(new)}, the store has {_short(old)}" for name, old, new in different))
 
 
 def _entries(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from labeler.base.errors import InputError, IntegrityError, LabelingError
 from labeler.base.whole_files import replace_file, sync_folder
 from labeler.store.hdf5 import VIEW_FILE
 from labeler.store.hdf5.build_shard import build_shard, build_view
+from labeler.store.parts.find_parts import part_folders, part_name
+from labeler.store.parts.join_parts import joined_plan
+from labeler.store.parts.open_part import Part
 from labeler.store.plan import HEAD_FILE, Plan, load_plan, refuse_other_settings
 from labeler.store.row_schema import ShardRows
 from labeler.store.shard_markers import Marker, check_file, publish_shard, read_marker, shard_stem, sweep
@@ -167,8 +171,8 @@ def _withdraw(marker: Path) -> None:
         raise disk_error(marker.parent, error) from None
 
 
-def finish_store(store: Path, plan: Plan) -> list[Marker]:
-    """Writes `quarantine.jsonl` and the view over all shards, and removes leftover files.
+def finish_store(store: Path) -> list[Marker]:
+    """Writes `quarantine.jsonl` and the view over all shards, those of all parts, and removes leftover files.
 
     Returns:
         The markers of all shards.
@@ -177,18 +181,20 @@ def finish_store(store: Path, plan: Plan) -> list[Marker]:
         IntegrityError: A shard is missing or its marker is damaged.
         LabelingError: The disk is full or fails.
     """
-    markers = []
-    for shard in range(plan.meta.shards):
-        marker = read_marker(store, shard, plan.meta.shards)
-        if marker is None:
-            raise IntegrityError(f"shard {shard} of {str(store)!r} has no marker", remedy="Run the same command again.")
-        markers.append(marker)
-    lines = [json.dumps({**entry, "shard": m.shard}, ensure_ascii=False) for m in markers for entry in m.quarantine]
+    parts = [Part(folder, trusted=True) for folder in part_folders(store)]  # no shard is opened
+    whole, lines, files = joined_plan(parts), [], []
+    for number, part in enumerate(parts):
+        where = {"part": number} if number else {}
+        for marker in part.markers:
+            lines += [{**entry, "shard": marker.shard, **where} for entry in marker.quarantine]
+            files.append((os.path.join(part_name(number), marker.file), marker.rows))
     try:
-        replace_file(store / QUARANTINE_FILE, "".join(line + "\n" for line in lines).encode())
-        view = build_view([(m.file, m.rows) for m in markers], plan.layout, plan.meta.attributes())
-        replace_file(store / VIEW_FILE, view)
-        sweep(store, markers)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        replace_file(store / QUARANTINE_FILE, text.encode())
+        replace_file(store / VIEW_FILE, build_view(files, whole.layout, whole.meta.attributes()))
+        sweep(store, parts[0].markers)
     except OSError as error:
         raise disk_error(store, error) from None
-    return markers
+    if len(part_folders(store)) > len(parts):  # another run has just added one
+        return finish_store(store)
+    return [marker for part in parts for marker in part.markers]

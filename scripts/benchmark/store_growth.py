@@ -165,7 +165,7 @@ def build_store(store: str, material: str, rows: int, processes: int) -> float:
     plan = begin_store(Path(store), make_plan(Setting(), rows, default_shard_size(rows)))
     seconds = in_parallel(partial(build_shard, store, plan, material), range(plan.meta.shards), processes)
     started = time.perf_counter()
-    finish_store(Path(store), plan)
+    finish_store(Path(store))
     seconds += time.perf_counter() - started
     remember_written(Path(store))
     return rows / seconds

@@ -144,7 +144,7 @@ def write_store(path: Path, setting: Setting, maps: EncodedMaps) -> None:
     plan = begin_store(path, make_plan(setting, len(maps.classes), SHARD_SIZE, maps.scores.shape[2:]))
     for shard in range(plan.meta.shards):
         write_synthetic_shard(path, plan, shard, maps)
-    finish_store(path, plan)
+    finish_store(path)
 
 
 def write_synthetic_shard(store: Path, plan: Plan, shard: int, maps: EncodedMaps) -> None:

@@ -16,6 +16,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Range = tuple[Rate, Rate]
 Color = tuple[float, float, float]
+Stores = Annotated[tuple[str, ...], Field(min_length=1)]
 # Keys of `model.args` that only choose the initial weights; they are not part of the model.
 BEGINNING = frozenset({"pretrained", "checkpoint_path", "cache_dir"})
 
@@ -26,8 +27,9 @@ class Section(Settings):
     @field_validator("*")
     @classmethod
     def _usable_text(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, str) and (not value or "\0" in value):
-            fault = "contains a zero byte" if value else "is empty"
+        texts = [text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)]
+        if any(not text or "\0" in text for text in texts):
+            fault = "contains a zero byte" if all(texts) else "is empty"
             raise ValueError(f"{info.field_name} {fault}; give a path or a name")
         return value
 
@@ -76,8 +78,10 @@ class DataConfig(Section):
         "training images: a folder, a list (.txt, .csv), .tar or .parquet files, or a URL of any of them",
         affects="recorded",
     )
-    store: str | None = setting(
-        "folder of the label store; none with token_labels=false: plain classification", None, affects="recorded"
+    store: str | Stores | None = setting(
+        "folder of the label store, or a list of several; none with token_labels=false: plain classification",
+        None,
+        affects="recorded",
     )
     token_labels: bool = setting(
         "false: every target is the image's true class, everything else the same (ablation)", True, affects="values"
@@ -113,6 +117,11 @@ class DataConfig(Section):
         if self.token_labels and self.store is None:
             raise ValueError("data.store is missing; label the images first, or set data.token_labels=false")
         return self
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """The folders of the label stores."""
+        return () if self.store is None else (self.store,) if isinstance(self.store, str) else self.store
 
 
 class AugmentConfig(Section):

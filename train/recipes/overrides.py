@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from labeler.base.errors import InputError, did_you_mean
 from train.recipes.config import SECTIONS
@@ -47,7 +47,8 @@ def apply_override(values: dict[str, Any], override: str) -> str:
     elif unset and type(None) in get_args(kind):
         values[parts[-1]] = None
     else:
-        values[parts[-1]] = _value(text.strip(), kind in (str, str | None), override)
+        is_text = str in (kind, *get_args(kind)) and not (text.strip().startswith("[") and _may_be_list(kind))
+        values[parts[-1]] = _value(text.strip(), is_text, override)
     return ".".join(parts)
 
 
@@ -79,6 +80,11 @@ def _type_of(parts: Sequence[str]) -> Any:
     section = SECTIONS.get(parts[0])
     fields = {} if section is None or len(parts) != 2 else section.model_fields
     return fields[parts[1]].annotation if parts[-1] in fields else None
+
+
+def _may_be_list(kind: Any) -> bool:
+    """Whether a setting is a text or a list of texts."""
+    return any(get_origin(getattr(one, "__origin__", one)) is tuple for one in get_args(kind))
 
 
 def _with_section(key: str) -> list[str]:

@@ -131,9 +131,9 @@ def refuse_absent_paths(config: TrainConfig) -> None:
                 got="a file" if Path(path).exists() else "nothing there",
                 expected="a folder, a list, .tar or .parquet files, or a URL",
             )  # fmt: skip
-    store = config.data.store
-    if store is not None and not is_url(store) and not Path(store).is_dir():
-        raise InputError(f"data.store: {store!r} is not a label store", got="no such folder")
+    for store in config.data.stores:
+        if not is_url(store) and not Path(store).is_dir():
+            raise InputError(f"data.store: {store!r} is not a label store", got="no such folder")
 
 
 def to_toml(config: TrainConfig) -> str:
@@ -186,6 +186,8 @@ def _explained(error: ValidationError, source: str, given: Mapping[str, str]) ->
         return InputError(f"{source}: {name} is missing{more}", remedy=how)
     if kind == "value_error":
         return InputError(f"{source}: {fault['ctx']['error']}{more}")
+    if path == ["data", "store"]:  # of two types, and the faults of both would be confusing
+        return InputError(f"{source}: {name}{more}", got=repr(got)[:80], expected="text in quotes, or a list of texts")
     name = ".".join(str(part) for part in fault["loc"][:3] if isinstance(part, str))
     remedy = "Remove the quotes." if kind in ("float_type", "int_type") and _is_number(got) else None
     return InputError(f"{source}: {name}{more}", got=repr(got)[:80], expected=_expected(same), remedy=remedy)

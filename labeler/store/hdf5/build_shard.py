@@ -67,8 +67,9 @@ def build_view(shards: Sequence[tuple[str, int]], layout: Layout, attributes: Ma
     """Builds `labels.h5`, the view over all shards, in memory.
 
     Args:
-        shards: (file name, rows) of each shard.
-        layout: The data sets of a shard. Each becomes a virtual data set; `code_values` is that of the first shard.
+        shards: (file name, rows) of each shard; names are relative to the folder of the view.
+        layout: The data sets of a shard, with the longest keys of any. Each becomes a virtual data set; `code_values`
+            is that of the first shard.
         attributes: Attributes of the view.
 
     Returns:

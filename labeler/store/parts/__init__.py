@@ -1,0 +1,1 @@
+"""Stores that grow: a store may have parts below its folder, and several stores can be read, or become, one."""
