@@ -229,6 +229,11 @@ def makes_its_own_maps() -> nn.Module:
     return model
 
 
+def distilled() -> nn.Module:
+    """Two heads, on two tokens."""
+    return timm.create_model("deit_tiny_distilled_patch16_224", depth=1)
+
+
 class NoTimm(nn.Module):
     """A network without timm's methods."""
 
@@ -276,6 +281,7 @@ def test_weights_without_a_classifier_do(images, tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("distilled", "expected a classifier that is one linear layer on the pooled features"),
         ("makes_its_own_maps", "got a network that makes its own score maps"),
         ("NoTimm", "got a network without forward_features, expected a timm network"),
     ],

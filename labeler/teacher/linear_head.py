@@ -135,10 +135,11 @@ def give_head(model: Any, num_classes: int, name: str) -> None:
             got=f"a network without {missing}" if missing else "a network that makes its own score maps",
             expected="a timm network", remedy="Fine-tune it instead: `token-labeling fit teacher`.",
         )  # fmt: skip
-    if getattr(model, "global_pool", None) in NOT_THE_MEAN:
-        model.reset_classifier(num_classes, "avg")
-    else:
-        model.reset_classifier(num_classes)
+    pooling = ("avg",) if getattr(model, "global_pool", None) in NOT_THE_MEAN else ()
+    try:
+        model.reset_classifier(num_classes, *pooling)
+    except Exception as error:  # whatever a network finds wrong with it
+        raise _not_linear(name, (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")) from error
 
 
 def frozen_sha256(model: Any, name: str) -> str:
@@ -179,7 +180,7 @@ def linear_layer(model: Any, name: str) -> nn.Linear | nn.Conv2d:
     """Returns the network's classifier. Raises TeacherError if it is not one linear layer with a bias."""
     layer = model.get_classifier()
     point = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)
-    if (type(layer) is nn.Linear or point) and layer.bias is not None:
+    if (isinstance(layer, nn.Linear) or point) and layer.bias is not None:
         return layer
     raise _not_linear(name, f"{type(layer).__name__}")
 
@@ -194,7 +195,7 @@ def check_linear(model: Any, images: Tensor, name: str) -> None:
         output = model.forward_head(features)
         difference = float((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
     except (TypeError, AttributeError, RuntimeError) as error:
-        raise _not_linear(name, (str(error).splitlines() or [type(error).__name__])[0][:200]) from error
+        raise _not_linear(name, (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")) from error
     if not difference <= TOLERANCE:
         raise _not_linear(name, f"a difference of {difference:.1e} of the largest logit")
 
