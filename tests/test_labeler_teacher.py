@@ -134,7 +134,7 @@ def test_a_worker_whose_gpu_computes_otherwise_than_the_plan_refuses(monkeypatch
         lambda choice, device: "float16" if choice == "auto" else choice,
     )
     with pytest.raises(MismatchError, match="another precision than the run: got float16, expected bfloat16"):
-        ShardLabeler(LabelingJob(images, tmp_path, plan, config, "cpu"), 1)
+        ShardLabeler(LabelingJob(tmp_path, plan, config, "cpu"), 1)
 
 
 def test_compile_wraps_the_features_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

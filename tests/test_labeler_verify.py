@@ -97,7 +97,7 @@ def test_a_marker_with_counts_that_no_shard_has_is_damaged(store, entry):
         assert getattr(read_marker(store, 0, 3), entry) == count
     for count in (-1, 2**40):
         path.write_bytes(sealed({**record, entry: count}))
-        with pytest.raises(IntegrityError, match="size or rows that no marker has"):
+        with pytest.raises(IntegrityError, match=f"{entry} {count}: that no marker has"):
             read_marker(store, 0, 3)
 
 

@@ -13,6 +13,7 @@ import torch
 from tiny import encoded, make_images, picture
 
 from labeler import InputError, label_images
+from labeler.sources.archive_file import ArchiveFile
 from labeler.sources.image_source import BadImage
 from labeler.sources.open_source import open_source
 from labeler.sources.tar_source import tar_source
@@ -117,7 +118,7 @@ def test_samples_of_one_name_belong_together_up_to_the_first_dot(tmp_path):
             add(archive, f"{name}.left.png", encoded(picture(shade), "PNG"))
             add(archive, f"{name}.cls", str(shade).encode())
             add(archive, f"{name}.txt", b"a caption")
-    source = tar_source([tmp_path / "a.tar"], "a.tar")
+    source = tar_source([ArchiveFile(str(tmp_path / "a.tar"))], "a.tar")
     assert source.keys == ("x/1.left.png", "x/2.left.png")
     assert source.labels.tolist() == [3, 1]
     assert source.other == 2
