@@ -103,8 +103,8 @@ class Disk:
         file_of: dict[str, int] = {}
         opened: str | int = ""  # a commit has one file open at a time
         for name, given in log:
-            path = Path(os.fspath(given[0])).name if not isinstance(given[0], int) else ""
-            if name == "open" and Path(given[0]) == store:
+            path = Path(os.fsdecode(given[0])).name if not isinstance(given[0], int) else ""
+            if name == "open" and Path(os.fsdecode(given[0])) == store:
                 opened = "folder"
             elif name == "open" and given[1] & os.O_CREAT:
                 opened = file_of[path] = len(disk.bytes_of)
