@@ -47,7 +47,7 @@ def apply_override(values: dict[str, Any], override: str) -> str:
     elif unset and type(None) in get_args(kind):
         values[parts[-1]] = None
     else:
-        is_text = str in (kind, *get_args(kind)) and not (text.strip().startswith("[") and _may_be_list(kind))
+        is_text = kind in (str, str | None) or (_may_be_list(kind) and not text.strip().startswith("["))
         values[parts[-1]] = _value(text.strip(), is_text, override)
     return ".".join(parts)
 
@@ -84,7 +84,8 @@ def _type_of(parts: Sequence[str]) -> Any:
 
 def _may_be_list(kind: Any) -> bool:
     """Whether a setting is a text or a list of texts."""
-    return any(get_origin(getattr(one, "__origin__", one)) is tuple for one in get_args(kind))
+    kinds = get_args(kind)
+    return str in kinds and any(get_origin(getattr(one, "__origin__", one)) is tuple for one in kinds)
 
 
 def _with_section(key: str) -> list[str]:
