@@ -88,6 +88,7 @@ def forward_item(args, item, space, zero):  # type: ignore[no-untyped-def]
     blocks = (args.width + LANES - 1) // LANES
     k, b, e = item // blocks // args.batch, item // blocks % args.batch, item % blocks * LANES
     lanes, length, states = min(LANES, args.width - e), args.length, args.states
+    all_b, all_c, b_n, c_n = args.B, args.C, args.B_n, args.C_n  # the compiler cannot know that no store changes them
     backwards = read(args.reverse, k, 0) != 0
     step = -1 if backwards else 1
     a, h, skip = 0, states * LANES, 2 * states * LANES
@@ -117,10 +118,10 @@ def forward_item(args, item, space, zero):  # type: ignore[no-untyped-def]
             at_b = k * args.B_k + b * args.B_b + t * args.B_l
             at_c = k * args.C_k + b * args.C_b + t * args.C_l
             for n in range(states):
-                new = dtu * splat(read(args.B, at_b + n * args.B_n, zero))
+                new = dtu * splat(read(all_b, at_b + n * b_n, zero))
                 new = fma(exp2(dt * load(space, a + n * LANES, zero)), load(space, h + n * LANES, zero), new)
                 store(space, h + n * LANES, new)
-                y = fma(new, splat(read(args.C, at_c + n * args.C_n, zero)), y)
+                y = fma(new, splat(read(all_c, at_c + n * c_n, zero)), y)
             target = ((k * args.batch + b) * length + t) * args.width + e
             write_row(args.y, target, y, lanes, space, skip + LANES, zero)
 
@@ -196,10 +197,10 @@ def backward_chunk(
         store(space, dtu + i * LANES, x * load(space, tiles + i * LANES, zero))
         store(space, gdt + i * LANES, splat(zero))
         store(space, gdtu + i * LANES, splat(zero))
-    at_b = k * args.B_k + b * args.B_b + first * args.B_l
-    at_c = k * args.C_k + b * args.C_b + first * args.C_l
-    half = fold(splat(zero))
-    for n in range(args.states):
+    all_b, at_b, b_n, b_l = args.B, k * args.B_k + b * args.B_b + first * args.B_l, args.B_n, step * args.B_l
+    all_c, at_c, c_n, c_l = args.C, k * args.C_k + b * args.C_b + first * args.C_l, args.C_n, step * args.C_l
+    half, states = fold(splat(zero)), args.states
+    for n in range(states):
         rate = load(space, a + n * LANES, zero)
         power = times_log2e(rate)
         h = load(args.saved, before + n * args.padded, zero)
@@ -207,19 +208,19 @@ def backward_chunk(
             decay = exp2(load(space, dt + i * LANES, zero) * power)
             store(space, decays + i * LANES, decay)
             store(space, states_before + i * LANES, h)
-            new = load(space, dtu + i * LANES, zero) * splat(read(args.B, at_b + i * step * args.B_l + n * args.B_n, zero))
+            new = load(space, dtu + i * LANES, zero) * splat(read(all_b, at_b + i * b_l + n * b_n, zero))
             h = fma(decay, h, new)
             found = fold(h * load(space, gy + i * LANES, zero))
-            place = sums + (i * args.states + n) * HALF
+            place = sums + (i * states + n) * HALF
             store(space, place, found if fresh else load(space, place, half) + found)
         later, grad_a = load(space, carry + n * LANES, zero), load(space, ga + n * LANES, zero)
         for i in range(count - 1, -1, -1):
-            c = splat(read(args.C, at_c + i * step * args.C_l + n * args.C_n, zero))
+            c = splat(read(all_c, at_c + i * c_l + n * c_n, zero))
             g = fma(c, load(space, gy + i * LANES, zero), later)
             found = fold(g * load(space, dtu + i * LANES, zero))
-            place = sums + ((CHUNK + i) * args.states + n) * HALF
+            place = sums + ((CHUNK + i) * states + n) * HALF
             store(space, place, found if fresh else load(space, place, half) + found)
-            b_now = splat(read(args.B, at_b + i * step * args.B_l + n * args.B_n, zero))
+            b_now = splat(read(all_b, at_b + i * b_l + n * b_n, zero))
             store(space, gdtu + i * LANES, fma(g, b_now, load(space, gdtu + i * LANES, zero)))
             later = load(space, decays + i * LANES, zero) * g
             exponent = later * load(space, states_before + i * LANES, zero)  # the gradient of dt A
