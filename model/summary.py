@@ -155,4 +155,4 @@ def fvcore_handles() -> dict[str, Any]:
         shapes = [value.type().sizes() for value in inputs[:3]]
         return scan_flops(*shapes) // 2
 
-    return {f"{NAMESPACE}::{name}": handle for name in ("scan_cpu", "scan_triton")}
+    return {f"{NAMESPACE}::{name}": handle for name in ("scan_cpu", "scan_numba", "scan_triton")}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import lzma
 import math
@@ -21,13 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from conftest import SHARED
 
 SLIM, FULL = Path(__file__).parent / "fixtures", SHARED / "fixtures"
 # Triton's interpreter is chosen before triton is imported: `test_model_interpreter` does so in its own process.
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ("reference", "cpu", *(("triton",) if INTERPRETED else ()))
+NUMBA = pytest.param("numba", marks=pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed"))
+BACKENDS = ("reference", "cpu", NUMBA, *(("triton",) if INTERPRETED else ()))
+BY_HAND = ("cpu", NUMBA)  # those on a CPU whose backward pass is not autograd's
 AT_HAND = ("slim", "full") if FULL.is_dir() else ("slim",)
 SOURCES = AT_HAND[-1:] if INTERPRETED else AT_HAND  # in the interpreter once: it takes minutes
 

@@ -11,14 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures import BACKENDS, SOURCES, Sample, about, close, tensors
+from fixtures import BACKENDS, BY_HAND, HAS_NUMBA, NUMBA, SOURCES, Sample, about, close, tensors
 
 from labeler.base.errors import BackendError, ModelError
 from model.ops import directional_scan, scan_reference, selective_scan
 from model.ops.scan_cpu import flushed_denormals
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-BOTH = ("reference", "cpu")
+BOTH = ("reference", "cpu", NUMBA)
 F64 = torch.float64
 BOTH_WAYS = (False, True)
 
@@ -74,10 +74,11 @@ def test_equals_the_fixture(backend, dtype, source):
             assert ((got - expected).abs() <= 1e-10 * expected.abs() + 1e-12).all(), (case, name)  # each by itself
 
 
-@pytest.mark.parametrize(("length", "batch"), [(1, 1), (1, 3), (2, 1), (3, 1), (8, 1), (17, 1), (17, 3)])
-def test_cpu_equals_reference(length, batch):
+@pytest.mark.parametrize("backend", BY_HAND)
+@pytest.mark.parametrize(("length", "batch"), [(1, 1), (1, 3), (2, 1), (3, 1), (8, 1), (17, 1), (17, 3), (197, 1)])
+def test_a_backward_pass_by_hand_equals_autograd(length, batch, backend):
     inputs = make(b=batch, length=length)
-    got, expected = (directional_scan(*inputs, True, BOTH_WAYS, backend) for backend in ("cpu", "reference"))
+    got, expected = (directional_scan(*inputs, True, BOTH_WAYS, which) for which in (backend, "reference"))
     assert_same([got, *gradients(got, inputs)], [expected, *gradients(expected, inputs)])
 
 
@@ -115,19 +116,24 @@ def test_groups_share_b_and_c(backend):
         assert_same([got[:, own]], [selective_scan(*args, delta_softplus=True, reverse=True, backend="reference")])
 
 
+@pytest.mark.parametrize("backend", BY_HAND)
 @pytest.mark.parametrize(("d", "bias", "softplus"), itertools.product((True, False), repeat=3))
-def test_gradcheck(d, bias, softplus):
-    inputs = make(b=1, length=10, e=2, n=2, d=d, bias=bias)  # 10: more than one chunk
-    assert torch.autograd.gradcheck(lambda *given: directional_scan(*given, softplus, BOTH_WAYS, "cpu"), inputs)
+def test_gradcheck(d, bias, softplus, backend):
+    length = {"cpu": 10, "numba": 18}[backend]  # more than one chunk
+    inputs = make(b=1, length=length, e=2, n=2, d=d, bias=bias)
+    for step in (inputs[1], inputs[6]) if bias else inputs[1:2]:
+        step.data.abs_()  # with negative steps the states grow beyond what finite differences can tell
+    assert torch.autograd.gradcheck(lambda *given: directional_scan(*given, softplus, BOTH_WAYS, backend), inputs)
 
 
+@pytest.mark.parametrize("backend", BY_HAND)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-10), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e2, 1e4])
-def test_large_and_tiny_steps(dtype, tolerance, scale):
+def test_large_and_tiny_steps(dtype, tolerance, scale, backend):
     """Also against the loop: dt A far below what exp can hold, and states that have died out."""
     inputs = make(length=20, dtype=dtype, scale=scale)
     double = [x.detach().double().requires_grad_() for x in inputs]
-    got, expected = directional_scan(*inputs, True, BOTH_WAYS, "cpu"), scan_reference(*double, True, BOTH_WAYS)
+    got, expected = directional_scan(*inputs, True, BOTH_WAYS, backend), scan_reference(*double, True, BOTH_WAYS)
     assert_same([got, *gradients(got, inputs)], [expected, *gradients(expected, double)], tolerance)
 
 
@@ -155,28 +161,31 @@ def test_half_precision_keeps_a_wide_state(backend):
     assert_same([y, *found], [expected, *gradients(expected, double)], 2**-7)
 
 
-def test_gradients_only_where_wanted():
+@pytest.mark.parametrize("backend", BY_HAND)
+def test_gradients_only_where_wanted(backend):
     inputs = make(grad=False)
-    assert not directional_scan(*inputs, True, BOTH_WAYS, "cpu").requires_grad
+    assert not directional_scan(*inputs, True, BOTH_WAYS, backend).requires_grad
     inputs[3].requires_grad_()
-    directional_scan(*inputs, True, BOTH_WAYS, "cpu").sum().backward()
+    directional_scan(*inputs, True, BOTH_WAYS, backend).sum().backward()
     assert [x.grad is not None for x in inputs] == [False, False, False, True, False, False, False]
 
 
-def test_an_empty_batch_gives_an_empty_result():
+@pytest.mark.parametrize("backend", BY_HAND)
+def test_an_empty_batch_gives_an_empty_result(backend):
     inputs = make(b=0)
-    y = directional_scan(*inputs, True, BOTH_WAYS, "cpu")
+    y = directional_scan(*inputs, True, BOTH_WAYS, backend)
     assert y.shape == inputs[0].shape
     assert all(x.abs().sum() == 0 for x in gradients(y, inputs))
 
 
+@pytest.mark.parametrize("backend", BY_HAND)
 @pytest.mark.parametrize("flushed", [True, False])
-def test_denormals_count_as_zero_and_are_as_before_afterwards(flushed):
+def test_denormals_count_as_zero_and_are_as_before_afterwards(flushed, backend):
     torch.set_flush_denormal(flushed)
     try:
         with flushed_denormals():
             assert torch.tensor(1e-38) * 0.5 == 0
-        directional_scan(*make(), True, BOTH_WAYS, "cpu").sum().backward()
+        directional_scan(*make(), True, BOTH_WAYS, backend).sum().backward()
         assert (torch.tensor(1e-38) * 0.5 == 0) == flushed
     finally:
         torch.set_flush_denormal(False)
@@ -192,7 +201,7 @@ def test_denormals_count_as_zero_and_are_as_before_afterwards(flushed):
         ({"C": torch.zeros(2, 2, 7, 4, device="meta")}, "C is on another device"),
         ({"A": None}, "A is not a tensor"),
         ({"reverse": (True,)}, "reverse does not fit"),
-        ({"backend": "cuda"}, "unknown scan backend: got 'cuda', expected one of reference, cpu, triton, mamba_ssm"),
+        ({"backend": "cuda"}, "unknown scan backend: got 'cuda', expected one of reference, cpu, numba, triton, mamba_ssm"),
     ],
 )
 def test_errors_of_use(change, words):
@@ -261,26 +270,27 @@ def test_the_environment_variable_overrides_auto(monkeypatch, caplog):
 
     _announced.clear()
     caplog.set_level(logging.INFO)
-    assert choose_backend("auto", "cpu") == choose_backend("auto", "cpu") == "cpu"
+    own = "numba" if HAS_NUMBA else "cpu"
+    assert choose_backend("auto", "cpu") == choose_backend("auto", "cpu") == own
     monkeypatch.setenv("TOKEN_LABELING_SCAN", "reference")
     assert choose_backend("auto", "cpu") == "reference"
     assert choose_backend("cpu", "cpu") == "cpu"
-    assert [record.getMessage() for record in caplog.records] == [
-        "selective scan on cpu: backend cpu, chosen because the tensors are on a CPU",
-        "selective scan on cpu: backend reference, named by TOKEN_LABELING_SCAN",
-    ]
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0].startswith(f"selective scan on cpu: backend {own}, chosen because the tensors are on a CPU")
+    assert said[1:2] == ["selective scan on cpu: backend reference, named by TOKEN_LABELING_SCAN"]
     monkeypatch.setenv("TOKEN_LABELING_SCAN", "fast")
     with pytest.raises(ModelError, match="TOKEN_LABELING_SCAN: got 'fast'"):
         directional_scan(*make(), True, BOTH_WAYS)
 
 
+@pytest.mark.parametrize("backend", BY_HAND)
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiled_equals_eager(compiler):
+def test_compiled_equals_eager(compiler, backend):
     if compiler == "inductor" and not shutil.which("g++"):
         pytest.skip("inductor needs a C++ compiler")
     inputs = make(length=20)
-    y = torch.compile(directional_scan, fullgraph=True, backend=compiler)(*inputs, True, BOTH_WAYS)
-    expected = directional_scan(*inputs, True, BOTH_WAYS)
+    compiled = torch.compile(directional_scan, fullgraph=True, backend=compiler)
+    y, expected = (scan(*inputs, True, BOTH_WAYS, backend) for scan in (compiled, directional_scan))
     assert_same([y, *gradients(y, inputs)], [expected, *gradients(expected, inputs)], 1e-12)
 
 
@@ -292,13 +302,16 @@ def test_export(backend):
     assert_same([torch.export.export(scan, inputs).module()(*inputs)], [scan(*inputs)])
 
 
+@pytest.mark.parametrize("backend", BY_HAND)
 @pytest.mark.parametrize("options", [{}, {"d": False, "bias": False}, {"dtype": torch.float32, "grad": False}])
-def test_the_operators_keep_torchs_rules(options):
+def test_the_operators_keep_torchs_rules(options, backend):
     inputs = make(length=10, e=3, n=2, **options)
-    torch.library.opcheck(torch.ops.token_labeling.scan_cpu, (*inputs, True, [False, True]))
-    y, saved = torch.ops.token_labeling.scan_cpu(*inputs, True, [False, True])
+    forward, backward = (getattr(torch.ops.token_labeling, f"scan_{backend}{way}") for way in ("", "_backward"))
+    torch.library.opcheck(forward, (*inputs, True, [False, True]))
+    y, saved = forward(*inputs, True, [False, True])
     plain = [None if x is None else x.detach() for x in (torch.ones_like(y), *inputs, saved)]
-    torch.library.opcheck(torch.ops.token_labeling.scan_cpu_backward, (*plain, True, [False, True]))
+    torch.library.opcheck(forward, (*plain[1:-1], True, [False, True], False))
+    torch.library.opcheck(backward, (*plain, True, [False, True]))
 
 
 def mamba_loop(u, delta, A, B, C):
@@ -359,8 +372,9 @@ OF_EACH_SAMPLE = {  # the dimension of the samples in u, delta, A, B, C, D, delt
 }
 
 
+@pytest.mark.parametrize("backend", BY_HAND)
 @pytest.mark.parametrize("name", OF_EACH_SAMPLE)
-def test_scans_are_mapped_over_samples(name):
+def test_scans_are_mapped_over_samples(name, backend):
     """vmap, of the outputs and of the gradients, against one sample at a time."""
     per_sample, generator = OF_EACH_SAMPLE[name], torch.Generator().manual_seed(0)
     inputs = []
@@ -369,7 +383,7 @@ def test_scans_are_mapped_over_samples(name):
         inputs.append(x if dim is None else torch.stack([x * factor for factor in factors], dim))
 
     def scan(*given: torch.Tensor) -> torch.Tensor:
-        return directional_scan(*given, True, BOTH_WAYS, "cpu")
+        return directional_scan(*given, True, BOTH_WAYS, backend)
 
     def squared(*given: torch.Tensor) -> torch.Tensor:
         return scan(*given).square().sum()

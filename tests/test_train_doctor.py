@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from fixtures import HAS_NUMBA
+
 from labeler.base.cores import usable_cores
 from train import doctor
 from train.__main__ import main
@@ -34,13 +36,14 @@ def test_it_tells_of_the_machine_and_every_part(capsys):
     assert found["packages"]["torch"] == torch.__version__
     assert found["packages"]["timm"] == version("timm")
     assert found["packages"]["h5py"] == version("h5py")
-    assert list(found["packages"]) == ["torch", "torchvision", "timm", "h5py", "ray", "triton", "nvidia.dali"]
+    assert list(found["packages"]) == ["torch", "torchvision", "timm", "h5py", "ray", "triton", "numba", "nvidia.dali"]
     scan = found["selective scan"]
     assert set(scan) == {"auto", *selective_scan.BACKENDS}
     assert scan["reference"] == scan["cpu"] == "runs"
+    assert scan["numba"] == ("runs" if HAS_NUMBA else "does not run: numba is not installed; pip install numba")
     assert found["image loading"]["pil"].startswith("runs")
     if not torch.cuda.is_available():
-        assert scan["auto"] == "cpu"
+        assert scan["auto"] == ("numba" if scan["numba"] == "runs" else "cpu")
         assert scan["triton"].startswith("does not run: ")
         assert scan["mamba_ssm"].startswith("does not run: ")
         assert found["gpus"]["cuda"].startswith("off: ")
@@ -78,7 +81,8 @@ def test_each_check_that_fails_is_one_line_and_the_others_go_on(monkeypatch):
     told = "check failed: RuntimeError: first line"
     assert found["gpus"] == {"cuda": told}
     assert found["machine"]["cores"] == found["machine"]["memory"] == found["image loading"]["auto"] == told
-    assert set(found["selective scan"].values()) == {"cpu" if not torch.cuda.is_available() else "triton", told}
+    own = "numba" if HAS_NUMBA else "cpu"
+    assert set(found["selective scan"].values()) == {own if not torch.cuda.is_available() else "triton", told}
     assert found["machine"]["python"].startswith("3.")
 
 

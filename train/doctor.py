@@ -27,6 +27,7 @@ NEEDED = {
     "h5py": "h5py",
     "ray": "ray",
     "triton": "triton",
+    "numba": "numba",
     "nvidia.dali": "nvidia-dali-cuda130",
 }
 OPTIONAL = {
@@ -36,7 +37,7 @@ OPTIONAL = {
     "onnx": ("onnx", "exports models; pip install 'token-labeling[export]'"),
     "mamba_ssm": ("mamba-ssm", "one more scan backend, on a GPU; pip install 'token-labeling[mamba]'"),
 }
-SCANS = ("reference", "cpu", "triton", "mamba_ssm")
+SCANS = ("reference", "cpu", "numba", "triton", "mamba_ssm")
 TOLERANCE = 1e-4  # relative, between the results of two scan backends in float32
 
 
@@ -178,7 +179,7 @@ def _scan(name: str) -> str:
     from labeler.base.errors import BackendError
     from model.ops.selective_scan import choose_backend, directional_scan
 
-    device = "cpu" if name == "cpu" else _scan_device()
+    device = "cpu" if name in ("cpu", "numba") else _scan_device()
     try:
         choose_backend(name, device)
     except BackendError as error:

@@ -1,6 +1,6 @@
 """The selective scan on a CPU by one compiled kernel each for forward and backward, without a compiler: Numba has LLVM.
 
-Legend: K directions, B batch, L length, E inner width, N state size, P: E rounded up to whole groups of channels.
+Legend: K directions, B batch, L length, E inner width, N state size, P: E rounded up to whole vectors.
 u, delta, y [K, B, L, E]; A [K, E, N]; B, C [K, B, L, N]; D, delta_bias [K, E] or None;
 saved [K, B, ⌈L/16⌉, N, P].
 
@@ -15,7 +15,7 @@ import math
 import numpy as np
 import torch
 
-from model.ops.scan_numba_arguments import ARGUMENTS, CHUNK, GROUP, STRIDED, scratch_rows
+from model.ops.scan_numba_arguments import ARGUMENTS, CHUNK, GROUP, STRIDED, padded_width, scratch_rows
 from model.ops.scan_numba_machine import kernel
 from model.ops.scan_reference import state_dtype
 
@@ -29,7 +29,7 @@ Gradients = tuple[
 def saved_shape(u: torch.Tensor, A: torch.Tensor) -> tuple[int, ...]:
     """Shape of the states that `forward` keeps: the one before each chunk."""
     directions, batch, length, width = u.shape
-    return directions, batch, (length + CHUNK - 1) // CHUNK, A.shape[2], (width + GROUP - 1) // GROUP * GROUP
+    return directions, batch, (length + CHUNK - 1) // CHUNK, A.shape[2], padded_width(width)
 
 
 def forward(
@@ -50,6 +50,7 @@ def forward(
     y = torch.empty(u.shape, dtype=dtype)
     shape = saved_shape(u, A)
     saved = torch.empty(shape if keep else (*shape[:2], 0, *shape[3:]), dtype=dtype)
+    saved[..., u.shape[3] :] = 0
     _run("forward", inputs, {"y": y, "saved": saved if keep else None}, delta_softplus, reverse)
     return y.to(u.dtype), saved
 
@@ -78,7 +79,7 @@ def backward(
     def room(*shape: int) -> torch.Tensor:
         return torch.empty(directions, batch, *shape, dtype=dtype)
 
-    groups = padded // GROUP
+    groups = math.ceil(width / GROUP)
     gu, gdelta, gA, gD, gbias = room(length, width), room(length, width), room(states, padded), room(padded), room(padded)
     gB, gC = room(groups, length, states), room(groups, length, states)
     places = {"saved": saved, "gu": gu, "gdelta": gdelta, "gA": gA, "gB": gB, "gC": gC, "gD": gD, "gbias": gbias}
@@ -109,14 +110,13 @@ def _run(
     directions, batch, length, width = inputs["u"].shape
     states, dtype = inputs["A"].shape[2], inputs["u"].dtype
     compiled = kernel(f"{way}_{str(dtype).removeprefix('torch.')}")
-    padded = (width + GROUP - 1) // GROUP * GROUP
     items = directions * batch * math.ceil(width / (compiled.lanes if way == "forward" else GROUP))
     threads = min(torch.get_num_threads(), items)
     slot = math.ceil(scratch_rows(states) * compiled.lanes * dtype.itemsize / ALIGNMENT) * ALIGNMENT
     scratch = torch.empty(threads * slot + ALIGNMENT, dtype=torch.uint8)
     counters, backwards = np.zeros(2, np.int64), np.array(reverse, np.int64)
     values = {
-        "directions": directions, "batch": batch, "length": length, "width": width, "padded": padded,
+        "directions": directions, "batch": batch, "length": length, "width": width, "padded": padded_width(width),
         "states": states, "softplus": delta_softplus, "items": items, "slot_bytes": slot,
         "next_item": counters.ctypes.data, "next_slot": counters.ctypes.data + counters.itemsize,
         "reverse": backwards.ctypes.data, "scratch": -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT,

@@ -1,9 +1,10 @@
 """The hand-written scans as torch operators, for torch.compile, autograd, `torch.func` and flop counters.
 
 Legend: K directions, B batch, L length, E inner width, N state size, V samples of `torch.vmap`. u, delta, y
-[K, B, L, E]; A [K, E, N]; B, C [K, B, L, N]; D, delta_bias [K, E] or None; reverse  K times 0 or 1.
+[K, B, L, E]; A [K, E, N]; B, C [K, B, L, N]; D, delta_bias [K, E] or None; reverse  K times 0 or 1; keep  whether
+the states that the backward pass needs are returned, too.
 
-token_labeling::scan_cpu, scan_triton and their `_backward` are opaque to compilers and tracers. Inside transforms of
+token_labeling::scan_cpu, scan_numba, scan_triton and their `_backward` are opaque to compilers and tracers. Inside transforms of
 `torch.func`, where custom operators cannot be differentiated, an autograd.Function replaces them.
 """
 
@@ -36,6 +37,14 @@ def _saved_cpu(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: tor
     return u.new_empty(cpu_scan.saved_shape(u, A), dtype=state_dtype(u, delta, A, *rest))
 
 
+def _numba_scan() -> ModuleType:
+    return importlib.import_module("model.ops.scan_numba")
+
+
+def _saved_numba(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
+    return u.new_empty(_numba_scan().saved_shape(u, A), dtype=state_dtype(u, delta, A, *rest))
+
+
 def _saved_triton(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
     directions, batch, length, width = u.shape
     chunks = (length + _triton_scan().CHUNK - 1) // _triton_scan().CHUNK
@@ -54,13 +63,18 @@ def scan_flops(u: Sequence[int], delta: Sequence[int], A: Sequence[int], *_: Any
 
 
 def _register(
-    name: str, implementation: Callable[[], Any], saved_like: Callable[..., torch.Tensor], saved_directions: int
+    name: str,
+    implementation: Callable[[], Any],
+    saved_like: Callable[..., torch.Tensor],
+    saved_directions: int,
+    can_forget: bool = False,
 ) -> Callable[..., torch.Tensor]:
     """Register scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse) -> y as a torch operator.
 
     `implementation` returns the module with `forward` and `backward`; it is called at the first use, so that
     registering imports no vendor library.
-    `saved_directions` is the dimension of K in the tensor that `forward` saves.
+    `saved_directions` is the dimension of K in the tensor that `forward` saves; chunks are in dimension 2 where
+    `forward` `can_forget` the states, if no gradient is wanted.
     """
 
     @torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
@@ -74,9 +88,11 @@ def _register(
         delta_bias: torch.Tensor | None,
         delta_softplus: bool,
         reverse: Sequence[int],
+        keep: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        options = {"keep": keep} if can_forget else {}
         backwards = tuple(bool(one) for one in reverse)
-        return implementation().forward(u, delta, A, B, C, D, delta_bias, delta_softplus, backwards)
+        return implementation().forward(u, delta, A, B, C, D, delta_bias, delta_softplus, backwards, **options)
 
     @torch.library.custom_op(f"{NAMESPACE}::{name}_backward", mutates_args=())
     def operator_backward(
@@ -101,7 +117,9 @@ def _register(
     @operator.register_fake
     def fake(u: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
         y = torch.empty_like(u, memory_format=torch.contiguous_format)
-        return y, saved_like(u, *rest[: TENSORS - 1])
+        saved = saved_like(u, *rest[: TENSORS - 1])
+        keep = rest[TENSORS + 1] if len(rest) > TENSORS + 1 else True
+        return y, saved if keep or not can_forget else saved.new_empty(*saved.shape[:2], 0, *saved.shape[3:])
 
     @operator_backward.register_fake
     def fake_backward(grad_y: torch.Tensor, *tensors: Any) -> list[torch.Tensor]:
@@ -122,8 +140,11 @@ def _register(
 
     def scan(*inputs: Any) -> torch.Tensor:
         *tensors, delta_softplus, reverse = inputs
-        run = transformed if transforms_are_active() else operator
-        return run(*tensors, bool(delta_softplus), tuple(int(one) for one in reverse))[0]
+        given = (*tensors, bool(delta_softplus), tuple(int(one) for one in reverse))
+        if transforms_are_active():
+            return transformed(*given)[0]
+        wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        return operator(*given, wanted or not can_forget)[0]
 
     return scan
 
@@ -179,7 +200,9 @@ def _for_transforms(
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *tensors, ctx.delta_softplus, ctx.reverse = inputs
+    tensors = inputs[:TENSORS]
+    ctx.delta_softplus, ctx.reverse = inputs[TENSORS : TENSORS + 2]
+    ctx.inputs = len(inputs)
     ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)  # `saved` has no gradient: no zeros of its size
 
@@ -187,10 +210,10 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) ->
 def _gradients(ctx: Any, grad_y: torch.Tensor | None, run: Callable[..., Sequence[torch.Tensor]]) -> tuple:
     """Gradients of the tensors that `_keep` saved, None for those that were None."""
     if grad_y is None:
-        return (None,) * (TENSORS + 2)
+        return (None,) * ctx.inputs
     *tensors, saved = ctx.saved_tensors
     gradients = iter(run(grad_y, *tensors, saved, ctx.delta_softplus, ctx.reverse))
-    return *(None if tensor is None else next(gradients) for tensor in tensors), None, None
+    return *(None if tensor is None else next(gradients) for tensor in tensors), *(None,) * (ctx.inputs - TENSORS)
 
 
 def _fold(x: torch.Tensor | None, dim: int | None, samples: int, k_dim: int) -> torch.Tensor | None:
@@ -206,4 +229,5 @@ def _no_second_derivatives(ctx: Any, *_: Any) -> Any:
 
 
 scan_cpu = _register("scan_cpu", lambda: cpu_scan, _saved_cpu, 1)
+scan_numba = _register("scan_numba", _numba_scan, _saved_numba, 0, can_forget=True)
 scan_triton = _register("scan_triton", _triton_scan, _saved_triton, 0)

@@ -5,11 +5,12 @@ Legend: K directions, B batch, L length, E inner width, N state size, G groups o
 | backend   | runs on | what it is |
 |---|---|---|
 | reference | anything | a loop over time, differentiated by autograd |
-| cpu       | CPU | forward and backward by hand |
+| cpu       | CPU | forward and backward by hand, in torch's operators |
+| numba     | CPU | one fused kernel each for forward and backward, compiled by Numba at the first use on a machine |
 | triton    | GPU, or a CPU with TRITON_INTERPRET=1 | one fused kernel each for forward and backward; not float64 |
 | mamba_ssm | GPU | the kernels of the mamba-ssm package, one direction at a time; not float64 |
 
-"auto" means triton on a GPU that can run it, cpu on a CPU, and reference otherwise; the environment variable
+"auto" means triton on a GPU that can run it, on a CPU numba or else cpu, and reference otherwise; the environment variable
 TOKEN_LABELING_SCAN overrides "auto". A compiled model keeps the choice that was made when it was traced.
 """
 
@@ -25,10 +26,10 @@ import torch
 from torch.nn import functional as F
 
 from labeler.base.errors import BackendError, ModelError
-from model.ops.scan_operators import scan_cpu, scan_triton
+from model.ops.scan_operators import scan_cpu, scan_numba, scan_triton
 from model.ops.scan_reference import last_state, scan_by_doubling, scan_reference, state_dtype
 
-BACKENDS = ("reference", "cpu", "triton", "mamba_ssm")
+BACKENDS = ("reference", "cpu", "numba", "triton", "mamba_ssm")
 VARIABLE = "TOKEN_LABELING_SCAN"
 CHANNELS_SECOND = {"u": "B E L", "delta": "B E L", "z": "B E L", "A": "E N", "D": "E", "delta_bias": "E"}
 RATES = {2: "E N", 3: "B N L", 4: "B G N L"}  # of B and C, by their number of dimensions
@@ -162,8 +163,8 @@ def directional_scan(
         # Few operators, and only those that every runtime knows.
         return scan_by_doubling(u, delta, A, B, C, D, delta_bias, bool(delta_softplus), [bool(b) for b in reverse])
     name = choose_backend(backend, u.device.type, double)
-    scan = {"reference": scan_reference, "cpu": scan_cpu, "triton": scan_triton, "mamba_ssm": _scan_mamba_ssm}[name]
-    return scan(u, delta, A, B, C, D, delta_bias, bool(delta_softplus), [bool(backwards) for backwards in reverse])
+    scan = {"reference": scan_reference, "cpu": scan_cpu, "numba": scan_numba, "triton": scan_triton}
+    return scan.get(name, _scan_mamba_ssm)(u, delta, A, B, C, D, delta_bias, bool(delta_softplus), [bool(backwards) for backwards in reverse])
 
 
 @torch.compiler.assume_constant_result  # called by the compiler while it traces, which cannot trace logs and imports
@@ -205,7 +206,10 @@ def choose_backend(backend: str, device: str, double: bool = False) -> str:
 
 def _automatic(device: str, double: bool) -> tuple[str, str]:
     if device == "cpu":
-        return "cpu", "chosen because the tensors are on a CPU"
+        problem = _obstacle("numba", device, double)
+        if problem is None:
+            return "numba", "chosen because the tensors are on a CPU"
+        return "cpu", f"chosen because the tensors are on a CPU and numba does not run here: {problem}"
     problem = _obstacle("triton", device, double)
     if problem is None:
         return "triton", "chosen because it runs on this device"
@@ -214,8 +218,11 @@ def _automatic(device: str, double: bool) -> tuple[str, str]:
 
 def _obstacle(name: str, device: str, double: bool) -> str | None:
     """The reason why a backend cannot run on tensors of this device; None if it can."""
-    if name == "cpu" and device != "cpu":
+    if name in ("cpu", "numba") and device != "cpu":
         return f"the tensors are on {device}, not on the CPU"
+    if name == "numba":
+        available, why = importlib.import_module("model.ops.scan_numba_machine").is_available()
+        return None if available else why
     if name in ("triton", "mamba_ssm") and double:
         return "it computes in float32 and a tensor is float64"
     if name == "triton":
