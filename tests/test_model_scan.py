@@ -201,7 +201,10 @@ def test_denormals_count_as_zero_and_are_as_before_afterwards(flushed, backend):
         ({"C": torch.zeros(2, 2, 7, 4, device="meta")}, "C is on another device"),
         ({"A": None}, "A is not a tensor"),
         ({"reverse": (True,)}, "reverse does not fit"),
-        ({"backend": "cuda"}, "unknown scan backend: got 'cuda', expected one of reference, cpu, numba, triton, mamba_ssm"),
+        (
+            {"backend": "cuda"},
+            "unknown scan backend: got 'cuda', expected one of reference, cpu, numba, triton, mamba_ssm",
+        ),
     ],
 )
 def test_errors_of_use(change, words):

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from fixtures import HAS_NUMBA
 
 from labeler.base.cores import usable_cores

@@ -80,7 +80,13 @@ def backward(
         return torch.empty(directions, batch, *shape, dtype=dtype)
 
     groups = math.ceil(width / GROUP)
-    gu, gdelta, gA, gD, gbias = room(length, width), room(length, width), room(states, padded), room(padded), room(padded)
+    gu, gdelta, gA, gD, gbias = (
+        room(length, width),
+        room(length, width),
+        room(states, padded),
+        room(padded),
+        room(padded),
+    )
     gB, gC = room(groups, length, states), room(groups, length, states)
     places = {"saved": saved, "gu": gu, "gdelta": gdelta, "gA": gA, "gB": gB, "gC": gC, "gD": gD, "gbias": gbias}
     _run("backward", inputs, places, delta_softplus, reverse)

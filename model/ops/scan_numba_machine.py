@@ -12,7 +12,6 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import logging
 import os
 import re
@@ -50,16 +49,13 @@ class Kernel:
             _team()(self._compiled.address, arguments.ctypes.data, threads, 0)
 
 
+@functools.cache
 def is_available() -> tuple[bool, str]:
     """Whether the kernels can be compiled here, and the version of Numba or the reason why not."""
-    if importlib.util.find_spec("numba") is None:
+    try:
+        version = importlib.metadata.version("numba")
+    except importlib.metadata.PackageNotFoundError:
         return False, "numba is not installed; pip install numba"
-    return _found()
-
-
-@functools.cache
-def _found() -> tuple[bool, str]:
-    version = importlib.metadata.version("numba")
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
         wanted = ".".join(str(part) for part in OLDEST)
         return False, f"numba {version} is too old; pip install 'numba>={wanted}'"

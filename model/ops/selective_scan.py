@@ -164,7 +164,9 @@ def directional_scan(
         return scan_by_doubling(u, delta, A, B, C, D, delta_bias, bool(delta_softplus), [bool(b) for b in reverse])
     name = choose_backend(backend, u.device.type, double)
     scan = {"reference": scan_reference, "cpu": scan_cpu, "numba": scan_numba, "triton": scan_triton}
-    return scan.get(name, _scan_mamba_ssm)(u, delta, A, B, C, D, delta_bias, bool(delta_softplus), [bool(backwards) for backwards in reverse])
+    return scan.get(name, _scan_mamba_ssm)(
+        u, delta, A, B, C, D, delta_bias, bool(delta_softplus), [bool(backwards) for backwards in reverse]
+    )
 
 
 @torch.compiler.assume_constant_result  # called by the compiler while it traces, which cannot trace logs and imports
