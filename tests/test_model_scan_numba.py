@@ -1,4 +1,4 @@
-"""The compiled scan on a CPU: sizes and layouts of every kind, equal bits, and what happens where it cannot be compiled."""
+"""The compiled scan on a CPU: sizes and layouts of every kind, equal bits, and what happens where Numba is missing."""
 
 from __future__ import annotations
 
@@ -181,8 +181,8 @@ def test_eight_processes_at_first_use_and_one_that_reads_the_cache_give_the_same
 @needs_numba
 def test_a_cache_that_cannot_be_written_costs_one_line_and_the_same_bits(tmp_path):
     (tmp_path / "file").touch()  # no folder can be made below a file, not even by root
-    code = "logging.basicConfig(format='%(message)s')\ny = directional_scan(*make(20, 6, 4, torch.float32), True, BOTH_WAYS)"
-    code += "\nprint(digest([y]))"
+    code = "logging.basicConfig(format='%(message)s')\n"
+    code += "print(digest([directional_scan(*make(20, 6, 4, torch.float32), True, BOTH_WAYS)]))"
     process = own_process(code, NUMBA_CACHE_DIR=str(tmp_path / "file/cache"))
     told, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -236,7 +236,7 @@ def test_without_a_numba_that_works_the_scan_is_torchs(anew, monkeypatch, caplog
     assert choose_backend("auto", "cpu") == choose_backend("auto", "cpu") == "cpu"
     (said,) = [record.getMessage() for record in caplog.records]
     assert words in said
-    with pytest.raises(BackendError, match="numba.*cannot run.*reference") as caught:
+    with pytest.raises(BackendError, match=r"numba.*cannot run.*reference") as caught:
         choose_backend("numba", "cpu")
     assert words in str(caught.value)
     monkeypatch.setenv("TOKEN_LABELING_SCAN", "numba")

@@ -11,11 +11,12 @@ to run one C function. Threads of another library would wait for a core while to
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
-from model.ops.scan_numba_arguments import ARGUMENTS, CHUNK, GROUP, STRIDED, padded_width, scratch_rows
+from model.ops.scan_numba_arguments import ARGUMENTS, CHUNK, FIELDS, GROUP, STRIDED, padded_width, scratch_rows
 from model.ops.scan_numba_machine import kernel
 from model.ops.scan_reference import state_dtype
 
@@ -73,20 +74,15 @@ def backward(
     if not saved.shape[2]:  # a graph that was traced without gradients
         saved = forward(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)[1]
     inputs = _widened(dtype, u=u, delta=delta, A=A, B=B, C=C, D=D, bias=delta_bias, grad_y=grad_y)
-    directions, batch, chunks, states, padded = saved.shape
-    length, width = u.shape[2:]
+    directions, batch, length, width = u.shape
+    states, padded = saved.shape[3:]
 
     def room(*shape: int) -> torch.Tensor:
         return torch.empty(directions, batch, *shape, dtype=dtype)
 
     groups = math.ceil(width / GROUP)
-    gu, gdelta, gA, gD, gbias = (
-        room(length, width),
-        room(length, width),
-        room(states, padded),
-        room(padded),
-        room(padded),
-    )
+    gu, gdelta, gA = room(length, width), room(length, width), room(states, padded)
+    gD, gbias = room(padded), room(padded)
     gB, gC = room(groups, length, states), room(groups, length, states)
     places = {"saved": saved, "gu": gu, "gdelta": gdelta, "gA": gA, "gB": gB, "gC": gC, "gD": gD, "gbias": gbias}
     _run("backward", inputs, places, delta_softplus, reverse)
@@ -108,7 +104,7 @@ def _widened(dtype: torch.dtype, **tensors: torch.Tensor | None) -> dict[str, to
 def _run(
     way: str,
     inputs: dict[str, torch.Tensor],
-    places: dict[str, torch.Tensor | None],
+    places: Mapping[str, torch.Tensor | None],
     delta_softplus: bool,
     reverse: tuple[bool, ...],
 ) -> None:
@@ -126,9 +122,9 @@ def _run(
         "states": states, "softplus": delta_softplus, "items": items, "slot_bytes": slot,
         "next_item": counters.ctypes.data, "next_slot": counters.ctypes.data + counters.itemsize,
         "reverse": backwards.ctypes.data, "scratch": -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT,
-        **{name: tensor.data_ptr() for name, tensor in (inputs | places).items() if tensor is not None},
+        **{name: tensor.data_ptr() for name, tensor in {**inputs, **places}.items() if tensor is not None},
     }  # fmt: skip
     for name, tensor in inputs.items():
         values |= {f"{name}_{axis}": tensor.stride(i) for i, axis in enumerate(STRIDED[name])}
-    record = np.array([tuple(values.get(name, 0) for name in ARGUMENTS.names)], ARGUMENTS)
+    record = np.array([tuple(values.get(name, 0) for name in FIELDS)], ARGUMENTS)
     compiled.run(record, threads)

@@ -13,16 +13,8 @@ GROUP = 64  # channels of one work item of the backward pass; a multiple of any 
 SIZES = ("directions", "batch", "length", "width", "padded", "states", "softplus", "items", "slot_bytes")
 COUNTERS = ("next_item", "next_slot")  # addresses of integers that the threads share
 # Strides are counted in elements, in the order of each tensor's axes.
-STRIDED = {
-    "u": "kble",
-    "delta": "kble",
-    "grad_y": "kble",
-    "A": "ken",
-    "B": "kbln",
-    "C": "kbln",
-    "D": "ke",
-    "bias": "ke",
-}
+STRIDED = {"u": "kble", "delta": "kble", "grad_y": "kble", "A": "ken", "B": "kbln", "C": "kbln", "D": "ke"}
+STRIDED["bias"] = "ke"
 DENSE = ("y", "saved", "gu", "gdelta", "gA", "gB", "gC", "gD", "gbias", "reverse", "scratch")
 FIELDS = [*SIZES, *COUNTERS, *STRIDED, *DENSE, *(f"{name}_{axis}" for name, axes in STRIDED.items() for axis in axes)]
 ARGUMENTS = np.dtype([(name, np.int64) for name in FIELDS])  # an absent tensor's address is 0

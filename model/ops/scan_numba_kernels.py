@@ -14,7 +14,11 @@ saved before it, for one state number n after the other.
 Work space is addressed by the index of an element in `space`; a row is one vector of channels.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
+
+from typing import Any
 
 from numba import carray, cfunc, config, float32, float64, njit, types
 
@@ -45,7 +49,7 @@ TILE = CHUNK * LANES  # a row for each step of a chunk
 
 
 @njit
-def read_rows(space, rows, source, start, step, stride, count, lanes, zero):  # type: ignore[no-untyped-def]
+def read_rows(space, rows, source, start, step, stride, count, lanes, zero):
     """Copy `count` rows, `step` elements apart, to the work space; lanes beyond the width become 0."""
     for i in range(count):
         if lanes == LANES and stride == 1:
@@ -58,7 +62,7 @@ def read_rows(space, rows, source, start, step, stride, count, lanes, zero):  # 
 
 
 @njit
-def write_row(target, start, value, lanes, space, spare, zero):  # type: ignore[no-untyped-def]
+def write_row(target, start, value, lanes, space, spare, zero):
     """Write the lanes of a vector that are within the width."""
     if lanes == LANES:
         store(target, start, value)
@@ -69,7 +73,7 @@ def write_row(target, start, value, lanes, space, spare, zero):  # type: ignore[
 
 
 @njit
-def read_steps(args, k, b, e, first, step, count, lanes, space, tiles, zero):  # type: ignore[no-untyped-def]
+def read_steps(args, k, b, e, first, step, count, lanes, space, tiles, zero):
     """u, then delta + bias, of `count` steps from `first`, a tile each."""
     at = k * args.u_k + b * args.u_b + first * args.u_l + e * args.u_e
     read_rows(space, tiles, args.u, at, step * args.u_l, args.u_e, count, lanes, zero)
@@ -83,7 +87,7 @@ def read_steps(args, k, b, e, first, step, count, lanes, space, tiles, zero):  #
 
 
 @njit
-def forward_item(args, item, space, zero):  # type: ignore[no-untyped-def]
+def forward_item(args, item, space, zero):
     """y, and the state before each chunk, of one vector of channels."""
     blocks = (args.width + LANES - 1) // LANES
     k, b, e = item // blocks // args.batch, item // blocks % args.batch, item % blocks * LANES
@@ -127,7 +131,7 @@ def forward_item(args, item, space, zero):  # type: ignore[no-untyped-def]
 
 
 @njit
-def backward_item(args, item, space, zero):  # type: ignore[no-untyped-def]
+def backward_item(args, item, space, zero):
     """All gradients of a group of channels, from the last chunk to the first."""
     groups = (args.width + GROUP - 1) // GROUP
     k, b, group = item // groups // args.batch, item // groups % args.batch, item % groups
@@ -181,7 +185,7 @@ def backward_item(args, item, space, zero):  # type: ignore[no-untyped-def]
 @njit
 def backward_chunk(
     args, k, b, e, first, step, count, before, fresh, space, a, carry, ga, skip, gskip, gbias, sums, tiles, zero
-):  # type: ignore[no-untyped-def]
+):
     """The gradients of a chunk of steps for one vector of channels; all but the first eight are places."""
     lanes = min(LANES, args.width - e)
     raw, gy, dt, dtu = tiles + TILE, tiles + 2 * TILE, tiles + 3 * TILE, tiles + 4 * TILE
@@ -248,7 +252,7 @@ def backward_chunk(
 
 
 @njit
-def forward_items(pointer, zero):  # type: ignore[no-untyped-def]
+def forward_items(pointer, zero):
     """Take items until none is left."""
     args = carray(pointer, 1, ARGUMENTS)[0]
     space = args.scratch + take_one(args.next_slot) * args.slot_bytes
@@ -262,7 +266,7 @@ def forward_items(pointer, zero):  # type: ignore[no-untyped-def]
 
 
 @njit
-def backward_items(pointer, zero):  # type: ignore[no-untyped-def]
+def backward_items(pointer, zero):
     """Take items until none is left."""
     args = carray(pointer, 1, ARGUMENTS)[0]
     space = args.scratch + take_one(args.next_slot) * args.slot_bytes
@@ -276,19 +280,19 @@ def backward_items(pointer, zero):  # type: ignore[no-untyped-def]
 
 
 # Each has a name of its own, as the cache goes by names.
-def forward_float32(pointer):  # type: ignore[no-untyped-def]
+def forward_float32(pointer):
     forward_items(pointer, float32(0))
 
 
-def forward_float64(pointer):  # type: ignore[no-untyped-def]
+def forward_float64(pointer):
     forward_items(pointer, float64(0))
 
 
-def backward_float32(pointer):  # type: ignore[no-untyped-def]
+def backward_float32(pointer):
     backward_items(pointer, float32(0))
 
 
-def backward_float64(pointer):  # type: ignore[no-untyped-def]
+def backward_float64(pointer):
     backward_items(pointer, float64(0))
 
 

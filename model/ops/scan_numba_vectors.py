@@ -5,11 +5,13 @@ instruction, or as many as the processor's registers need, in the order in which
 Memory is addressed by numbers: an address and the index of an element.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -73,44 +75,44 @@ def _of(like: types.Type) -> Vector:
 
 
 @intrinsic
-def load(_: Any, base: Any, index: Any, like: Any) -> Any:
+def load(_, base, index, like):
     """The vector at an element; its type is `like`'s, or that of vectors of the number `like`."""
     vector = _of(like)
     bits = vector.base.bitwidth
 
-    def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+    def generate(context, builder, signature, values):
         return builder.load(_pointer(builder, values[0], values[1], bits, vector.llvm), align=bits // 8)
 
     return vector(types.int64, types.int64, like), generate
 
 
 @intrinsic
-def store(_: Any, base: Any, index: Any, value: Any) -> Any:
+def store(_, base, index, value):
     """Write a vector to an element."""
     bits = value.base.bitwidth
 
-    def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+    def generate(context, builder, signature, values):
         builder.store(values[2], _pointer(builder, values[0], values[1], bits, value.llvm), align=bits // 8)
 
     return types.void(types.int64, types.int64, value), generate
 
 
 @intrinsic
-def read(_: Any, base: Any, index: Any, like: Any) -> Any:
+def read(_, base, index, like):
     """The number at an element, of the type of `like`."""
     like = types.unliteral(like)
 
-    def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+    def generate(context, builder, signature, values):
         return builder.load(_pointer(builder, values[0], values[1], like.bitwidth, context.get_value_type(like)))
 
     return like(types.int64, types.int64, like), generate
 
 
 @intrinsic
-def write(_: Any, base: Any, index: Any, value: Any) -> Any:
+def write(_, base, index, value):
     """Write a number to an element."""
 
-    def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+    def generate(context, builder, signature, values):
         builder.store(values[2], _pointer(builder, values[0], values[1], value.bitwidth, values[2].type))
 
     return types.void(types.int64, types.int64, value), generate
@@ -120,7 +122,7 @@ def write(_: Any, base: Any, index: Any, value: Any) -> Any:
 def take_one(_: Any, address: Any) -> Any:
     """The integer at an address, which becomes one larger; no two threads get the same."""
 
-    def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+    def generate(context, builder, signature, values):
         place = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
         return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
 
@@ -132,7 +134,7 @@ def splat(_: Any, number: Any) -> Any:
     """A vector of equal numbers."""
     vector = Vector(number)
 
-    def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+    def generate(context, builder, signature, values):
         one = builder.insert_element(ir.Constant(vector.llvm, ir.Undefined), values[0], ir.Constant(ir.IntType(32), 0))
         first = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
         return builder.shuffle_vector(one, ir.Constant(vector.llvm, ir.Undefined), first)
@@ -143,7 +145,7 @@ def splat(_: Any, number: Any) -> Any:
 def _operation(arity: int, emit: Callable[..., ir.Value]) -> Any:
     """An intrinsic of equal vectors, whose result is such a vector."""
 
-    def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+    def generate(context, builder, signature, values):
         return emit(builder, *values)
 
     def one(_: Any, x: Any) -> Any:
@@ -235,12 +237,12 @@ softplus_slope = _operation(1, _softplus_slope)
 
 
 @overload(operator.add)
-def _add(x, y):  # type: ignore[no-untyped-def]  # Numba wants the same signature inside
+def _add(x, y):  # Numba wants the same signature inside
     return (lambda x, y: add(x, y)) if isinstance(x, Vector) and x == y else None
 
 
 @overload(operator.mul)
-def _multiply(x, y):  # type: ignore[no-untyped-def]
+def _multiply(x, y):
     return (lambda x, y: multiply(x, y)) if isinstance(x, Vector) and x == y else None
 
 
@@ -249,7 +251,7 @@ def fold(_: Any, vector: Any) -> Any:
     """Half as many lanes: the sums of those of the first and the second half."""
     half = Vector(vector.base, vector.lanes // 2)
 
-    def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+    def generate(context, builder, signature, values):
         return _halves(builder, values[0])
 
     return half(vector), generate
@@ -259,7 +261,7 @@ def fold(_: Any, vector: Any) -> Any:
 def total(_: Any, vector: Any) -> Any:
     """The sum of all lanes, always in the same order."""
 
-    def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+    def generate(context, builder, signature, values):
         x = values[0]
         while x.type.count > 1:
             x = _halves(builder, x)
@@ -281,7 +283,7 @@ def _halves(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 def control(_: Any, place: Any) -> Any:
     """The processor's setting for denormal numbers in this thread; `place` is the address of four free bytes."""
 
-    def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+    def generate(context, builder, signature, values):
         if not X86:  # elsewhere denormals are as fast as other numbers
             return ir.Constant(ir.IntType(32), 0)
         pointer = builder.inttoptr(values[0], ir.IntType(8).as_pointer())
@@ -296,7 +298,7 @@ def control(_: Any, place: Any) -> Any:
 def set_control(_: Any, place: Any, setting: Any) -> Any:
     """Change that setting."""
 
-    def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+    def generate(context, builder, signature, values):
         if not X86:
             return
         pointer = builder.inttoptr(values[0], ir.IntType(8).as_pointer())

@@ -4,8 +4,8 @@ Legend: K directions, B batch, L length, E inner width, N state size, V samples 
 [K, B, L, E]; A [K, E, N]; B, C [K, B, L, N]; D, delta_bias [K, E] or None; reverse  K times 0 or 1; keep  whether
 the states that the backward pass needs are returned, too.
 
-token_labeling::scan_cpu, scan_numba, scan_triton and their `_backward` are opaque to compilers and tracers. Inside transforms of
-`torch.func`, where custom operators cannot be differentiated, an autograd.Function replaces them.
+token_labeling::scan_cpu, scan_numba, scan_triton and their `_backward` are opaque to compilers and tracers. Inside
+transforms of `torch.func`, where custom operators cannot be differentiated, an autograd.Function replaces them.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Legend: K directions, B batch, L length, E inner width, N state size, G groups o
 | triton    | GPU, or a CPU with TRITON_INTERPRET=1 | one fused kernel each for forward and backward; not float64 |
 | mamba_ssm | GPU | the kernels of the mamba-ssm package, one direction at a time; not float64 |
 
-"auto" means triton on a GPU that can run it, on a CPU numba or else cpu, and reference otherwise; the environment variable
-TOKEN_LABELING_SCAN overrides "auto". A compiled model keeps the choice that was made when it was traced.
+"auto" means triton on a GPU that can run it, numba or else cpu on a CPU, and reference otherwise; the environment
+variable TOKEN_LABELING_SCAN overrides "auto". A compiled model keeps the choice that was made when it was traced.
 """
 
 from __future__ import annotations
