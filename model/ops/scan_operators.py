@@ -144,7 +144,8 @@ def _register(
         if transforms_are_active():
             return transformed(*given)[0]
         wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        return operator(*given, wanted or not can_forget)[0]
+        # A traced graph keeps them always, as it is the same with and without gradients.
+        return operator(*given, wanted or not can_forget or torch.jit.is_tracing())[0]
 
     return scan
 
