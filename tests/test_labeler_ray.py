@@ -6,10 +6,12 @@ import dataclasses
 import signal
 import time
 
+import numpy as np
 import pytest
 from labeling_runs import command, equal, start, wait_for_markers
 
 from labeler import LabelerConfig, LabelingError, LabelStore, TeacherConfig, TeacherError, executor, label_images
+from labeler.sources.image_source import ImageSource
 from labeler.verify import verify_store
 from labeler.worker import ShardResult, ShardTask
 
@@ -64,7 +66,7 @@ def test_a_worker_that_ray_never_tells_of_is_noticed_and_one_that_loads_slowly_i
             return ShardResult(task.shard, 1, 0, True)
 
     monkeypatch.setattr(executor, "PATIENCE", 2.0)
-    task = ShardTask(0, ("a.jpg",), (1,), (-1,), {})
+    task = ShardTask(0, ImageSource("images", ("a.jpg",), np.array([1]), None), (-1,))
     pool = executor._Pool(ray, ray.remote(Mute).remote, [task], on_ray(config), lambda _: None)
     try:
         if greets:
