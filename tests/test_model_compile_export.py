@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from fixtures import BACKENDS
+from fixtures import BACKENDS, NUMBA
 
 import model
 from model.ops import scan_by_doubling, scan_reference
@@ -63,7 +63,9 @@ def test_a_compiled_model_trains_and_answers_as_the_eager_one(backend):
         *(
             pytest.param("demansia_tiny", {"backend": backend, **(TINIEST if backend == "triton" else {})}, id=backend)
             for backend in BACKENDS
+            if backend is not NUMBA
         ),
+        pytest.param("demansia_tiny", {"backend": "numba"}, id="numba", marks=NUMBA.marks),
         pytest.param("lvvit_t", {"num_heads": 4}, id="lvvit"),
     ],
 )
