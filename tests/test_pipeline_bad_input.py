@@ -261,7 +261,7 @@ def test_a_folder_without_images_is_refused(settings, tmp_path):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"backend": "pil"}, "backend"),
+        ({"backend": "nvjpeg"}, "backend"),
         ({"interpolation": "nearest"}, "interpolation"),
         ({"auto_augment": "rand-x9", "train": True}, "auto_augment"),
         ({"auto_augment": "augmix", "train": True}, "auto_augment"),
