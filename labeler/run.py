@@ -20,7 +20,7 @@ from labeler.choose_encoding import asked_encoding, fit_encoding
 from labeler.config import LabelerConfig
 from labeler.executor import refuse_absent_ray, run_in_process, run_on_ray
 from labeler.fit_head import with_head
-from labeler.sources.class_names import classes_as_before, folders_of, name_classes, true_classes
+from labeler.sources.class_names import classes_as_before, name_classes, own_names, true_classes
 from labeler.sources.image_source import ImageSource
 from labeler.sources.open_source import open_source
 from labeler.store.foreign_store import remember_written
@@ -207,7 +207,7 @@ def _label_piece(
 
 def _warn_of_other_folders(images: ImageSource, plan: Plan) -> None:
     """Warns if the images' own classes, by folder or label, are not the teacher's."""
-    own = folders_of(images.keys) if images.labels is None else [*images.class_names]
+    own = own_names(images)
     if images.labels is not None and not own:
         own = [f"class {i}" for i in range(int(images.labels.max(initial=-1)) + 1)]
         unmatched = len(own) > plan.meta.num_classes

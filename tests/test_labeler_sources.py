@@ -261,6 +261,18 @@ def test_every_container_behind_a_url_gives_the_folders_labels(names, tmp_path, 
 
 
 @needs_http
+def test_a_remote_tar_may_have_an_unusual_name(tmp_path):
+    images = make_images(tmp_path / "images", 2)
+    write_tars(images, tmp_path / "tars", shards=1)
+    (tmp_path / "tars" / "part-000.tar").rename(tmp_path / "tars" / "my images, 1.tar")
+    with flaky_server(tmp_path) as server:
+        source = open_source(f"{server.url}/tars/my images, 1.tar")
+        assert [source.read(i) for i in range(2)] == [(images / key).read_bytes() for key in source.keys]
+        fetched = [path for method, path, _ in server.asked if method == "GET"]
+        assert fetched == ["/tars/my images, 1.tar"]
+
+
+@needs_http
 def test_a_server_that_fails_for_a_while_costs_no_image_and_one_that_is_gone_stops_the_run(names, tmp_path, config):
     label_images(names, tmp_path / "labels", config)
     write_list(names, "list.txt")

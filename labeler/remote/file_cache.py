@@ -79,6 +79,10 @@ class FileCache:
         key = hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
         return self.root / "files" / key
 
+    def copy_of(self, url: str, name: str, identity: FileIdentity) -> Path:
+        """Returns where `fetch` puts a version of a file; `url`: that of its folder."""
+        return self.folder(f"{url}/{name}", str(identity.size), identity.mark) / _file_name(name)
+
     def fetch(
         self, remote: RemoteFolder, name: str, identity: FileIdentity | None = None, sha256: str | None = None
     ) -> Path:
@@ -99,7 +103,7 @@ class FileCache:
             RemoteError: The service does not answer, or the file changes.
         """
         known = identity or remote.identity(name)
-        folder = self.folder(remote.url_of(name), str(known.size), known.mark)
+        folder = self.copy_of(remote.url, name, known).parent
         self.pin(folder)
         try:
             return self.fetch_into(folder, remote, name, known, sha256)

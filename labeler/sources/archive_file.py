@@ -62,14 +62,12 @@ class ArchiveFile:
             return read(self.where)
         folder, name = split_url(self.where)
         files = cache()
-        copy = files.folder(f"{folder}/{name}", str(self.identity.size), self.identity.mark) / os.path.basename(name)
+        copy = files.copy_of(folder, name, self.identity)
         for _ in range(3):
             try:
                 return read(str(copy))
             except FileNotFoundError:  # not there yet, or removed since to make room
-                remote = RemoteFolder(folder)
-                files.release(files.fetch(remote, name, self.identity).parent)
-                copy = files.folder(remote.url_of(name), str(self.identity.size), self.identity.mark) / copy.name
+                files.release(files.fetch(RemoteFolder(folder), name, self.identity).parent)
         return read(str(copy))
 
     def open(self) -> BinaryIO:

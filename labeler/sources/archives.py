@@ -18,6 +18,7 @@ from labeler.base.errors import InputError
 from labeler.base.whole_files import replace_file
 from labeler.remote.file_cache import default_folder
 from labeler.sources.archive_file import ArchiveFile
+from labeler.sources.image_list import leaves_root
 
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MOST_FILES = 100_000
@@ -60,7 +61,7 @@ def check_keys(keys: tuple[str, ...], what: str) -> None:
                 f"two images of the {what} have the same name", got=repr(key), expected="each image once",
                 remedy="Rename one of them, or leave out the file that repeats it.",
             )  # fmt: skip
-        if key.startswith("/") or ".." in key.split("/") or "\\" in key or "\0" in key:
+        if leaves_root(key):
             raise InputError(
                 f"an image of the {what} has a name that leaves the image root", got=repr(key),
                 expected="a relative path with / between folders",

@@ -61,7 +61,7 @@ def name_classes(
         InputError: The names cannot be read or are not C.
     """
     names = read_class_names(names_file, num_classes) if names_file else known
-    folders = folders_of(images.keys) if images.labels is None else list(images.class_names)
+    folders = own_names(images)
     by_name = {name: i for i, name in enumerate(names)}
     if folders and all(folder in by_name for folder in folders):
         return names, {folder: by_name[folder] for folder in folders}
@@ -96,8 +96,7 @@ def classes_as_before(
     names = read_class_names(names_file, num_classes) if names_file else names
     by_name = {name: i for i, name in enumerate(names)}
     known = {**by_name, **with_the_rest_of_imagenet(folders, num_classes), **folders}
-    own = folders_of(images.keys) if images.labels is None else images.class_names
-    return names, {folder: known[folder] for folder in own if folder in known}
+    return names, {folder: known[folder] for folder in own_names(images) if folder in known}
 
 
 def folder_classes(folders: Sequence[str], num_classes: int | None) -> dict[str, int]:
@@ -127,6 +126,11 @@ def _synset_classes() -> dict[str, int]:
 def folders_of(keys: tuple[str, ...]) -> list[str]:
     """Returns the sorted names of the keys' first folders."""
     return sorted({key.split("/", 1)[0] for key in keys if "/" in key})
+
+
+def own_names(images: ImageSource) -> list[str]:
+    """Returns the names of the images' own classes: their folders or labels; empty if the labels are numbers."""
+    return folders_of(images.keys) if images.labels is None else list(images.class_names)
 
 
 def true_classes(images: ImageSource, class_folders: Mapping[str, int], num_classes: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import logging
 import xxhash
 
 from labeler.base.errors import InputError
-from labeler.sources.class_names import folders_of, true_classes
+from labeler.sources.class_names import own_names, true_classes
 from labeler.sources.image_source import ImageSource
 
 HELD_OUT = 5  # one in so many images of each class
@@ -23,10 +23,9 @@ def own_classes(images: ImageSource) -> tuple[str, ...]:
     Raises:
         InputError: There are fewer than two.
     """
-    if images.labels is None:
-        names = folders_of(images.keys)
-    else:
-        names = list(images.class_names) or [str(i) for i in range(int(images.labels.max(initial=-1)) + 1)]
+    names = own_names(images)
+    if images.labels is not None and not names:
+        names = [str(i) for i in range(int(images.labels.max(initial=-1)) + 1)]
     if len(names) < 2:
         kind = "folders" if images.labels is None else "classes in its labels"
         raise InputError(

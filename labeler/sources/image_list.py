@@ -194,8 +194,12 @@ def _size(root: Path, real_root: str, key: str, where: str) -> int | None:
 
 def _is_plain(key: str) -> bool:
     """Whether a line can be a key: relative, below the root, in the spelling that the labeler uses."""
-    odd = "\0" in key or "\\" in key or key.startswith("/")
-    return not odd and str(PurePosixPath(key)) == key and ".." not in key.split("/")
+    return not leaves_root(key) and str(PurePosixPath(key)) == key
+
+
+def leaves_root(key: str) -> bool:
+    """Whether a key is no relative path, with / between folders, that stays below the image root."""
+    return key.startswith("/") or ".." in key.split("/") or "\\" in key or "\0" in key
 
 
 def _guess(root: Path, line: str, first: bool) -> tuple[str | None, str]:

@@ -21,6 +21,7 @@ import numpy as np
 import xxhash
 
 from labeler.base.errors import LabelingError
+from labeler.sources.class_names import folders_of
 
 HEAD_BYTES = 1 << 16
 UNKNOWN_SIZE = -1
@@ -105,11 +106,7 @@ class ImageSource:
     @cached_property
     def folders(self) -> list[str]:
         """Names of the folders that can be classes, sorted."""
-        return (
-            sorted({key.split("/", 1)[0] for key in self.keys if "/" in key})
-            if self._folders is None
-            else self._folders
-        )
+        return folders_of(self.keys) if self._folders is None else self._folders
 
     @property
     def measured(self) -> bool:

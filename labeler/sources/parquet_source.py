@@ -10,6 +10,7 @@ Legend: N images.
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from collections.abc import Sequence
@@ -181,7 +182,7 @@ def unpack_group(file: ArchiveFile, column: str, group: int) -> bytes:
     Raises:
         BadImage: The row group is damaged.
     """
-    parquet = _open(file)
+    parquet = _open(file, _metadata(file, file.version))
     import pyarrow
 
     try:
@@ -197,8 +198,14 @@ def unpack_group(file: ArchiveFile, column: str, group: int) -> bytes:
     return ranges.tobytes() + b"".join(images)
 
 
-def _open(file: ArchiveFile) -> Any:
-    """Opens a parquet file."""
+@functools.lru_cache(maxsize=64)
+def _metadata(file: ArchiveFile, version: str) -> Any:
+    """Returns what a version of a file says of its row groups, so that its end is not read again for each of them."""
+    return _open(file).metadata
+
+
+def _open(file: ArchiveFile, metadata: Any = None) -> Any:
+    """Opens a parquet file; metadata: what is known of its row groups."""
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
@@ -206,7 +213,7 @@ def _open(file: ArchiveFile) -> Any:
             f"{file.where!r} cannot be read", got="no pyarrow", remedy="pip install 'token-labeling[parquet]'"
         ) from None
     try:
-        return pyarrow.parquet.ParquetFile(file.open(), pre_buffer=False)
+        return pyarrow.parquet.ParquetFile(file.open(), metadata=metadata, pre_buffer=False)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise InputError(
             f"the parquet file {file.where!r} cannot be read",

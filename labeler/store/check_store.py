@@ -247,14 +247,18 @@ def check_images(
     Returns:
         (number of images compared, problems in one line each).
     """
-    if not from_list:
-        try:
-            refuse_other_images(open_source(images), parts, store)
-        except TokenLabelError as error:
-            return 0, (str(error),)
     digests = {key: digest for part in parts for key, digest in (part.digests or {}).items()}
     keys = sorted(digests)
-    compared, problems, source = 0, [], open_images(images, keys)
+    if from_list:
+        source = open_images(images, keys)
+    else:
+        try:
+            everything = open_source(images)
+            refuse_other_images(everything, parts, store)
+        except TokenLabelError as error:
+            return 0, (str(error),)
+        source = everything.of_keys(keys)
+    compared, problems = 0, []
     for key in _progress(keys, "images", progress):
         compared += 1
         try:
