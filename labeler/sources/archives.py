@@ -45,12 +45,14 @@ def expand_braces(name: str) -> list[str]:
     return [one for some in names for one in expand_braces(some)]
 
 
-def check_keys(keys: tuple[str, ...], what: str) -> None:
+def check_keys(keys: tuple[str, ...], what: str, repeated: str, outside: str) -> None:
     """Checks the keys of an archive.
 
     Args:
         keys: Sorted keys.
         what: What the archive is, for messages.
+        repeated: What to do about two equal keys.
+        outside: What to do about a key that leaves the image root.
 
     Raises:
         InputError: A key is repeated, or is not a path below the image root.
@@ -59,12 +61,12 @@ def check_keys(keys: tuple[str, ...], what: str) -> None:
         if before == key:
             raise InputError(
                 f"two images of the {what} have the same name", got=repr(key), expected="each image once",
-                remedy="Rename one of them, or leave out the file that repeats it.",
+                remedy=repeated,
             )  # fmt: skip
         if leaves_root(key):
             raise InputError(
                 f"an image of the {what} has a name that leaves the image root", got=repr(key),
-                expected="a relative path with / between folders",
+                expected="a relative path with / between folders", remedy=outside,
             )  # fmt: skip
 
 

@@ -29,6 +29,10 @@ from labeler.sources.image_source import UNKNOWN_SIZE, BadImage, ImageSource, St
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "picture")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
+REPEATED = "Write their paths with the folders, or no paths at all: then rows are numbered."
+OUTSIDE = (
+    "Write the images with their bytes and a relative path; with Hugging Face's data sets, embed_table_storage does it."
+)
 SHOW_PROGRESS_FROM = 20  # files
 RANGE = np.dtype([("start", "<i8"), ("stop", "<i8")])  # of an image's bytes in an unpacked row group
 NO_BYTES = 0
@@ -130,7 +134,7 @@ def parquet_source(files: Sequence[ArchiveFile], name: str, progress: bool = Tru
         raise InputError(f"no images in {name!r}", got=f"{len(files)} parquet files without rows")
     order = sorted(range(len(names)), key=names.__getitem__)
     keys = tuple(names[i] for i in order)
-    check_keys(keys, "parquet files")
+    check_keys(keys, "parquet files", REPEATED, OUTSIDE)
     counts = [len(part_keys) for _, part_keys, _, _ in parts]
     file_of = np.repeat(np.arange(len(files), dtype=np.int32), counts)[order]
     places = np.concatenate([place for *_, place in parts])[order]

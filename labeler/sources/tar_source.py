@@ -27,6 +27,8 @@ from labeler.sources.image_source import BadImage, ImageSource, Storage, chosen,
 
 CLASS_SUFFIX, JSON_SUFFIX = ".cls", ".json"
 MOST_LABEL_BYTES = {CLASS_SUFFIX: 32, JSON_SUFFIX: 1 << 20}
+REPEATED = "Rename one of them, or leave out the file that repeats it."
+OUTSIDE = "Pack the images anew, from within their folder."
 SHOW_PROGRESS_FROM = 20  # shards
 KEEP_INDEX_FROM = 1_000  # members
 
@@ -101,7 +103,7 @@ def tar_source(shards: Sequence[ArchiveFile], name: str, progress: bool = True) 
     labels = [label for index in indexes for label in unpack_names(index["labels"], len(index["offsets"]))]
     order = sorted(range(len(names)), key=names.__getitem__)
     keys = tuple(names[i] for i in order)
-    check_keys(keys, "tar shards")
+    check_keys(keys, "tar shards", REPEATED, OUTSIDE)
     shard_of = np.repeat(np.arange(len(shards)), [len(index["offsets"]) for index in indexes])[order]
     offsets, sizes = (np.concatenate([index[column] for index in indexes])[order] for column in ("offsets", "sizes"))
     ids, class_names = number_labels([labels[i] for i in order]) if any(labels) else (None, ())
