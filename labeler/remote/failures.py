@@ -6,7 +6,6 @@ library that they come from.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import random
@@ -152,7 +151,7 @@ def _status(error: Any) -> int | None:
 
 def _is_network(error: BaseException) -> bool:
     """Whether an error is one of the connection."""
-    if isinstance(error, ConnectionError | TimeoutError | asyncio.TimeoutError | EOFError):
+    if isinstance(error, ConnectionError | TimeoutError | EOFError):
         return True
     return type(error).__module__.split(".")[0] in NETWORKS
 

@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import re
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from labeler.sources.image_list import leaves_root
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MOST_FILES = 100_000
 INDEX_VERSION = 1
+SHOW_PROGRESS_FROM = 20  # archives
 Index = dict[str, np.ndarray]
 
 
@@ -68,6 +70,15 @@ def check_keys(keys: tuple[str, ...], what: str, repeated: str, outside: str) ->
                 f"an image of the {what} has a name that leaves the image root", got=repr(key),
                 expected="a relative path with / between folders", remedy=outside,
             )  # fmt: skip
+
+
+def with_progress(archives: Sequence[ArchiveFile], progress: bool) -> Iterable[ArchiveFile]:
+    """Yields archives with a progress bar, if there are many."""
+    if not progress or len(archives) < SHOW_PROGRESS_FROM:
+        return archives
+    from tqdm import tqdm
+
+    return tqdm(archives, "index")
 
 
 def pack_names(names: list[str]) -> np.ndarray:

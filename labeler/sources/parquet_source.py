@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from labeler.base.errors import InputError
 from labeler.sources.archive_file import ArchiveFile, cache
-from labeler.sources.archives import check_keys
+from labeler.sources.archives import check_keys, with_progress
 from labeler.sources.class_names import number_labels
 from labeler.sources.image_source import UNKNOWN_SIZE, BadImage, ImageSource, Storage, chosen, read_at
 
@@ -33,7 +32,6 @@ REPEATED = "Write their paths with the folders, or no paths at all: then rows ar
 OUTSIDE = (
     "Write the images with their bytes and a relative path; with Hugging Face's data sets, embed_table_storage does it."
 )
-SHOW_PROGRESS_FROM = 20  # files
 RANGE = np.dtype([("start", "<i8"), ("stop", "<i8")])  # of an image's bytes in an unpacked row group
 NO_BYTES = 0
 UNPACKED = "images"
@@ -126,9 +124,7 @@ def parquet_source(files: Sequence[ArchiveFile], name: str, progress: bool = Tru
     Raises:
         InputError: A file is damaged or has no column of images, there are no images, or keys are repeated.
     """
-    parts = [
-        _read_index(file) for file in tqdm(files, "index", disable=not progress or len(files) < SHOW_PROGRESS_FROM)
-    ]
+    parts = [_read_index(file) for file in with_progress(files, progress)]
     names = [key for _, keys, _, _ in parts for key in keys]
     if not names:
         raise InputError(f"no images in {name!r}", got=f"{len(files)} parquet files without rows")

@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from labeler.base.errors import InputError
 from labeler.sources.archive_file import ArchiveFile
-from labeler.sources.archives import Index, check_keys, keep_index, kept_index, pack_names, unpack_names
+from labeler.sources.archives import Index, check_keys, keep_index, kept_index, pack_names, unpack_names, with_progress
 from labeler.sources.class_names import number_labels
 from labeler.sources.folder_source import SUFFIXES
 from labeler.sources.image_source import BadImage, ImageSource, Storage, chosen, read_at
@@ -29,7 +28,6 @@ CLASS_SUFFIX, JSON_SUFFIX = ".cls", ".json"
 MOST_LABEL_BYTES = {CLASS_SUFFIX: 32, JSON_SUFFIX: 1 << 20}
 REPEATED = "Rename one of them, or leave out the file that repeats it."
 OUTSIDE = "Pack the images anew, from within their folder."
-SHOW_PROGRESS_FROM = 20  # shards
 KEEP_INDEX_FROM = 1_000  # members
 
 
@@ -93,9 +91,7 @@ def tar_source(shards: Sequence[ArchiveFile], name: str, progress: bool = True) 
     Raises:
         InputError: There are no images, a shard is damaged, or names are repeated or not UTF-8.
     """
-    quiet = not progress or len(shards) < SHOW_PROGRESS_FROM
-    quiet = not progress or len(shards) < SHOW_PROGRESS_FROM
-    indexes = [_index_of(shard) for shard in tqdm(shards, "index", disable=quiet)]
+    indexes = [_index_of(shard) for shard in with_progress(shards, progress)]
     names = [key for index in indexes for key in unpack_names(index["keys"], len(index["offsets"]))]
     if not names:
         other = sum(int(index["other"]) for index in indexes)
