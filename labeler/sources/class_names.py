@@ -123,14 +123,9 @@ def _synset_classes() -> dict[str, int]:
     return {synset: i for i, synset in enumerate(imagenet_names()[0])}
 
 
-def folders_of(keys: tuple[str, ...]) -> list[str]:
-    """Returns the sorted names of the keys' first folders."""
-    return sorted({key.split("/", 1)[0] for key in keys if "/" in key})
-
-
 def own_names(images: ImageSource) -> list[str]:
     """Returns the names of the images' own classes: their folders or labels; empty if the labels are numbers."""
-    return folders_of(images.keys) if images.labels is None else list(images.class_names)
+    return images.folders if images.labels is None else list(images.class_names)
 
 
 def true_classes(images: ImageSource, class_folders: Mapping[str, int], num_classes: int) -> np.ndarray:

@@ -21,7 +21,6 @@ import numpy as np
 import xxhash
 
 from labeler.base.errors import LabelingError
-from labeler.sources.class_names import folders_of
 
 HEAD_BYTES = 1 << 16
 UNKNOWN_SIZE = -1
@@ -106,7 +105,9 @@ class ImageSource:
     @cached_property
     def folders(self) -> list[str]:
         """Names of the folders that can be classes, sorted."""
-        return folders_of(self.keys) if self._folders is None else self._folders
+        if self._folders is not None:
+            return self._folders
+        return sorted({key.split("/", 1)[0] for key in self.keys if "/" in key})
 
     @property
     def measured(self) -> bool:
