@@ -27,7 +27,7 @@ demo: $(READY)
 	$(BIN)/python -m scripts.demo --out demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

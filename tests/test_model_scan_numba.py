@@ -17,7 +17,7 @@ from fixtures import HAS_NUMBA
 
 from labeler.base.errors import BackendError
 from model.ops import choose_backend, directional_scan, selective_scan
-from model.ops import scan_numba_machine as machine
+from model.ops.fused_cpu import machine
 
 ROOT = Path(__file__).parents[1]
 BOTH_WAYS = (False, True)
@@ -170,7 +170,8 @@ def test_eight_processes_at_first_use_and_one_that_reads_the_cache_give_the_same
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.nb*")}
     assert len(written) == 4  # an index and machine code for each of two kernels
     code = "print(digest(results(make(33, 40, 4, torch.float32))))"
-    code += "\nassert all(machine.kernel(f'{way}_float32')._compiled._cache_hits for way in ('forward', 'backward'))"
+    code += "\nkernels = [machine.kernel('scan', f'{way}_float32') for way in ('forward', 'backward')]"
+    code += "\nassert all(one._compiled._cache_hits for one in kernels)"
     process = own_process(code, NUMBA_CACHE_DIR=str(tmp_path))
     later, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -220,7 +221,7 @@ def anew():
     ],
 )
 def test_without_a_numba_that_works_the_scan_is_torchs(anew, monkeypatch, caplog, version, words):
-    def broken() -> None:
+    def broken(_: str) -> None:
         raise ImportError("Numba needs NumPy 9.9 or less")
 
     def version_of(name: str) -> str:
@@ -229,7 +230,7 @@ def test_without_a_numba_that_works_the_scan_is_torchs(anew, monkeypatch, caplog
         return version
 
     monkeypatch.setattr(importlib.metadata, "version", version_of)
-    monkeypatch.setattr(machine, "_kernels", broken)
+    monkeypatch.setattr(machine, "_import", broken)
     monkeypatch.delenv("TOKEN_LABELING_SCAN", raising=False)
     importlib.import_module("model.ops.selective_scan")._announced.clear()
     caplog.set_level(logging.INFO)

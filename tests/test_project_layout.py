@@ -31,10 +31,9 @@ ONE_FILE = {
     "pyarrow": {"labeler/sources/parquet_source.py"},
     "ray": {"labeler/executor.py"},
     "nvidia": {"labeler/sources/decoding/decode_dali.py", "pipeline/backends/dali_backend.py"},
-    "numba": {"model/ops/scan_numba_kernels.py", "model/ops/scan_numba_vectors.py"},
     "triton": {"model/ops/scan_triton_kernels.py", "model/ops/scan_triton.py", "train/loss/loss_triton.py"},
 }
-ONE_ROOM = {"h5py": "labeler/store/hdf5"}
+ONE_ROOM = {"h5py": "labeler/store/hdf5", "numba": "model/ops/fused_cpu"}
 MOST_FILES = 14
 
 

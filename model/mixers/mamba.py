@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from model.mixers.registry import register_mixer
 from model.ops import directional_scan
+from model.ops.mixer_parts import ReversedConv1d, conv_silu, gate
 from model.ops.scan_operators import FLOPS_PER_STATE
 
 DT_MIN, DT_MAX = 1e-3, 0.1  # step sizes at the start of training
@@ -41,14 +42,6 @@ def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
     known = torch.amp.is_autocast_available(device)  # "meta" has none
     with torch.autocast(device, enabled=False) if known else contextlib.nullcontext():
         return F.linear(x.to(wide), weight.to(wide), bias.to(wide))
-
-
-class ReversedConv1d(nn.Conv1d):
-    """A convolution along the sequence with its weights flipped: the first tap belongs to the latest step."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, E, L] -> [B, E, L + padding]."""
-        return self._conv_forward(x, self.weight.flip(-1), self.bias)
 
 
 class StepSize(nn.Linear):
@@ -128,10 +121,12 @@ class BidirectionalMamba(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, L, D] -> [B, L, D]."""
         x, z = self.in_proj(hidden).chunk(2, -1)
-        parts = [self._scan_inputs(x, name) for name in self.directions]
-        inputs, delta, a, b, c, d = (torch.stack(part) for part in zip(*parts, strict=True))
+        convs = [getattr(self, f"conv1d{name}") for name in self.directions]
+        u, each = conv_silu(x, convs, self.backend)
+        parts = [self._scan_inputs(one, name) for one, name in zip(each, self.directions, strict=True)]
+        delta, a, b, c, d = (torch.stack(part) for part in zip(*parts, strict=True))
         y = directional_scan(
-            inputs,
+            u,
             delta,
             a,
             b,
@@ -141,7 +136,7 @@ class BidirectionalMamba(nn.Module):
             reverse=tuple(name == "_b" for name in self.directions),
             backend=self.backend,
         )
-        out = self.out_proj((y.sum(0) * self.scale) * F.silu(z))
+        out = self.out_proj(gate(y, z, self.scale, self.backend))
         return out if self.gamma is None else out * self.gamma
 
     def no_weight_decay(self) -> set[str]:
@@ -152,19 +147,15 @@ class BidirectionalMamba(nn.Module):
         """Multiply-adds of the scans per token, on any backend."""
         return {"scan": len(self.directions) * self.d_inner * self.d_state * FLOPS_PER_STATE // 2}
 
-    def _scan_inputs(self, x: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
-        """Of one direction, from x [B, L, E]: u, delta [B, L, E], A [E, N], B and C [B, L, N], D [E].
+    def _scan_inputs(self, u: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
+        """Of one direction, from u [B, L, E]: delta [B, L, E], A [E, N], B and C [B, L, N], D [E].
 
         Parameters are read as attributes, since `torch.func.functional_call` may replace them.
         """
         a_log, skip = getattr(self, f"A{name}_log"), getattr(self, f"D{name}")
-        conv1d, x_proj, dt_proj = (getattr(self, f"{part}{name}") for part in ("conv1d", "x_proj", "dt_proj"))
-        # Both conv1d pad both ends: the first L outputs see the steps before them, the last L the steps after them.
-        steps = conv1d(x.mT)
-        length = x.shape[1]
-        u = F.silu(steps[..., -length:] if name == "_b" else steps[..., :length]).mT
+        x_proj, dt_proj = (getattr(self, f"{part}{name}") for part in ("x_proj", "dt_proj"))
         step, b, c = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
-        return u, dt_proj(step), -torch.exp(widen(a_log)), b, c, widen(skip)
+        return dt_proj(step), -torch.exp(widen(a_log)), b, c, widen(skip)
 
 
 def _initial_a_log(inner: int, d_state: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ def _saved_cpu(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: tor
 
 
 def _numba_scan() -> ModuleType:
-    return importlib.import_module("model.ops.scan_numba")
+    return importlib.import_module("model.ops.fused_cpu.scan")
 
 
 def _saved_numba(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:

@@ -223,7 +223,7 @@ def _obstacle(name: str, device: str, double: bool) -> str | None:
     if name in ("cpu", "numba") and device != "cpu":
         return f"the tensors are on {device}, not on the CPU"
     if name == "numba":
-        available, why = importlib.import_module("model.ops.scan_numba_machine").is_available()
+        available, why = importlib.import_module("model.ops.fused_cpu.machine").is_available()
         return None if available else why
     if name in ("triton", "mamba_ssm") and double:
         return "it computes in float32 and a tensor is float64"

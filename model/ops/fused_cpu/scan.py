@@ -16,11 +16,9 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from model.ops.scan_numba_arguments import ARGUMENTS, CHUNK, FIELDS, GROUP, STRIDED, padded_width, scratch_rows
-from model.ops.scan_numba_machine import kernel
+from model.ops.fused_cpu.launch_arguments import CHUNK, GROUP, SCAN, SCAN_STRIDED, padded_width, scan_rows
+from model.ops.fused_cpu.machine import kernel
 from model.ops.scan_reference import state_dtype
-
-ALIGNMENT = 64  # of work spaces, in bytes: a line of the cache
 
 Gradients = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None
@@ -111,20 +109,14 @@ def _run(
     """Fill the arguments' record and have torch's threads run a kernel."""
     directions, batch, length, width = inputs["u"].shape
     states, dtype = inputs["A"].shape[2], inputs["u"].dtype
-    compiled = kernel(f"{way}_{str(dtype).removeprefix('torch.')}")
-    items = directions * batch * math.ceil(width / (compiled.lanes if way == "forward" else GROUP))
-    threads = min(torch.get_num_threads(), items)
-    slot = math.ceil(scratch_rows(states) * compiled.lanes * dtype.itemsize / ALIGNMENT) * ALIGNMENT
-    scratch = torch.empty(threads * slot + ALIGNMENT, dtype=torch.uint8)
-    counters, backwards = np.zeros(2, np.int64), np.array(reverse, np.int64)
+    compiled = kernel("scan", f"{way}_{str(dtype).removeprefix('torch.')}")
+    backwards = np.array(reverse, np.int64)
     values = {
         "directions": directions, "batch": batch, "length": length, "width": width, "padded": padded_width(width),
-        "states": states, "softplus": delta_softplus, "items": items, "slot_bytes": slot,
-        "next_item": counters.ctypes.data, "next_slot": counters.ctypes.data + counters.itemsize,
-        "reverse": backwards.ctypes.data, "scratch": -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT,
+        "states": states, "softplus": int(delta_softplus), "reverse": backwards.ctypes.data,
         **{name: tensor.data_ptr() for name, tensor in {**inputs, **places}.items() if tensor is not None},
+        **{f"{name}_{axis}": tensor.stride(i) for name, tensor in inputs.items() for i, axis in
+           enumerate(SCAN_STRIDED[name])},
     }  # fmt: skip
-    for name, tensor in inputs.items():
-        values |= {f"{name}_{axis}": tensor.stride(i) for i, axis in enumerate(STRIDED[name])}
-    record = np.array([tuple(values.get(name, 0) for name in FIELDS)], ARGUMENTS)
-    compiled.run(record, threads)
+    items = directions * batch * math.ceil(width / (compiled.lanes if way == "forward" else GROUP))
+    compiled.run(SCAN, values, items, scan_rows(states), dtype)

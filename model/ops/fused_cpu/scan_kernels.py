@@ -18,58 +18,29 @@ Work space is addressed by the index of an element in `space`; a row is one vect
 
 from __future__ import annotations
 
-from typing import Any
+from numba import carray, float32, float64, njit
 
-from numba import carray, cfunc, config, float32, float64, njit, types
-
-from model.ops.scan_numba_arguments import ARGUMENTS, CHUNK, GROUP
-from model.ops.scan_numba_vectors import (
+from model.ops.fused_cpu.launch_arguments import CHUNK, GROUP, SCAN
+from model.ops.fused_cpu.vector_math import exp2, fma, softplus, softplus_slope, times_log2e
+from model.ops.fused_cpu.vectors import (
     FLUSH,
     LANES,
     control,
-    exp2,
-    fma,
     fold,
     load,
     read,
     set_control,
-    softplus,
-    softplus_slope,
     splat,
     store,
     take_one,
-    times_log2e,
     total,
     write,
 )
+from model.ops.fused_cpu.work_space import read_rows, write_row
 
 BLOCKS = GROUP // LANES  # vectors of a group
 HALF = LANES // 2
 TILE = CHUNK * LANES  # a row for each step of a chunk
-
-
-@njit
-def read_rows(space, rows, source, start, step, stride, count, lanes, zero):
-    """Copy `count` rows, `step` elements apart, to the work space; lanes beyond the width become 0."""
-    for i in range(count):
-        if lanes == LANES and stride == 1:
-            store(space, rows + i * LANES, load(source, start + i * step, zero))
-        else:
-            for lane in range(lanes):
-                write(space, rows + i * LANES + lane, read(source, start + i * step + lane * stride, zero))
-            for lane in range(lanes, LANES):
-                write(space, rows + i * LANES + lane, zero)
-
-
-@njit
-def write_row(target, start, value, lanes, space, spare, zero):
-    """Write the lanes of a vector that are within the width."""
-    if lanes == LANES:
-        store(target, start, value)
-    else:
-        store(space, spare, value)
-        for lane in range(lanes):
-            write(target, start + lane, read(space, spare + lane, zero))
 
 
 @njit
@@ -254,7 +225,7 @@ def backward_chunk(
 @njit
 def forward_items(pointer, zero):
     """Take items until none is left."""
-    args = carray(pointer, 1, ARGUMENTS)[0]
+    args = carray(pointer, 1, SCAN)[0]
     space = args.scratch + take_one(args.next_slot) * args.slot_bytes
     before = control(space)
     set_control(space, before | FLUSH)
@@ -268,7 +239,7 @@ def forward_items(pointer, zero):
 @njit
 def backward_items(pointer, zero):
     """Take items until none is left."""
-    args = carray(pointer, 1, ARGUMENTS)[0]
+    args = carray(pointer, 1, SCAN)[0]
     space = args.scratch + take_one(args.next_slot) * args.slot_bytes
     before = control(space)
     set_control(space, before | FLUSH)
@@ -294,21 +265,3 @@ def backward_float32(pointer):
 
 def backward_float64(pointer):
     backward_items(pointer, float64(0))
-
-
-def compile_kernel(name: str, folder: str | None) -> Any:
-    """Compile a kernel, or read it from the cache.
-
-    Args:
-        name: one of the four above.
-        folder: of the cache; None: none.
-
-    Returns:
-        An object whose `address` is that of a C function of one pointer; the function lives as long as the object.
-    """
-    previous = config.CACHE_DIR
-    config.CACHE_DIR = folder or ""
-    try:
-        return cfunc(types.void(types.voidptr), cache=folder is not None)(globals()[name])
-    finally:
-        config.CACHE_DIR = previous

@@ -13,12 +13,13 @@ import hashlib
 import importlib
 import importlib.metadata
 import logging
+import math
 import os
 import re
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 OLDEST = (0, 65)  # version of Numba
-FILES = ("scan_numba_arguments.py", "scan_numba_kernels.py", "scan_numba_vectors.py")
+ALIGNMENT = 64  # of work spaces, in bytes: a line of the cache
 
 logger = logging.getLogger(__name__)
 _compiling = threading.Lock()
@@ -41,12 +42,29 @@ class Kernel:
         self._compiled = compiled  # keeps the machine code
         self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
 
-    def run(self, arguments: np.ndarray, threads: int) -> None:
-        """Have that many of torch's threads run the kernel on one record of arguments, without Python's lock."""
+    def run(self, layout: np.dtype, values: Mapping[str, int], items: int, rows: int, dtype: torch.dtype) -> None:
+        """Have torch's threads run the kernel on `items` work items, without Python's lock.
+
+        Args:
+            layout: Of the record of arguments, one of `launch_arguments`.
+            values: The record's values beyond those of the launch; what is missing is 0.
+            items: Number of work items.
+            rows: Vectors of work space that a thread needs.
+            dtype: Of the vectors.
+        """
+        threads = min(torch.get_num_threads(), items)
+        slot = math.ceil(rows * self.lanes * dtype.itemsize / ALIGNMENT) * ALIGNMENT
+        scratch = torch.empty(threads * slot + ALIGNMENT, dtype=torch.uint8)
+        counters = np.zeros(2, np.int64)
+        launch = {
+            "items": items, "slot_bytes": slot, "scratch": -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT,
+            "next_item": counters.ctypes.data, "next_slot": counters.ctypes.data + counters.itemsize,
+        }  # fmt: skip
+        record = np.array([tuple((launch | dict(values)).get(name, 0) for name in layout.names or ())], layout)
         if threads == 1:
-            self._function(arguments.ctypes.data)
+            self._function(record.ctypes.data)
         elif threads > 1:
-            _team()(self._compiled.address, arguments.ctypes.data, threads, 0)
+            _team()(self._compiled.address, record.ctypes.data, threads, 0)
 
 
 @functools.cache
@@ -60,7 +78,7 @@ def is_available() -> tuple[bool, str]:
         wanted = ".".join(str(part) for part in OLDEST)
         return False, f"numba {version} is too old; pip install 'numba>={wanted}'"
     try:
-        _kernels()
+        _import("scan_kernels")
     except Exception as error:  # it refuses a numpy that it does not know, for one
         return False, f"numba {version} cannot be imported ({type(error).__name__}: {error})"
     try:
@@ -71,11 +89,12 @@ def is_available() -> tuple[bool, str]:
 
 
 @functools.cache
-def kernel(name: str) -> Kernel:
-    """Compile one of the kernels of `scan_numba_kernels`, or read it from the cache."""
-    kernels, folder = _kernels(), cache_folder()
+def kernel(family: str, name: str) -> Kernel:
+    """Compile the kernel `name` of the file `{family}_kernels`, or read it from the cache."""
+    kernels, work_space, folder = _import(f"{family}_kernels"), _import("work_space"), cache_folder()
     with _compiling, _one_process(folder):
-        return Kernel(kernels.compile_kernel(name, None if folder is None else str(folder)), kernels.LANES)
+        compiled = work_space.compile_kernel(getattr(kernels, name), None if folder is None else str(folder))
+        return Kernel(compiled, work_space.LANES)
 
 
 @functools.cache
@@ -83,16 +102,16 @@ def cache_folder() -> Path | None:
     """The folder for machine code; None, with a line in the log, if none can be written to."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     place = os.environ.get("NUMBA_CACHE_DIR") or os.path.join(home, "token-labeling", "numba")
-    text = b"".join((Path(__file__).parent / name).read_bytes() for name in FILES)
+    text = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     versions = f"{importlib.metadata.version('numba')} {importlib.metadata.version('llvmlite')} {sys.version_info[:2]}"
-    folder = Path(place) / f"scan-{hashlib.sha256(text + versions.encode()).hexdigest()[:16]}"
+    folder = Path(place) / f"kernels-{hashlib.sha256(text + versions.encode()).hexdigest()[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
         logger.warning(
-            "the scan's kernels are compiled anew by every process, since %s cannot be written to (%s); "
+            "the CPU kernels are compiled anew by every process, since %s cannot be written to (%s); "
             "NUMBA_CACHE_DIR names another folder",
             folder,
             error.strerror or error,
@@ -123,5 +142,5 @@ def _team() -> Any:
     return run
 
 
-def _kernels() -> ModuleType:
-    return importlib.import_module("model.ops.scan_numba_kernels")
+def _import(name: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{name}")
