@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shlex
 import statistics
 import subprocess
@@ -37,7 +38,7 @@ class Way:
 
     @property
     def folder(self) -> str:
-        return self.name.replace(" ", "-").replace(",", "")
+        return re.sub("[^a-z0-9_]+", "-", self.name.lower())
 
 
 def ways(options: argparse.Namespace) -> list[Way]:

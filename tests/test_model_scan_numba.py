@@ -62,7 +62,7 @@ def own_process(code: str, **environment: str | None) -> subprocess.Popen:
 
 
 @needs_numba
-@pytest.mark.parametrize("length", [1, 2, 3, 16, 17, 197, 577])
+@pytest.mark.parametrize("length", [1, 2, 3, 16, 17, 197, 577, 4096])
 @pytest.mark.parametrize(("e", "n"), [(5, 3), (70, 16)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_any_length_and_width_equals_float64(length, e, n, dtype):
