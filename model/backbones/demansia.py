@@ -69,7 +69,7 @@ def demansia_base(pretrained: bool = False, **kwargs: Any) -> DeMansia:
 
 
 def _recognize(state: State) -> bool:
-    return {f"{MIXER}A_log", STEM, "pos_embed"} <= state.keys()
+    return {f"{MIXER}A_log", f"{MIXER}x_proj.weight", STEM, "pos_embed"} <= state.keys()
 
 
 def _builder(weights: PublishedWeights) -> Callable[[], nn.Module]:
