@@ -1,6 +1,7 @@
 """Backbones and their operators. Of the other packages, this one imports `labeler.base` only.
 
-`import model` registers `demansia_*`, `demansia2_*`, `vim_*` and `lvvit_*` with timm: `timm.create_model("demansia_tiny")`.
+`import model` registers `demansia_*`, `demansia2_*`, `vim_*` and `lvvit_*` with timm:
+`timm.create_model("demansia_tiny")`.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class DeMansia2(VisionMamba):
             depth=depth,
             mixer="demansia2",
             mixer_options=own,
-            layer_mixers={layer: ("attention", attention) for layer in attention_layers},
+            layer_mixers=dict.fromkeys(attention_layers, ("attention", attention)),
             **kwargs,
         )
 

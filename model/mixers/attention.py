@@ -31,9 +31,9 @@ def rotate_positions(x: torch.Tensor, rotary_dim: int) -> torch.Tensor:
     Returns:
         [B, H, L, P].
     """
-    wide = {"device": x.device, "dtype": torch.promote_types(x.dtype, torch.float32)}
-    places = torch.arange(0, rotary_dim, 2, **wide) / rotary_dim
-    angles = torch.arange(x.shape[-2], **wide).unsqueeze(-1) * BASE**-places
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    places = torch.arange(0, rotary_dim, 2, device=x.device, dtype=dtype) / rotary_dim
+    angles = torch.arange(x.shape[-2], device=x.device, dtype=dtype).unsqueeze(-1) * BASE**-places
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     one, other = x[..., :rotary_dim].chunk(2, -1)
     return torch.cat([one * cos - other * sin, one * sin + other * cos, x[..., rotary_dim:]], -1)

@@ -149,8 +149,8 @@ class DeMansia2Mixer(Mamba2Directions):
     Args:
         legacy: as published: the second direction reads the channels of the input projection backwards instead of the
             sequence, writes its own output channels backwards, and uses the first direction's D.
-        depth: number of blocks of the model, by whose square root the second direction's output is divided at the start,
-            as the model does with the first's; None: not divided, as published.
+        depth: number of blocks of the model: at the start the second direction's output weights are divided by its
+            square root, as the model does with the first's; None: not divided, as published.
     """
 
     def __init__(

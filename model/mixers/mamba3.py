@@ -79,7 +79,9 @@ class BidirectionalMamba3(nn.Module):
         self.angles = int(d_state * rotated) // 2
         if rotated not in (0.5, 1) or self.angles < 1:
             raise ModelError(
-                "no pair of states turns", got=f"rotated={rotated}, d_state={d_state}", expected="0.5 or 1, and 4 or more"
+                "no pair of states turns",
+                got=f"rotated={rotated}, d_state={d_state}",
+                expected="0.5 or 1, and 4 or more",
             )
         own = sum(self._own_sizes())
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner + own, bias=False)

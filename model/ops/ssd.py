@@ -243,7 +243,7 @@ def _chunks(part: torch.Tensor, count: int, size: int, missing: int) -> torch.Te
 
 def _check(x: torch.Tensor, log_decay: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> int:
     """Heads per group. Raises ModelError if the shapes do not fit together."""
-    fits = x.ndim >= 3 and B.ndim == x.ndim and 0 < B.shape[-2] and not x.shape[-2] % B.shape[-2] and x.shape[-3]
+    fits = x.ndim >= 3 and B.ndim == x.ndim and B.shape[-2] > 0 and not x.shape[-2] % B.shape[-2] and x.shape[-3]
     if not fits or log_decay.shape != x.shape[:-1] or B.shape[:-2] != x.shape[:-2] or C.shape != B.shape:
         shapes = ", ".join(str(list(part.shape)) for part in (x, log_decay, B, C))
         raise ModelError(
