@@ -6,7 +6,6 @@ Legend: B images; C classes; T tokens; L = T + 1.
 from __future__ import annotations
 
 import collections
-import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -131,30 +130,38 @@ def test_names_shapes_counts_and_marks_are_the_published_ones():
     assert sum(p.numel() for p in net.parameters()) == expected["total_params"] == 9_514_032
     assert net.no_weight_decay() == {*expected["flag_no_weight_decay"], "pos_embed", "cls_token"}
     assert sum(p.numel() for p in small.parameters()) == 32_746_032
-    assert (small.embed_dim, len(small.layers), small.layers[20].mixer.num_heads) == (384, 24, 3)
+    assert (small.embed_dim, len(small.layers), small.layers[20].mixer.num_heads) == (384, 24, 6)
     assert {layer.drop_path.drop_prob for layer in (*net.layers, *small.layers)} == {0.0}
 
 
 def test_it_begins_where_the_published_one_begins():
+    """Spread and range of every parameter; of the few values of heads, the range over all layers."""
     torch.manual_seed(0)
-    net = timm.create_model("demansia2_tiny", legacy=True)
-    for name, (mean, std, low, high) in keys("demansia2_tiny")["init_mean_std_min_max_seed0"].items():
+    net, published = timm.create_model("demansia2_tiny", legacy=True), keys("demansia2_tiny")
+    of_heads = collections.defaultdict(list)
+    for name, (_, std, low, high) in published["init_mean_std_min_max_seed0"].items():
         if "running" in name:
             continue
         parameter = net.get_parameter(name).detach()
-        few = parameter.numel() < 20  # eight heads say little of a spread
-        assert parameter.std().item() == pytest.approx(std, rel=0.7 if few else 0.12, abs=1e-6), name
-        assert parameter.mean().item() == pytest.approx(mean, abs=1.5 * std + 1e-6), name
-        margin = (0.7 if few else 0.3) * (high - low) + 1e-6
+        if parameter.numel() == 8:
+            of_heads[name.split(".")[-1]].append((low, high, *parameter.aminmax()))
+            continue
+        assert parameter.std().item() == pytest.approx(std, rel=0.12, abs=1e-6), name
+        margin = 0.3 * (high - low) + 1e-6
         assert low - margin <= parameter.min() <= parameter.max() <= high + margin, name
+    assert of_heads.keys() == {f"{part}{name}" for part in ("dt_bias", "A_log", "D") for name in ("", "_b")}
+    for name, ranges in of_heads.items():
+        low, high, own_low, own_high = torch.tensor(ranges).mT
+        assert abs(own_low.min() - low.min()) < 0.4, name  # of 176 values
+        assert abs(own_high.max() - high.max()) < 0.1, name
 
 
-def test_the_second_direction_begins_as_small_as_the_first():
-    net = micro(legacy=False)
-    ratio = net.layers[0].mixer.out_proj.weight.std() / net.layers[0].mixer.out_proj_b.weight.std()
-    assert ratio == pytest.approx(1, abs=0.1)
-    ratio = micro().layers[0].mixer.out_proj.weight.std() / micro().layers[0].mixer.out_proj_b.weight.std()
-    assert ratio == pytest.approx(1 / math.sqrt(3), abs=0.1)  # as published
+@pytest.mark.parametrize(("legacy", "expected"), [(False, 1.0), (True, 3**-0.5)])
+def test_the_second_direction_begins_as_small_as_the_first(legacy, expected):
+    """Unless it is as published, where only the first is divided by √depth."""
+    mixer = micro(legacy=legacy).layers[0].mixer
+    ratio = mixer.out_proj.weight.std() / mixer.out_proj_b.weight.std()
+    assert ratio.item() == pytest.approx(expected, abs=0.1)
 
 
 @pytest.mark.parametrize("legacy", [False, True])

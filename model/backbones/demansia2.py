@@ -1,9 +1,9 @@
 """DeMansia-2: DeMansia with Mamba-2 mixers, and attention in two layers. The sizes below are registered with timm.
 
-| name | width | layers | image | parameters |
-|---|---|---|---|---|
-| demansia2_tiny | 192 | 24 | 224² | 9.51M, as published |
-| demansia2_small | 384 | 24 | 224² | 32.7M, as published |
+| name | width | layers | head width | heads of attention | parameters, as published |
+|---|---|---|---|---|---|
+| demansia2_tiny | 192 | 24 | 48 | 3 | 9.51M |
+| demansia2_small | 384 | 24 | 96 | 6 | 32.7M |
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class DeMansia2(VisionMamba):
 
 SIZES: dict[str, dict[str, Any]] = {
     "demansia2_tiny": {"embed_dim": 192, "depth": 24},
-    "demansia2_small": {"embed_dim": 384, "depth": 24},
+    "demansia2_small": {"embed_dim": 384, "depth": 24, "head_dim": 96, "attention_heads": 6},
 }
 NAMES = tuple(SIZES)
 default_cfgs = generate_default_cfgs({f"{name}.untrained": untrained_cfg() for name in NAMES})
@@ -127,16 +127,17 @@ def _builder(weights: PublishedWeights) -> Callable[[], nn.Module]:
 
 
 def _attention(weights: PublishedWeights, mixer: str) -> dict[str, Any]:
-    """Arguments of the attention: from the training script's settings, else as published if the width is."""
+    """Arguments of the attention: from the training script's settings, else those of the published sizes if they fit."""
     inner, settings = weights.state[f"{mixer}out_proj.weight"].shape[1], weights.settings
     told = settings.get("attn_cfg") if isinstance(settings, Mapping) else None
-    told = told if isinstance(told, Mapping) else {"num_heads": 3, "head_dim": 96, "rotary_emb_dim": 48}
+    if not isinstance(told, Mapping):
+        told = {"num_heads": inner // 96, "head_dim": 96, "rotary_emb_dim": 48}
     heads, width = (int(told.get(key, 0)) for key in ("num_heads", "head_dim"))
     if heads * width != inner:
         raise ModelError(
             f"the heads of the attention in {weights.file} are unknown",
             got=f"{inner} channels",
-            expected="the training script's settings beside the weights, or 3 heads of 96",
+            expected="the training script's settings beside the weights, or heads of 96",
             remedy="Pass model=, a DeMansia2.",
         )
     conv = weights.state.get(f"{mixer}conv1d.weight")

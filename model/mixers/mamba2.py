@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 from model.mixers.parts import direction_names, head_count, initial_step_bias, widen
 from model.mixers.registry import register_mixer
-from model.ops import ssd
+from model.ops import ssd_scan
 
 NORM_EPS = 1e-5
 A_LIMIT = 16.0  # -A is between 1 and this at the start of training
 
-torch.fx.wrap("ssd")  # not traced through: it checks shapes
+torch.fx.wrap("ssd_scan")  # not traced through: it checks shapes
 torch.fx.wrap("widen")
 
 
@@ -95,7 +95,7 @@ class Mamba2Directions(nn.Module):
         dt = F.softplus(widen(step) + widen(getattr(self, f"dt_bias{name}")))
         log_decay = -dt * widen(getattr(self, f"A_log{name}")).exp()
         inputs = (heads * dt.unsqueeze(-1)).to(heads.dtype)
-        y = ssd(inputs, log_decay, b.unsqueeze(-2), c.unsqueeze(-2), self.backend)
+        y = ssd_scan(inputs, log_decay, b.unsqueeze(-2), c.unsqueeze(-2), self.backend)
         return (y + heads * getattr(self, f"D{skip}").unsqueeze(-1).to(heads.dtype)).flatten(-2)
 
 

@@ -2,7 +2,7 @@
 
 from model.ops.scan_reference import scan_by_doubling, scan_reference
 from model.ops.selective_scan import BACKENDS, choose_backend, directional_scan, selective_scan
-from model.ops.ssd import ssd, ssd_chunked, ssd_reference, trapezoid_reference, trapezoid_ssd
+from model.ops.ssd import ssd_chunked, ssd_reference, ssd_scan, trapezoid_reference, trapezoid_ssd
 
 __all__ = [
     "BACKENDS",
@@ -11,9 +11,9 @@ __all__ = [
     "scan_by_doubling",
     "scan_reference",
     "selective_scan",
-    "ssd",
     "ssd_chunked",
     "ssd_reference",
+    "ssd_scan",
     "trapezoid_reference",
     "trapezoid_ssd",
 ]

@@ -103,7 +103,7 @@ def ssd_chunked(
 OPERATORS: dict[str, Operator] = {"auto": ssd_chunked, "chunked": ssd_chunked, "reference": ssd_reference}
 
 
-def ssd(
+def ssd_scan(
     x: torch.Tensor, log_decay: torch.Tensor, B: torch.Tensor, C: torch.Tensor, backend: str = "auto"
 ) -> torch.Tensor:
     """`ssd_reference` or `ssd_chunked`, by name; "auto" is the latter. Raises ModelError if the name is unknown."""
@@ -167,7 +167,7 @@ def trapezoid_ssd(
     C: torch.Tensor,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """The same by `ssd`; arguments as in `trapezoid_reference`.
+    """The same by `ssd_scan`; arguments as in `trapezoid_reference`.
 
     Instead of the state, B and C turn, by the sum of all angles so far. Both parts of an input pass the same decays
     from the next step on, so later steps see their sum; the step itself sees only the first part, and what is too much
@@ -179,7 +179,7 @@ def trapezoid_ssd(
     b, c = (rotate_pairs(part, angle).to(x.dtype) for part in (B, C))
     now, rest = share * step, (1 - share) * step
     rest = F.pad(rest[..., 1:, :], (0, 0, 0, 1))  # the part of each step's input that enters at the next step
-    y = ssd((x * (now + rest).unsqueeze(-1)).to(x.dtype), log_decay, b, c, backend)
+    y = ssd_scan((x * (now + rest).unsqueeze(-1)).to(x.dtype), log_decay, b, c, backend)
     return (y - x * ((b * c).sum(-1) * rest).unsqueeze(-1)).to(x.dtype)
 
 
