@@ -211,7 +211,7 @@ def test_directions_are_one_switch(name):
         x = tokens(7, 1).requires_grad_()
         for place in range(7):
             (gradient,) = torch.autograd.grad(net(x)[0, place].square().sum(), x)
-            heard = gradient[0].abs().sum(1) > 0
+            heard = gradient[0].abs().sum(1) > 1e-12  # what is added and taken away again leaves its rounding
             assert heard[: place + 1].all()
             assert later or not heard[place + 1 :].any()
             assert not later or heard.all()

@@ -127,7 +127,7 @@ def _builder(weights: PublishedWeights) -> Callable[[], nn.Module]:
 
 
 def _attention(weights: PublishedWeights, mixer: str) -> dict[str, Any]:
-    """Arguments of the attention: from the training script's settings, else those of the published sizes if they fit."""
+    """Arguments of the attention: from the training script's settings, else those of published sizes if they fit."""
     inner, settings = weights.state[f"{mixer}out_proj.weight"].shape[1], weights.settings
     told = settings.get("attn_cfg") if isinstance(settings, Mapping) else None
     if not isinstance(told, Mapping):
