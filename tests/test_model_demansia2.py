@@ -164,9 +164,18 @@ def test_the_second_direction_begins_as_small_as_the_first(legacy, expected):
     assert ratio.item() == pytest.approx(expected, abs=0.1)
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_tokens_hear_from_later_ones_unless_it_is_as_published(legacy):
-    net = micro(legacy=legacy, attention_layers=(), depth=2).eval()
+@pytest.mark.parametrize(
+    ("settings", "later"),
+    [
+        ({"legacy": False, "attention_layers": ()}, True),
+        ({"legacy": True, "attention_layers": ()}, False),
+        ({"legacy": True}, True),
+        ({"legacy": False, "directions": "forward"}, False),
+    ],
+)
+def test_tokens_hear_from_later_ones_unless_it_is_as_published(settings, later):
+    """As published, by attention alone."""
+    net = micro(**settings).eval()
     x = torch.randn(1, 17, 32, requires_grad=True)
     hidden = x
     for layer in net.layers:
@@ -174,7 +183,7 @@ def test_tokens_hear_from_later_ones_unless_it_is_as_published(legacy):
     (gradient,) = torch.autograd.grad(hidden[0, 5].square().sum(), x)
     heard = gradient[0].abs().sum(1) > 0
     assert heard[:6].all()
-    assert heard[6:].any() == (not legacy)
+    assert heard[6:].any() == later
 
 
 def lightning(weights: dict[str, torch.Tensor], **settings: Any) -> dict[str, Any]:

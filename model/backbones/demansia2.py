@@ -39,6 +39,7 @@ class DeMansia2(VisionMamba):
         legacy: as published: the second direction reads channels backwards instead of the sequence, so that all mixers
             but attention see earlier tokens only. The published weights need it; False: truly bidirectional.
         depth: number of layers.
+        directions: "both", or "forward": no token sees later ones, by attention neither.
         kwargs: as for `VisionMamba`.
 
     Raises:
@@ -56,6 +57,7 @@ class DeMansia2(VisionMamba):
         d_state: int = 128,
         legacy: bool = False,
         depth: int = 24,
+        directions: str = "both",
         **kwargs: Any,
     ) -> None:
         if attention_layers is None:
@@ -65,10 +67,12 @@ class DeMansia2(VisionMamba):
             "head_dim": attention_head_dim,
             "rotary_dim": rotary_dim,
             "d_conv": attention_conv,
+            "directions": directions,
         }
         own = {"head_dim": head_dim, "d_state": d_state, "legacy": legacy, "depth": None if legacy else depth}
         super().__init__(
             depth=depth,
+            directions=directions,
             mixer="demansia2",
             mixer_options=own,
             layer_mixers=dict.fromkeys(attention_layers, ("attention", attention)),

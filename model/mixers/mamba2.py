@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from model.mixers.parts import direction_names, head_count, initial_step_bias, widen
 from model.mixers.registry import register_mixer
 from model.ops import ssd_scan
+from model.ops.mixer_parts import conv_silu
 
 NORM_EPS = 1e-5
 A_LIMIT = 16.0  # -A is between 1 and this at the start of training
@@ -88,8 +89,8 @@ class Mamba2Directions(nn.Module):
         Returns:
             [B, L, E].
         """
-        length = x.shape[1]
-        u = F.silu(getattr(self, f"conv1d{name}")(x.mT)[..., :length]).mT
+        fused = "reference" if self.backend == "reference" else "auto"
+        _, (u,) = conv_silu(x, [getattr(self, f"conv1d{name}")], fused)
         u, b, c = u.split([self.d_inner, self.d_state, self.d_state], -1)
         heads = u.unflatten(-1, (self.heads, self.head_dim))
         dt = F.softplus(widen(step) + widen(getattr(self, f"dt_bias{name}")))
