@@ -1,6 +1,7 @@
 """Backbones and their operators. Of the other packages, this one imports `labeler.base` only.
 
-`import model` registers `demansia_*`, `vim_*` and `lvvit_*` with timm: `timm.create_model("demansia_tiny")`.
+`import model` registers `demansia_*`, `demansia2_*`, `vim_*` and `lvvit_*` with timm:
+`timm.create_model("demansia_tiny")`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from labeler.base.errors import BackendError, ModelError
 
 try:
-    from model.backbones import demansia, lvvit, vim
+    from model.backbones import demansia, demansia2, lvvit, vim
 except ModuleNotFoundError as absent:
     if absent.name not in ("torch", "timm"):
         raise
@@ -20,7 +21,7 @@ from model.families import Family, PublishedWeights, register_family
 from model.mixers import Mixer, create_mixer, register_mixer
 from model.ops import selective_scan
 
-NAMES = tuple(name for family in (demansia, vim, lvvit) for name in family.NAMES)
+NAMES = tuple(name for family in (demansia, demansia2, vim, lvvit) for name in family.NAMES)
 """The models that this package registers with timm, by the names that `timm.create_model` takes."""
 
 __all__ = [

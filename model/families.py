@@ -21,7 +21,8 @@ class PublishedWeights:
     Attributes:
         file: the file, for messages.
         state: its state dict, without prefixes of wrappers.
-        settings: the arguments of the training script, often an `argparse.Namespace`; None: not saved.
+        settings: the arguments of the training script, an `argparse.Namespace` or, from Lightning, a dictionary; None:
+            not saved.
     """
 
     file: Path

@@ -17,6 +17,9 @@ from model.ops import scan_by_doubling, scan_reference
 # What Triton's interpreter does in 6 seconds a step; TINY takes it a minute.
 TINIEST = {"img_size": 16, "depth": 1, "d_state": 4}
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 4, "embed_dim": 32, "depth": 2}
+# A Mamba-2 mixer and one of attention.
+DEMANSIA2 = {"head_dim": 16, "d_state": 16, "attention_layers": (1,), "attention_heads": 2}
+DEMANSIA2 |= {"attention_head_dim": 16, "rotary_dim": 8}
 
 
 def tiny(name: str = "demansia_tiny", **changes: object) -> torch.nn.Module:
@@ -36,9 +39,17 @@ def test_the_exported_scan_is_the_reference():
             assert torch.allclose(scan_by_doubling(*arguments), scan_reference(*arguments), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_a_compiled_model_trains_and_answers_as_the_eager_one(backend):
-    net, images = tiny(backend=backend), torch.randn(2, 3, 32, 32)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        pytest.param("demansia_tiny", {"backend": "reference"}, id="reference"),
+        pytest.param("demansia_tiny", {"backend": "cpu"}, id="cpu"),
+        pytest.param("demansia_tiny", {"mixer": "mamba3", "d_state": 8, "depth": 1}, id="mamba3"),
+        pytest.param("demansia2_tiny", DEMANSIA2, id="demansia2"),
+    ],
+)
+def test_a_compiled_model_trains_and_answers_as_the_eager_one(name, settings):
+    net, images = tiny(name, **settings), torch.randn(2, 3, 32, 32)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     for training in (True, False):
         net.train(training)
@@ -67,6 +78,7 @@ def test_a_compiled_model_trains_and_answers_as_the_eager_one(backend):
         ),
         pytest.param("demansia_tiny", {"backend": "numba"}, id="numba", marks=NUMBA.marks),
         pytest.param("lvvit_t", {"num_heads": 4}, id="lvvit"),
+        pytest.param("demansia2_tiny", DEMANSIA2, id="demansia2"),
     ],
 )
 def test_a_tiny_model_learns_a_batch_by_heart(name, settings):
@@ -96,7 +108,7 @@ def test_torch_export_gives_the_same_answers():
     assert torch.allclose(exported.module()(images), net(images), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["demansia_tiny", "lvvit_t", "vim_tiny", "test_convnext"])
+@pytest.mark.parametrize("name", ["demansia_tiny", "demansia2_tiny", "lvvit_t", "vim_tiny", "test_convnext"])
 def test_models_run_in_onnxruntime_with_any_batch(name, tmp_path: Path):
     """A wrapped backbone that knows no positions with any image, too."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -111,7 +123,8 @@ def test_models_run_in_onnxruntime_with_any_batch(name, tmp_path: Path):
         shapes |= {side: 32 * torch.export.Dim(f"side{side}", min=2, max=16) for side in (2, 3)}
         others.append((2, 3, 96, 160))
     else:
-        net = timm.create_model(name).eval()
+        few = {"depth": 3, "attention_layers": (1,)}  # one layer of each kind, and one behind
+        net = timm.create_model(name, **(few if name == "demansia2_tiny" else {})).eval()
     with warnings.catch_warnings(action="ignore"):
         torch.onnx.export(
             net, (torch.randn(2, 3, 224, 224),), tmp_path / "net.onnx", dynamo=True, dynamic_shapes=(shapes,),

@@ -160,12 +160,29 @@ def test_names_shapes_counts_and_marks_are_the_published_ones(name):
 
 @pytest.mark.parametrize(
     ("name", "width", "depth", "side"),
-    [("nano", 128, 12, 224), ("tiny", 192, 24, 224), ("small", 384, 24, 384), ("base", 768, 24, 224)],
+    [
+        ("nano", 128, 12, 224),
+        ("tiny", 192, 24, 224),
+        ("small", 384, 24, 384),
+        ("medium", 576, 24, 224),
+        ("base", 768, 24, 224),
+        ("large", 960, 24, 224),
+    ],
 )
 def test_names_stand_for_their_sizes(name, width, depth, side):
     with torch.device("meta"):
         net = timm.create_model(f"demansia_{name}")
     assert (net.embed_dim, len(net.layers), net.img_size) == (width, depth, (side, side))
+
+
+@pytest.mark.parametrize(("name", "neighbor"), [("medium", "lvvit_m"), ("base", "vim_base"), ("large", "lvvit_l")])
+def test_our_own_sizes_are_near_published_ones(name, neighbor):
+    """Of other families, so that the two can be compared: at most a twentieth apart in parameters."""
+    with torch.device("meta"):
+        ours, theirs = (
+            sum(p.numel() for p in timm.create_model(one).parameters()) for one in (f"demansia_{name}", neighbor)
+        )
+    assert ours / theirs == pytest.approx(1, abs=0.05)
 
 
 def test_it_begins_where_the_published_one_begins():

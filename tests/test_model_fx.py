@@ -10,13 +10,14 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 import model  # noqa: F401  (registers the names)
 
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 4, "embed_dim": 32, "depth": 2}
-BLOCKS = {"demansia_tiny": "layers", "vim_tiny": "layers", "lvvit_t": "blocks"}
+BLOCKS = {"demansia_tiny": "layers", "demansia2_tiny": "layers", "vim_tiny": "layers", "lvvit_t": "blocks"}
+OWN = {"demansia2_tiny": {"attention_layers": (1,), "attention_head_dim": 48, "head_dim": 16}}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_traced_model_trains_and_answers_as_the_plain_one(name):
     torch.manual_seed(0)
-    net, images = timm.create_model(name, **TINY).train(), torch.randn(3, 3, 32, 32)
+    net, images = timm.create_model(name, **TINY, **OWN.get(name, {})).train(), torch.randn(3, 3, 32, 32)
     results = []
     for run in (net, torch.fx.symbolic_trace(net)):
         net.zero_grad()
@@ -32,7 +33,7 @@ def test_a_traced_model_trains_and_answers_as_the_plain_one(name):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_torchvision_extracts_a_blocks_output(name):
     torch.manual_seed(0)
-    net, images = timm.create_model(name, **TINY).eval(), torch.randn(2, 3, 32, 32)
+    net, images = timm.create_model(name, **TINY, **OWN.get(name, {})).eval(), torch.randn(2, 3, 32, 32)
     nodes = get_graph_node_names(net)[1]
     last = [node for node in nodes if node.startswith(f"{BLOCKS[name]}.0")][-1]
     seen = []

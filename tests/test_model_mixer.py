@@ -17,7 +17,7 @@ from model.summary import summarize
 
 def mixer_of(found: dict[str, torch.Tensor], **settings: object) -> BidirectionalMamba:
     mixer = BidirectionalMamba(24, **settings)
-    one_way = settings.get("bidirectional") is False
+    one_way = settings.get("directions") == "forward"
     mixer.load_state_dict({k: v for k, v in state(found).items() if not (one_way and "_b" in k.split(".")[0])})
     return mixer
 
@@ -48,7 +48,7 @@ def test_gradients_are_the_published_ones(backend, length, source):
 @pytest.mark.parametrize("source", SOURCES)
 def test_one_direction_and_layer_scale_are_the_published_ones(source):
     found = tensors("bimamba_mixer", source)
-    one_way = mixer_of(found, bidirectional=False)
+    one_way = mixer_of(found, directions="forward")
     for length in (3, 17):
         close(one_way(found[f"x.L{length}"]), found[f"none.L{length}.out"], 1e-5)
     scaled = BidirectionalMamba(24, layer_scale=1.0)
@@ -167,7 +167,7 @@ def test_the_scan_is_counted_alike_on_any_backend(monkeypatch):
 
 
 def test_mixers_are_built_by_name_and_width():
-    mixer = create_mixer("mamba", 24, d_state=4, bidirectional=False)
+    mixer = create_mixer("mamba", 24, d_state=4, directions="forward")
     assert isinstance(mixer, Mixer)
     assert isinstance(mixer, BidirectionalMamba)
     assert mixer.A_log.shape == (48, 4)

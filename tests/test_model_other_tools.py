@@ -20,7 +20,9 @@ from model.ops import selective_scan
 from model.summary import fvcore_handles, summarize
 
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 4, "embed_dim": 32, "depth": 3}
-FAMILIES = {"demansia_tiny": {}, "vim_tiny": {}, "lvvit_t": {"num_heads": 4}}
+DEMANSIA2 = {"attention_layers": (1,), "attention_heads": 2, "attention_head_dim": 16, "rotary_dim": 8}
+DEMANSIA2 |= {"head_dim": 16, "d_state": 16}
+FAMILIES = {"demansia_tiny": {}, "demansia2_tiny": DEMANSIA2, "vim_tiny": {}, "lvvit_t": {"num_heads": 4}}
 HALF = [torch.bfloat16, torch.float16]
 
 
@@ -51,7 +53,9 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_is_near_float32(name, dtype, backend, images):
     """The same rounded weights in float32 tell what the arithmetic in half precision costs."""
-    changes = {} if name == "lvvit_t" else {"backend": backend}
+    if name == "demansia2_tiny" and backend == "reference":
+        pytest.skip("step by step, it rounds nothing to half precision")
+    changes = {} if name in ("lvvit_t", "demansia2_tiny") else {"backend": backend}
     if backend == "triton":  # its interpreter is slow
         changes |= {"img_size": 16, "depth": 1}
         images = images[:, :, :16, :16]
@@ -355,7 +359,7 @@ def test_one_tensor_in_training_without_the_head_on_tokens(images):
     assert out.shape == (3, 4)
 
 
-@pytest.mark.parametrize("name", ["demansia_nano", "vim_tiny", "lvvit_t"])
+@pytest.mark.parametrize("name", ["demansia_nano", "demansia2_tiny", "vim_tiny", "lvvit_t"])
 def test_timms_checks_of_traced_models(name):
     """timm's tests trace each model with torch.fx, forwards and backwards, and compare every value."""
     from timm.models import get_notrace_functions, get_notrace_modules

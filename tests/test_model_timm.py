@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import NAMES, ModelError
 from model.backbones.demansia import DeMansia
+from model.backbones.demansia2 import DeMansia2
 from model.backbones.lvvit import LVViT
 from model.backbones.vim import Vim
 from model.create import create_backbone
@@ -28,8 +29,13 @@ from model.summary import summarize
 from model.token_heads import insert_token, resize_position_embedding
 
 SMALL = {"img_size": 64, "num_classes": 7, "embed_dim": 48, "depth": 3}
-FAMILIES = {"demansia_tiny": SMALL, "vim_tiny": SMALL, "lvvit_t": {**SMALL, "num_heads": 3}}
-WITH_TOKENS = ("demansia_tiny", "lvvit_t")
+FAMILIES = {
+    "demansia_tiny": SMALL,
+    "demansia2_tiny": {**SMALL, "attention_layers": (0,), "attention_head_dim": 48, "d_state": 16},
+    "vim_tiny": SMALL,
+    "lvvit_t": {**SMALL, "num_heads": 3},
+}
+WITH_TOKENS = ("demansia_tiny", "demansia2_tiny", "lvvit_t")
 
 
 def small(name: str, **changes: object) -> torch.nn.Module:
@@ -46,7 +52,7 @@ def images(n: int = 2, height: int = 64, width: int = 64, channels: int = 3) -> 
     return torch.randn(n, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("family", [DeMansia, Vim, LVViT])
+@pytest.mark.parametrize("family", [DeMansia, DeMansia2, Vim, LVViT])
 def test_without_settings_a_family_is_for_imagenet(family):
     with torch.device("meta"):
         net = family()
@@ -61,7 +67,7 @@ def test_no_name_asks_for_trained_weights_by_itself(entry):
 
 def test_all_names_are_registered():
     assert set(NAMES) <= set(timm.list_models())
-    assert len(NAMES) == 11
+    assert len(NAMES) == 15
 
 
 def test_training_gives_both_heads_and_evaluation_one_answer(name):
@@ -247,7 +253,7 @@ def test_the_summary_takes_any_timm_model():
         summarize("test_restnet")
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "convnext_atto", "lvvit_t"])
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "convnext_atto", "lvvit_t", "demansia2_tiny"])
 def test_the_parts_of_the_summary_add_up_to_what_torch_counts(name):
     """Blocks in a list, in a Sequential, and in stages: each multiply-add belongs to one part."""
     cost = summarize(name, (160,)).costs[0]

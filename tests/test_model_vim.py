@@ -46,7 +46,7 @@ def test_the_epsilon_is_the_published_one(source):
     [
         ("no_divide", {"halve": False}),
         ("head_cls", {"cls_place": "start"}),
-        ("bimamba_none", {"bidirectional": False}),
+        ("bimamba_none", {"directions": "forward"}),
     ],
 )
 @pytest.mark.parametrize("source", SOURCES)

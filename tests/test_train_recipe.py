@@ -194,6 +194,15 @@ def flat_sections(config: TrainConfig) -> dict:
                 "schedule.warmup_epochs": 5, "run.batch_size": 1024, "model.drop_path_rate": 0.1, "ema.decay": 0.99992,
             },
         ),
+        (
+            "demansia2_tiny",
+            {
+                "optimizer.name": "lion", "optimizer.lr": 1e-4, "optimizer.weight_decay": 0.5,
+                "schedule.kind": "cosine", "schedule.epochs": 300, "schedule.warmup_epochs": 10,
+                "run.batch_size": 1024, "ema.decay": 0.9999, "run.precision": "bfloat16", "model.drop_path_rate": 0.0,
+                "augment.crop_pct": 0.875,
+            },
+        ),
         ("vim_tiny", {"optimizer.weight_decay": 0.1, "model.drop_path_rate": 0.0, "ema.decay": 0.99996}),
     ],
 )  # fmt: skip

@@ -37,7 +37,7 @@ class WeightFile:
     Attributes:
         state: Named tensors, without the prefixes that wrappers add to the names.
         averaged: Whether these are the averaged (EMA) weights of a file that has both.
-        settings: The arguments of the script that wrote it, or None.
+        settings: The arguments of the script that wrote it, or Lightning's dictionary of them; None: not saved.
     """
 
     state: State
@@ -98,7 +98,7 @@ def read_weight_file(
     if (size := file.stat().st_size) > limit:
         raise error(f"{file} is too large", got=f"{size:,} bytes", expected=f"at most {limit:,}")
     content = _content(file, error)
-    settings = content.get("args") if isinstance(content, Mapping) else None
+    settings = content.get("args", content.get("hyper_parameters")) if isinstance(content, Mapping) else None
     averaged = None if ema is False else _first_state(content, AVERAGED)
     if ema and averaged is None:
         raise error(f"there are no averaged weights in {file}", remedy="Use the plain weights.")

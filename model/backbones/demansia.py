@@ -5,7 +5,9 @@
 | demansia_nano | 128 | 12 | 224² | ours |
 | demansia_tiny | 192 | 24 | 224² | 8.06M, as published |
 | demansia_small | 384 | 24 | 384² | 27.7M, as published |
-| demansia_base | 768 | 24 | 224² | ours |
+| demansia_medium | 576 | 24 | 224² | 58.5M; ours, beside LV-ViT-M: 55.8M |
+| demansia_base | 768 | 24 | 224² | 101.0M; ours, beside Vim-B: 97.6M |
+| demansia_large | 960 | 24 | 224² | 155.0M; ours, beside LV-ViT-L: 150.0M |
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "demansia_nano": {"embed_dim": 128, "depth": 12},
     "demansia_tiny": {"embed_dim": 192, "depth": 24},
     "demansia_small": {"img_size": 384, "embed_dim": 384, "depth": 24},
+    "demansia_medium": {"embed_dim": 576, "depth": 24},
     "demansia_base": {"embed_dim": 768, "depth": 24},
+    "demansia_large": {"embed_dim": 960, "depth": 24},
 }
 NAMES = tuple(SIZES)
 default_cfgs = generate_default_cfgs(
@@ -63,13 +67,25 @@ def demansia_small(pretrained: bool = False, **kwargs: Any) -> DeMansia:
 
 
 @register_model
+def demansia_medium(pretrained: bool = False, **kwargs: Any) -> DeMansia:
+    """DeMansia of width 576 with 24 layers; `kwargs` as for `VisionMamba`."""
+    return _create("demansia_medium", pretrained, kwargs)
+
+
+@register_model
 def demansia_base(pretrained: bool = False, **kwargs: Any) -> DeMansia:
     """DeMansia of width 768 with 24 layers; `kwargs` as for `VisionMamba`."""
     return _create("demansia_base", pretrained, kwargs)
 
 
+@register_model
+def demansia_large(pretrained: bool = False, **kwargs: Any) -> DeMansia:
+    """DeMansia of width 960 with 24 layers; `kwargs` as for `VisionMamba`."""
+    return _create("demansia_large", pretrained, kwargs)
+
+
 def _recognize(state: State) -> bool:
-    return {f"{MIXER}A_log", STEM, "pos_embed"} <= state.keys()
+    return {f"{MIXER}A_log", f"{MIXER}x_proj.weight", STEM, "pos_embed"} <= state.keys()
 
 
 def _builder(weights: PublishedWeights) -> Callable[[], nn.Module]:

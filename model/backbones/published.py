@@ -77,7 +77,7 @@ def mamba_arguments(weights: PublishedWeights, patch: int) -> dict[str, Any]:
         "d_conv": state[f"{MIXER}conv1d.weight"].shape[2],
         "expand": len(state[f"{MIXER}A_log"]) // arguments["embed_dim"],
         "dt_rank": state[f"{MIXER}dt_proj.weight"].shape[1],
-        "bidirectional": f"{MIXER}A_b_log" in state,
+        "directions": "both" if f"{MIXER}A_b_log" in state else "forward",
         "layer_scale": 1.0 if f"{MIXER}gamma" in state else None,
         "halve": "div2" in name,
         "cls_place": "middle" if re.search("mid(dle_)?cls", name) else "start",

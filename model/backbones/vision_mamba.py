@@ -18,7 +18,7 @@ from labeler.base.errors import ModelError
 from model.backbones.patch_embed import ConvStem, PatchProjection
 from model.backbones.patch_model import PatchModel, check_pool, drop_path_rates
 from model.mixers import Mixer, create_mixer
-from model.mixers.mamba import widen
+from model.mixers.parts import widen
 
 NORM_EPS = 1e-5
 
@@ -71,21 +71,24 @@ class VisionMamba(PatchModel):
         drop_rate: dropout on the embedded tokens.
         drop_path_rate: rate of stochastic depth in the last layer; the rates rise linearly from 0 in the first.
         global_pool: input of the class head, see `TokenLabelHeads`.
-        d_state: state size N; this and the arguments down to `backend` are passed to the mixer.
+        d_state: state size N; this and the arguments down to `backend` are passed to the mixer, if it is not None: the
+            mixer's own choice.
         d_conv: taps of the causal convolution.
         expand: E / D.
-        dt_rank: rank of the step size; None: D / 16, rounded up.
-        bidirectional: scan in both directions.
+        dt_rank: rank of the step size.
+        directions: "both", or "forward" alone.
         halve: average the two directions instead of adding them.
-        layer_scale: initial factor of each output channel; None: none.
+        layer_scale: initial factor of each output channel.
         backend: backend of the scan, see `model.ops.selective_scan`.
         mixer: name of the mixer, see `create_mixer`.
         mixer_options: further options of the mixer; None: none.
+        layer_mixers: layers with another mixer: the layer's number -> the mixer's name and options; None: none.
         aux_classes: classes of the auxiliary head, if they are others, as those of a teacher are; None: the same
             classes.
 
     Raises:
-        ModelError: an unknown stem, cls_place, global_pool or mixer, or an img_size that does not divide into patches.
+        ModelError: an unknown stem, cls_place, global_pool, mixer or option of it, a layer that does not exist, or an
+            img_size that does not divide into patches.
     """
 
     BLOCKS, NORM = "layers", "norm_f"
@@ -104,16 +107,17 @@ class VisionMamba(PatchModel):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         global_pool: str = "token",
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: int = 2,
+        d_state: int | None = None,
+        d_conv: int | None = None,
+        expand: int | None = None,
         dt_rank: int | None = None,
-        bidirectional: bool = True,
-        halve: bool = True,
+        directions: str | None = None,
+        halve: bool | None = None,
         layer_scale: float | None = None,
-        backend: str = "auto",
+        backend: str | None = None,
         mixer: str = "mamba",
         mixer_options: Mapping[str, Any] | None = None,
+        layer_mixers: Mapping[int, tuple[str, Mapping[str, Any]]] | None = None,
         aux_classes: int | None = None,
     ) -> None:
         super().__init__()
@@ -141,14 +145,17 @@ class VisionMamba(PatchModel):
             "d_conv": d_conv,
             "expand": expand,
             "dt_rank": dt_rank,
-            "bidirectional": bidirectional,
+            "directions": directions,
             "halve": halve,
             "layer_scale": layer_scale,
             "backend": backend,
-            **(mixer_options or {}),
         }
+        given = {key: value for key, value in options.items() if value is not None}
+        mixers = _mixers((mixer, {**given, **(mixer_options or {})}), layer_mixers or {}, depth)
         rates = drop_path_rates(drop_path_rate, depth)
-        self.layers = nn.ModuleList([Block(embed_dim, rate, mixer, **options) for rate in rates])
+        self.layers = nn.ModuleList(
+            [Block(embed_dim, rate, name, **own) for rate, (name, own) in zip(rates, mixers, strict=True)]
+        )
         self.norm_f: nn.Module = SumNorm(embed_dim, eps=NORM_EPS)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         tokens_out = self.aux_outputs()
@@ -194,3 +201,14 @@ class VisionMamba(PatchModel):
             "stem": r"^cls_token|pos_embed|patch_embed",
             "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
         }
+
+
+def _mixers(
+    usual: tuple[str, Mapping[str, Any]], others: Mapping[int, tuple[str, Mapping[str, Any]]], depth: int
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """Name and options of each layer's mixer. Raises ModelError if one of the others is for a layer beyond `depth`."""
+    if beyond := [layer for layer in others if not 0 <= layer < depth]:
+        raise ModelError(
+            "a mixer for a layer that does not exist", got=f"layer {beyond[0]}", expected=f"0 to {depth - 1}"
+        )
+    return [others.get(layer, usual) for layer in range(depth)]

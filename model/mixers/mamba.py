@@ -17,21 +17,14 @@ from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
+from model.mixers.parts import direction_names, initial_step_bias, widen
 from model.mixers.registry import register_mixer
 from model.ops import directional_scan
 from model.ops.mixer_parts import ReversedConv1d, conv_silu, gate
 from model.ops.scan_operators import FLOPS_PER_STATE
 
-DT_MIN, DT_MAX = 1e-3, 0.1  # step sizes at the start of training
-
-
 torch.fx.wrap("directional_scan")  # not traced through: it checks shapes and dtypes
-
-
-@torch.fx.wrap
-def widen(x: torch.Tensor) -> torch.Tensor:
-    """Cast to at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+torch.fx.wrap("widen")
 
 
 @torch.fx.wrap
@@ -66,10 +59,13 @@ class BidirectionalMamba(nn.Module):
         d_conv: taps of the causal convolution.
         expand: E / D.
         dt_rank: R; None: D / 16, rounded up.
-        bidirectional: False: forward only, without the `_b` parameters.
+        directions: "both", or "forward" without the `_b` parameters.
         halve: average the two directions instead of adding them.
         layer_scale: initial factor of each output channel; None: none.
         backend: backend of the scan, see `model.ops.selective_scan`.
+
+    Raises:
+        ModelError: unknown directions.
     """
 
     dt_proj: StepSize
@@ -81,7 +77,7 @@ class BidirectionalMamba(nn.Module):
         d_conv: int = 4,
         expand: int = 2,
         dt_rank: int | None = None,
-        bidirectional: bool = True,
+        directions: str = "both",
         halve: bool = True,
         layer_scale: float | None = None,
         backend: str = "auto",
@@ -89,8 +85,8 @@ class BidirectionalMamba(nn.Module):
         super().__init__()
         self.d_inner, self.d_state, self.backend = expand * d_model, d_state, backend
         self.dt_rank = dt_rank or math.ceil(d_model / 16)
-        self.directions = ("", "_b") if bidirectional else ("",)
-        self.scale = 0.5 if bidirectional and halve else 1.0
+        self.directions = direction_names(directions)
+        self.scale = 0.5 if halve and len(self.directions) == 2 else 1.0
         inner = self.d_inner
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
         for name in self.directions:
@@ -105,7 +101,7 @@ class BidirectionalMamba(nn.Module):
         self._init_step_sizes(inner)
 
     def _init_step_sizes(self, inner: int) -> None:
-        """Initialize the forward bias so that log softplus(bias) is uniform between log DT_MIN and log DT_MAX.
+        """Initialize the projections to step sizes: the forward bias to usual ones.
 
         The second direction starts with bias 0, as in the published models.
         """
@@ -113,10 +109,8 @@ class BidirectionalMamba(nn.Module):
             projection = getattr(self, f"dt_proj{name}")
             nn.init.uniform_(projection.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
             nn.init.zeros_(projection.bias)
-        steps = torch.rand(inner, dtype=torch.float32) * math.log(DT_MAX / DT_MIN) + math.log(DT_MIN)
-        steps = steps.exp().clamp(min=1e-4)
         with torch.no_grad():
-            self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))
+            self.dt_proj.bias.copy_(initial_step_bias(inner))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, L, D] -> [B, L, D]."""

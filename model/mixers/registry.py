@@ -5,6 +5,7 @@ Legend: B images; L sequence length; D model width.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
@@ -71,8 +72,14 @@ def create_mixer(name: str, width: int, **options: Any) -> Mixer:
         The mixer, an `nn.Module`.
 
     Raises:
-        ModelError: the name is not registered.
+        ModelError: the name is not registered, or the mixer has no such option.
     """
     if name not in _builders:
         raise ModelError("unknown mixer", got=repr(name), remedy=did_you_mean(name, list(_builders), or_all=True))
-    return cast(Mixer, _builders[name](width, **options))
+    builder = _builders[name]
+    known = inspect.signature(builder).parameters
+    if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()):
+        for option in options.keys() - known.keys():
+            remedy = did_you_mean(option, [*known][1:], or_all=True)
+            raise ModelError(f"the mixer {name!r} has no such option", got=repr(option), remedy=remedy)
+    return cast(Mixer, builder(width, **options))
