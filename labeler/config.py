@@ -106,8 +106,8 @@ class LabelerConfig:
     batch_size: int = option("images per batch of the teacher", 32, affects="rounding", lowest=1)
     device: str = option("device of the teacher: cpu, cuda or auto", "auto", affects="rounding")
     decoder: str = option(
-        "image decoder; cpu: simplejpeg and PIL; pil: PIL alone, the same pixels; auto: DALI on a GPU if it is installed, "
-        "otherwise cpu, which is faster there",
+        "image decoder; cpu: simplejpeg and PIL; pil: PIL alone, the same pixels; auto: DALI on a GPU if it is "
+        "installed, otherwise cpu, which is faster there",
         "auto",
         affects="rounding",
         choices=DECODERS,

@@ -123,8 +123,8 @@ class LoaderConfig:
     )
     shuffle_window: int = option("tar shards: window of the shuffle, in images", 10_000, affects="values", lowest=1)
     backend: str = option(
-        '"dali", on a GPU or a CPU; "cpu": threads of this process; "pil": its readable twin; "auto": DALI for a GPU if it '
-        'is installed, otherwise "cpu", which is faster there',
+        '"dali", on a GPU or a CPU; "cpu": threads of this process; "pil": its readable twin; "auto": DALI for a GPU '
+        'if it is installed, otherwise "cpu", which is faster there',
         "auto",
         affects="values",
         choices=BACKENDS,

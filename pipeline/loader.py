@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from labeler.base.errors import InputError, MismatchError
+from labeler.base.one_thread import one_thread
 from labeler.base.runtime import pick_device, rank_threads
 from labeler.base.settings import names_that_affect
 from labeler.base.version import __version__
@@ -305,7 +306,8 @@ class TokenLabelLoader:
         """Returns the targets of a batch."""
         if self.row_reader is None or prepared.stored is None:
             return label_targets(labels, self.config.grid[0] * self.config.grid[1])
-        return self.backend.targets(self.row_reader.decode(prepared.stored), prepared.draws)
+        with one_thread() if self.device.type == "cpu" else nullcontext():  # beside those that decode images
+            return self.backend.targets(self.row_reader.decode(prepared.stored), prepared.draws)
 
 
 def _backend(config: LoaderConfig, device: torch.device) -> type[LoaderBackend]:

@@ -1,1 +1,1 @@
-"""The ways to decode, crop and augment the images of batches: DALI, this process's threads, and PIL, their readable twin."""
+"""The ways to decode, crop and augment the images of batches: DALI, threads of this process, and PIL, their twin."""

@@ -1,9 +1,9 @@
 """The fast backend without a GPU: threads of this process decode, crop, resize, augment and normalize image by image.
 
-Ordinary JPEGs are decoded by simplejpeg (`labeler.sources.decoding.jpeg_pixels`) and resized by Numba's kernels, all else
-is done with PIL, as everything is where these two are not installed: the pixels are the same, those of `pil_backend`.
-No operator of torch runs in these threads: each of them would bring OpenMP threads of its own, for which those of a
-training step would wait.
+simplejpeg decodes ordinary JPEGs (`labeler.sources.decoding.jpeg_pixels`), Numba's kernels resize, and PIL does the
+rest, and all where these two are not installed: the pixels are the same, those of `pil_backend`. No operator of torch
+runs in these threads: each of them would bring OpenMP threads of its own, for which those of a training step would
+wait.
 
 Legend: B images; S input side.
 """
@@ -74,12 +74,14 @@ class CpuBackend(PilBackend):
 
     def _resized(self, item: Prepared, i: int) -> np.ndarray:
         """Decodes, crops, resizes and flips image i of a batch; returns uint8 [S, 4·S]: RGBX."""
-        data, size, draws = item.encoded[i], item.sizes[i], item.draws
-        pixels = jpeg_pixels(data, self.orientation)
-        if pixels is None or pixels.shape[:2] != tuple(size.tolist()):  # of another size: PIL's error says so
-            pixels = np.asarray(self.decode(data, item.keys[i], size))
+        data, size, draws = item.encoded[i], tuple(item.sizes[i].tolist()), item.draws
         window = draws.windows[i].tolist()
-        whole = (0, 0, *pixels.shape[:2])
+        # Only where the labeler has decoded the whole image: otherwise any damage is to be noticed.
+        rows = window[2] if self.config.train and self.vouched else None
+        pixels = jpeg_pixels(data, self.orientation, size, rows)
+        if pixels is None:
+            pixels = np.asarray(self.decode(data, item.keys[i], item.sizes[i]))
+        whole = (0, 0, *size)
         seen, box = (window, None) if self.config.train else (whole, window)
         return resize(pixels, self.config.image_size, seen, box, bool(draws.bicubic[i]), bool(draws.hflip[i]))
 

@@ -3,10 +3,10 @@
 Legend: S side of the square output; h×w window of an image that the filter sees.
 
 Pillow sums pixels times weights of 22 fractional bits in 32-bit integers, first along one axis, rounded to bytes, then
-along the other. Integer sums do not depend on their order, so all that has to agree are the weights, and which axis comes
-first. Here the inner loop runs over all rows at once, or all columns, with one weight for all of them, which is what
-vector instructions are made for. That takes the columns of an image one after the other in memory: stripes of rows are
-transposed, with a fourth byte beside each pixel's three, so that a pixel is one number.
+along the other. Integer sums do not depend on their order, so all that has to agree are the weights, and which axis
+comes first. Here the inner loop runs over all rows at once, or all columns, with one weight for all of them, which is
+what vector instructions are made for. That takes the columns of an image one after the other in memory: stripes of rows
+are transposed, with a fourth byte beside each pixel's three, so that a pixel is one number.
 """
 
 # mypy: allow-untyped-defs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from dataclasses import dataclass
 
 from labeler.sources.decoding.pixels import ORIENTATION_TAG, read_orientation
 
@@ -52,50 +53,58 @@ def is_plain_png(data: bytes) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class PlainJpeg:
+    """Where things are in an ordinary JPEG.
+
+    Attributes:
+        exif: Its EXIF segment; empty, at 0, if it has none.
+        height_at: The two bytes with its height.
+        size: Height and width as stored.
+    """
+
+    exif: slice
+    height_at: int
+    size: tuple[int, int]
+
+    def is_upright(self, data: bytes) -> bool:
+        """Whether its EXIF block leaves the image as it is stored."""
+        return not self.exif.stop or _turn(data[self.exif]) == 1
+
+
 def plain_jpeg(data: bytes) -> bytes | None:
     """Returns the bytes of an ordinary JPEG to give to DALI; None for anything else.
 
     Only the orientation is kept of an EXIF block, since DALI and PIL read faulty ones differently.
     """
-    exif = _exif_of_plain_jpeg(data)
-    if exif is None or not exif.stop:
-        return None if exif is None else data
-    return data[: exif.start] + _orientation_alone(data[exif]) + data[exif.stop :]
+    plain = parse_plain_jpeg(data)
+    if plain is None or not plain.exif.stop:
+        return None if plain is None else data
+    return data[: plain.exif.start] + _orientation_alone(data[plain.exif]) + data[plain.exif.stop :]
 
 
-def is_plain_upright_jpeg(data: bytes, orientation: str) -> bool:
-    """Whether a file is an ordinary JPEG whose pixels are stored as they are to be seen.
-
-    Args:
-        data: Bytes of the file.
-        orientation: "exif": rotated images are not; "ignore": how an image is stored is how it is to be seen.
-    """
-    exif = _exif_of_plain_jpeg(data)
-    return exif is not None and (orientation == "ignore" or not exif.stop or _turn(data[exif]) == 1)
-
-
-def _exif_of_plain_jpeg(data: bytes) -> slice | None:
-    """Returns the place of the EXIF block in an ordinary JPEG, empty at 0 if it has none; None for anything else.
+def parse_plain_jpeg(data: bytes) -> PlainJpeg | None:
+    """Finds the parts of an ordinary JPEG; None for anything else.
 
     An ordinary JPEG has 8 bits, is gray or YCbCr, and is complete: it ends with an end marker, without a stray marker
     before it. Other damage is left to the decoder.
     """
     if not data.startswith(START):
         return None
-    offset, framed, exif = len(START), False, slice(0, 0)
+    offset, frame, exif = len(START), 0, slice(0, 0)
     while offset + 4 <= len(data):
         fill, marker, length = data[offset], data[offset + 1], int.from_bytes(data[offset + 2 : offset + 4], "big")
         start, offset = offset, offset + 2 + length
         segment = data[start + 4 : offset]
         if marker == SCAN:
             match = MARKER.search(data, offset)
-            good = framed and match is not None
+            good = bool(frame) and match is not None
             offset = match.start() if match else offset
         elif marker in FRAMES:
-            good = not framed and _is_plain_frame(segment)
-            framed = True
+            good = not frame and _is_plain_frame(segment)
+            frame = start
         elif marker == EXIF and segment.startswith(b"Exif\0\0"):
-            good = not exif.stop and not framed
+            good = not exif.stop and not frame
             exif = slice(start, offset)
         elif marker == ADOBE and segment.startswith(b"Adobe"):
             good = segment[11:12] == YCBCR
@@ -103,7 +112,10 @@ def _exif_of_plain_jpeg(data: bytes) -> slice | None:
             good = marker in OTHERS
         if fill != 0xFF or length < 2 or not good:
             return None
-    return exif if framed and data[offset:] == END else None
+    if not frame or data[offset:] != END:
+        return None
+    at = frame + 5
+    return PlainJpeg(exif, at, (int.from_bytes(data[at : at + 2], "big"), int.from_bytes(data[at + 2 : at + 4], "big")))
 
 
 def _is_plain_frame(segment: bytes) -> bool:
