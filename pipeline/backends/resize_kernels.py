@@ -14,19 +14,28 @@ are transposed, with a fourth byte beside each pixel's three, so that a pixel is
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 
 BITS = 22
 HALF = 1 << (BITS - 1)
 STRIPE = 256  # rows that are transposed at a time: their pixels stay in the second cache
 
 
-def compiled(function):
-    """Compiles a kernel at its first use, or reads it from Numba's folder for machine code if it has one."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # there is no folder to write to
-        return njit(nogil=True)(function)
+PIXELS = types.Array(types.uint8, 2, "C", readonly=True)  # or writable
+BOX = types.UniTuple(types.float32, 4)
+WINDOW = types.UniTuple(types.int64, 4)
+
+
+def compiled(*arguments):
+    """Compiles a kernel for one set of types, or reads it from Numba's folder for machine code if it has one."""
+
+    def decorate(function):
+        try:
+            return njit(types.void(*arguments), nogil=True, cache=True)(function)
+        except RuntimeError:  # there is no folder to write to
+            return njit(types.void(*arguments), nogil=True)(function)
+
+    return decorate
 
 
 @njit(nogil=True)
@@ -151,7 +160,7 @@ def resize_width(rows, top, left, first, count, weights, flip, out):
                 out[s + y, x] = resized[x, y]
 
 
-@compiled
+@compiled(PIXELS, WINDOW, BOX, types.boolean, types.boolean, types.boolean, types.uint32[:, ::1])
 def resize(pixels, window, box, cubic, flip, height_first, out):
     """Resizes a part of an image as Pillow does.
 
@@ -180,7 +189,7 @@ def resize(pixels, window, box, cubic, flip, height_first, out):
         resize_height(short.view(np.uint8), 0, 0, first - first[0], count, weights, out.view(np.uint8))
 
 
-@compiled
+@compiled(PIXELS, types.float32[::1], types.float32[::1], types.float32[:, :, ::1])
 def normalize(pixels, mean, scale, out):
     """Writes (pixel − mean) · scale of RGBX pixels, uint8 [S, 4·S], to float32 out [3, S, S]."""
     for c in range(3):
