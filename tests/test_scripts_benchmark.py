@@ -148,7 +148,9 @@ def test_both_backends_of_the_loader_are_measured_on_a_cpu(monkeypatch, tmp_path
         monkeypatch.setattr(loader_suite, "has_dali", lambda dali=dali: dali)
         found = loader_suite.run(options(tmp_path))
         assert found.cases[0].ours == "loader"
-        assert (loader_suite.BY_DALI in found.cases[0].values) == (loader_suite.BY_DALI in found.growths[0].points) == dali
+        assert (
+            (loader_suite.BY_DALI in found.cases[0].values) == (loader_suite.BY_DALI in found.growths[0].points) == dali
+        )
         assert (loader_suite.BY_DALI in found.left_out) != dali
         assert ("dali" in asked, "auto" in asked) == (dali, True)
         asked.clear()
