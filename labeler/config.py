@@ -11,7 +11,7 @@ from labeler.store.score_code import QUALITIES
 from labeler.teacher.teacher_config import TeacherConfig
 
 PRECISIONS = ("uint8", "float16")
-DECODERS = ("auto", "dali", "pil")
+DECODERS = ("auto", "dali", "cpu", "pil")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class LabelerConfig:
     batch_size: int = option("images per batch of the teacher", 32, affects="rounding", lowest=1)
     device: str = option("device of the teacher: cpu, cuda or auto", "auto", affects="rounding")
     decoder: str = option(
-        "image decoder; auto: DALI on a GPU if it is installed, otherwise PIL, which is faster on a CPU",
+        "image decoder; cpu: simplejpeg and PIL; pil: PIL alone, the same pixels; auto: DALI on a GPU if it is "
+        "installed, otherwise cpu, which is faster there",
         "auto",
         affects="rounding",
         choices=DECODERS,

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from labeler.base.errors import InputError, MismatchError
+from labeler.base.one_thread import one_thread
 from labeler.base.runtime import pick_device, rank_threads
 from labeler.base.settings import names_that_affect
 from labeler.base.version import __version__
-from labeler.sources.decoding.create_decoder import has_dali
+from labeler.sources.decoding.create_decoder import automatic_decoder
 from labeler.store.plan import plain
 from pipeline.augment.draws import DRAWS_VERSION, draw_batch
 from pipeline.augment.erasing import erase
@@ -87,7 +88,7 @@ class TokenLabelLoader:
         if policies is None:
             policies = create_policies(config.auto_augment, config.color_jitter) if config.train else ()
         self.policies = policies
-        backend = _backend(config)
+        backend = _backend(config, self.device)
         self.samples = open_samples(config)
         classes, store = self.samples.classes, self.samples.store
         self.num_classes, self.class_names = classes.count, classes.names
@@ -305,23 +306,26 @@ class TokenLabelLoader:
         """Returns the targets of a batch."""
         if self.row_reader is None or prepared.stored is None:
             return label_targets(labels, self.config.grid[0] * self.config.grid[1])
-        return self.backend.targets(self.row_reader.decode(prepared.stored), prepared.draws)
+        with one_thread() if self.device.type == "cpu" else nullcontext():  # beside those that decode images
+            return self.backend.targets(self.row_reader.decode(prepared.stored), prepared.draws)
 
 
-def _backend(config: LoaderConfig) -> type[LoaderBackend]:
-    """Returns the class of the configured backend."""
-    name = config.backend
-    if name == "auto":
-        name = "dali" if has_dali() else "pil"
+def _backend(config: LoaderConfig, device: torch.device) -> type[LoaderBackend]:
+    """Returns the class of the configured backend, or of the one for the device."""
+    name = automatic_decoder(device.type) if config.backend == "auto" else config.backend
     if name == "pil":
         from pipeline.backends.pil_backend import PilBackend
 
         return PilBackend
+    if name == "cpu":
+        from pipeline.backends.cpu_backend import CpuBackend
+
+        return CpuBackend
     try:
         from pipeline.backends.dali_backend import DaliBackend
     except ImportError as error:
         raise InputError(
-            "DALI cannot be imported", got=str(error), remedy='Install it, or use backend="pil".'
+            "DALI cannot be imported", got=str(error), remedy='Install it, or use backend="cpu".'
         ) from None
     return DaliBackend
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -57,5 +58,10 @@ class Prefetcher(Iterator[T]):
         return item
 
     def close(self) -> None:
-        """Stops the thread, without waiting for it: a garbage-collected generator may call this from any thread."""
+        """Stops the thread, without waiting for it: a garbage-collected generator may call this from any thread.
+
+        A consumer that waits in another thread comes to the end.
+        """
         self._stopped.set()
+        with suppress(queue.Full):  # then it is not waiting
+            self._ready.put_nowait(_END)

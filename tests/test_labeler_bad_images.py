@@ -115,7 +115,7 @@ LISTED = {
 
 
 @pytest.mark.fault(16)
-@pytest.mark.parametrize("decoder", ["dali", "pil"])
+@pytest.mark.parametrize("decoder", ["dali", "cpu", "pil"])
 def test_every_bad_image_is_named_and_every_good_one_labeled(corpus, tmp_path, config, decoder):
     if decoder == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI has no wheel for this platform")

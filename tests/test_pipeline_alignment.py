@@ -155,7 +155,7 @@ def half_a_token(batch: Batch) -> torch.Tensor:
     return mixed(batch, half)
 
 
-@pytest.mark.parametrize("backend", ["dali", "pil"])
+@pytest.mark.parametrize("backend", ["dali", "cpu", "pil"])
 @pytest.mark.parametrize(
     ("name", "geometric", "mix"),
     [("plain", False, "none"), ("plain", True, "image"), ("exif", True, "token"), ("region", True, "image")],

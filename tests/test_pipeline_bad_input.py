@@ -17,7 +17,7 @@ from tiny import encoded, make_images, picture
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, TeacherConfig, label_images
 from pipeline import LoaderConfig, create_loader
 
-BACKENDS = ("dali", "pil")
+BACKENDS = ("dali", "cpu", "pil")
 
 
 @pytest.fixture

@@ -74,10 +74,10 @@ def all_ways_agree(images: Path, folder: Path, config: LabelerConfig) -> list[La
     keys = stores[0].keys
     files = [(images / key).read_bytes() for key in keys]
     ways = {}
-    for name in ("pil", "dali"):
+    for name in ("pil", "cpu", "dali"):
         decode = create_decoder(name, DecodeSettings(SIDE, batch_size=len(files)))
         ways[f"labeler, {name}"] = dict(zip(keys, decode(files).pixels.numpy().astype(float), strict=True))
-    for backend, store in itertools.product(("pil", "dali"), stores):
+    for backend, store in itertools.product(("pil", "cpu", "dali"), stores):
         ways[f"loader, {backend}, {store.path.name}"] = seen_by(settings(images, store.path, backend=backend))
     wrong = [
         f"{key}: {one}, {two}"
@@ -88,7 +88,8 @@ def all_ways_agree(images: Path, folder: Path, config: LabelerConfig) -> list[La
     assert wrong == []
     for seed in range(2):  # the windows that are drawn for training are the same: so must be what they show
         training = settings(images, stores[0].path, train=True, seed=seed, batch_size=1)
-        crops = [seen_by(replace(training, backend=backend)) for backend in ("pil", "dali")]
+        crops = [seen_by(replace(training, backend=backend)) for backend in ("pil", "dali", "cpu")]
+        assert [key for key in keys if (crops[0][key] != crops[2][key]).any()] == []
         assert [key for key in keys if np.abs(crops[0][key] - crops[1][key]).mean() > AGREE] == []
     return stores
 
@@ -126,7 +127,7 @@ def test_without_labels_both_loaders_see_the_same_and_name_the_same_file(good, t
     assert [key for key in shown[0] if np.abs(shown[0][key] - shown[1][key]).mean() > AGREE] == []
     for name, data in bad_files().items():
         alone = write(tmp_path / name, {name: data})
-        for backend in ("pil", "dali"):
+        for backend in ("pil", "cpu", "dali"):
             with pytest.raises(IntegrityError, match=f"/c/{name}' cannot be used"):
                 seen_by(settings(alone, None, backend=backend))
 

@@ -43,7 +43,7 @@ def level_difference(a: Batch, b: Batch, config: LoaderConfig) -> torch.Tensor:
     return ((a.images - b.images).abs() * std * 255).mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("backend", ["dali", "pil"])
+@pytest.mark.parametrize("backend", ["dali", "cpu", "pil"])
 def test_a_batch_holds_what_the_contract_says(settings, backend):
     loader = create_loader(replace(settings, backend=backend, mix="token"))
     batches = list(loader)
@@ -135,7 +135,7 @@ def test_class_folders_can_be_given(settings):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
-@pytest.mark.parametrize("backend", ["dali", "pil"])
+@pytest.mark.parametrize("backend", ["dali", "cpu", "pil"])
 def test_mixing_in_pixels_moves_whole_patches_of_the_partner(settings, batch_size, backend):
     config = replace(settings, batch_size=batch_size, backend=backend)
     boxes = 0
@@ -282,7 +282,7 @@ def test_evaluation_shows_every_image_once_in_order(settings):
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
-@pytest.mark.parametrize("backend", ["dali", "pil"])
+@pytest.mark.parametrize("backend", ["dali", "cpu", "pil"])
 def test_evaluation_is_timms(settings, images, crop_mode, backend):
     from PIL import Image
     from timm.data import create_transform

@@ -56,7 +56,7 @@ def digests_after(config: dict, state: dict) -> list[str]:
     return [digest(batch) for _ in range(2) for batch in loader]
 
 
-@pytest.mark.parametrize("backend", ["dali", "pil"])
+@pytest.mark.parametrize("backend", ["dali", "cpu", "pil"])
 def test_a_new_process_yields_the_remaining_batches_bit_for_bit(settings, backend):
     config = replace(settings, backend=backend)
     loader = create_loader(config)

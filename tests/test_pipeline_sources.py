@@ -46,7 +46,7 @@ def settings(images: Path, store: Path) -> LoaderConfig:
     return LoaderConfig(str(images), str(store), batch_size=4, image_size=32, grid=(4, 4), device="cpu", threads=1)
 
 
-@pytest.mark.parametrize("backend", ["dali", "pil"])
+@pytest.mark.parametrize("backend", ["dali", "cpu", "pil"])
 def test_tar_shards_give_the_folders_batches(settings, images, tmp_path, backend):
     shards = write_tars(tmp_path / "shards", images)
     config = replace(settings, train=False, backend=backend)

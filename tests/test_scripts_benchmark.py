@@ -137,7 +137,23 @@ def test_without_ray_labeling_in_this_process_is_measured(monkeypatch, tmp_path)
 def test_without_dali_the_loader_is_left_out_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setattr(loader_suite, "has_dali", lambda: False)
     monkeypatch.delattr(loader_suite, "_prepare")
-    assert loader_suite.run(options(tmp_path)).left_out == {"all cases": "DALI is not installed"}
+    assert loader_suite.run(options(tmp_path, "cuda")).left_out == {"all cases": "DALI is not installed"}
+
+
+def test_both_backends_of_the_loader_are_measured_on_a_cpu(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(loader_suite, "_prepare", lambda _: loader_suite.Material("images", "store", "labels"))
+    monkeypatch.setattr(loader_suite, "in_own_process", lambda *work, **how: asked.append(how.get("backend")) or 1.0)
+    for dali in (True, False):
+        monkeypatch.setattr(loader_suite, "has_dali", lambda dali=dali: dali)
+        found = loader_suite.run(options(tmp_path))
+        assert found.cases[0].ours == "loader"
+        assert (
+            (loader_suite.BY_DALI in found.cases[0].values) == (loader_suite.BY_DALI in found.growths[0].points) == dali
+        )
+        assert (loader_suite.BY_DALI in found.left_out) != dali
+        assert ("dali" in asked, "auto" in asked) == (dali, True)
+        asked.clear()
 
 
 def test_steps_are_kept_where_training_from_end_to_end_fails(monkeypatch, tmp_path, capsys):

@@ -35,13 +35,25 @@ def test_it_tells_of_the_machine_and_every_part(capsys):
     assert found["packages"]["torch"] == torch.__version__
     assert found["packages"]["timm"] == version("timm")
     assert found["packages"]["h5py"] == version("h5py")
-    assert list(found["packages"]) == ["torch", "torchvision", "timm", "h5py", "ray", "triton", "numba", "nvidia.dali"]
+    assert list(found["packages"]) == [
+        "torch",
+        "torchvision",
+        "timm",
+        "h5py",
+        "ray",
+        "triton",
+        "numba",
+        "simplejpeg",
+        "nvidia.dali",
+    ]
     scan = found["selective scan"]
     assert set(scan) == {"auto", *selective_scan.BACKENDS}
     assert scan["reference"] == scan["cpu"] == "runs"
     assert scan["numba"] == ("runs" if HAS_NUMBA else "does not run: numba is not installed; pip install numba")
     assert found["image loading"]["pil"].startswith("runs")
+    assert found["image loading"]["cpu"].startswith("runs")
     if not torch.cuda.is_available():
+        assert found["image loading"]["auto"] == "cpu"
         assert scan["auto"] == ("numba" if scan["numba"] == "runs" else "cpu")
         assert scan["triton"].startswith("does not run: ")
         assert scan["mamba_ssm"].startswith("does not run: ")

@@ -41,7 +41,7 @@ LEFT_OUT = 3
 EMA = "use the averaged weights, or not (default: the better ones, if the checkpoint records both accuracies)"
 PREDICT = "classify images, and with --map their tokens; unreadable images are reported, and the exit status is 3"
 CSV = "also write a table with timm's columns: filename, and index, label, prob (_0, _1 … if N > 1)"
-BACKENDS = ("auto", "dali", "pil")
+BACKENDS = ("auto", "dali", "cpu", "pil")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,6 +28,7 @@ NEEDED = {
     "ray": "ray",
     "triton": "triton",
     "numba": "numba",
+    "simplejpeg": "simplejpeg",
     "nvidia.dali": "nvidia-dali-cuda130",
 }
 OPTIONAL = {
@@ -52,7 +53,9 @@ def diagnose() -> dict[str, Findings]:
         "packages": _each(_package, NEEDED),
         "gpus": _guarded_section("cuda", _gpus),
         "selective scan": _all({"auto": _automatic_scan}) | _each(_scan, SCANS),
-        "image loading": _all({"auto": _automatic_loader, "pil": _pil_loader, "dali": _dali_loader}),
+        "image loading": _all(
+            {"auto": _automatic_loader, "cpu": _cpu_loader, "pil": _pil_loader, "dali": _dali_loader}
+        ),
         "optional": _each(_optional, OPTIONAL),
     }
 
@@ -195,9 +198,17 @@ def _scan(name: str) -> str:
 
 
 def _automatic_loader() -> str:
-    from labeler.sources.decoding.create_decoder import has_dali
+    from labeler.sources.decoding.create_decoder import automatic_decoder
 
-    return "dali" if has_dali() else "pil"
+    return automatic_decoder(_scan_device())
+
+
+def _cpu_loader() -> str:
+    from labeler.sources.decoding.jpeg_pixels import simplejpeg
+    from pipeline.backends.resize import kernels
+
+    missing = [name for name, found in (("simplejpeg", simplejpeg()), ("numba", kernels())) if found is None]
+    return "runs" + (f", slower than it could: {' and '.join(missing)} cannot be used" if missing else "")
 
 
 def _pil_loader() -> str:
@@ -212,11 +223,11 @@ def _dali_loader() -> str:
     from labeler.sources.decoding.create_decoder import has_dali
 
     if not has_dali():
-        return f"does not run: DALI is not installed; pip install {NEEDED['nvidia.dali']}, or data.backend=pil"
+        return f"does not run: DALI is not installed; pip install {NEEDED['nvidia.dali']}, or data.backend=cpu"
     try:
         import pipeline.backends.dali_backend  # noqa: F401
     except Exception as error:
-        return f"does not run: {_reason(error)}; set data.backend=pil"
+        return f"does not run: {_reason(error)}; set data.backend=cpu"
     return f"runs (on {'GPU' if _scan_device() == 'cuda' else 'CPU'})"
 
 

@@ -19,7 +19,7 @@ from labeler.base.signals import INTERRUPTED
 OURS = ("labeler", "pipeline", "model", "train")
 front_door = ""  # the program name in help texts; empty: `python -m PACKAGE`
 # Import names that a plain install lacks; pyproject.toml has the extras that add them.
-IN_EXTRAS = {"torch", "torchvision", "timm", "safetensors", "ray", "matplotlib", "tensorboardX", "numba"}
+IN_EXTRAS = {"torch", "torchvision", "timm", "safetensors", "ray", "matplotlib", "tensorboardX", "numba", "simplejpeg"}
 BROKEN_PIPE = 141  # the exit status that shells report after SIGPIPE
 
 

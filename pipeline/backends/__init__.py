@@ -1,1 +1,1 @@
-"""The two ways to decode, crop and augment the images of batches: DALI, and PIL as its readable twin."""
+"""The ways to decode, crop and augment the images of batches: DALI, threads of this process, and PIL, their twin."""

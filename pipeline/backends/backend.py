@@ -1,4 +1,4 @@
-"""The interface of the two backends, and the errors for bad images.
+"""The interface of the backends, and the errors for bad images.
 
 Legend: B images; S input side.
 """

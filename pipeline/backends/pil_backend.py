@@ -1,4 +1,4 @@
-"""The readable backend, with PIL and timm's operations: twin of `dali_loader`, and its substitute without DALI.
+"""The readable backend, with PIL and timm's operations: twin of `dali_backend` and `cpu_backend`.
 
 Legend: B images; S input side.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,22 +51,28 @@ class PilBackend(LoaderBackend):
 
     def load_image(self, item: Prepared, i: int) -> np.ndarray:
         """Decodes, crops and augments image i of a batch; returns uint8 [S, S, 3]."""
+        return np.asarray(self.augment(self.view(item, i), item.draws, i))
+
+    def view(self, item: Prepared, i: int) -> Image.Image:
+        """Decodes, crops, resizes and flips image i of a batch."""
         image = self.decode(item.encoded[i], item.keys[i], item.sizes[i])
         draws, side = item.draws, self.config.image_size
         y0, x0, y1, x1 = draws.windows[i].tolist()
         method = Image.Resampling.BICUBIC if draws.bicubic[i] else Image.Resampling.BILINEAR
         if self.config.train:
             image = image.crop((x0, y0, x1, y1)).resize((side, side), method)
-        else:
+        else:  # resized from the whole image, so that the filter sees across the edge of the window
             image = image.resize((side, side), method, box=(x0, y0, x1, y1))
-        if draws.hflip[i]:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws.hflip[i] else image
+
+    def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
+        """Augments image i of a batch."""
         for kernel, amount in zip(draws.kernels[i], draws.amounts[i], strict=True):
             if kernel != policy.KEEP:
                 image = PIL_KERNELS[int(kernel)](image, float(amount))
-        return np.asarray(self.warp(image, draws.affine[i]))
+        return self.warp(image, draws.affine[i])
 
-    def warp(self, image: Any, affine: np.ndarray) -> Any:
+    def warp(self, image: Image.Image, affine: np.ndarray) -> Image.Image:
         """Applies the affine map [2, 3] of an image, with PIL."""
         if (affine == np.eye(2, 3)).all():
             return image

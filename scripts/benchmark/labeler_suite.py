@@ -190,7 +190,7 @@ def _case(options: Options, images: Path, way: str, batch: int, workers: int) ->
         sought=dict.fromkeys(ceilings, 0.85),
         note=note_of(
             f"{options.cores} cores",
-            f"the labeler decodes with {automatic_decoder(options.device).upper()}",
+            f"the labeler's decoder: {automatic_decoder(options.device)}",
             "the bare forward pass reads, codes and writes nothing",
             "the loop, a plain script, gives freed memory back, too" if options.device == "cpu" else "",
         ),

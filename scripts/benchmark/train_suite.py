@@ -25,7 +25,7 @@ import model  # noqa: F401  registers the names
 from labeler import LabelerConfig, TeacherConfig, label_images
 from labeler.base.freed_memory import keep_freed_memory
 from labeler.base.runtime import set_threads
-from labeler.sources.decoding.create_decoder import has_dali
+from labeler.sources.decoding.create_decoder import automatic_decoder, has_dali
 from pipeline.batch import Batch
 from scripts.benchmark.limits import Limits, model_cost, step_limit
 from scripts.benchmark.measure import (
@@ -217,7 +217,7 @@ def end_to_end(options: Options, batch: int) -> Result:
         return Result(left_out={name: str(error)})
     note = note_of(
         f"waiting for data: {100 * max(waits):.1f} % of the time at most",
-        f"images decoded by {'DALI' if has_dali() else 'PIL'}",
+        f"the loader's backend: {automatic_decoder(options.device)}",
         our_scan(options.device),
         KEPT[options.device],
     )

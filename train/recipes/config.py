@@ -102,8 +102,9 @@ class DataConfig(Section):
         "none",
         affects="nothing",
     )
-    backend: Literal["auto", "dali", "pil"] = setting(
-        "decodes and augments images: DALI or PIL; auto: DALI if it is installed",
+    backend: Literal["auto", "dali", "cpu", "pil"] = setting(
+        "decodes and augments images: dali; cpu, threads of this process; pil, its readable twin; auto: DALI for a GPU "
+        "if it is installed, otherwise cpu, which is faster there",
         "auto",
         affects="values",
     )

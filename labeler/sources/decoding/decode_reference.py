@@ -1,4 +1,4 @@
-"""The decoder for CPUs, with PIL: the readable twin of `decode_dali`, and faster without a GPU.
+"""The decoders for CPUs: `cpu`, and its readable twin, with PIL alone. Their pixels are the same, bit for bit.
 
 Legend: B images; S side of the teacher's square input.
 """
@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from labeler.sources.decoding.decoder import Decoded, DecodeSettings, teacher_region
+from labeler.sources.decoding.jpeg_pixels import jpeg_pixels
 from labeler.sources.decoding.pixels import open_rgb
 from labeler.sources.decoding.resize import resize
 
 
 class ReferenceDecoder:
-    """Decodes images one by one, in as many threads as the settings say."""
+    """Decodes images one by one with PIL, in as many threads as the settings say."""
 
     name = "pil"
 
@@ -40,10 +41,25 @@ class ReferenceDecoder:
         """Returns one image [S, S, 3] with its original height and width, or why it cannot be decoded."""
         settings = self.settings
         try:
-            image = open_rgb(data, settings.orientation)
+            pixels = self.decode(data)
         except Exception as error:  # PIL's decoders raise errors of many types
             return f"cannot be decoded: {error}"
-        height, width = image.height, image.width
+        height, width = pixels.shape[:2]
         y0, x0, y1, x1 = teacher_region(height, width, settings.view, settings.crop_pct)
         box = None if settings.view == "full" else (y0 * height, x0 * width, y1 * height, x1 * width)
-        return resize(np.array(image), settings.size, settings.interpolation, box), (height, width)
+        return resize(pixels, settings.size, settings.interpolation, box), (height, width)
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """Returns the pixels of an image, uint8 [height, width, 3]."""
+        return np.array(open_rgb(data, self.settings.orientation))
+
+
+class CpuDecoder(ReferenceDecoder):
+    """Decodes ordinary JPEGs with simplejpeg, and all else with PIL."""
+
+    name = "cpu"
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """Returns the pixels of an image, uint8 [height, width, 3]."""
+        pixels = jpeg_pixels(data, self.settings.orientation)
+        return super().decode(data) if pixels is None else pixels
