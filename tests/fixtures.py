@@ -84,8 +84,8 @@ def drawn(term: dict[str, Any], count: int) -> np.ndarray:
     u, scale = uniforms(term["seed"], term["start"], count), term["scale"]
     if term["kind"] == "uniform":
         return scale * (2 * u - 1)
-    if term["kind"] == "within two deviations":
-        inside = math.erf(math.sqrt(2))  # erf(±√2) = ±0.954: the mass between
+    if term["kind"] in ("within two deviations", "inverted"):  # normal, by the inverse of the distribution function
+        inside = 1.0 if term["kind"] == "inverted" else math.erf(math.sqrt(2))  # erf(±√2) = ±0.954: the mass between
         bounded = torch.from_numpy((2 * inside * u - inside).astype(np.float32)).double()
         return scale * math.sqrt(2) * torch.erfinv(bounded).numpy()
     one, other = u.reshape(-1, 2, 8).swapaxes(0, 1)
@@ -109,7 +109,8 @@ def unpack(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor | Sample]
         start += planes.size
         values = np.ascontiguousarray(planes.reshape(dtype.itemsize, -1).T).reshape(-1).view(dtype)
         if "terms" in facts:
-            values = (values.view("<u4") + predicted(facts["terms"], len(values))).view("<f4")
+            bits = predicted(facts["terms"], math.prod(shape))
+            values = (values.view("<u4") + bits if len(values) else bits).view("<f4")
         tensor = torch.from_numpy(values.copy())
         found[name] = Sample(shape, values=tensor, **facts["sample"]) if "sample" in facts else tensor.view(shape)
         if "wide" in facts:

@@ -204,6 +204,14 @@ def flat_sections(config: TrainConfig) -> dict:
             },
         ),
         ("vim_tiny", {"optimizer.weight_decay": 0.1, "model.drop_path_rate": 0.0, "ema.decay": 0.99996}),
+        (
+            "mila_tiny",
+            {
+                "optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.weight_decay": 0.05,
+                "optimizer.clip_grad": 5.0, "schedule.kind": "cosine", "schedule.epochs": 300,
+                "schedule.warmup_epochs": 20, "run.batch_size": 1024, "model.drop_path_rate": 0.2, "ema.decay": 0.9999,
+            },
+        ),
     ],
 )  # fmt: skip
 def test_recipes_of_papers_have_their_settings(name, expected):

@@ -1,12 +1,14 @@
 """Reads files of weights from timm, Lightning and others: state dicts and safetensors. No code in them is run.
 
-Training scripts write more than weights into their files: arguments as an `argparse.Namespace`, paths, and metrics as
-numpy scalars. These few harmless types are read as plain values; a file with any other type is refused.
+Training scripts write more than weights into their files: arguments as an `argparse.Namespace` or yacs' `CfgNode`,
+paths, and metrics as numpy scalars. These few harmless types are read as plain values; a file with any other type is
+refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import pathlib
 import re
 from collections.abc import Mapping
@@ -66,6 +68,7 @@ def _scalar(dtype: object, data: object = b"") -> Any:
 # As `torch.serialization.safe_globals` takes them: classes, or substitutes with the name in the pickle.
 HARMLESS: list[Any] = [
     argparse.Namespace,
+    (collections.OrderedDict, "yacs.config.CfgNode"),  # settings of Swin's scripts, and of those made from them
     (pathlib.PosixPath, "pathlib.PosixPath"),
     (pathlib.PosixPath, "pathlib._local.PosixPath"),
     (_Dtype, "numpy.dtype"),
