@@ -19,7 +19,7 @@ from train.recipes.overrides import apply_override
 
 log = logging.getLogger("train")
 
-RECIPES = Path(__file__).parent
+RECIPES = Path(__file__).parent / "packaged"
 MAX_BYTES = 1 << 20
 # pydantic's names for types -> plain ones
 PLAIN = {
