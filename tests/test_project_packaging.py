@@ -110,7 +110,8 @@ def test_the_wheel_holds_every_file_of_the_packages():
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert held == ours
-    assert {"labeler/report/report.css", "train/recipes/packaged/demo.toml", *(f"{name}/py.typed" for name in PACKAGES)} <= held
+    data = {"labeler/report/report.css", "train/recipes/packaged/demo.toml"}
+    assert data | {f"{name}/py.typed" for name in PACKAGES} <= held
 
 
 def test_the_workflow_runs_what_ci_runs():
