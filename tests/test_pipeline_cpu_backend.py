@@ -24,6 +24,7 @@ from labeler.sources.decoding.decoder import DecodeSettings
 from labeler.sources.decoding.pixels import open_rgb
 from pipeline import Batch, LoaderConfig, create_loader
 from pipeline.backends import resize as resizing
+from pipeline.backends.batch_memory import BatchMemory
 from pipeline.prefetcher import Prefetcher
 
 needs_simplejpeg = pytest.mark.skipif(jpeg.simplejpeg() is None, reason="simplejpeg is not installed")
@@ -221,6 +222,27 @@ def test_decoding_goes_on_while_a_batch_is_used(settings, monkeypatch):
         time.sleep(0.3)
     assert 2 * 2 <= len(loaded) <= 2 * 4
     assert len(list(batches)) == 5
+
+
+def test_memory_is_used_again_once_no_tensor_has_it():
+    memory = BatchMemory(2)
+    first, second, third = (torch.from_numpy(memory.take((2, 3))) for _ in range(3))
+    assert len({part.data_ptr() for part in (first, second, third)}) == 3  # the third is not kept
+    place = first.data_ptr()
+    view = first[1].numpy()
+    del first
+    assert memory.take((2, 3)).ctypes.data not in (place, second.data_ptr())
+    del view
+    assert memory.take((3, 2)).ctypes.data != place
+    assert memory.take((2, 3)).ctypes.data == place
+
+
+def test_batches_that_are_kept_stay_as_they_are(settings):
+    config = replace(settings, backend="cpu", batch_size=1, prefetch=1)
+    kept = list(create_loader(config))
+    for batch, other in zip(create_loader(config), kept, strict=True):  # each is given back at once
+        assert torch.equal(batch.images, other.images)
+    assert len({batch.images.data_ptr() for batch in kept}) == len(kept) == 12
 
 
 def test_one_thread_is_for_the_caller_alone():

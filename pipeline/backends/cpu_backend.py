@@ -23,6 +23,7 @@ from labeler.store.score_maps import ScoreMaps
 from pipeline.augment import policy
 from pipeline.augment.draws import Draws
 from pipeline.backends.backend import Prepared
+from pipeline.backends.batch_memory import BatchMemory
 from pipeline.backends.pil_backend import PilBackend
 from pipeline.backends.resize import normalize, resize
 from pipeline.prefetcher import Prefetcher
@@ -56,11 +57,11 @@ class CpuBackend(PilBackend):
         self, prepared: Iterator[Prepared], pool: ThreadPoolExecutor
     ) -> Iterator[tuple[Prepared, torch.Tensor, list[Future[None]]]]:
         """Yields each batch with the memory for its images, and what fills it."""
-        side = self.config.image_size
+        side, memory = self.config.image_size, BatchMemory(self.config.prefetch + 4)
         for item in prepared:
-            images = torch.empty(len(item.draws), 3, side, side, dtype=torch.float32, device="cpu")
-            memory = images.numpy()
-            yield item, images, [pool.submit(self._load, item, i, memory[i]) for i in range(len(memory))]
+            images = memory.take((len(item.draws), 3, side, side))
+            loading = [pool.submit(self._load, item, i, images[i]) for i in range(len(images))]
+            yield item, torch.from_numpy(images), loading
 
     def _load(self, item: Prepared, i: int, out: np.ndarray) -> None:
         """Writes image i of a batch, normalized, to float32 [3, S, S]."""
