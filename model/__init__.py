@@ -1,6 +1,6 @@
 """Backbones and their operators. Of the other packages, this one imports `labeler.base` only.
 
-`import model` registers `demansia_*`, `demansia2_*`, `vim_*`, `lvvit_*` and `mila_*` with timm:
+`import model` registers `demansia_*`, `demansia2_*`, `vim_*`, `lvvit_*`, `mila_*` and `mambavision_*` with timm:
 `timm.create_model("demansia_tiny")`.
 """
 
@@ -10,7 +10,7 @@ from labeler.base.errors import BackendError, ModelError
 
 try:
     from model.backbones import demansia, demansia2, lvvit, vim
-    from model.backbones.hierarchical import mila
+    from model.backbones.hierarchical import mambavision, mila
 except ModuleNotFoundError as absent:
     if absent.name not in ("torch", "timm"):
         raise
@@ -22,7 +22,7 @@ from model.families import Family, PublishedWeights, register_family
 from model.mixers import Mixer, create_mixer, register_mixer
 from model.ops import selective_scan
 
-NAMES = tuple(name for family in (demansia, demansia2, vim, lvvit, mila) for name in family.NAMES)
+NAMES = tuple(name for family in (demansia, demansia2, vim, lvvit, mila, mambavision) for name in family.NAMES)
 """The models that this package registers with timm, by the names that `timm.create_model` takes."""
 
 __all__ = [

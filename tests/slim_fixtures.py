@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 WHOLE = 128  # values; a tensor with no more stays whole
 SAMPLED = {"token_targets": 1500}  # values of a sample; 48 elsewhere
 DRAWN = 9000  # values; smaller tensors are not looked for among the draws
-STREAM = 1_000_000  # draws of a seed that are searched
+STREAM = 1_250_000  # draws of a seed that are searched
 LINEAR = 0.02  # standard deviation of a linear layer's initial weights
 TINY = 1e-5  # what rounding leaves of a tensor when its draws are taken away
 # The seeds: of a model's initial weights and its images, and of the noise that was added to the weights.
@@ -33,15 +33,16 @@ SEEDS = {
     "demansia2_micro": (20240606, 17),
     "lvvit_micro": (20240603, 13),
     "mila_micro": (20240604, 15),
+    "mambavision_micro": (20240605, 16),
     "bimamba_mixer": (31,),
     "token_targets": (99,),
     "selective_scan": (),
 }
 # Those whose weights are kept as draws alone, without what rounding left: fewer bytes, and 1e-6 from the original.
-ROUNDED = {"mila_micro": 500}  # values; smaller tensors are not looked for among the draws
+ROUNDED = {"mila_micro": 500, "mambavision_micro": 500}  # values; smaller tensors are not looked for among the draws
 PRESET = 9 | lzma.PRESET_EXTREME
 KEYS = "keys"  # the names and shapes of full-size models, beside the fixtures
-MODELS = ("demansia", "demansia2", "vim", "lvvit", "mlla")  # whose full-size models' names and shapes are kept
+MODELS = ("demansia", "demansia2", "vim", "lvvit", "mlla", "mamba_vision")  # whose names and shapes are kept
 
 
 def kept(fixture: str, name: str) -> str:
@@ -53,7 +54,7 @@ def kept(fixture: str, name: str) -> str:
         return "sample" if last == "out" or (last.startswith("grad_") and last != "grad_out") else "whole"
     if ".rounding." in name or first in ("hard", "target_map", "trap") or name == "loss.values":
         return ""
-    inputs = first in ("sd", "x", "x3", "g", "gamma", "in", "target", "labels") or name in {
+    inputs = first in ("sd", "x", "x_pad", "x3", "g", "gamma", "in", "target", "labels") or name in {
         "loss.output", "loss.aux", "loss.target", "loss.target_hard", "mixer.u",
     }  # fmt: skip
     return "whole" if inputs else "sample"

@@ -325,10 +325,11 @@ def test_it_runs_in_onnxruntime_with_any_batch_and_any_image(tmp_path: Path):
         assert (torch.from_numpy(found) - net(images(*shape))).abs().max() < 1e-4
 
 
-def test_a_run_trains_it_and_another_begins_with_its_weights_at_another_resolution(tmp_path: Path):
+@pytest.mark.parametrize("name", ["mila_nano", "mambavision_nano"])
+def test_a_run_trains_it_and_another_begins_with_its_weights_at_another_resolution(name, tmp_path: Path):
     images, store = tiny_data(tmp_path)
     settings = {
-        "model.name": "mila_nano", "model.args": {"embed_dim": 32, "patch_size": 2}, "model.drop_path_rate": 0.1,
+        "model.name": name, "model.args": {"embed_dim": 32, "patch_size": 2}, "model.drop_path_rate": 0.1,
         "augment.mix": "token", "schedule.steps": 3, "ema.decay": 0.9,
     }  # fmt: skip
     train.fit(tiny_config(images, store, tmp_path / "run", **settings, **{"data.validation": str(images)}))

@@ -67,7 +67,7 @@ def test_no_name_asks_for_trained_weights_by_itself(entry):
 
 def test_all_names_are_registered():
     assert set(NAMES) <= set(timm.list_models())
-    assert len(NAMES) == 19
+    assert len(NAMES) == 27
 
 
 def test_training_gives_both_heads_and_evaluation_one_answer(name):
@@ -253,7 +253,9 @@ def test_the_summary_takes_any_timm_model():
         summarize("test_restnet")
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "convnext_atto", "lvvit_t", "demansia2_tiny", "mila_nano"])
+@pytest.mark.parametrize(
+    "name", ["test_vit", "test_resnet", "convnext_atto", "lvvit_t", "demansia2_tiny", "mila_nano", "mambavision_nano"]
+)
 def test_the_parts_of_the_summary_add_up_to_what_torch_counts(name):
     """Blocks in a list, in a Sequential, and in stages: each multiply-add belongs to one part."""
     cost = summarize(name, (160,)).costs[0]

@@ -11,8 +11,8 @@ NAMES = sorted(path.stem for path in SLIM.glob("*.xz") if not path.name.endswith
 
 def test_all_fixtures_take_at_most_three_megabytes():
     assert sum(path.stat().st_size for path in SLIM.rglob("*") if path.is_file()) < 3_000_000
-    assert len(NAMES) == 8
-    assert {"demansia_tiny", "demansia2_tiny", "vim_base", "lvvit_l", "mlla_t"} <= all_keys().keys()
+    assert len(NAMES) == 9
+    assert {"demansia_tiny", "demansia2_tiny", "vim_base", "lvvit_l", "mlla_t", "mamba_vision_T"} <= all_keys().keys()
     for name in NAMES:
         assert about(name)["source"], name  # every number says which commit of which repository it is from
 

@@ -1,1 +1,1 @@
-"""Backbones of several stages, each on half the grid of the one before it: MILA, and the interface of such models."""
+"""Backbones of several stages, each on half the grid of the one before it: MILA, MambaVision, and their interface."""

@@ -35,17 +35,31 @@ def check_images(images: torch.Tensor, in_chans: int, stride: int) -> None:
 
 
 @torch.fx.wrap
-def mix_cells(x: torch.Tensor, mix: Mix | None, cells: int) -> torch.Tensor:
-    """Swap tokens of x [B, h, w, C] between images; `mix` is on a grid whose tokens are `cells` rows and columns."""
+def mix_cells(
+    x: torch.Tensor, mix: Mix | None, grid: tuple[int, int], cells: int, layout: str = "NHWC"
+) -> torch.Tensor:
+    """Swap tokens of features between images.
+
+    Args:
+        x: [B, ·, ·, C] or, by `layout`, [B, C, ·, ·].
+        mix: box or mask on `grid`; None: no mixing.
+        grid: rows and columns of tokens.
+        cells: rows, and columns, of `x` in a token.
+        layout: "NHWC" or "NCHW".
+
+    Returns:
+        Features of the same shape.
+    """
     if mix is None:
         return x
-    mask = mix_mask(mix, (x.shape[1] // cells, x.shape[2] // cells), x.device)
-    mask = mask.repeat_interleave(cells, 0).repeat_interleave(cells, 1)
-    return mix_tokens(x.permute(0, 3, 1, 2), mask).permute(0, 2, 3, 1)
+    maps = x if layout == "NCHW" else x.permute(0, 3, 1, 2)
+    mask = mix_mask(mix, grid, x.device).repeat_interleave(cells, 0).repeat_interleave(cells, 1)
+    maps = mix_tokens(maps, mask[: maps.shape[2], : maps.shape[3]])
+    return maps if layout == "NCHW" else maps.permute(0, 2, 3, 1)
 
 
 class Stage(Protocol):
-    """Blocks on one grid, then the step to the next stage. A module that is called with [B, ·, ·, C].
+    """Blocks on one grid, then the step to the next stage. A module that is called with features of the model's layout.
 
     Attributes:
         downsample: the step to the next stage; None: there is none.
@@ -56,7 +70,7 @@ class Stage(Protocol):
     grad_checkpointing: bool
 
     def run_blocks(self, x: torch.Tensor) -> torch.Tensor:
-        """The blocks alone: [B, ·, ·, C] -> [B, ·, ·, C]."""
+        """The blocks alone: features to features of the same shape."""
         ...
 
 
@@ -65,21 +79,26 @@ class StageModel(TokenLabelHeads):
 
     The token head, too, reads the last stage: it shares the class head's features, and token labels teach every block.
     Tokens are mixed where the stage begins whose tokens are 16×16 pixels (the last one with smaller tokens, if there is
-    none): four of its tokens for a token twice as wide. Features are [B, h, w, D]. Subclasses set the attributes.
+    none): four of its tokens for a token twice as wide. Features are [B, h, w, D], or [B, D, h, w] with `output_fmt`
+    "NCHW". Subclasses set the attributes.
 
     Attributes:
+        STAGES: name of the attribute that holds the stages, as published.
+        ROUNDS_UP: take images that do not divide into tokens, with a further row and column of tokens for the rest.
+        output_fmt: the layout of features between stages.
         img_size: (height, width) in pixels.
         grid: (h, w) in tokens of the last stage, for images of `img_size`.
         stride: side of a token of the last stage, in pixels.
         in_chans: channels of the images.
         num_features: D.
-        patch_embed: images to the tokens of the first stage, [B, ·, ·, C].
+        patch_embed: images to the tokens of the first stage.
         pos_drop: dropout on them.
-        layers: the stages.
         norm: the norm after the last stage.
         feature_info: timm's description of the stages.
     """
 
+    STAGES = "layers"
+    ROUNDS_UP = False
     output_fmt = "NHWC"
     img_size: tuple[int, int]
     grid: tuple[int, int]
@@ -88,22 +107,35 @@ class StageModel(TokenLabelHeads):
     num_features: int
     patch_embed: nn.Module
     pos_drop: nn.Module
-    layers: nn.ModuleList
     norm: nn.Module
     feature_info: list[dict[str, Any]]
 
+    @property
+    def stages(self) -> nn.ModuleList:
+        """The stages, under their published name `STAGES`."""
+        return cast(nn.ModuleList, getattr(self, self.STAGES))
+
     def _grid_for(self, size: tuple[int, int]) -> tuple[int, int]:
-        check_patches(size, self.stride)
-        return size[0] // self.stride, size[1] // self.stride
+        check_patches(size, 1 if self.ROUNDS_UP else self.stride)
+        return self._cells(size, self.stride)
+
+    @staticmethod
+    def _cells(size: tuple[int, int], pixels: int) -> tuple[int, int]:
+        """Rows and columns of tokens of `pixels` that cover an image of `size`."""
+        return (size[0] + pixels - 1) // pixels, (size[1] + pixels - 1) // pixels
+
+    def _channels_last(self, features: torch.Tensor) -> torch.Tensor:
+        """Features of the model's layout as [B, ·, ·, C]."""
+        return features.permute(0, 2, 3, 1) if self.output_fmt == "NCHW" else features
 
     def grid_of(self, images: torch.Tensor) -> tuple[int, int]:
-        """h, w of the token grid. Raises ModelError unless images are [B, in_chans, ·, ·] of a size that divides."""
-        check_images(images, self.in_chans, self.stride)
-        return images.shape[2] // self.stride, images.shape[3] // self.stride
+        """h, w of the token grid. Raises ModelError unless images are [B, in_chans, ·, ·] of a size that fits."""
+        check_images(images, self.in_chans, 1 if self.ROUNDS_UP else self.stride)
+        return self._cells((images.shape[2], images.shape[3]), self.stride)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, in_chans, height, width] to the input [B, ·, ·, C] of the first stage."""
-        check_images(images, self.in_chans, self.stride)
+        """Images [B, in_chans, height, width] to the input of the first stage."""
+        self.grid_of(images)
         return self.pos_drop(self.patch_embed(images))
 
     def forward_features(self, images: torch.Tensor, mix: Mix | None = None) -> torch.Tensor:
@@ -114,12 +146,13 @@ class StageModel(TokenLabelHeads):
             mix: box or mask [h, w] of the tokens that the images swap; None: no mixing.
 
         Returns:
-            Normalized features [B, h, w, D].
+            Normalized features of the last stage, in the model's layout.
         """
-        x, sides = self.embed(images), [info["reduction"] for info in self.feature_info]
+        grid, x = self.grid_of(images), self.embed(images)
+        sides = [info["reduction"] for info in self.feature_info]
         mixed = max(side for side in sides if side <= MIXED_PIXELS)
-        for stage, side in zip(self.layers, sides, strict=False):
-            x = stage(mix_cells(x, mix, self.stride // side) if side == mixed else x)
+        for stage, side in zip(self.stages, sides, strict=False):
+            x = stage(mix_cells(x, mix, grid, self.stride // side, self.output_fmt) if side == mixed else x)
         return self.norm(x)
 
     def forward_intermediates(
@@ -142,20 +175,21 @@ class StageModel(TokenLabelHeads):
             intermediates_only: return only the list of intermediate features.
 
         Returns:
-            (final features [B, h, w, D], list of intermediate features), or the list alone.
+            (final features, list of intermediate features), or the list alone.
 
         Raises:
             ModelError: an unknown `output_fmt`, or images that do not fit.
         """
         if output_fmt not in LAYOUTS:
             raise ModelError(f"unknown output_fmt: got {output_fmt!r}, expected one of {', '.join(LAYOUTS)}")
-        wanted, last = feature_take_indices(len(self.layers), indices)
-        intermediates, end = [], len(self.layers) - 1
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        intermediates, end = [], len(self.stages) - 1
         x = self.embed(x)
-        for i, stage in enumerate(cast(Iterable[Stage], self.layers)):
+        for i, stage in enumerate(cast(Iterable[Stage], self.stages)):
             x = stage.run_blocks(x)
             if i in wanted:
-                intermediates.append(LAYOUTS[output_fmt](self.norm(x) if norm and i == end else x))
+                features = self._channels_last(self.norm(x) if norm and i == end else x)
+                intermediates.append(LAYOUTS[output_fmt](features))
             if stop_early and i == last:
                 break
             x = x if stage.downsample is None else stage.downsample(x)
@@ -170,33 +204,35 @@ class StageModel(TokenLabelHeads):
 
         Args:
             indices: the stages to keep features of, or how many of the last ones.
-            prune_norm: replace the last norm by Identity.
+            prune_norm: replace the last norm by Identity; so it is where the last stage goes, whose width it has.
             prune_head: remove the heads.
 
         Returns:
             The indices of the stages whose features are kept.
         """
-        wanted, last = feature_take_indices(len(self.layers), indices)
-        self.layers = self.layers[: last + 1]
-        self.layers[last].downsample = None
-        if prune_norm:
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        if prune_norm or last + 1 < len(self.stages):
             self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0)
+        setattr(self, self.STAGES, self.stages[: last + 1])
+        self.stages[last].downsample = None
         return wanted
 
     def pool(self, features: torch.Tensor) -> torch.Tensor:
-        """Pool features [B, h, w, D] for the class head: [B, D], or all of them where `global_pool` is ""."""
-        return features.mean((1, 2)) if self.global_pool == "avg" else features
+        """Pool features for the class head: [B, D], or all of them where `global_pool` is ""."""
+        return self._channels_last(features).mean((1, 2)) if self.global_pool == "avg" else features
 
     def token_logits(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Apply both heads to features [B, h, w, D].
+        """Apply both heads to features of the model's layout.
 
         Returns:
-            Class logits [B, C] and auxiliary logits [B, T, C]; None for the latter without an auxiliary head.
+            Class logits [B, C], or [B, h, w, C] where `global_pool` is "", and auxiliary logits [B, T, C]; None for the
+            latter without an auxiliary head.
         """
-        aux = None if self.aux_head is None else self.aux_head(features.flatten(1, 2))
-        return self.head(self.pool(features)), aux
+        each = self._channels_last(features)
+        aux = None if self.aux_head is None else self.aux_head(each.flatten(1, 2))
+        return self.head(each if self.num_classes and not self.global_pool else self.pool(features)), aux
 
     def get_classifier(self) -> nn.Module:
         """The class head."""
@@ -236,7 +272,7 @@ class StageModel(TokenLabelHeads):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turn activation checkpointing of the blocks on or off."""
-        for stage in self.layers:
+        for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
 
