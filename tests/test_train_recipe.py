@@ -212,6 +212,23 @@ def flat_sections(config: TrainConfig) -> dict:
                 "schedule.warmup_epochs": 20, "run.batch_size": 1024, "model.drop_path_rate": 0.2, "ema.decay": 0.9999,
             },
         ),
+        (
+            "mambavision_tiny",
+            {
+                "optimizer.name": "lamb", "optimizer.lr": 5e-3, "optimizer.weight_decay": 0.05,
+                "optimizer.clip_grad": 5.0, "schedule.kind": "cosine", "schedule.epochs": 300,
+                "schedule.cooldown_epochs": 10, "schedule.warmup_epochs": 20, "schedule.min_lr": 5e-6,
+                "run.batch_size": 4096, "model.drop_path_rate": 0.2,
+            },
+        ),
+        (
+            "mambaout_tiny",
+            {
+                "optimizer.name": "adamw", "optimizer.lr": 4e-3, "optimizer.weight_decay": 0.05,
+                "schedule.kind": "cosine", "schedule.epochs": 300, "schedule.warmup_epochs": 20,
+                "run.batch_size": 4096, "model.drop_path_rate": 0.2, "augment.mix": "image",
+            },
+        ),
     ],
 )  # fmt: skip
 def test_recipes_of_papers_have_their_settings(name, expected):
@@ -220,7 +237,8 @@ def test_recipes_of_papers_have_their_settings(name, expected):
         "erase_prob": 0.25, "erase_mode": "pixel", "mix": "token", "mix_alpha": 1.0,
     }  # fmt: skip
     found = flat(load_recipe(name))
-    expected = {**expected, "loss.smoothing": 0.1, **{f"augment.{key}": value for key, value in augment.items()}}
+    shared = {"loss.smoothing": 0.1, **{f"augment.{key}": value for key, value in augment.items()}}
+    expected = {**shared, **expected}
     assert {key: found[key] for key in expected} == expected
 
 
