@@ -53,8 +53,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_is_near_float32(name, dtype, backend, images):
     """The same rounded weights in float32 tell what the arithmetic in half precision costs."""
-    if name == "demansia2_tiny" and backend == "reference":
-        pytest.skip("step by step, it rounds nothing to half precision")
+    if name == "demansia2_tiny" and backend in ("reference", "triton"):
+        pytest.skip("its scan has no such backend")
     changes = {} if name in ("lvvit_t", "demansia2_tiny") else {"backend": backend}
     if backend == "triton":  # its interpreter is slow
         changes |= {"img_size": 16, "depth": 1}
