@@ -1,8 +1,8 @@
-"""The command line: `python -m train fit | validate | predict | doctor | recipes`.
+"""The command line: `python -m train fit | validate | predict | explain | doctor | recipes`.
 
 Exit status: 0 all done; 1 the run failed half-way (`--resume auto` continues it); 2 bad input or usage; 3 done, but
-some images were left out; 4 stored data or a checkpoint is damaged; 130 interrupted during startup, or in `predict`;
-143 stopped by a signal, with everything saved.
+some images were left out; 4 stored data or a checkpoint is damaged; 130 interrupted during startup, or in `predict` and
+`explain`; 143 stopped by a signal, with everything saved.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from labeler.base.errors import InputError
 from labeler.remote.remote_files import path_or_url
 from train.ranks.rank_errors import first_rank_first
 
-PICTURES = Path("predictions")
+PICTURES, EXPLAINED = Path("predictions"), Path("explained")
 LEFT_OUT = 3
 EMA = "use the averaged weights, or not (default: the better ones, if the checkpoint records both accuracies)"
 PREDICT = "classify images, and with --map their tokens; unreadable images are reported, and the exit status is 3"
+EXPLAIN = "show what a network does inside with images: gates, step sizes, reach and token classes of each layer"
 CSV = "also write a table with timm's columns: filename, and index, label, prob (_0, _1 … if N > 1)"
 BACKENDS = ("auto", "dali", "cpu", "pil")
 
@@ -173,6 +174,37 @@ def _predict(options: argparse.Namespace) -> int:
     return LEFT_OUT if left_out else 0
 
 
+def _explain(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from train.explain.explain import explain
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    done = explain(
+        options.checkpoint,
+        options.images,
+        options.out,
+        ema=options.ema,
+        device=options.device,
+        img_size=options.img_size,
+        crop_pct=options.crop_pct,
+        lines=sys.stdin,
+    )
+    count = left_out = 0
+    say = tqdm.write if sys.stdout.isatty() else print  # not into the bar
+    for one in tqdm(done, desc="images", unit=" images", leave=False, disable=options.quiet):
+        count += 1
+        left_out += one.problem is not None
+        if one.problem is not None:
+            tqdm.write(one.text(), file=sys.stderr)
+        if options.json or one.problem is None:
+            say(json.dumps(asdict(one)) if options.json else one.text())
+        sys.stdout.flush()
+    if left_out:
+        print(f"{left_out:,} of {count:,} images were left out", file=sys.stderr)
+    return LEFT_OUT if left_out else 0
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from train.doctor import diagnose, text
 
@@ -265,7 +297,15 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", type=Path, metavar="DIR", help=f"folder for the pictures of --map ({PICTURES})")
     predict.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
     predict.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    for command in (validate, predict):
+    text = "print one JSON object per line, for each image, with the numbers of each layer"
+    explain = add_command(commands, "explain", _explain, EXPLAIN, text)
+    explain.add_argument("checkpoint", type=Path, help="as for validate; a DeMansia, Vim, MILA or MambaVision network")
+    explain.add_argument("images", nargs="+", metavar="PATH", help="as for predict")
+    text = f"folder for a page per image, with its pictures beside it; for one image also a name.html ({EXPLAINED})"
+    explain.add_argument("--out", type=Path, default=EXPLAINED, metavar="DIR", help=text)
+    explain.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
+    explain.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    for command in (validate, predict, explain):
         command.add_argument(
             "--img-size", type=at_least(1), metavar="N", help="side of the input in pixels (default: as in training)"
         )

@@ -86,12 +86,13 @@ def draw_map(
     return page
 
 
-def picture_names(folder: Path, images: Sequence[ImageFile]) -> Iterator[Path]:
+def picture_names(folder: Path, images: Sequence[ImageFile], suffix: str = ".map.png") -> Iterator[Path]:
     """Choose a file for each image's picture, all different, and none of them one of the images.
 
     Args:
         folder: folder for the pictures; below it they are arranged as the images in the folder that was searched.
         images: the images.
+        suffix: what is put in place of the image's own suffix.
 
     Returns:
         An iterator over the files, in the order of the images.
@@ -107,15 +108,15 @@ def picture_names(folder: Path, images: Sequence[ImageFile]) -> Iterator[Path]:
                 got=f"{printable(folder)!r} below {printable(searched)!r}",
                 remedy="Choose an --out elsewhere: the next run would take the pictures for images.",
             )  # fmt: skip
-    return _names(folder, images)
+    return _names(folder, images, suffix)
 
 
-def _names(folder: Path, images: Sequence[ImageFile]) -> Iterator[Path]:
+def _names(folder: Path, images: Sequence[ImageFile], suffix: str) -> Iterator[Path]:
     taken = {os.path.realpath(image.path) for image in images if not image.folder}
     for image in images:
         key = Path(image.key)
         below = folder / key.parent if image.folder else folder
-        names = (f"{key.stem}{'' if n == 1 else f'-{n}'}.map.png" for n in itertools.count(1))
+        names = (f"{key.stem}{'' if n == 1 else f'-{n}'}{suffix}" for n in itertools.count(1))
         chosen = next(below / name for name in names if os.path.realpath(below / name) not in taken)
         taken.add(os.path.realpath(chosen))
         yield chosen
