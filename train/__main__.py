@@ -1,8 +1,8 @@
 """The command line: `python -m train fit | validate | predict | explain | doctor | recipes`.
 
 Exit status: 0 all done; 1 the run failed half-way (`--resume auto` continues it); 2 bad input or usage; 3 done, but
-some images were left out; 4 stored data or a checkpoint is damaged; 130 interrupted during startup, or in `predict` and
-`explain`; 143 stopped by a signal, with everything saved.
+some images were left out; 4 stored data or a checkpoint is damaged; 130 interrupted before training starts,
+or in another command; 143 stopped by a signal, with everything saved.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ except ImportError:
     raise SystemExit(2) from None
 
 if __name__ == "__main__":
-    end_at_interrupt()  # before the imports, which take seconds
+    end_at_interrupt()  # before the imports, which take seconds; `fit` sets handlers of its own
 
 import argparse
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -143,7 +142,6 @@ def _predict(options: argparse.Namespace) -> int:
 
     if options.out is not None and not options.map:
         raise InputError("--out is the folder for the pictures of --map", remedy="Give both, or neither.")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # an exception, so that `with` removes unfinished files
     predictions = predict(
         options.checkpoint,
         options.images,
@@ -179,7 +177,6 @@ def _explain(options: argparse.Namespace) -> int:
 
     from train.explain.explain import explain
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     done = explain(
         options.checkpoint,
         options.images,

@@ -1,9 +1,9 @@
 """What SIGINT (Ctrl-C) and SIGTERM do, in one place for all programs.
 
-While a program starts, Ctrl-C ends it with one line (`end_at_interrupt`). Python would raise KeyboardInterrupt inside
-whatever is being imported: a long traceback, or an abort where a library's C++ code is interrupted. At that time there
-is nothing to save. Later the labeler stops at once, as its finished shards are safe, and training finishes its step and
-saves (`StopSignals`). Ray replaces handlers when it starts (`handlers_kept`).
+While a program starts, and in commands with nothing to save, Ctrl-C ends it with one line (`end_at_interrupt`). Python
+would raise KeyboardInterrupt inside whatever is running: a long traceback, or an abort where a library's C++ code is
+interrupted. Later the labeler stops at once, as its finished shards are safe, and training finishes its step and saves
+(`StopSignals`). Ray replaces handlers when it starts (`handlers_kept`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 INTERRUPTED = 130  # the exit status that shells report after Ctrl-C
 STOPPED = 143  # the exit status that shells report after SIGTERM: stopped, with everything saved
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+unfinished_files: set[Path] = set()  # of this process, removed when Ctrl-C ends it
 
 
 def end_at_interrupt() -> None:
@@ -28,6 +30,9 @@ def end_at_interrupt() -> None:
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(number, signal.SIG_IGN)
+    for path in list(unfinished_files):
+        with suppress(OSError):
+            path.unlink()
     if os.environ.get("RANK", "0") == "0":
         with suppress(OSError):
             os.write(2, b"\ninterrupted\n" if os.isatty(2) else b"interrupted\n")

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import xxhash
 
 from labeler.base.errors import IntegrityError, LabelingError
+from labeler.base.signals import unfinished_files
 
 TEMPORARY = ".tmp-"
 
@@ -26,15 +27,12 @@ def replace_file(path: Path, data: bytes) -> None:
 @contextmanager
 def text_written_whole(path: Path) -> Iterator[TextIO]:
     """Yields a text file that becomes `path` at the end of the block; if the block raises, `path` is unchanged."""
-    temporary = _temporary_name(path)
-    try:
+    with _temporary_file(path) as temporary:
         with open(temporary, "x", encoding="utf-8", errors="backslashreplace", newline="") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
@@ -64,39 +62,40 @@ def publish_exclusively(path: Path, data: bytes) -> bool:
 def _publish(path: Path, data: bytes, give_name: Callable[[Path, Path], None]) -> None:
     """Writes a temporary file and gives it its name with `os.rename` or `os.link`."""
     for last in (False, False, True):
-        temporary = _write_temporary(path, data)
-        try:
-            give_name(temporary, path)
-            break
-        except FileNotFoundError:
-            # Another run on this store has just finished and cleaned up the folder: write it again.
-            if last:
-                raise
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _temporary_file(path) as temporary:
+            _write(temporary, data)
+            try:
+                give_name(temporary, path)
+                break
+            except FileNotFoundError:
+                # Another run on this store has just finished and cleaned up the folder: write it again.
+                if last:
+                    raise
     sync_folder(path.parent)
 
 
-def _write_temporary(path: Path, data: bytes) -> Path:
-    """Writes `data` to a new temporary file beside `path`, durably, and returns its path."""
-    temporary = _temporary_name(path)
+@contextmanager
+def _temporary_file(path: Path) -> Iterator[Path]:
+    """Yields a name beside `path` for a new file, which is removed at the end of the block or at Ctrl-C."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    unfinished_files.add(temporary)
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(handle, rest) :]
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except BaseException:
+        yield temporary
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
-    return temporary
+        unfinished_files.discard(temporary)
 
 
-def _temporary_name(path: Path) -> Path:
-    return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+def _write(path: Path, data: bytes) -> None:
+    """Writes `data` to a new file, durably."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(handle, rest) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:
