@@ -307,7 +307,7 @@ class TokenLabelLoader:
         if self.row_reader is None or prepared.stored is None:
             return label_targets(labels, self.config.grid[0] * self.config.grid[1])
         with one_thread() if self.device.type == "cpu" else nullcontext():  # beside those that decode images
-            return self.backend.targets(self.row_reader.decode(prepared.stored), prepared.draws)
+            return self.backend.targets(self.row_reader, prepared.stored, prepared.draws)
 
 
 def _backend(config: LoaderConfig, device: torch.device) -> type[LoaderBackend]:

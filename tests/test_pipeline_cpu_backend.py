@@ -45,7 +45,7 @@ def installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """What makes it fast is installed, or not."""
     if request.param != "fast":
         monkeypatch.setattr(jpeg, "simplejpeg", lambda: None)
-        monkeypatch.setattr(resizing, "kernels", lambda: None)
+        monkeypatch.setattr(resizing, "kernels", lambda name: None)
 
 
 def assert_equal(loaded: list[Batch], expected: list[Batch]) -> None:
@@ -146,7 +146,7 @@ def test_the_compiled_resize_is_pillows_bit_for_bit(cubic, side, monkeypatch):
         for flip in (False, True):
             found = resizing.resize(pixels, side, window, box, cubic, flip).reshape(side, side, 4)[..., :3]
             with monkeypatch.context() as patch:
-                patch.setattr(resizing, "kernels", lambda: None)
+                patch.setattr(resizing, "kernels", lambda name: None)
                 expected = resizing.resize(pixels, side, window, box, cubic, flip).reshape(side, side, 4)[..., :3]
             np.testing.assert_array_equal(found, expected, err_msg=f"{window} {box}")
 

@@ -34,7 +34,7 @@ ONE_FILE = {
     "simplejpeg": {"labeler/sources/decoding/jpeg_pixels.py"},
     "triton": {"model/ops/scan_triton_kernels.py", "model/ops/scan_triton.py", "train/loss/loss_triton.py"},
 }
-ROOMS = {"h5py": {"labeler/store/hdf5"}, "numba": {"model/ops/fused_cpu", "pipeline/backends"}}
+ROOMS = {"h5py": {"labeler/store/hdf5"}, "numba": {"model/ops/fused_cpu", "pipeline/compiled"}}
 MOST_FILES = 14
 
 

@@ -205,9 +205,10 @@ def _automatic_loader() -> str:
 
 def _cpu_loader() -> str:
     from labeler.sources.decoding.jpeg_pixels import simplejpeg
-    from pipeline.backends.resize import kernels
+    from pipeline.compiled.available import WITHOUT, kernels
 
-    missing = [name for name, found in (("simplejpeg", simplejpeg()), ("numba", kernels())) if found is None]
+    compiled = None if any(kernels(name) is None for name in WITHOUT) else kernels
+    missing = [name for name, found in (("simplejpeg", simplejpeg()), ("numba", compiled)) if found is None]
     return "runs" + (f", slower than it could: {' and '.join(missing)} cannot be used" if missing else "")
 
 

@@ -14,11 +14,11 @@ import torch
 
 from labeler.base.errors import IntegrityError
 from labeler.sources.decoding.pixels import open_rgb
-from labeler.store.score_maps import ScoreMaps
 from labeler.store.stored_rows import StoredRows
 from pipeline.augment.draws import Draws
 from pipeline.config import LoaderConfig
 from pipeline.samples import unreadable
+from pipeline.targets.row_reader import LabelRowReader
 from pipeline.targets.token_targets import TokenTargets
 
 if TYPE_CHECKING:
@@ -98,9 +98,9 @@ class LoaderBackend:
         """Normalizes uint8 [B, 3, S, S] to float32."""
         return torch.sub(pixels, self._mean).mul_(self._scale)
 
-    def targets(self, maps: ScoreMaps, draws: Draws) -> TokenTargets:
-        """Crops maps to the views of the images."""
-        raise NotImplementedError
+    def targets(self, reader: LabelRowReader, rows: StoredRows, draws: Draws) -> TokenTargets:
+        """Crops rows to the views of the images."""
+        return reader.crop(rows, draws.views, self.config.grid)
 
 
 def decoding_failed(batches: Iterable[Prepared], error: Exception) -> IntegrityError:

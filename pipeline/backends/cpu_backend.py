@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from labeler.sources.decoding.jpeg_pixels import jpeg_pixels
-from labeler.store.score_maps import ScoreMaps
+from labeler.store.stored_rows import StoredRows
 from pipeline.augment import policy
 from pipeline.augment.draws import Draws
 from pipeline.backends.backend import Prepared
@@ -27,7 +27,7 @@ from pipeline.backends.batch_memory import BatchMemory
 from pipeline.backends.pil_backend import PilBackend
 from pipeline.backends.resize import normalize, resize
 from pipeline.prefetcher import Prefetcher
-from pipeline.targets.crop_score_maps import crop_score_maps
+from pipeline.targets.row_reader import LabelRowReader
 from pipeline.targets.token_targets import TokenTargets
 
 
@@ -86,6 +86,6 @@ class CpuBackend(PilBackend):
         seen, box = (window, None) if self.config.train else (whole, window)
         return resize(pixels, self.config.image_size, seen, box, bool(draws.bicubic[i]), bool(draws.hflip[i]))
 
-    def targets(self, maps: ScoreMaps, draws: Draws) -> TokenTargets:
-        """Crops maps to the views of the images."""
-        return crop_score_maps(maps, draws.views.boxes, self.config.grid, affine=draws.views.affine)
+    def targets(self, reader: LabelRowReader, rows: StoredRows, draws: Draws) -> TokenTargets:
+        """Crops rows to the views of the images."""
+        return reader.crop(rows, draws.views, self.config.grid)

@@ -22,13 +22,10 @@ from nvidia.dali import fn, pipeline_def, types
 
 from labeler.sources.decoding.pixels import as_ppm
 from labeler.sources.decoding.plain_files import plain_file
-from labeler.store.score_maps import ScoreMaps
 from pipeline.augment.draws import Draws
 from pipeline.augment.kernels import apply_kernels, warp
 from pipeline.backends.backend import LoaderBackend, Prepared, decoding_failed
 from pipeline.config import LoaderConfig
-from pipeline.targets.crop_score_maps import crop_score_maps
-from pipeline.targets.token_targets import TokenTargets
 
 log = logging.getLogger("pipeline")
 
@@ -181,7 +178,3 @@ class DaliBackend(LoaderBackend):
             index = torch.from_numpy(warped).to(images.device)
             images[index] = warp(images[index], torch.from_numpy(draws.affine[warped]), self.fill)
         return images
-
-    def targets(self, maps: ScoreMaps, draws: Draws) -> TokenTargets:
-        """Crops maps to the views of the images."""
-        return crop_score_maps(maps, draws.views.boxes, self.config.grid, affine=draws.views.affine)

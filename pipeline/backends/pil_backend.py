@@ -13,11 +13,12 @@ import torch
 from PIL import Image, ImageFilter
 from timm.data import auto_augment as timm_ops
 
-from labeler.store.score_maps import ScoreMaps
+from labeler.store.stored_rows import StoredRows
 from pipeline.augment import policy
 from pipeline.augment.draws import Draws
 from pipeline.backends.backend import LoaderBackend, Prepared
 from pipeline.targets.crop_reference import crop_one_by_one
+from pipeline.targets.row_reader import LabelRowReader
 from pipeline.targets.token_targets import TokenTargets
 
 PIL_KERNELS = {
@@ -86,6 +87,6 @@ class PilBackend(LoaderBackend):
             fillcolor=self.fill,
         )
 
-    def targets(self, maps: ScoreMaps, draws: Draws) -> TokenTargets:
-        """Crops maps to the views of the images."""
-        return crop_one_by_one(maps, draws.views, self.config.grid)
+    def targets(self, reader: LabelRowReader, rows: StoredRows, draws: Draws) -> TokenTargets:
+        """Crops rows to the views of the images, one at a time."""
+        return crop_one_by_one(reader.decode(rows), draws.views, self.config.grid)

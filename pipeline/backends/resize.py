@@ -6,16 +6,13 @@ Both ways give the same bytes. Legend: S side of the square output.
 from __future__ import annotations
 
 import functools
-import importlib
-import logging
 from collections.abc import Sequence
-from types import ModuleType
 
 import numpy as np
 import PIL
 from PIL import Image
 
-log = logging.getLogger("pipeline")
+from pipeline.compiled.available import kernels
 
 # From this version on Pillow resizes the height first where that saves work.
 CHOOSES_ORDER = 13
@@ -40,7 +37,7 @@ def resize(
     y0, x0, y1, x1 = window
     height, width = y1 - y0, x1 - x0
     box = box or (0, 0, height, width)
-    compiled = kernels()
+    compiled = kernels("resize_kernels")
     if compiled is None:
         return _by_pillow(pixels[y0:y1, x0:x1], side, box, cubic, flip)
     # Pillow's own rule, and what it costs to break it is a rounding in many pixels.
@@ -61,7 +58,7 @@ def normalize(pixels: np.ndarray, mean: np.ndarray, scale: np.ndarray, out: np.n
         scale: float32 [3].
         out: float32 [3, S, S].
     """
-    compiled = kernels()
+    compiled = kernels("resize_kernels")
     if compiled is not None:
         compiled.normalize(pixels, mean, scale, out)
         return
@@ -83,13 +80,3 @@ def _by_pillow(pixels: np.ndarray, side: int, box: Sequence[float], cubic: bool,
 def _pillow() -> int:
     """Returns the major version of Pillow."""
     return int(PIL.__version__.split(".")[0])
-
-
-@functools.cache
-def kernels() -> ModuleType | None:
-    """Returns the compiled kernels; None, with a line in the log, if Numba cannot be used."""
-    try:
-        return importlib.import_module("pipeline.backends.resize_kernels")
-    except Exception as error:  # Numba refuses a numpy that it does not know, for one
-        log.warning("images are resized by Pillow, which takes three times as long: Numba cannot be used (%s)", error)
-        return None

@@ -1,6 +1,6 @@
-"""Label rows: read as they are stored, ahead of time, and decoded on the device.
+"""Label rows: read as they are stored, ahead of time, and decoded and cropped on the device.
 
-Legend: B rows.
+Legend: B rows; h×w token grid.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import torch
 from labeler.store.label_store import LabelStore
 from labeler.store.score_maps import ScoreMaps
 from labeler.store.stored_rows import StoredRows
+from pipeline.geometry import Views
+from pipeline.targets.crop_stored_rows import crop_stored_rows
+from pipeline.targets.token_targets import TokenTargets
 
 
 class LabelRowReader:
@@ -34,3 +37,7 @@ class LabelRowReader:
     def decode(self, rows: StoredRows) -> ScoreMaps:
         """Decodes rows to maps of B images on the device."""
         return rows.to(self.device).maps(self.store.code, self.store.meta.num_classes)
+
+    def crop(self, rows: StoredRows, views: Views, grid: tuple[int, int]) -> TokenTargets:
+        """Crops rows to the token grid h, w as the views of their images show them."""
+        return crop_stored_rows(rows.to(self.device), self.store.code, self.store.meta.num_classes, views, grid)

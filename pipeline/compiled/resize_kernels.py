@@ -16,6 +16,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, types
 
+from pipeline.compiled.compile import compiled
+
 BITS = 22
 HALF = 1 << (BITS - 1)
 STRIPE = 256  # rows that are transposed at a time: their pixels stay in the second cache
@@ -24,18 +26,6 @@ STRIPE = 256  # rows that are transposed at a time: their pixels stay in the sec
 PIXELS = types.Array(types.uint8, 2, "C", readonly=True)  # or writable
 BOX = types.UniTuple(types.float32, 4)
 WINDOW = types.UniTuple(types.int64, 4)
-
-
-def compiled(*arguments):
-    """Compiles a kernel for one set of types, or reads it from Numba's folder for machine code if it has one."""
-
-    def decorate(function):
-        try:
-            return njit(types.void(*arguments), nogil=True, cache=True)(function)
-        except RuntimeError:  # there is no folder to write to
-            return njit(types.void(*arguments), nogil=True)(function)
-
-    return decorate
 
 
 @njit(nogil=True)
