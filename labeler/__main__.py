@@ -25,11 +25,11 @@ from labeler.base.command_line import OneLineParser, add_command, at_least, pars
 from labeler.base.settings import add_flags, settings_of
 from labeler.base.signals import STOP_SIGNALS, STOPPED
 from labeler.config import LabelerConfig
-from labeler.remote.remote_files import local_path, path_or_url
+from labeler.remote.urls import local_path, path_or_url
 from labeler.teacher.teacher_config import TeacherConfig
 
 if TYPE_CHECKING:
-    from labeler.audit import Audit
+    from labeler.checks.audit import Audit
 
 QUARANTINED = 3
 
@@ -89,7 +89,7 @@ def _label(options: argparse.Namespace) -> int:
 
 def _audit_of_labels(options: argparse.Namespace) -> Audit:
     """Audits the new labels with the teacher that this command names, whatever the store says about its teacher."""
-    from labeler.audit import audit_labels
+    from labeler.checks.audit import audit_labels
     from labeler.store.label_store import LabelStore
 
     # The workers of a cluster may have a device that this machine lacks.
@@ -102,7 +102,7 @@ def _audit_of_labels(options: argparse.Namespace) -> Audit:
 
 def _verify(options: argparse.Namespace) -> int:
     """Runs `verify`."""
-    from labeler.verify import verify_store
+    from labeler.checks.verify import verify_store
 
     result = verify_store(
         options.store,

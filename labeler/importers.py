@@ -20,7 +20,8 @@ import torch
 from labeler.base.errors import InputError
 from labeler.base.plain_tensors import load_plain
 from labeler.config import LabelerConfig
-from labeler.run import default_shard_size, make_task
+from labeler.make_plan import default_shard_size
+from labeler.run import make_task
 from labeler.sources.class_names import name_classes, true_classes
 from labeler.sources.decoding.create_decoder import create_decoder
 from labeler.sources.decoding.decoder import Decoder, DecodeSettings, teacher_region

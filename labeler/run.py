@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from labeler.base.errors import IntegrityError, LabelingError
-from labeler.base.settings import names_that_affect
-from labeler.choose_encoding import asked_encoding, fit_encoding
 from labeler.config import LabelerConfig
 from labeler.executor import refuse_absent_ray, run_in_process, run_on_ray
 from labeler.fit_head import with_head
-from labeler.sources.class_names import classes_as_before, name_classes, own_names, true_classes
+from labeler.make_plan import encoding_of, make_plan, plan_of_part
+from labeler.sources.class_names import own_names, true_classes
 from labeler.sources.image_source import ImageSource
 from labeler.sources.open_source import open_source
 from labeler.store.foreign_store import remember_written
@@ -33,22 +30,19 @@ from labeler.store.parts.extend_store import (
     refuse_unlabeled,
 )
 from labeler.store.parts.find_parts import store_bytes
-from labeler.store.parts.join_parts import refuse_other_part
 from labeler.store.parts.same_images import LabeledImages, refuse_other_images
-from labeler.store.plan import Plan, load_plan, plan_of
-from labeler.store.score_code import Encoding, code_table, share_of_reference
+from labeler.store.plan import Plan, load_plan
+from labeler.store.score_code import share_of_reference
 from labeler.store.shard_markers import Marker
 from labeler.store.shard_writer import begin_store, committed_shards, finish_store
 from labeler.worker import LabelingJob, ShardTask
 
 if TYPE_CHECKING:
-    from labeler.teacher.create_teacher import TeacherInfo
     from labeler.teacher.linear_head import HeadFit
 
 log = logging.getLogger("labeler")
 
 ENOUGH = 20  # images of known class that are needed to compare agreement with chance
-MIN_SHARD_SIZE, MAX_SHARD_SIZE = 256, 10_000
 
 
 @dataclass(frozen=True)
@@ -145,13 +139,13 @@ def _label_pieces(
     settled = _with_autocast(config, device, bool(elsewhere))
     # Built here once, so that a wrong teacher is reported before any worker starts.
     teacher = create_teacher(settled.teacher, "cpu" if config.workers else device)
-    encoding = _encoding(source, settled, here, begun)
+    encoding = encoding_of(source, settled, here, begun)
     labeled, seconds = 0, 0.0
     for piece in pieces:
         if piece.like is None:
             plan = make_plan(source, teacher.info, settled, encoding, begun, teacher.class_names)
         else:
-            plan = _plan_of_part(piece, piece.like, source, teacher.info, settled, encoding)
+            plan = plan_of_part(piece, piece.like, source, teacher.info, settled, encoding)
         try:
             if head is not None and piece.number:
                 keep_head(store, piece.folder)
@@ -166,21 +160,6 @@ def _label_pieces(
             continue
         labeled, seconds = labeled + rows, seconds + duration
     return labeled, seconds, head
-
-
-def _plan_of_part(
-    piece: Piece, like: Plan, source: ImageSource, info: TeacherInfo, config: LabelerConfig, encoding: Encoding
-) -> Plan:
-    """Returns the plan of a part of a store; `like`: the store's plan. Raises MismatchError if settings differ."""
-    classes = classes_as_before(
-        source, like.meta.class_names, like.class_folders, like.meta.num_classes, config.class_names
-    )
-    if piece.number == 0:  # each part was begun with its own
-        config = replace(config, shard_size=None)
-    plan = make_plan(piece.images, info, config, encoding, piece.begun, classes=classes)
-    refuse_other_part(piece.folder.parent, like, piece.folder, plan)
-    recorded = like if piece.begun is None else piece.begun
-    return replace(plan, settings={**plan.settings, "from_list": recorded.settings.get("from_list", False)})
 
 
 def _label_piece(
@@ -248,73 +227,6 @@ def _with_autocast(config: LabelerConfig, device: str, elsewhere: bool) -> Label
     wanted, unseen = config.teacher.autocast, elsewhere and device.startswith("cuda")
     autocast = "bfloat16" if wanted == "auto" and unseen else pick_precision(wanted, torch.device(device))
     return replace(config, teacher=replace(config.teacher, autocast=autocast))
-
-
-def _encoding(images: ImageSource, config: LabelerConfig, device: str, begun: Plan | None) -> Encoding:
-    """Returns the encoding of the settings, or the one that fits `bytes_per_image`."""
-    if config.bytes_per_image is None:
-        return asked_encoding(config)
-    if begun is not None and begun.settings.get("bytes_per_image") == config.bytes_per_image:
-        return begun.encoding  # as it was chosen before the first shard
-    return fit_encoding(config, images, device)
-
-
-def make_plan(
-    images: ImageSource,
-    info: TeacherInfo,
-    config: LabelerConfig,
-    encoding: Encoding,
-    begun: Plan | None,
-    class_names: tuple[str, ...] = (),
-    classes: tuple[tuple[str, ...], Mapping[str, int]] | None = None,
-) -> Plan:
-    """Returns the plan for these settings. The shard size of an existing store is kept unless one is set.
-
-    `class_names` are those that the teacher has; `classes` are names and folders that are settled already.
-    """
-    names, folders = classes or name_classes(images, info.num_classes, config.class_names, class_names)
-    size = config.shard_size or (begun.shard_size if begun else default_shard_size(len(images)))
-    coded = encoding.precision == "uint8"
-    palette, tail = encoding.places(info.num_classes)
-    settings = {name: getattr(config, name) for name in sorted(names_that_affect(LabelerConfig, "values"))}
-    settings |= {"from_list": config.image_list is not None}
-    if coded:
-        settings |= {"levels": encoding.levels, "threshold": encoding.threshold}
-    return plan_of(
-        images,
-        folders,
-        settings,
-        size,
-        tuple(code_table(encoding.levels).tolist()) if coded else (),
-        num_classes=info.num_classes,
-        class_names=names,
-        palette=palette,
-        tail=tail,
-        grid=info.grid,
-        score_kind="logprob",
-        precision=config.precision,
-        orientation=config.orientation,
-        teacher=teacher_record(info, config),
-    )
-
-
-def default_shard_size(images: int) -> int:
-    """Returns the images per shard for about 64 shards, an even load for workers; from 256 to 10,000."""
-    return min(MAX_SHARD_SIZE, max(MIN_SHARD_SIZE, math.ceil(images / 64)))
-
-
-def teacher_record(info: TeacherInfo, config: LabelerConfig) -> dict[str, Any]:
-    """Returns what a store records of its teacher: enough to compare two teachers, and to build it again."""
-    record = dataclasses.asdict(info)
-    record.update(view=config.teacher.view, checkpoint=config.teacher.checkpoint)
-    record.update(random_weights=config.teacher.random_weights)
-    if config.teacher.ema is not None:
-        record.update(ema=config.teacher.ema)
-    if config.teacher.head is not None:
-        from labeler.teacher.linear_head import head_record
-
-        record.update(head=head_record(config.teacher.head))
-    return record
 
 
 def make_task(plan: Plan, images: ImageSource, targets: np.ndarray, shard: int) -> ShardTask:

@@ -31,7 +31,7 @@ from pathlib import Path
 from labeler.base.command_line import OneLineParser, add_command, parser_of_command, program, run_command
 from labeler.base.errors import InputError
 from labeler.base.whole_files import replace_file
-from labeler.remote.remote_files import path_or_url
+from labeler.remote.urls import path_or_url
 from pipeline.config import BACKENDS, MIXES, LoaderConfig
 
 

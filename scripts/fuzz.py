@@ -88,8 +88,8 @@ class StoreTarget:
         self.structures = hdf5_structures(self.clean[self.shard])
 
     def run_one(self) -> str:
+        from labeler.checks.verify import verify_store
         from labeler.store.label_store import LabelStore
-        from labeler.verify import verify_store
 
         name, data = self.last = self._input()
         try:

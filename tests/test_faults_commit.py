@@ -28,8 +28,8 @@ from labeling_runs import (
 
 from labeler import IntegrityError, LabelerConfig, LabelingError, LabelStore, label_images
 from labeler.__main__ import main
+from labeler.checks.verify import verify_store
 from labeler.store.shard_markers import check_file, read_marker
-from labeler.verify import verify_store
 
 SHARD = "shard-00001-of-00003"
 

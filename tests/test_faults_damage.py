@@ -16,7 +16,7 @@ from labeling_runs import assert_undisturbed, state
 from tiny import encoded, picture
 
 from labeler import IntegrityError, LabelStore, MismatchError, TeacherConfig, TokenLabelError, label_images
-from labeler.verify import verify_store
+from labeler.checks.verify import verify_store
 
 
 def shards_of(store: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from tiny import encoded, make_images, picture
 
 from labeler import InputError, LabelingError, LabelStore, label_images
 from labeler.__main__ import main
-from labeler.verify import verify_store
+from labeler.checks.verify import verify_store
 
 READ_ONLY, BIND, REMOUNT = 1, 1 << 12, 1 << 5  # flags of mount(2)
 ODD = os.fsdecode(b"two words\nand caf\xe9")

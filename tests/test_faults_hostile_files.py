@@ -29,11 +29,11 @@ from labeler.__main__ import main
 from labeler.base.errors import ModelError
 from labeler.base.plain_tensors import load_plain
 from labeler.base.whole_files import sealed
+from labeler.checks.verify import verify_store
 from labeler.importers import read_map
 from labeler.sources.image_source import BadImage
 from labeler.store.hdf5.read_shard import ShardReader
 from labeler.teacher.weights import read_checkpoint
-from labeler.verify import verify_store
 from model.checkpoints import load_reference_checkpoint
 from scripts.fuzz import StoreTarget, hdf5_structures, lookup3
 from train.network import restore_network

@@ -38,7 +38,7 @@ from labeling_runs import (
 from tiny import make_images
 
 from labeler import LabelerConfig, LabelingError, LabelStore, TeacherConfig, label_images
-from labeler.verify import verify_store
+from labeler.checks.verify import verify_store
 
 
 def on_ray(config: LabelerConfig, **changes: object) -> LabelerConfig:

@@ -14,10 +14,10 @@ from tiny import GRID, SIDE, ColourTeacher
 
 from labeler import InputError, LabelStore, ScoreMaps, TeacherConfig, label_images
 from labeler.__main__ import main
-from labeler.audit import SHARES, audit_labels, audit_store
-from labeler.audit_errors import crop_outputs, crop_scores, errors_of, fractions, kl, random_windows
 from labeler.base.whole_files import read_sealed, sealed
-from labeler.relabel import teacher_of
+from labeler.checks.audit import SHARES, audit_labels, audit_store
+from labeler.checks.audit_errors import crop_outputs, crop_scores, errors_of, fractions, kl, random_windows
+from labeler.checks.relabel import teacher_of
 
 
 class OneSided(ColourTeacher):

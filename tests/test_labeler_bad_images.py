@@ -17,12 +17,12 @@ from PIL import Image
 from tiny import ColourTeacher, encoded, make_images, picture
 
 from labeler import InputError, LabelStore, TeacherConfig, TeacherError, label_images
+from labeler.checks.verify import verify_store
 from labeler.sources.decoding.check_header import check_header
 from labeler.sources.decoding.create_decoder import create_decoder
 from labeler.sources.decoding.decoder import DecodeSettings, teacher_region
 from labeler.sources.folder_source import find_images
 from labeler.sources.image_source import BadImage, image_digest
-from labeler.verify import verify_store
 
 PICTURE = picture(7, 48, 64)
 

@@ -65,7 +65,7 @@ def test_a_run_that_goes_on_keeps_what_was_picked_and_refuses_other_bytes(images
     def again(*_: object) -> None:
         raise AssertionError("the sample was drawn again")
 
-    monkeypatch.setattr("labeler.run.fit_encoding", again)
+    monkeypatch.setattr("labeler.make_plan.fit_encoding", again)
     assert label_images(images, tmp_path / "labels", config).labeled_now == 0
     monkeypatch.undo()
     with pytest.raises(MismatchError, match="bytes_per_image 160, the store has 150"):

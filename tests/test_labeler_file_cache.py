@@ -14,7 +14,8 @@ import pytest
 
 from labeler import InputError, IntegrityError
 from labeler.remote.file_cache import FileCache
-from labeler.remote.remote_files import FileIdentity, RemoteFolder
+from labeler.remote.file_systems import FileIdentity
+from labeler.remote.remote_files import RemoteFolder
 
 
 @pytest.fixture

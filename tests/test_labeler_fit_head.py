@@ -28,6 +28,7 @@ from labeler import (
     label_images,
 )
 from labeler.__main__ import main
+from labeler.checks.verify import verify_store
 from labeler.fit_head import lowest_accuracy
 from labeler.share.pull_store import pull_store
 from labeler.share.push_store import push_store
@@ -37,7 +38,6 @@ from labeler.store.plan import HEAD_FILE
 from labeler.teacher.create_teacher import create_frozen
 from labeler.teacher.fit_linear import STRENGTHS, _Problem, evaluate, fit_linear
 from labeler.teacher.linear_head import HeadFit, read_head
-from labeler.verify import verify_store
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
 WORK = {"decoder": "pil", "threads": 1, "progress": False, "batch_size": 8, "shard_size": 8}

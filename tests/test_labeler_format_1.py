@@ -13,10 +13,10 @@ import torch
 from tiny import colour_teacher
 
 from labeler import LabelStore, MismatchError, label_images
+from labeler.checks.verify import verify_store
 from labeler.report.page import write_report
 from labeler.sources.decoding.decode_reference import ReferenceDecoder
 from labeler.sources.decoding.decoder import DecodeSettings
-from labeler.verify import verify_store
 from pipeline import LoaderConfig, create_loader
 from pipeline.targets.row_reader import LabelRowReader
 

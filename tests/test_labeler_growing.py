@@ -25,13 +25,13 @@ from tiny_runs import tiny_config
 
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, TeacherConfig, label_images
 from labeler.__main__ import main
+from labeler.checks.verify import verify_store
 from labeler.remote.remote_files import RemoteFolder
 from labeler.share.pull_store import pull_store
 from labeler.share.push_store import push_store
 from labeler.store.parts import extend_store
 from labeler.store.parts.find_parts import store_files
 from labeler.store.parts.merge_stores import merge_stores
-from labeler.verify import verify_store
 from pipeline import LoaderConfig, create_loader
 
 COLUMNS = ("classes", "tail_classes", "tail_offsets", "region", "image_size", "target", "image_digest", "checksum")

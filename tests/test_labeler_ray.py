@@ -11,8 +11,8 @@ import pytest
 from labeling_runs import command, equal, start, wait_for_markers
 
 from labeler import LabelerConfig, LabelingError, LabelStore, TeacherConfig, TeacherError, executor, label_images
+from labeler.checks.verify import verify_store
 from labeler.sources.image_source import ImageSource
-from labeler.verify import verify_store
 from labeler.worker import ShardResult, ShardTask
 
 

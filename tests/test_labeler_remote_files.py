@@ -16,9 +16,10 @@ from remote_servers import FlakyServer, flaky_server, needs_http, needs_s3, s3_s
 
 from labeler import InputError, IntegrityError
 from labeler.base.errors import RemoteError
-from labeler.remote import remote_files
+from labeler.remote import file_systems, remote_files
 from labeler.remote.failures import NotThere, Patience
-from labeler.remote.remote_files import RemoteFolder, is_url, path_or_url, split_url
+from labeler.remote.remote_files import RemoteFolder
+from labeler.remote.urls import is_url, path_or_url, split_url
 
 QUICK = Patience(tries=4, seconds=20, first=0.01, longest=0.05)
 DATA = bytes(range(256)) * 40
@@ -117,7 +118,7 @@ def test_nothing_half_written_is_seen_in_a_plain_folder(tmp_path, monkeypatch, e
     def no_name(source, target):
         raise OSError(5, "the cable is out")
 
-    monkeypatch.setattr(*((remote_files, "_write", half) if ends == "in the middle" else (os, "replace", no_name)))
+    monkeypatch.setattr(*((file_systems, "write", half) if ends == "in the middle" else (os, "replace", no_name)))
     with pytest.raises(RemoteError, match="the cable is out"):
         remote.put("one.bin", b"new" * 1000)
     assert [path.name for path in (tmp_path / "remote").iterdir()] == ["one.bin"]

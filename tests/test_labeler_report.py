@@ -349,7 +349,7 @@ def test_an_audit_stands_on_the_page_with_what_more_bytes_would_buy(sparse, imag
 
 
 def test_points_of_the_cost_chart_are_measured(sparse, images, tmp_path):
-    from labeler.audit import audit_labels
+    from labeler.checks.audit import audit_labels
 
     labels = LabelStore(sparse)
     audit, logits = audit_labels(labels, images, 12, device="cpu")

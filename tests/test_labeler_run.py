@@ -18,7 +18,7 @@ from tiny import CLASSES, make_images
 
 from labeler import LabelerConfig, LabelStore, TeacherConfig, label_images
 from labeler.base.whole_files import publish_exclusively
-from labeler.verify import verify_store
+from labeler.checks.verify import verify_store
 
 
 def test_a_second_run_labels_nothing_and_changes_nothing(images, store, config):
@@ -109,7 +109,7 @@ def test_the_command_line_tells_its_status(images, tmp_path):
 
 
 def test_the_default_shard_size_gives_every_worker_some_and_wastes_no_bytes():
-    from labeler.run import default_shard_size
+    from labeler.make_plan import default_shard_size
 
     assert [default_shard_size(n) for n in (1, 150, 20_000, 1_281_167)] == [256, 256, 313, 10_000]
     assert LabelerConfig(TeacherConfig("x")).shard_size is None

@@ -26,12 +26,12 @@ from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, Misma
 from labeler.__main__ import main
 from labeler.base.errors import RemoteError
 from labeler.base.whole_files import sealed
+from labeler.checks.verify import verify_store
 from labeler.remote import remote_files
 from labeler.remote.failures import Patience
 from labeler.remote.remote_files import RemoteFolder
 from labeler.share.pull_store import pull_store
 from labeler.share.push_store import push_store
-from labeler.verify import verify_store
 
 ROOT = Path(__file__).parents[1]
 
@@ -131,18 +131,18 @@ def test_the_markers_are_sent_last_so_that_a_part_is_never_taken_for_a_store(lab
 FORKS = """
 import json, os, signal, sys, time
 from labeler.__main__ import main
-from labeler.remote import remote_files
+from labeler.remote import file_systems
 from labeler.remote.remote_files import RemoteFolder
 import labeler.share.push_store, labeler.share.pull_store
 
-write, part = remote_files._write, RemoteFolder._part
+write, part = file_systems.write, RemoteFolder._part
 def slow_write(*given):
     write(*given)
     time.sleep(0.02)  # before the file has its name
 def slow_part(*given):
     time.sleep(0.02)
     return part(*given)
-remote_files._write, RemoteFolder._part = slow_write, slow_part
+file_systems.write, RemoteFolder._part = slow_write, slow_part
 print("ready", flush=True)
 for line in sys.stdin:
     command, seconds = json.loads(line)

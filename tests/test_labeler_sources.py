@@ -16,11 +16,11 @@ from remote_servers import flaky_server, needs_http
 from tiny import encoded, make_images, picture
 
 from labeler import InputError, LabelingError, LabelStore, label_images
+from labeler.checks.verify import verify_store
 from labeler.remote.failures import Patience
 from labeler.sources.image_source import BadImage
 from labeler.sources.open_source import open_images, open_source
 from labeler.store.check_store import check_store
-from labeler.verify import verify_store
 
 COLUMNS = ("classes", "tail_classes", "tail_offsets", "region", "image_size", "target", "image_digest", "checksum")
 

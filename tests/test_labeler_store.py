@@ -17,6 +17,7 @@ import torch
 from tiny import CLASSES, GRID, colour_teacher, make_images
 
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, label_images
+from labeler.checks.verify import verify_store
 from labeler.sources.decoding.decode_reference import ReferenceDecoder
 from labeler.sources.decoding.decoder import DecodeSettings
 from labeler.store.hdf5.build_shard import build_shard, fletcher32, packed_planes
@@ -25,7 +26,6 @@ from labeler.store.row_checks import value_problems
 from labeler.store.row_schema import ShardRows, class_dtype, row_layout
 from labeler.store.shard_markers import publish_shard, read_marker, shard_stem
 from labeler.store.stored_rows import used_slots
-from labeler.verify import verify_store
 
 
 def shard_of(store: Path, number: int = 0) -> Path:

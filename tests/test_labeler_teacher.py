@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from labeler.base.errors import InputError, MismatchError, TeacherError
 from labeler.base.runtime import pick_device, pick_precision
 from labeler.config import LabelerConfig
-from labeler.run import _with_autocast, make_plan
+from labeler.make_plan import make_plan
+from labeler.run import _with_autocast
 from labeler.sources.folder_source import find_images
 from labeler.store.score_code import Encoding
 from labeler.teacher import weights as checkpoints

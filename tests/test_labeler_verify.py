@@ -14,9 +14,9 @@ from tiny import ColourTeacher, encoded, picture
 from labeler import IntegrityError, LabelStore, TeacherConfig, label_images
 from labeler.__main__ import main
 from labeler.base.whole_files import read_sealed, sealed
-from labeler.relabel import teacher_kl, teacher_of
+from labeler.checks.relabel import teacher_kl, teacher_of
+from labeler.checks.verify import verify_store
 from labeler.store.shard_markers import read_marker
-from labeler.verify import verify_store
 
 
 def test_images_of_a_list_need_no_known_suffix(images, tmp_path, config):

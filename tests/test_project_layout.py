@@ -27,7 +27,7 @@ BELOW = {
     "train": {"pipeline", "model", "labeler", *GROUND, "labeler/sources", "labeler/store", "labeler/report"},
 }
 ONE_FILE = {
-    "fsspec": {"labeler/remote/remote_files.py"},
+    "fsspec": {"labeler/remote/file_systems.py"},
     "pyarrow": {"labeler/sources/parquet_source.py"},
     "ray": {"labeler/executor.py"},
     "nvidia": {"labeler/sources/decoding/decode_dali.py", "pipeline/backends/dali_backend.py"},

@@ -32,7 +32,7 @@ from typing import Any
 
 from labeler.base.command_line import OneLineParser, add_command, at_least, parser_of_command, program, run_command
 from labeler.base.errors import InputError
-from labeler.remote.remote_files import path_or_url
+from labeler.remote.urls import path_or_url
 from train.ranks.rank_errors import first_rank_first
 
 PICTURES, EXPLAINED = Path("predictions"), Path("explained")

@@ -24,7 +24,8 @@ from typing import Any, TextIO
 
 from labeler.base.errors import InputError
 from labeler.base.whole_files import TEMPORARY
-from labeler.remote.remote_files import FileIdentity, RemoteFolder
+from labeler.remote.file_systems import FileIdentity
+from labeler.remote.remote_files import RemoteFolder
 
 log = logging.getLogger("labeler")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from labeler.base.errors import IntegrityError
 from labeler.remote.failures import NotThere
 from labeler.remote.file_cache import FileCache
-from labeler.remote.remote_files import RemoteFolder, in_parallel
+from labeler.remote.in_parallel import in_parallel
+from labeler.remote.remote_files import RemoteFolder
 
 PUT_AGAIN = "Put it there again, from where it is whole."
 RECORD_BYTES = 256 << 20  # of a file that is read into memory

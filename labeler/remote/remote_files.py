@@ -1,4 +1,4 @@
-"""`RemoteFolder`: the files below a URL, read in ranges and written whole. The only file that imports fsspec.
+"""`RemoteFolder`: the files below a URL, read in ranges and written whole.
 
 Any URL that fsspec knows will do: `s3://`, `gs://`, `hf://`, `https://`, `file://`, `memory://` … Requests are tried
 again after dropped connections, time-outs and answers 5xx. An answer of another length than asked for is tried again,
@@ -10,77 +10,30 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
-import secrets
-from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from threading import Lock, Thread
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote, unquote
 
 from labeler.base.errors import InputError, IntegrityError, RemoteError
-from labeler.base.whole_files import TEMPORARY, sync_folder
+from labeler.base.whole_files import TEMPORARY
 from labeler.remote.failures import NotThere, Patience, TryAgain, retried
+from labeler.remote.file_systems import (
+    OBJECT_STORES,
+    FileIdentity,
+    identity_of,
+    open_file_system,
+    version_text,
+    write_whole,
+)
 from labeler.remote.hub import is_hub, send_in_commits, size_of
+from labeler.remote.in_parallel import in_parallel
+from labeler.remote.urls import split_url, stays_below
 
-T = TypeVar("T")
-R = TypeVar("R")
 log = logging.getLogger("labeler")
 
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 BLOCK = 16 << 20  # bytes of one request of a download
-# Services that show an object only when it is whole. Elsewhere it is written under another name first.
-OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "memory"}
-DRIVERS = {
-    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp",
-    "https": "aiohttp", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "sftp": "paramiko", "ssh": "paramiko",
-}  # fmt: skip
-# What services call the mark of one version of a file, the best first.
-MARKS = (
-    "ETag", "etag", "generation", "VersionId", "blob_id", "md5Hash", "Content-MD5", "content_md5", "Digest",
-    "Last-Modified", "LastModified", "last_modified", "mtime", "created",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class FileIdentity:
-    """One version of a file.
-
-    Attributes:
-        size: Its bytes; None if the service does not say.
-        mark: What the service tells versions apart by, such as an ETag or a time; empty if it has nothing.
-    """
-
-    size: int | None
-    mark: str
-
-
-def is_url(text: str | os.PathLike[str]) -> bool:
-    """Whether a text is a URL rather than a path."""
-    return isinstance(text, str) and URL.match(text) is not None
-
-
-def path_or_url(text: str | Path) -> Path | str:
-    """Returns a URL as it is and all else as a path: an argparse type."""
-    return text if isinstance(text, str) and is_url(text) else Path(text)
-
-
-def local_path(text: str) -> Path:
-    """Returns a path, and refuses a URL: an argparse type for what is written here."""
-    if is_url(text):
-        raise ArgumentTypeError(f"got {text!r}, expected a folder of this machine (push sends a store to a URL)")
-    return Path(text)
-
-
-def split_url(url: str) -> tuple[str, str]:
-    """Returns the folder of a file's URL, and the file's name in it, for `RemoteFolder`."""
-    folder = url.partition("?")[0].rpartition("/")[0]
-    name = url[len(folder) + 1 :]
-    return folder, unquote(name) if url.startswith(("http://", "https://")) and "?" not in name else name
 
 
 class RemoteFolder:
@@ -113,7 +66,7 @@ class RemoteFolder:
     def _fs(self) -> tuple[Any, str]:
         """fsspec's file system and the folder's path in it; new after a fork, which its threads do not survive."""
         if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), *_file_system(self.url, self.protocol))
+            self._opened = (os.getpid(), *open_file_system(self.url, self.protocol))
         return self._opened[1], self._opened[2]
 
     def url_of(self, name: str) -> str:
@@ -151,7 +104,7 @@ class RemoteFolder:
 
         def look(fs: Any, path: str) -> FileIdentity:
             fs.invalidate_cache()
-            return _identity_of(fs.info(path), self.url_of(name))
+            return identity_of(fs.info(path), self.url_of(name))
 
         return self._retried(name, look)
 
@@ -185,7 +138,7 @@ class RemoteFolder:
             where = str(entry.get("name", "")).rstrip("/")
             name = self._below(where) if below else split_url(where)[1]
             if entry.get("type") == "file" and stays_below(name) and TEMPORARY not in name:
-                files[name] = _identity_of(entry, self.url_of(name))
+                files[name] = identity_of(entry, self.url_of(name))
         return files
 
     def _below(self, where: str) -> str:
@@ -261,8 +214,10 @@ class RemoteFolder:
         if now != identity:
             raise RemoteError(
                 f"{self.url_of(name)} has changed while it was read",
-                got=_words(now), expected=_words(identity), remedy="Start again with the file that is there now.",
-            )  # fmt: skip
+                got=version_text(now),
+                expected=version_text(identity),
+                remedy="Start again with the file that is there now.",
+            )
 
     def download(self, name: str, to: Path, identity: FileIdentity | None = None, sha256: str | None = None) -> str:
         """Writes a file here. After a dropped connection it goes on where it was.
@@ -324,10 +279,7 @@ class RemoteFolder:
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
 
         def send(fs: Any, path: str) -> None:
-            if self.protocol in OBJECT_STORES:
-                _write(fs, path, source)
-            else:
-                self._put_by_renaming(fs, path, source)
+            write_whole(fs, self.protocol, path, source)
             fs.invalidate_cache()
             there = fs.info(path).get("size")
             if there != size:
@@ -360,25 +312,6 @@ class RemoteFolder:
 
         in_parallel(send, files)
 
-    def _put_by_renaming(self, fs: Any, path: str, source: Path | bytes) -> None:
-        """Writes a file under another name first."""
-        folder, _, name = path.rpartition("/")
-        fs.makedirs(folder, exist_ok=True)
-        temporary = f"{folder}/{TEMPORARY}{name}-{secrets.token_hex(4)}"
-        try:
-            _write(fs, temporary, source)
-            if self.protocol in ("file", "local"):
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-                sync_folder(Path(folder))
-            else:
-                fs.mv(temporary, path)
-        except BaseException:
-            if fs.exists(temporary):
-                fs.rm_file(temporary)
-            raise
-
     def sweep(self, names: Collection[str]) -> None:
         """Removes what writers of these files that were killed have left, where files get their names by renaming."""
         if self.protocol in OBJECT_STORES or is_hub(self.url):
@@ -396,53 +329,6 @@ class RemoteFolder:
             self._retried(name, lambda fs, path: fs.rm_file(path))
 
 
-def in_parallel(action: Callable[[T], R], items: Sequence[T], workers: int = 4) -> list[R]:
-    """Returns `action` of each item, by several threads. After an error no further item is begun.
-
-    The threads do not keep a process alive that a signal ends: a service that does not answer would for minutes.
-    """
-    done: dict[int, R] = {}
-    errors: list[BaseException] = []
-    left, lock = iter(enumerate(items)), Lock()
-
-    def work() -> None:
-        while not errors:
-            with lock:
-                number, item = next(left, (-1, None))
-            if number < 0:
-                return
-            try:
-                done[number] = action(item)  # type: ignore[arg-type]
-            except BaseException as error:
-                errors.append(error)
-
-    threads = [Thread(target=work, daemon=True) for _ in range(min(workers, len(items)))]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    except BaseException as error:
-        errors.append(error)
-        raise
-    if errors:
-        raise errors[0]
-    return [done[number] for number in range(len(items))]
-
-
-def stays_below(name: str) -> bool:
-    """Whether a name is a path of plain parts below a folder."""
-    parts = name.split("/")
-    return not {"", ".", ".."} & set(parts) and "\\" not in name and name.isprintable()
-
-
-def _write(fs: Any, path: str, source: Path | bytes) -> None:
-    if isinstance(source, bytes):
-        fs.pipe_file(path, source)
-    else:
-        fs.put_file(str(source), path)
-
-
 def _blocks(size: int | None) -> Iterator[tuple[int, int | None]]:
     """Yields (offset, size) of the blocks of a file; one that goes to the end if its size is not known."""
     if size is None:
@@ -450,46 +336,3 @@ def _blocks(size: int | None) -> Iterator[tuple[int, int | None]]:
         return
     for offset in range(0, size, BLOCK):
         yield offset, min(BLOCK, size - offset)
-
-
-def _identity_of(info: dict[str, Any], url: str) -> FileIdentity:
-    """Returns the version that a driver's description of a file tells."""
-    if info.get("type") == "directory":
-        raise NotThere(f"{url} is a folder", expected="a file")
-    key = next((key for key in MARKS if info.get(key) is not None), None)
-    value = info.get(key or "")
-    mark = f"{key} {value.timestamp() if isinstance(value, datetime) else value}" if key else ""
-    if "ino" in info:
-        mark += f" inode {info['ino']}"
-    size = info.get("size")
-    return FileIdentity(None if size is None else int(size), mark)
-
-
-def _words(identity: FileIdentity) -> str:
-    size = "unknown size" if identity.size is None else f"{identity.size} bytes"
-    return f"{size}, {identity.mark}" if identity.mark else size
-
-
-def _file_system(url: str, protocol: str) -> tuple[Any, str]:
-    """Returns fsspec's file system for a URL, and its path there."""
-    try:
-        import fsspec
-    except ImportError:
-        remedy = "pip install 'token-labeling[remote]'"
-        raise InputError(f"{url} needs fsspec, which is not installed", remedy=remedy) from None
-    options: dict[str, Any] = {}
-    if protocol in ("http", "https") and "client_kwargs" not in fsspec.config.conf.get(protocol, {}):
-        try:
-            import aiohttp
-
-            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}
-        except ImportError:
-            pass  # fsspec's own import fails next, and is told
-    try:
-        fs, path = fsspec.core.url_to_fs(url, **options)
-    except ImportError as error:
-        driver = DRIVERS.get(protocol) or error.name or "its driver"
-        raise InputError(f"{url} needs a driver that is not installed", remedy=f"pip install {driver}") from None
-    except ValueError as error:
-        raise InputError(f"{url} cannot be opened", got=error, expected="a URL such as s3://… or hf://…") from None
-    return fs, str(path).rstrip("/")

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
-from labeler.audit import Audit, audit_labels
 from labeler.base.errors import InputError
 from labeler.base.whole_files import replace_file
-from labeler.relabel import refuse_foreign_teacher
+from labeler.checks.audit import Audit, audit_labels
+from labeler.checks.relabel import refuse_foreign_teacher
 from labeler.report.charts import COLOURS, OTHER, bars, heat_grid, histogram, lay_over, picture
 from labeler.report.figures import Sample, TruthCheck, check_truth, draw_sample
 from labeler.report.template import fill
@@ -93,7 +93,7 @@ def write_report(
         sample: Number of random rows for the charts.
         title: Heading of the page.
         seed: Seed of the random rows.
-        audit: Run the store's teacher again on this many images, see `labeler.audit`.
+        audit: Run the store's teacher again on this many images, see `labeler.checks.audit`.
         device: Device of the teacher.
         trusted: Trust this store, so that its teacher may be run.
         progress: Show a progress bar.

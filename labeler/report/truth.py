@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from markupsafe import Markup
 
-from labeler.audit import Audit
+from labeler.checks.audit import Audit
 from labeler.choose_encoding import Cost, measure
 from labeler.report.charts import bars, curve, scatter
 from labeler.report.figures import Sample, TruthCheck

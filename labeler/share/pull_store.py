@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 from labeler.base.errors import InputError, IntegrityError, MismatchError
 from labeler.base.whole_files import TEMPORARY, publish_exclusively, replace_file, sync_folder
+from labeler.remote.in_parallel import in_parallel
 from labeler.remote.local_copy import PUT_AGAIN, named, read_record
-from labeler.remote.remote_files import RemoteFolder, in_parallel, is_url
+from labeler.remote.remote_files import RemoteFolder
+from labeler.remote.urls import is_url
 from labeler.share.store_files import CARD, Transfer, markers_in, remote_folder
 from labeler.store.foreign_store import refuse_hostile
 from labeler.store.parts.find_parts import part_folders, part_name

@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from labeler.base.errors import InputError, IntegrityError, MismatchError
 from labeler.remote.failures import NotThere
+from labeler.remote.file_systems import FileIdentity
 from labeler.remote.hub import size_of
-from labeler.remote.remote_files import FileIdentity, RemoteFolder, in_parallel
+from labeler.remote.in_parallel import in_parallel
+from labeler.remote.remote_files import RemoteFolder
 from labeler.share.dataset_card import card_of
 from labeler.share.store_files import CARD, Transfer, markers_in, remote_folder
 from labeler.store.hdf5 import VIEW_FILE

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from labeler.remote.remote_files import RemoteFolder, is_url
+from labeler.remote.remote_files import RemoteFolder
+from labeler.remote.urls import is_url
 from labeler.store.plan import Plan
 from labeler.store.shard_markers import Marker, read_foreign_marker
 

@@ -16,7 +16,9 @@ from typing import BinaryIO, TypeVar
 
 from labeler.base.errors import InputError
 from labeler.remote.file_cache import FileCache, default_folder, default_limit
-from labeler.remote.remote_files import FileIdentity, RemoteFolder, is_url, split_url
+from labeler.remote.file_systems import FileIdentity
+from labeler.remote.remote_files import RemoteFolder
+from labeler.remote.urls import is_url, split_url
 
 T = TypeVar("T")
 

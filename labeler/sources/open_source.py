@@ -8,7 +8,8 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from labeler.base.errors import InputError
-from labeler.remote.remote_files import RemoteFolder, is_url, split_url
+from labeler.remote.remote_files import RemoteFolder
+from labeler.remote.urls import is_url, split_url
 from labeler.sources.archive_file import ArchiveFile, open_archive
 from labeler.sources.archives import expand_braces
 from labeler.sources.folder_source import find_images, images_of_keys

@@ -14,7 +14,8 @@ import numpy as np
 
 from labeler.base.errors import InputError, LabelingError, RemoteError
 from labeler.remote.failures import NotThere
-from labeler.remote.remote_files import FileIdentity, RemoteFolder
+from labeler.remote.file_systems import FileIdentity
+from labeler.remote.remote_files import RemoteFolder
 from labeler.sources.class_names import number_labels
 from labeler.sources.folder_source import SUFFIXES
 from labeler.sources.image_list import ListedImages

@@ -1,4 +1,4 @@
-"""Checks a store bit by bit, and its images. For a check against its teacher see `labeler.relabel`.
+"""Checks a store bit by bit, and its images. For a check against its teacher see `labeler.checks.relabel`.
 
 Legend: n rows of a shard.
 """
@@ -15,8 +15,9 @@ import numpy as np
 
 from labeler.base.errors import InputError, IntegrityError, MismatchError, TokenLabelError
 from labeler.remote.failures import NotThere
+from labeler.remote.in_parallel import in_parallel
 from labeler.remote.local_copy import LocalCopy
-from labeler.remote.remote_files import in_parallel, is_url, path_or_url
+from labeler.remote.urls import is_url, path_or_url
 from labeler.sources.image_source import BadImage, image_digest
 from labeler.sources.open_source import open_images, open_source
 from labeler.store.foreign_store import open_folder, refuse_hostile_part, view_rows

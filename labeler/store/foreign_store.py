@@ -25,7 +25,7 @@ from pathlib import Path
 
 from labeler.base.errors import InputError, IntegrityError
 from labeler.remote.local_copy import LocalCopy
-from labeler.remote.remote_files import is_url
+from labeler.remote.urls import is_url
 from labeler.store.parts.find_parts import part_folders
 from labeler.store.plan import PLAN_FILE, load_plan
 from labeler.store.shard_markers import marker_names, read_foreign_marker, shard_stem

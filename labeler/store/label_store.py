@@ -20,7 +20,7 @@ import numpy as np
 
 from labeler.base.errors import InputError, IntegrityError, MismatchError
 from labeler.base.open_files import OpenFiles
-from labeler.remote.remote_files import path_or_url
+from labeler.remote.urls import path_or_url
 from labeler.store.check_store import Verification, check_images, check_store, joined
 from labeler.store.hdf5.read_shard import ShardReader
 from labeler.store.parts.join_parts import joined_plan, refuse_shared_keys

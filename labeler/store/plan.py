@@ -31,17 +31,6 @@ HEAD_FILE = "head.safetensors"  # a linear head that was fitted for the store; t
 FORMAT_NAME = "token-label store"
 FORMAT_VERSION = "2.0"
 READABLE = ("1", "2")  # major versions
-COMPARED = (
-    "format_version",
-    "num_classes",
-    "class_names",
-    "palette",
-    "tail",
-    "grid",
-    "precision",
-    "orientation",
-    "score_kind",
-)
 KINDS = frozenset({("logprob", "uint8"), ("logprob", "float16"), ("logit", "float16")})
 # Bounds of what a plan can say: readers allocate memory by it.
 ClassCount = Annotated[int, Field(ge=1, le=1 << 31)]
@@ -51,8 +40,6 @@ Side = Annotated[int, Field(ge=1, le=4096)]
 ImageCount = Annotated[int, Field(ge=1, le=1 << 40)]
 ShardCount = Annotated[int, Field(ge=1, le=1_000_000)]
 MAX_ROW = 32 << 20  # scores of one image
-# Of a teacher's record: equal weights may be stored elsewhere, and the rest is information for people.
-NOT_COMPARED = frozenset({"checkpoint", "random_weights", "method", "self_test", "notes"})
 Record = TypeVar("Record")
 
 
@@ -142,7 +129,7 @@ class Plan:
             return None
         size, digest = (record.get("size"), record.get("sha256")) if isinstance(record, dict) else (None, None)
         if type(size) is not int or not 0 < size < 1 << 40 or type(digest) is not str:
-            raise IntegrityError(f"{PLAN_FILE} does not say what {HEAD_FILE} is", got=_short(record))
+            raise IntegrityError(f"{PLAN_FILE} does not say what {HEAD_FILE} is", got=shortened(record))
         return size, digest
 
     @property
@@ -261,7 +248,9 @@ def parse_record(record: Mapping[str, Any], kind: type[Record]) -> Record:
         return _adapter(kind).validate_json(json.dumps(record), strict=True)  # type: ignore[arg-type]
     except ValidationError as error:
         wrong = [(".".join(map(str, one["loc"])), one) for one in error.errors(include_url=False)]
-        texts = [f"no {name}" if one["type"] == "missing" else f"{name} {_short(one['input'])}" for name, one in wrong]
+        texts = [
+            f"no {name}" if one["type"] == "missing" else f"{name} {shortened(one['input'])}" for name, one in wrong
+        ]
         raise ValueError("; ".join(texts)[:300]) from None
 
 
@@ -286,64 +275,12 @@ def _impossible(plan: Plan) -> str | None:
     return next((f"impossible {name}" for name, fault in wrong.items() if fault), None)
 
 
-def refuse_other_settings(store: Path, existing: Plan, wanted: Plan) -> None:
-    """Compares the plans of a store and of a run that would resume or extend it.
-
-    Args:
-        store: The store's folder.
-        existing: The store's plan.
-        wanted: The plan of the run.
-
-    Raises:
-        MismatchError: They differ; it names each setting that does.
-    """
-    differences = other_settings(existing, wanted)
-    if existing.shard_size != wanted.shard_size:
-        differences.append(f"shard_size {wanted.shard_size}, the store has {existing.shard_size}")
-    if differences:
-        raise MismatchError(
-            f"the store {str(store)!r} was begun with other settings",
-            got="; ".join(differences),
-            remedy="Use the settings that it was begun with, or another --store.",
-        )
-
-
-def other_settings(existing: Plan, wanted: Plan, as_parts: bool = False) -> list[str]:
-    """Compares what affects the values of labels in two plans.
-
-    Args:
-        existing: The plan of a store.
-        wanted: Another plan.
-        as_parts: Whether the labels are, or are to be, parts of one store: then the images may come from a list for one
-            of them only, and class names may be known for one of them only.
-
-    Returns:
-        Each setting that differs, with both values.
-    """
-    pairs = [
-        *((name, getattr(existing.meta, name), getattr(wanted.meta, name)) for name in COMPARED),
-        ("code_values", existing.code_values, wanted.code_values),
-        *_entries(existing.settings, wanted.settings),
-        *_entries(existing.meta.teacher, wanted.meta.teacher),
-    ]
-    if as_parts:
-        known = [bool(plan.meta.class_names) for plan in (existing, wanted)]
-        pairs = [pair for pair in pairs if pair[0] != "from_list" and (pair[0] != "class_names" or all(known))]
-    different = [(name, old, new) for name, old, new in pairs if plain(old) != plain(new)]
-    return list(dict.fromkeys(f"{name} {_short(new)}, the store has {_short(old)}" for name, old, new in different))
-
-
-def _entries(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Returns (name, existing value, wanted value) of each entry to compare."""
-    names = sorted({*existing, *wanted} - NOT_COMPARED)
-    return [(name, existing.get(name), wanted.get(name)) for name in names]
-
-
 def plain(value: Any) -> Any:
     """Converts tuples to lists, which is how JSON and HDF5 return them."""
     return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """Returns a value as text of at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"

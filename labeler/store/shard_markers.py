@@ -18,7 +18,7 @@ from pydantic import Field
 
 from labeler.base.errors import IntegrityError
 from labeler.base.whole_files import TEMPORARY, damaged, publish_exclusively, read_sealed, replace_file, sealed
-from labeler.remote.remote_files import is_url
+from labeler.remote.urls import is_url
 from labeler.store.plan import HEAD_FILE, Plan, parse_record
 
 PUSH_AGAIN = "Finish the push to it: the same command goes on where it stopped."

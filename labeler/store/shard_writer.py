@@ -15,10 +15,11 @@ from labeler.base.errors import InputError, IntegrityError, LabelingError
 from labeler.base.whole_files import replace_file, sync_folder
 from labeler.store.hdf5 import VIEW_FILE
 from labeler.store.hdf5.build_shard import build_shard, build_view
+from labeler.store.parts.compare_plans import refuse_other_settings
 from labeler.store.parts.find_parts import part_folders, part_name
 from labeler.store.parts.join_parts import joined_plan
 from labeler.store.parts.open_part import Part
-from labeler.store.plan import HEAD_FILE, Plan, load_plan, refuse_other_settings
+from labeler.store.plan import HEAD_FILE, Plan, load_plan
 from labeler.store.row_schema import ShardRows
 from labeler.store.shard_markers import Marker, check_file, publish_shard, read_marker, shard_stem, sweep
 

@@ -160,7 +160,7 @@ def prepare(material: str) -> None:
 
 def build_store(store: str, material: str, rows: int, processes: int) -> float:
     """Returns rows per second."""
-    from labeler.run import default_shard_size  # which loads torch
+    from labeler.make_plan import default_shard_size  # which loads torch
 
     plan = begin_store(Path(store), make_plan(Setting(), rows, default_shard_size(rows)))
     seconds = in_parallel(partial(build_shard, store, plan, material), range(plan.meta.shards), processes)
@@ -250,7 +250,7 @@ def warm_rows(store: str, files: str, rows: int, rounds: int) -> dict[str, list[
 
 def verify(store: str) -> float:
     """Returns rows per second."""
-    from labeler.verify import verify_store
+    from labeler.checks.verify import verify_store
 
     started = time.perf_counter()
     found = verify_store(store)

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from labeler.base.errors import InputError, did_you_mean
-from labeler.remote.remote_files import is_url
+from labeler.remote.urls import is_url
 from labeler.sources.open_source import exists
 from train.recipes.config import SECTIONS, TrainConfig
 from train.recipes.overrides import apply_override

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from labeler.base.errors import MismatchError
+from labeler.store.parts.compare_plans import other_settings
 from labeler.store.parts.open_part import Part
-from labeler.store.plan import Plan, other_settings
+from labeler.store.plan import Plan
 
 
 def joined_plan(parts: Sequence[Part]) -> Plan:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from labeler.base.errors import InputError
-from labeler.relabel import refuse_foreign_teacher, teacher_of
+from labeler.checks.relabel import refuse_foreign_teacher, teacher_of
 from labeler.sources.image_source import BadImage, ImageSource, image_digest
 from labeler.sources.open_source import open_images
 from labeler.store.label_store import LabelStore
@@ -134,7 +134,7 @@ def audit_labels(
     import torch
     from tqdm import tqdm
 
-    from labeler.audit_errors import errors_of
+    from labeler.checks.audit_errors import errors_of
     from labeler.store.encoder import DENSE_ELEMENTS
 
     if count < 1 or not len(labels):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from labeler.base.errors import InputError, IntegrityError
-from labeler.relabel import refuse_foreign_teacher, teacher_kl, teacher_of
+from labeler.checks.relabel import refuse_foreign_teacher, teacher_kl, teacher_of
 from labeler.store.check_store import Verification, check_store
 from labeler.store.foreign_store import WRITTEN, check_known
 from labeler.store.label_store import LabelStore
