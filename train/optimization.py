@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,14 +14,16 @@ from labeler.base.errors import InputError, did_you_mean
 from train.recipes.config import OptimizerConfig, ScheduleConfig
 
 MANY_CYCLES = 1000
+# Arguments of torch's optimizers that say how a step is computed, and where its number is counted.
+HOW = ("fused", "capturable", "foreach")
 LOOKAHEAD = "lookahead_"
 
 
 def build_optimizer(net: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Create the optimizer.
+    """Create the optimizer. On a GPU it is fused where torch has that, and else counts its steps on the device.
 
     Args:
-        net: the network.
+        net: the network, on its device.
         config: the recipe's section `optimizer`. The prefix `lookahead_` of a name wraps the optimizer in Lookahead.
 
     Returns:
@@ -39,22 +42,51 @@ def build_optimizer(net: nn.Module, config: OptimizerConfig) -> torch.optim.Opti
     if config.eps is not None:
         extra["eps"] = config.eps
     try:
-        optimizer = create_optimizer_v2(
-            net,
-            opt=config.name,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            filter_bias_and_bn=not config.decay_all,
-            layer_decay=config.layer_decay,
-            **extra,
-        )
+        optimizer = _create(net, config, extra)
+        if next(net.parameters()).is_cuda and (how := _how_on_gpu(optimizer)):
+            optimizer = _create(net, config, extra | how)
     except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"optimizer {config.name!r} does not accept these settings", got=error) from None
     if config.decay_all:
         for group in optimizer.param_groups:
             group["weight_decay"] = config.weight_decay
     return optimizer
+
+
+def _create(net: nn.Module, config: OptimizerConfig, extra: Mapping[str, Any]) -> torch.optim.Optimizer:
+    return create_optimizer_v2(
+        net,
+        opt=config.name,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        filter_bias_and_bn=not config.decay_all,
+        layer_decay=config.layer_decay,
+        **extra,
+    )
+
+
+def _how_on_gpu(optimizer: torch.optim.Optimizer) -> dict[str, bool]:
+    """Arguments with which a step does not wait for the GPU; none for optimizers that are not torch's."""
+    if not type(optimizer).__module__.startswith("torch."):
+        return {}
+    known = optimizer.defaults
+    return {"fused": True} if "fused" in known else {"capturable": True} if "capturable" in known else {}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load what `optimizer.state_dict()` returned, on this device or another.
+
+    Args:
+        optimizer: the optimizer; it computes its steps as before, not as the one that the state is from.
+        state: the state.
+
+    Raises:
+        LookupError: it is not the state of an optimizer; torch raises ValueError if it is that of another one.
+    """
+    own = [{key: group[key] for key in HOW if key in group} for group in optimizer.param_groups]
+    groups = [{**group, **how} for group, how in zip(state["param_groups"], own, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def refuse_too_few_steps(config: ScheduleConfig, epoch_steps: int) -> None:

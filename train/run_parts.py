@@ -13,7 +13,7 @@ from model.token_heads import TokenLabelHeads
 from train.loaders import class_folders, training_loader, transform_of, validation_loader
 from train.loss.token_label_loss import TokenLabelLoss
 from train.network import as_checkpointed, build_network, set_classes
-from train.optimization import LearningRate, build_optimizer, total_steps
+from train.optimization import LearningRate, build_optimizer, load_optimizer_state, total_steps
 from train.ranks.distributed import Ranks
 from train.recipes.config import TrainConfig
 from train.record.checkpoint import CheckpointInfo, read_state, read_weights
@@ -83,6 +83,7 @@ class RunParts:
         loss = TokenLabelLoss(
             **config.loss.model_dump(exclude={"final_temperature"}),
             grid=self.loader.config.grid,
+            in_place=ranks.device.type == "cuda",  # a CPU is faster with the gradient computed beside the loss
             classes="teacher" if self.loader.aux_classes is None else "images",
         )
         self.task = TokenLabelTask(net, loss, ranks.device)
@@ -93,7 +94,12 @@ class RunParts:
         if config.run.compile:
             self.task.compile()
         if ranks.world_size > 1:
-            self.task.prepare_distributed([ranks.device.index] if ranks.device.type == "cuda" else None)
+            self.task.prepare_distributed(
+                [ranks.device.index] if ranks.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                # One backward pass per step; the parts of a batch come with `no_sync`, which a static graph forbids.
+                static_graph=(config.run.micro_batch or self.loader.config.batch_size) >= self.loader.config.batch_size,
+            )
         self.train_step = TrainingStep(
             self.task,
             self.optimizer,
@@ -170,7 +176,7 @@ class RunParts:
             self.net.load_state_dict(read_weights(folder, info))
             if self.ema is not None:
                 self.ema.load_state_dict(read_weights(folder, info, ema=True))
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer_state(self.optimizer, state["optimizer"])
             self.train_step.scaler.load_state_dict(state["scaler"])
             self.losses.load_state_dict(state)
         except MismatchError as error:

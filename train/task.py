@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ from train.errors import TrainError
 from train.loss.token_label_loss import TokenLabelLoss
 from train.micro_batches import micro_batches
 from train.ranks.distributed import Ranks
+from train.step.late_update import LateUpdate, unmoved
+from train.step.rollback import ChangingBuffers
+from train.step.step_result import StepResult
 
 DROP_STREAM = 3  # random stream of drop path; `pipeline.order` and `pipeline.augment.draws` use others
 SMALLEST_SCALE = 1.0  # of float16 losses; if it has to be smaller, the gradients themselves are infinite
@@ -65,43 +68,34 @@ class TokenLabelTask(TrainingTask):
         """Returns "loss", a scalar, and "output", what the network returned for the batch."""
         mix: Any = batch.token_mix
         if mix is not None and self.compiled:  # as a mask: a box would be recompiled for each size
-            mix = mix.mask(self.network.grid).view(self.network.grid).to(batch.images.device)
+            mix = mix.mask(self.network.grid, batch.images.device).view(self.network.grid)
         output = self.trainable_module(batch.images, mix=mix)
         return {"loss": self.criterion(output, batch), "output": output}
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Result of a training step.
-
-    Attributes:
-        loss: mean over the images of all ranks.
-        norm: norm of the gradients before clipping.
-        done: False: the step was skipped.
-        stop: some rank was asked to stop.
-    """
-
-    loss: float
-    norm: float
-    done: bool
-    stop: bool
 
 
 class TrainingStep:
     """Accumulates a batch's gradient over micro-batches, clips it, and updates the weights and their moving average.
 
-    A step whose loss or gradient is not finite changes nothing: the update is skipped and BatchNorm's statistics are
-    restored.
+    A step whose loss or gradient is not finite changes nothing: neither weights, optimizer, moving average nor the
+    statistics of BatchNorm.
+
+    On a GPU the host never waits for the device: whether a step was finite is decided there, and known here once
+    somebody reads the step's result, which `fit` does a step later. Elsewhere, for float16, and for optimizers that
+    count their steps on the host, the host decides.
 
     Args:
         task: network and criterion.
-        optimizer: its optimizer.
+        optimizer: its optimizer. A state must be loaded before the first step.
         ranks: the ranks that train together.
         seed: of the random numbers within the step.
         micro_batch: images at a time; None: the whole batch.
         clip_grad: largest norm of the gradient; None: no clipping.
         precision: of the forward pass.
         channels_last: use channels-last memory format.
+        late: decide on the device; None: on a GPU.
+
+    Attributes:
+        late: whether results should be read a step later.
     """
 
     def __init__(
@@ -115,11 +109,16 @@ class TrainingStep:
         clip_grad: float | None = None,
         precision: torch.dtype = torch.float32,
         channels_last: bool = False,
+        late: bool | None = None,
     ) -> None:
         self.task, self.optimizer, self.ranks = task, optimizer, ranks
         self.seed, self.micro_batch, self.clip_grad = seed, micro_batch, clip_grad
         self.precision, self.channels_last = precision, channels_last
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision == torch.float16)
+        self.late = ranks.device.type == "cuda" if late is None else late
+        self.late = self.late and not self.scaler.is_enabled()
+        self._buffers: ChangingBuffers | None = None
+        self._late_update: LateUpdate | None = None
 
     def run(self, batch: Batch, step: int, stop: Callable[[], bool] = lambda: False) -> StepResult:
         """Do one step.
@@ -136,31 +135,59 @@ class TrainingStep:
             TrainError: the GPU is out of memory.
         """
         self._seed(step)
-        buffers = [buffer.clone() for buffer in self.task.network.buffers()]
+        self._buffers = buffers = self._buffers or ChangingBuffers(self.task.network)
+        buffers.save()
         self.optimizer.zero_grad(set_to_none=True)
         loss = None
         with suppress(torch.OutOfMemoryError):
             loss = self._accumulate(batch)
         if loss is None:  # only here, after the error is gone: its traceback holds the activations
             raise self._out_of_memory(batch)
-        values = torch.stack([loss.double(), loss.new_tensor(float(stop()), dtype=torch.float64)])
-        mean, stops = self.ranks.sum(values).tolist()
-        mean /= self.ranks.world_size
+        buffers.note_changes()
+        asked = loss.new_full((), float(stop()), dtype=torch.float64)
+        totals = self.ranks.sum(torch.stack([loss.double(), asked]))
         self.scaler.unscale_(self.optimizer)
-        largest = math.inf if self.clip_grad is None else self.clip_grad
-        norm = float(nn.utils.clip_grad_norm_(self.task.network.parameters(), largest))
-        done = math.isfinite(mean) and math.isfinite(norm)
-        if done:
+        values = torch.cat([totals, self._clipped_norm().double().view(1)])
+        if self._late_update is not None and self._late_update.fits():
+            self._decide_on_device(values, step, buffers)
+            return StepResult(values, self.ranks.world_size)
+        return self._decide_here(values, step, buffers)
+
+    def _clipped_norm(self) -> torch.Tensor:
+        """Clip the gradients. Returns their norm before, without waiting for it."""
+        parameters = [p for p in self.task.network.parameters() if p.grad is not None]
+        if self.clip_grad is not None:
+            return nn.utils.clip_grad_norm_(parameters, self.clip_grad)
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def _decide_here(self, values: torch.Tensor, step: int, buffers: ChangingBuffers) -> StepResult:
+        """Update the weights if the step is finite, else put the buffers back; waits for the device."""
+        loss, _, norm = values.tolist()
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            before = unmoved(self.optimizer) if self.late else None
             self.scaler.step(self.optimizer)
             self.task.update_ema(step + 1)
+            if before is not None:
+                self._late_update = LateUpdate.of(self.optimizer, before, self._averages())
+                self.late = self._late_update is not None or not before[1]  # the first step makes the state
         else:
-            with torch.no_grad():
-                for buffer, before in zip(self.task.network.buffers(), buffers, strict=True):
-                    buffer.copy_(before)
-        self._update_scale(done)
+            buffers.put_back()
+        self._update_scale(finite)
         # A float16 gradient that overflowed needs a smaller scale; the loss is fine.
-        scaled = not done and math.isfinite(mean) and self._can_scale_down()
-        return StepResult(mean, norm, done or scaled, stops > 0)
+        scaled = not finite and math.isfinite(loss) and self._can_scale_down()
+        return StepResult(values, self.ranks.world_size, scaled)
+
+    def _decide_on_device(self, values: torch.Tensor, step: int, buffers: ChangingBuffers) -> None:
+        """The same without waiting: update everything, and put all of it back if the step is not finite."""
+        assert self._late_update is not None
+        bad = ~values.isfinite().all()
+        self._late_update.run(bad, lambda: self.task.update_ema(step + 1))
+        buffers.put_back_if(bad)
+
+    def _averages(self) -> list[torch.Tensor]:
+        """Tensors that the moving average changes."""
+        return list(self.task.trainable_module_ema.module.state_dict().values()) if self.task.has_ema() else []
 
     def _accumulate(self, batch: Batch) -> torch.Tensor:
         """Accumulate the gradients of the whole batch. Returns its loss."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
@@ -34,7 +35,7 @@ from train.record.run_folder import RunRecord, locked, starting_point
 from train.record.timm_folder import leave_for_timm
 from train.run_parts import RunParts
 from train.speed import Speed
-from train.task import StepResult
+from train.step.step_result import StepResult
 
 log = logging.getLogger("train")
 
@@ -80,6 +81,7 @@ class Trainer:
         self.loader, self.validation, self.task = parts.loader, parts.validation, parts.task
         self.train_step, self.steps, self.losses = parts.train_step, parts.steps, parts.losses
         self.step = 0
+        self.unread: deque[tuple[int, float, StepResult]] = deque()  # step, learning rate, result
         if start is not None:
             parts.restore(*start)
             self.step = start[1].step
@@ -125,12 +127,15 @@ class Trainer:
             self.task.criterion.temperature = self.config.loss.temperature_at(self.step, self.steps)
             result = self.train_step.run(batch, self.step, lambda: signals.requested is not None)
             self.step += 1
-            self.losses.add(result, self.step)
-            self._report_step(result, lr)
+            self.unread.append((self.step, lr, result))
             evaluation = self._evaluation_due()
-            if result.stop or evaluation or self._save_due():
-                self._save(must=result.stop or self.step == self.steps)
-            if result.stop:
+            save = evaluation or self._save_due()
+            stop = self._read_results(all_of_them=save or not self.train_step.late)
+            if stop and self.unread:
+                self._read_results(all_of_them=True)
+            if stop or save:
+                self._save(must=stop or self.step == self.steps)
+            if stop:
                 raise Stopped(f"stopped after step {self.step}", remedy="--resume auto continues from there.")
             if evaluation:
                 with self.speed.paused():
@@ -144,10 +149,24 @@ class Trainer:
                 if self.step >= self.steps:
                     return
 
-    def _report_step(self, result: StepResult, lr: float) -> None:
+    def _read_results(self, all_of_them: bool) -> bool:
+        """Count and report the steps whose results are read now, on a GPU all but the latest, which still runs.
+
+        Returns:
+            Whether a rank was asked to stop.
+        """
+        stop = False
+        while len(self.unread) > (0 if all_of_them else 1):
+            step, lr, result = self.unread.popleft()
+            self.losses.add(result, step)
+            self._report_step(step, lr, result)
+            stop = stop or result.stop
+        return stop
+
+    def _report_step(self, step: int, lr: float, result: StepResult) -> None:
         """Show the step, and write a row of metrics and of speed where they are due."""
         self.progress.advance()
-        if self.step % self.config.run.log_every and self.step != self.steps:
+        if step % self.config.run.log_every and step != self.steps:
             return
         loss = self.losses.take_mean()
         speed, wait = self.speed.since_last()
@@ -156,9 +175,9 @@ class Trainer:
                 values = {"loss": loss, "lr": lr}
                 if math.isfinite(result.norm):  # JSON has no NaN
                     values["grad_norm"] = result.norm
-                self.record.metrics.add({"kind": "train", "step": self.step, "epoch": self._epoch(), **values})
+                self.record.metrics.add({"kind": "train", "step": step, "epoch": self._epoch(step), **values})
             memory = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else 0
-            row = {"step": self.step, "images_per_s": speed, "data_wait": wait, "gpu_memory_gb": memory / 1e9}
+            row = {"step": step, "images_per_s": speed, "data_wait": wait, "gpu_memory_gb": memory / 1e9}
             self.record.metrics.add_speed(row)
         values_text = [
             f"loss {result.loss:.4f}",
@@ -166,10 +185,10 @@ class Trainer:
             f"{speed:,.0f} images/s",
             f"{wait:.0%} waiting for data",
         ]
-        self.progress.report_steps(self._where(), values_text, self._left())
+        self.progress.report_steps(self._where(step), values_text, self._left())
 
-    def _epoch(self) -> float:
-        return self.step / len(self.loader)
+    def _epoch(self, step: int | None = None) -> float:
+        return (self.step if step is None else step) / len(self.loader)
 
     def _save_due(self) -> bool:
         run = self.config.run
@@ -224,8 +243,9 @@ class Trainer:
             return []
         return [f"{timedelta(seconds=round((self.steps - self.step) * self.config.run.batch_size / rate))} left"]
 
-    def _where(self) -> str:
-        return f"step {self.step:,} of {self.steps:,}, epoch {self._epoch():.1f}"
+    def _where(self, step: int | None = None) -> str:
+        step = self.step if step is None else step
+        return f"step {step:,} of {self.steps:,}, epoch {self._epoch(step):.1f}"
 
     def _save(self, best: dict[str, float] | None = None, must: bool = False) -> None:
         if self.record is None:

@@ -33,11 +33,11 @@ class MixBox:
     x1: int
     lam: float
 
-    def mask(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Returns bool [T]: the tokens inside of the box; `grid`: h, w."""
-        inside = torch.zeros(grid, dtype=torch.bool, device="cpu")
-        inside[self.y0 : self.y1, self.x0 : self.x1] = True
-        return inside.flatten()
+    def mask(self, grid: tuple[int, int], device: torch.device | str = "cpu") -> torch.Tensor:
+        """Returns bool [T]: the tokens inside of the box, computed on `device`; `grid`: h, w."""
+        y, x = (torch.arange(side, device=device) for side in grid)
+        rows, columns = (y >= self.y0) & (y < self.y1), (x >= self.x0) & (x < self.x1)
+        return (rows[:, None] & columns).flatten()
 
 
 def sample_mix_box(grid: tuple[int, int], alpha: float, generator: torch.Generator | None = None) -> MixBox:

@@ -30,7 +30,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from labeler.base.errors import InputError
-from pipeline.augment.mix import MixBox
 from pipeline.batch import Batch
 from pipeline.targets.token_targets import NOTHING, TokenTargets
 from train.loss.loss_reference import TEACHER_RIGHT, TEACHER_WRONG
@@ -117,7 +116,7 @@ class TokenLabelLoss(nn.Module):
         partner = None
         if batch.mix is not None:
             grid = _token_grid(batch, aux_logits.shape[1], self.grid)
-            partner = _inside(batch.mix, grid, aux_logits.device)
+            partner = batch.mix.mask(grid, aux_logits.device)
         t = batch.targets
         # With the weight inside, a backward pass that starts from 1 does not have to scale the gradient again.
         weight = spread_weight(aux_logits, self.dense_weight)
@@ -237,8 +236,3 @@ def _token_grid(batch: Batch, tokens: int, grid: tuple[int, int] | None) -> tupl
         raise InputError("the mix box leaves the token grid", got=box, expected=f"within {grid[0]} × {grid[1]} tokens")
     return grid
 
-
-def _inside(box: MixBox, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """bool [T]: `box.mask(grid)`, computed on the device."""
-    y, x = (torch.arange(side, device=device) for side in grid)
-    return (((y >= box.y0) & (y < box.y1))[:, None] & ((x >= box.x0) & (x < box.x1))).flatten()

@@ -12,7 +12,7 @@ import torch
 from train.errors import NonFiniteError
 from train.recipes.config import TrainConfig
 from train.record.checkpoint_folders import checkpoints
-from train.task import StepResult
+from train.step.step_result import StepResult
 
 log = logging.getLogger("train")
 
