@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 import numpy as np
 import torch
 
+from labeler.base.runtime import on_device
 from pipeline.batch import Batch
 from pipeline.targets.token_targets import TokenTargets
 
@@ -44,7 +45,7 @@ def _pairs(count: int, start: int, stop: int) -> np.ndarray:
 
 
 def _part(batch: Batch, images: np.ndarray) -> Batch:
-    index = torch.from_numpy(images).to(batch.images.device)
+    index = on_device(images, batch.images.device)
     targets = TokenTargets(*(getattr(batch.targets, field.name)[index] for field in fields(TokenTargets)))
     return replace(
         batch,

@@ -170,7 +170,8 @@ class TrainingStep:
             self.task.update_ema(step + 1)
             if before is not None:
                 self._late_update = LateUpdate.of(self.optimizer, before, self._averages())
-                self.late = self._late_update is not None or not before[1]  # the first step makes the state
+                # The first step makes the state. If it changes the groups, the host counts the steps.
+                self.late = self._late_update is not None or (not before[1] and unmoved(self.optimizer)[0] == before[0])
         else:
             buffers.put_back()
         self._update_scale(finite)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import torch
 
 from labeler.base.cores import usable_cores
@@ -59,6 +60,19 @@ def pick_precision(name: str, device: torch.device) -> str:
         return "float32"
     own = bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY
     return "bfloat16" if own else "float16"
+
+
+def on_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns values of the host as a tensor on a device, without waiting for the copy or for the device's other work.
+
+    Args:
+        values: An array, or a tensor on the CPU; on a CPU it is not copied.
+        device: The device.
+    """
+    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    if device.type == "cuda":  # a copy from memory that is not pinned would wait
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def rank_threads(ranks: int = 1) -> int:
