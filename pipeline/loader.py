@@ -16,7 +16,7 @@ import torch
 
 from labeler.base.errors import InputError, MismatchError
 from labeler.base.one_thread import one_thread
-from labeler.base.runtime import pick_device, rank_threads
+from labeler.base.runtime import on_device, pick_device, rank_threads
 from labeler.base.settings import names_that_affect
 from labeler.base.version import __version__
 from labeler.sources.decoding.create_decoder import automatic_decoder
@@ -120,8 +120,9 @@ class TokenLabelLoader:
         self.row_reader = None
         if self.samples.store is not None and config.token_labels:
             self.row_reader = LabelRowReader(self.samples.store, self.device)
-        # Its own stream, so that copies and waits of the next batch do not queue behind the training step.
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # Its own stream, so that copies and waits of the next batch do not queue behind the training step; its small
+        # kernels go first (a lower number), so that they do not wait for room beside the step's large ones.
+        self._stream = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
         self.backend = backend(
             config,
             self.samples.orientation,
@@ -297,7 +298,7 @@ class TokenLabelLoader:
             images = erase(images, draws.erased, config.erase_mode, generator)
         if draws.mix is not None and config.mix == "image":
             images = mix_pixels(images, draws.mix, config.patch)
-        labels = torch.from_numpy(self.samples.labels[prepared.samples]).to(self.device)
+        labels = on_device(self.samples.labels[prepared.samples], self.device)
         rows = self.samples.rows[prepared.samples]
         targets = self._targets(prepared, labels)
         return Batch(images, targets, labels, draws.mix, prepared.keys, rows, draws.views, config.mix == "image")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import timm
 import torch
 from tiny_runs import FULL, digests, outcome, tiny_config, tiny_data
-from torch.utils._python_dispatch import TorchDispatchMode
+from unreadable import META, Unreadable, without_autocast
 
 import model  # noqa: F401  registers the names
 from pipeline.batch import Batch
@@ -154,29 +153,6 @@ def test_a_rollback_keeps_every_bit_of_every_type(wanted):
     assert digests(tensors) == digests(old if wanted else new)
 
 
-class Unreadable(TorchDispatchMode):
-    """Fails at operations that wait for the device; the device is torch's meta device, which holds no numbers."""
-
-    WAIT = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = [one for one in args if isinstance(one, torch.Tensor)]
-        on_device = any(one.is_meta for one in tensors)
-        assert not (on_device and any(word in str(func) for word in self.WAIT)), f"{func} waits for the device"
-        if "copy" in str(func) and tensors and not all(one.is_meta for one in tensors):
-            target = kwargs.get("device")
-            if on_device or (target is not None and target.type == "meta"):
-                assert kwargs.get("non_blocking") or args[-1] is True, f"{func} waits for a copy"
-        return func(*args, **kwargs)
-
-
-@pytest.fixture
-def without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The meta device has none."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-
-
 def on_meta(step: TrainingStep, batch: Batch) -> tuple[TrainingStep, Batch]:
     """The same step with its tensors on the meta device, after a first one here."""
     step.run(batch, 0)
@@ -188,7 +164,7 @@ def on_meta(step: TrainingStep, batch: Batch) -> tuple[TrainingStep, Batch]:
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     step.optimizer.step()
-    step.ranks = Ranks(0, 1, torch.device("meta"))
+    step.ranks = Ranks(0, 1, META)
     step._buffers = ChangingBuffers(net)
     step._buffers._wanted, step._buffers._first = changing, False
     step._late_update = LateUpdate(step.optimizer, step._averages())
@@ -197,10 +173,11 @@ def on_meta(step: TrainingStep, batch: Batch) -> tuple[TrainingStep, Batch]:
 
 @pytest.mark.parametrize("micro_batch", [None, 2])
 @pytest.mark.parametrize("settings", [{}, {"clip_grad": 1.0, "channels_last": True}])
-def test_a_step_never_waits_for_the_device(batch, micro_batch, settings, without_autocast):
+def test_a_step_never_waits_for_the_device(batch, micro_batch, settings, monkeypatch):
     """Forward and backward pass, loss, clipping, update, average, and what takes them back."""
     step, data = on_meta(training_step("sgd", late=True, micro_batch=micro_batch, **settings), batch)
     step.task.criterion.in_place = True
+    without_autocast(monkeypatch)
     with Unreadable():
         for number in range(3):
             result = step.run(data, number)
@@ -208,8 +185,9 @@ def test_a_step_never_waits_for_the_device(batch, micro_batch, settings, without
         _ = result.loss  # nothing but this reads anything
 
 
-def test_a_step_that_reads_the_device_is_noticed(batch, without_autocast):
+def test_a_step_that_reads_the_device_is_noticed(batch, monkeypatch):
     step, data = on_meta(training_step("sgd", late=True), batch)
+    without_autocast(monkeypatch)
     step._late_update = None  # so that the host decides
     with Unreadable(), pytest.raises((RuntimeError, NotImplementedError)):
         step.run(data, 0)
@@ -232,7 +210,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def bad_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
+def bad_steps(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Numbers of steps, from 0, whose images are NaN; to be filled in."""
     run, bad = TrainingStep.run, set[int]()
 
@@ -240,7 +218,7 @@ def bad_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
         return run(self, poisoned(batch) if step in bad else batch, step, *rest)
 
     monkeypatch.setattr(TrainingStep, "run", spoiled)
-    yield bad
+    return bad
 
 
 def test_a_run_that_reads_late_leaves_the_files_of_one_that_does_not(data, tmp_path, monkeypatch, bad_steps):

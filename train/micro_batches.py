@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 import numpy as np
-import torch
 
 from labeler.base.runtime import on_device
 from pipeline.batch import Batch

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from labeler.base.errors import InputError, IntegrityError, MismatchError
-from labeler.base.runtime import DTYPES, pick_precision, set_threads
+from labeler.base.runtime import DTYPES, pick_precision, set_gpu_products, set_threads
 from model.token_heads import TokenLabelHeads
 from train.loaders import class_folders, training_loader, transform_of, validation_loader
 from train.loss.token_label_loss import TokenLabelLoss
@@ -56,6 +56,8 @@ class RunParts:
         self.precision = DTYPES[pick_precision(config.run.precision, ranks.device)]
         if self.precision == torch.float16 and ranks.device.type == "cpu":
             raise InputError("run.precision=float16 needs a GPU", expected="float32 or bfloat16 on a CPU")
+        if ranks.device.type == "cuda":
+            set_gpu_products(self.precision)
         torch.manual_seed(config.run.seed)  # the same initial weights on all ranks
         model = config.model if start is None else as_checkpointed(config.model, start)
         net = build_network(model, config.loss.dense_weight)

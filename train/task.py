@@ -218,7 +218,10 @@ class TrainingStep:
                     self._backward(micro_batches(batch, size)[0], 1.0)
             except torch.OutOfMemoryError:
                 continue
-            remedy = f"run.micro_batch={size} fits, with the same gradient; run.grad_checkpointing=true may fit too."
+            remedy = (
+                f"run.micro_batch={size} fits, with the same gradient; run.grad_checkpointing=true may fit too, and so "
+                "may the environment variable PYTORCH_ALLOC_CONF=expandable_segments:True."
+            )
             return TrainError("the GPU is out of memory", got=f"{tried} images at a time", remedy=remedy)
         remedy = "Not even two images fit: use a smaller model, or run.grad_checkpointing=true."
         return TrainError("the GPU is out of memory", got=f"{tried} images at a time", remedy=remedy)

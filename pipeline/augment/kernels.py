@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from labeler.base.runtime import on_device
 from pipeline.augment import policy
 from pipeline.geometry import apply_affine
 
@@ -38,8 +39,10 @@ def apply_kernels(images: torch.Tensor, kernels: np.ndarray, amounts: np.ndarray
             if kernel == policy.KEEP:
                 continue
             chosen = np.nonzero(column == kernel)[0]
-            index = torch.from_numpy(chosen).to(images.device)
-            values = torch.from_numpy(amount[chosen]).to(images.device, torch.float32)[:, None, None, None]
+            index = on_device(chosen, images.device)
+            values = torch.from_numpy(amount[chosen]).float()[:, None, None, None]
+            if kernel != policy.BLUR:  # whose filter is made on the host, since its size depends on the amounts
+                values = on_device(values, images.device)
             images[index] = KERNELS[int(kernel)](images[index], values)
     return images
 
@@ -58,9 +61,9 @@ def warp(images: torch.Tensor, affine: torch.Tensor, fill: tuple[int, ...]) -> t
     side = images.shape[-1]
     centers = (torch.arange(side, device=images.device, dtype=torch.float64) + 0.5) / side
     points = torch.cartesian_prod(centers, centers)[None]
-    crop = apply_affine(affine.to(images.device), points.expand(len(images), -1, -1)).view(-1, side, side, 2)
+    crop = apply_affine(on_device(affine, images.device), points.expand(len(images), -1, -1)).view(-1, side, side, 2)
     outside = ((crop < 0) | (crop >= 1)).any(-1)[:, None]
-    background = torch.tensor(fill, device=images.device, dtype=torch.uint8)[None, :, None, None]
+    background = on_device(torch.tensor(fill, dtype=torch.uint8), images.device)[None, :, None, None]
     grid = (crop.flip(-1) * 2 - 1).float()
     warped = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     # Truncated as in PIL; four weights in float32 may add up to a little less than 1.
@@ -152,9 +155,12 @@ def _sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def _blur(images: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Gaussian blur with standard deviation `radius` pixels as three box filters, each with replicated edges."""
+    """Gaussian blur with standard deviation `radius` pixels as three box filters, each with replicated edges.
+
+    `radius` is on the host.
+    """
     b, channels, _, side = images.shape
-    taps = _box_taps(radius.view(b, 1)).repeat_interleave(channels, 0)[:, None]
+    taps = on_device(_box_taps(radius.view(b, 1)).repeat_interleave(channels, 0)[:, None], images.device)
     reach = taps.shape[-1] // 2
     blurred = images.float().view(1, b * channels, side, side)
     for shape, pad in ((taps[:, :, None, :], [reach, reach, 0, 0]), (taps[:, :, :, None], [0, 0, reach, reach])):

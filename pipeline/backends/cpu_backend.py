@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from labeler.base.runtime import on_device
 from labeler.sources.decoding.jpeg_pixels import jpeg_pixels
 from labeler.store.stored_rows import StoredRows
 from pipeline.augment import policy
@@ -48,7 +49,7 @@ class CpuBackend(PilBackend):
             for item, images, loading in begun:
                 for image in loading:
                     image.result()
-                yield item, images.to(self.device)
+                yield item, on_device(images, self.device)
         finally:
             begun.close()
             pool.shutdown(wait=False, cancel_futures=True)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
+from labeler.base.runtime import on_device
 from labeler.sources.decoding.pixels import as_ppm
 from labeler.sources.decoding.plain_files import plain_file
 from pipeline.augment.draws import Draws
@@ -100,9 +101,11 @@ class DaliBackend(LoaderBackend):
         while True:
             try:
                 pipeline.schedule_run()
-                # Ordered on the stream that uses them; DALI frees what torch returns after a device synchronization.
+                # On the loader's stream: DALI writes to this memory again only after what the stream has been given.
                 (output,) = pipeline.share_outputs(torch.cuda.current_stream(self.device) if on_gpu else None)
                 images = torch.from_dlpack(output.as_tensor())
+                if on_gpu and not augmented:  # normalizing copies; `record_stream` keeps only torch's own memory
+                    images = images.clone()
                 pipeline.release_outputs()
             except StopIteration:
                 if failures:
@@ -175,6 +178,6 @@ class DaliBackend(LoaderBackend):
         images = apply_kernels(images, draws.kernels, draws.amounts)
         warped = np.nonzero((draws.affine != np.eye(2, 3)).any((1, 2)))[0]
         if len(warped):
-            index = torch.from_numpy(warped).to(images.device)
+            index = on_device(warped, images.device)
             images[index] = warp(images[index], torch.from_numpy(draws.affine[warped]), self.fill)
         return images

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageFilter
 from timm.data import auto_augment as timm_ops
 
+from labeler.base.runtime import on_device
 from labeler.store.stored_rows import StoredRows
 from pipeline.augment import policy
 from pipeline.augment.draws import Draws
@@ -48,7 +49,7 @@ class PilBackend(LoaderBackend):
             for item in prepared:
                 images = pool.map(lambda i, item=item: self.load_image(item, i), range(len(item.draws)))
                 pixels = torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).contiguous()
-                yield item, self.normalize(pixels.to(self.device))
+                yield item, self.normalize(on_device(pixels, self.device))
 
     def load_image(self, item: Prepared, i: int) -> np.ndarray:
         """Decodes, crops and augments image i of a batch; returns uint8 [S, S, 3]."""

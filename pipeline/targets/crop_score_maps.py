@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from labeler.base.errors import InputError
+from labeler.base.runtime import on_device
 from pipeline.geometry import (
     Views,
     apply_affine,
@@ -48,7 +49,7 @@ def crop_score_maps(
     Args:
         maps: Maps of B images, as tensors (`ScoreMaps.to_torch`).
         boxes: [B, 4]: y0, x0, y1, x1 of the crops, as fractions of the images; float64, or float32 to compute in
-            float32.
+            float32. They are used on the host, and so is the maps' region: if they are there, nothing waits for a GPU.
         grid: h, w.
         hflip: bool [B]: which crops are mirrored; None: none.
         affine: [B, 2, 3]: maps from input to crop before the flip, see `pipeline.geometry`; None: the identity. Tokens
@@ -63,10 +64,11 @@ def crop_score_maps(
     if boxes.shape != (len(maps), 4):
         raise InputError("boxes do not fit the maps", got=tuple(boxes.shape), expected=(len(maps), 4))
     device, dtype = maps.scores.device, torch.float32 if boxes.dtype == torch.float32 else torch.float64
-    turned = identity(len(maps)).to(device) if affine is None else affine.to(device, torch.float64)
+    # All that follows from the geometry alone is computed on the host: a few numbers an image, and no wait for a GPU.
+    turned = identity(len(maps)) if affine is None else affine.to("cpu", torch.float64)
     if hflip is not None:
-        turned = compose(flips(hflip.to(device)), turned)
-    views = Views(box_in_region(boxes.to(device, dtype), maps.region.to(device, dtype)), turned)
+        turned = compose(flips(hflip.cpu()), turned)
+    views = Views(box_in_region(boxes.to("cpu", dtype), maps.region.to("cpu", dtype)), turned)
     with torch.autocast(device.type, enabled=False):
         tokens, whole = _crop_planes(maps, views, grid)
     planes = tokens[:, :-1], tokens[:, -1], whole[:, :-1], whole[:, -1]
@@ -74,7 +76,10 @@ def crop_score_maps(
 
 
 def _crop_planes(maps: ScoreMaps, views: Views, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns tokens [B, P + 1, T] and whole crops [B, P + 1], background last; `views.boxes`: fractions of the map."""
+    """Returns tokens [B, P + 1, T] and whole crops [B, P + 1], background last.
+
+    `views`: on the host, with the boxes as fractions of the map.
+    """
     # Map rows first, so that the products run over whole matrices without a copy.
     planes = torch.cat([maps.scores.transpose(1, 2), maps.background[:, :, None]], 2)
     turned = views.affine
@@ -82,9 +87,10 @@ def _crop_planes(maps: ScoreMaps, views: Views, grid: tuple[int, int]) -> tuple[
     slanted = (~is_axis_aligned(turned)).nonzero()[:, 0]
     if len(slanted):
         # In float64: an error of a millionth of the map is visible where scores are steep.
-        some, part = Views(views.boxes[slanted].double(), turned[slanted]), planes[slanted].transpose(1, 2).double()
-        tokens[slanted] = _crop_slanted(part, some, grid).flatten(2).to(tokens.dtype)
-        whole[slanted] = _crop_slanted(part, some, (1, 1))[:, :, 0, 0].to(tokens.dtype)
+        some, index = Views(views.boxes[slanted].double(), turned[slanted]), on_device(slanted, planes.device)
+        part = planes[index].transpose(1, 2).double()
+        tokens[index] = _crop_slanted(part, some, grid).flatten(2).to(tokens.dtype)
+        whole[index] = _crop_slanted(part, some, (1, 1))[:, :, 0, 0].to(tokens.dtype)
     return tokens, whole
 
 
@@ -99,8 +105,10 @@ def _crop_upright(planes: torch.Tensor, views: Views, grid: tuple[int, int]) -> 
     in_x = (x0, x1, affine[:, 1, 1], affine[:, 1, 2], columns)
     # On a GPU in float64, since float32 products may be TF32; these are small.
     work = torch.float64 if planes.is_cuda else planes.dtype
-    along_y = torch.cat([axis_weights(*in_y, h), axis_weights(*in_y, 1)], 1).to(work)
-    along_x = torch.cat([axis_weights(*in_x, w), axis_weights(*in_x, 1)], 1).to(work)
+    along_y, along_x = (
+        on_device(torch.cat([axis_weights(*along, bins), axis_weights(*along, 1)], 1).to(work), planes.device)
+        for along, bins in ((in_y, h), (in_x, w))
+    )
     cropped = along_y @ planes.reshape(n, rows, k * columns).to(work)
     cropped = (cropped.view(n, (h + 1) * k, columns) @ along_x.mT).view(n, h + 1, k, w + 1).to(planes.dtype)
     return cropped[:, :h, :, :w].transpose(1, 2).flatten(2), cropped[:, h, :, w].contiguous()
@@ -108,19 +116,21 @@ def _crop_upright(planes: torch.Tensor, views: Views, grid: tuple[int, int]) -> 
 
 def _crop_slanted(planes: torch.Tensor, views: Views, grid: tuple[int, int]) -> torch.Tensor:
     """Crops planes [b, K, H, W] to [b, K, h, w] for rotated and sheared views, whose samples are not along the axes."""
-    n = len(planes)
-    extent = (views.boxes[:, 2:] - views.boxes[:, :2]) * torch.tensor(planes.shape[2:], device=planes.device)
+    n, device = len(planes), planes.device
+    extent = (views.boxes[:, 2:] - views.boxes[:, :2]) * torch.tensor(planes.shape[2:])
     whole = torch.ones_like(extent[:, 0])
     starts, inside, share_y = bin_samples(whole, sample_counts(extent[:, 0], grid[0]), grid[0])
     y = starts[:, :, None] + inside[:, None]
     starts, inside, share_x = bin_samples(whole, sample_counts(extent[:, 1], grid[1]), grid[1])
     x = starts[:, :, None] + inside[:, None]
+    y, x, share_y, share_x = (on_device(part, device) for part in (y, x, share_y, share_x))
+    boxes, affine = on_device(views.boxes, device), on_device(views.affine, device)
     (h, s), (w, r) = y.shape[1:], x.shape[1:]
     pairs = torch.stack(
         [y.reshape(n, h * s, 1).expand(-1, -1, w * r), x.reshape(n, 1, w * r).expand(-1, h * s, -1)], -1
     ).flatten(1, 2)
-    in_crop = apply_affine(views.affine, pairs).clamp(0, 1)
-    start, end = views.boxes[:, None, :2], views.boxes[:, None, 2:]
+    in_crop = apply_affine(affine, pairs).clamp(0, 1)
+    start, end = boxes[:, None, :2], boxes[:, None, 2:]
     points = (start + in_crop * (end - start)).view(n, h * s, w * r, 2)
     # grid_sample takes (x, y) in −1..1 and clamps to the outermost cell centers.
     samples = F.grid_sample(

@@ -5,6 +5,8 @@ Legend: B rows; h×w token grid.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -36,8 +38,12 @@ class LabelRowReader:
 
     def decode(self, rows: StoredRows) -> ScoreMaps:
         """Decodes rows to maps of B images on the device."""
-        return rows.to(self.device).maps(self.store.code, self.store.meta.num_classes)
+        return self._moved(rows).maps(self.store.code, self.store.meta.num_classes)
 
     def crop(self, rows: StoredRows, views: Views, grid: tuple[int, int]) -> TokenTargets:
         """Crops rows to the token grid h, w as the views of their images show them."""
-        return crop_stored_rows(rows.to(self.device), self.store.code, self.store.meta.num_classes, views, grid)
+        return crop_stored_rows(self._moved(rows), self.store.code, self.store.meta.num_classes, views, grid)
+
+    def _moved(self, rows: StoredRows) -> StoredRows:
+        """Moves rows to the device, except for their regions: the geometry of crops is computed on the host."""
+        return replace(rows.to(self.device), region=rows.region)

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from labeler.base.errors import InputError
+from labeler.base.runtime import on_device
 from pipeline.batch import Batch
 from pipeline.loader import TokenLabelLoader
 from train.errors import Stopped
@@ -124,14 +125,13 @@ def count_right(logits: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _right_classes(batch: Batch, count: int, real: RealLabels | None) -> torch.Tensor:
-    right = torch.zeros(len(batch), count, dtype=torch.bool, device=batch.images.device)
-    if real is None:
-        known = batch.labels >= 0
-        right[known, batch.labels[known]] = True
-        return right
+    device = batch.images.device
+    if real is None:  # −1 where not known: no class
+        return batch.labels[:, None] == torch.arange(count, device=device)
+    right = torch.zeros(len(batch), count, dtype=torch.bool)
     for i, key in enumerate(batch.keys):
         right[i, list(real.get(PurePosixPath(key).name, ()))] = True
-    return right
+    return on_device(right, device)
 
 
 def read_real_labels(path: Path, num_classes: int, names: tuple[str, ...] | None = None) -> RealLabels:

@@ -235,4 +235,3 @@ def _token_grid(batch: Batch, tokens: int, grid: tuple[int, int] | None) -> tupl
     if box is not None and not (0 <= box.y0 <= box.y1 <= grid[0] and 0 <= box.x0 <= box.x1 <= grid[1]):
         raise InputError("the mix box leaves the token grid", got=box, expected=f"within {grid[0]} × {grid[1]} tokens")
     return grid
-

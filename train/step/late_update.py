@@ -32,7 +32,9 @@ class LateUpdate:
         self._kept = Rollback([*weights, *state, *averages])
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer, before: Unmoved, averages: Iterable[torch.Tensor]) -> LateUpdate | None:
+    def of(
+        cls, optimizer: torch.optim.Optimizer, before: Unmoved, averages: Iterable[torch.Tensor]
+    ) -> LateUpdate | None:
         """Create the update after a step of the optimizer.
 
         Args:

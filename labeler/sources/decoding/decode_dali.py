@@ -114,12 +114,14 @@ class DaliDecoder:
         pipeline = self._pipeline
         try:
             pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
-            resized, sizes = pipeline.run()
+            # Outputs of a GPU are bound to torch's stream: DALI uses their memory again only after the copy below.
+            on_gpu = self.settings.device.startswith("cuda")
+            resized, sizes = pipeline.run(torch.cuda.current_stream(self.settings.device)) if on_gpu else pipeline.run()
         except RuntimeError:
             self._pipeline = None  # it is invalid after an error
             raise
         # The buffers belong to DALI, and the next run overwrites them.
-        if self.settings.device.startswith("cuda"):
+        if on_gpu:
             pixels = torch.from_dlpack(resized.as_tensor()).clone()
         else:  # with numpy, since this thread runs beside the teacher's, see `labeler.sources.decoding.resize`
             pixels = torch.from_numpy(np.array(resized.as_array()))
