@@ -141,5 +141,11 @@ class LabelerConfig:
                 got="fit_head with class_names or num_classes",
                 remedy="Omit them, or fit_head.",
             )  # fmt: skip
+        if self.workers and ":" in self.device:
+            raise InputError(
+                "workers on Ray cannot be given a certain GPU: each sees only its own",
+                got=f"device {self.device}, {self.workers} workers", expected="cuda",
+                remedy="CUDA_VISIBLE_DEVICES says which GPUs of this machine Ray may give out.",
+            )  # fmt: skip
         if not self.gpus_per_worker > 0:
             raise InputError("gpus_per_worker must be positive", got=self.gpus_per_worker)

@@ -89,7 +89,9 @@ def run_on_ray(tasks: list[ShardTask], job: LabelingJob, advance: Advance) -> It
     import ray
 
     config = job.config
-    elsewhere = replace(job, store=job.store.absolute())
+    # Ray shows each actor only its own GPUs, numbered from 0.
+    device = "cuda" if job.device.startswith("cuda") else job.device
+    elsewhere = replace(job, store=job.store.absolute(), device=device)
     ours = not ray.is_initialized()
     unfinished = {task.shard: task for task in tasks}
     while unfinished:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import signal
 import time
 
@@ -11,6 +13,7 @@ import pytest
 from labeling_runs import command, equal, start, wait_for_markers
 
 from labeler import LabelerConfig, LabelingError, LabelStore, TeacherConfig, TeacherError, executor, label_images
+from labeler.base.errors import InputError
 from labeler.checks.verify import verify_store
 from labeler.sources.image_source import ImageSource
 from labeler.worker import ShardResult, ShardTask
@@ -105,6 +108,43 @@ def test_labels_do_not_depend_on_the_number_of_workers(images, tmp_path, config,
     for workers in (1, 3):
         label_images(images, tmp_path / str(workers), on_ray(config, workers=workers, shard_size=1))
     assert equal(tmp_path / "1", tmp_path / "3")
+
+
+@pytest.mark.parametrize(("share", "workers"), [(1.0, 2), (0.5, 2)])
+def test_each_worker_sees_its_own_gpu_as_the_first(images, tmp_path, config, local_ray, monkeypatch, share, workers):
+    """On two GPUs that only Ray's books have: what a worker would compute on, before it labels on the CPU after all."""
+    import ray
+
+    label_images(images, tmp_path / "alone", config)
+    seen = tmp_path / "seen"
+    seen.mkdir()
+
+    class Seeing(executor._Worker):  # in here, so that Ray sends its code
+        def prepare(self) -> None:
+            told = [self.job.device, os.environ["CUDA_VISIBLE_DEVICES"], ray.get_gpu_ids()]
+            (seen / str(os.getpid())).write_text(json.dumps(told))
+            self.job = dataclasses.replace(self.job, device="cpu")
+            super().prepare()
+
+    monkeypatch.setattr(executor, "_Worker", Seeing)
+    run = executor.run_on_ray
+
+    def run_on_gpus(tasks, job, advance):
+        return run(tasks, dataclasses.replace(job, device="cuda:0"), advance)  # as pick_device has it
+
+    monkeypatch.setattr("labeler.run.run_on_ray", run_on_gpus)
+    label_images(images, tmp_path / "ray", on_ray(config, workers=workers, gpus_per_worker=share, shard_size=1))
+    told = [json.loads(path.read_text()) for path in seen.iterdir()]
+    assert {device for device, _, _ in told} == {"cuda"}
+    assert all(len(visible.split(",")) == 1 and ids == [int(visible)] for _, visible, ids in told)
+    assert len({visible for _, visible, _ in told}) == (2 if share == 1 else 1)  # two halves of one GPU
+    assert LabelStore(tmp_path / "ray").keys == LabelStore(tmp_path / "alone").keys
+
+
+def test_a_certain_gpu_for_workers_is_refused_before_anything(config):
+    with pytest.raises(InputError, match=r"got device cuda:1, 2 workers, expected cuda. CUDA_VISIBLE_DEVICES"):
+        on_ray(config, device="cuda:1")
+    assert dataclasses.replace(config, device="cuda:1").device == "cuda:1"  # in this process it may be chosen
 
 
 def test_real_photographs_through_a_timm_teacher_and_two_workers(photographs, tmp_path, config, local_ray):
