@@ -87,7 +87,8 @@ def gradient(
     train_mode(net, MODEL.model_copy(update={"freeze_statistics": frozen}))
     task = TokenLabelTask(net, TokenLabelLoss(grid=GRID), ranks.device)
     if ranks.world_size > 1:
-        task.prepare_distributed()
+        whole = micro_batch is None or micro_batch >= len(batch)
+        task.prepare_distributed(gradient_as_bucket_view=True, static_graph=whole)  # as `fit` does
     step = TrainingStep(task, torch.optim.SGD(net.parameters(), 0.1), ranks, micro_batch=micro_batch)
     assert step.run(batch, 0).done
     return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from tiny_runs import FULL, digests, outcome, tiny_config, tiny_data
+from torch._subclasses import FakeTensorMode
 from unreadable import META, Unreadable, without_autocast
 
 import model  # noqa: F401  registers the names
@@ -25,7 +26,7 @@ from train.loss.token_label_loss import TokenLabelLoss
 from train.optimization import build_optimizer, load_optimizer_state
 from train.ranks.distributed import Ranks
 from train.recipes.config import OptimizerConfig
-from train.step.late_update import LateUpdate, skips_by_itself
+from train.step.late_update import LateUpdate, skips_by_itself, unmoved
 from train.step.rollback import ChangingBuffers, Rollback
 from train.task import TokenLabelTask, TrainingStep
 
@@ -259,6 +260,23 @@ def test_a_late_run_ends_one_step_after_a_signal_and_resumes_bit_for_bit(data, t
     whole, stopped = (outcome(tmp_path / name) for name in ("whole", "stopped"))
     assert whole["last"] == stopped["last"]
     assert whole["rows"] == stopped["rows"]
+
+
+@pytest.mark.parametrize(("name", "how"), [("adamw", "fused"), ("sgd", "fused"), ("radamw", "capturable"),
+                                           ("nadamw", "capturable"), ("lion", None)])  # fmt: skip
+def test_on_a_gpu_optimizers_are_fused_or_count_their_steps_there(name, how):
+    """With tensors that only say that they are on a GPU, and raise an error where one is read."""
+    with FakeTensorMode():
+        net = torch.nn.Linear(3, 4, device="cuda")
+        optimizer = build_optimizer(net, OptimizerConfig(name=name, lr=0.1))
+        assert [key for key in ("fused", "capturable") if optimizer.param_groups[0].get(key)] == ([how] if how else [])
+        for _ in range(0 if name == "sgd" else 3):  # torch cannot pretend to do fused steps of SGD
+            for parameter in net.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        state = [value for values in optimizer.state.values() for value in values.values()]
+        assert {value.device.type for value in state} == (set() if name == "sgd" else {"cuda"})
+        assert LateUpdate.of(optimizer, unmoved(optimizer), []) is not None
 
 
 def test_a_state_is_loaded_for_the_own_way_to_step(batch):

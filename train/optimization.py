@@ -67,9 +67,7 @@ def _create(net: nn.Module, config: OptimizerConfig, extra: Mapping[str, Any]) -
 
 
 def _how_on_gpu(optimizer: torch.optim.Optimizer) -> dict[str, bool]:
-    """Arguments with which a step does not wait for the GPU; none for optimizers that are not torch's."""
-    if not type(optimizer).__module__.startswith("torch."):
-        return {}
+    """Arguments with which a step does not wait for the GPU, where torch's and timm's optimizers have them."""
     known = optimizer.defaults
     return {"fused": True} if "fused" in known else {"capturable": True} if "capturable" in known else {}
 
