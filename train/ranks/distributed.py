@@ -107,8 +107,9 @@ def _join(rank: int, world: int, device: torch.device) -> None:
         raise InputError("MASTER_PORT is not set", got=f"WORLD_SIZE={world}", remedy="Start ranks with torchrun.")
     os.environ.setdefault("MASTER_ADDR", address)
     try:
+        gpu = device.type == "cuda"  # with its number NCCL connects at once, and not within the first step
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, timeout=TIMEOUT
+            "nccl" if gpu else "gloo", rank=rank, world_size=world, timeout=TIMEOUT, device_id=device if gpu else None
         )
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error) or "in use" in str(error):
