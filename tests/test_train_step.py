@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,7 +17,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from tiny_runs import FULL, digests, outcome, tiny_config, tiny_data
+from tiny_runs import FULL, digests, outcome, tiny_config, tiny_data, write_recipe
 from torch._subclasses import FakeTensorMode
 from unreadable import META, Unreadable, without_autocast
 
@@ -26,6 +30,7 @@ from train.loss.token_label_loss import TokenLabelLoss
 from train.optimization import build_optimizer, load_optimizer_state
 from train.ranks.distributed import Ranks
 from train.recipes.config import OptimizerConfig
+from train.recipes.recipe import load_recipe
 from train.step.late_update import LateUpdate, skips_by_itself, unmoved
 from train.step.rollback import ChangingBuffers, Rollback
 from train.task import TokenLabelTask, TrainingStep
@@ -297,3 +302,53 @@ def test_a_state_is_loaded_for_the_own_way_to_step(batch):
         optimizer.step()
         assert math.isclose(float(weight[0].detach()), 0.799, abs_tol=2e-3)
         assert float(optimizer.state[weight]["step"]) == 2
+
+
+def late_runs_of_a_rank(recipes: list[str], ports: list[str]) -> list[str]:
+    """What a rank of each run ended with; the host decides the first, and rank 1 asks to stop the last.
+
+    To be called in a process of its own.
+    """
+    from unittest.mock import patch
+
+    run, ended = TrainingStep.run, []
+
+    def asked(self: TrainingStep, batch: Batch, step: int, stop: Callable[[], bool]) -> Any:
+        return run(self, batch, step, lambda: (self.ranks.rank == 1 and step == 3) or stop())
+
+    for number, (recipe, port) in enumerate(zip(recipes, ports, strict=True)):
+        os.environ["MASTER_PORT"] = port
+        made = partial(TrainingStep, late=number > 0)
+        step = asked if number == 2 else run
+        with patch("train.run_parts.TrainingStep", made), patch.object(TrainingStep, "run", step):
+            try:
+                fit(load_recipe(recipe))
+                ended.append("done")
+            except Stopped as error:
+                ended.append(error.problem)
+    return ended
+
+
+def test_two_ranks_decide_alike_and_stop_together_where_one_is_asked(tmp_path):
+    """Over gloo, with DDP's static graph: the same files as where the host decides."""
+    data = tiny_data(tmp_path / "data", 24)
+    names, recipes, ports = ("here", "late", "stopped"), [], []
+    for name in names:
+        settings = {**FULL, "run.batch_size": 8, "run.save_every": 9}
+        recipes.append(str(write_recipe(tiny_config(*data, tmp_path / name, **settings), tmp_path / f"{name}.toml")))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(str(free.getsockname()[1]))
+    here = Path(__file__).parent
+    code = f"import test_train_step as t; print('ended', t.late_runs_of_a_rank({recipes!r}, {ports!r}))"
+    path = os.pathsep.join([str(here), str(here.parent)])
+    settings = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **settings, "RANK": str(rank)},
+                         stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    ended = [process.communicate(timeout=170)[0].splitlines()[-1] for process in ranks]
+    assert ended == ["ended ['done', 'done', 'stopped after step 5']"] * 2
+    assert outcome(tmp_path / "here") == outcome(tmp_path / "late")
+    assert (tmp_path / "stopped/checkpoints/step-00000005").is_dir()
