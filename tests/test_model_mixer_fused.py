@@ -124,7 +124,7 @@ def test_second_derivatives_are_refused():
 
 def test_a_hook_an_adapter_or_a_flop_counter_sees_the_convolution(monkeypatch):
     called = []
-    monkeypatch.setattr(mixer_parts, "_fused", lambda: called.append("fused") or pytest.fail("fused"))
+    monkeypatch.setattr(mixer_parts, "_numba", lambda: called.append("fused") or pytest.fail("fused"))
     modules, x, seen = convs(16, 4, torch.float32), torch.randn(1, 6, 16), []
     handle = modules[1].register_forward_hook(lambda *_: seen.append("hook"))
     conv_silu(x, modules, FUSED)

@@ -78,7 +78,9 @@ def draw(name: str) -> tuple[Tensors, torch.Tensor, bool, tuple[bool, ...]]:
 
 
 def loop(inputs: Tensors, softplus: bool, reverse: tuple[bool, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """y, and the states before each chunk of 16 steps, one step at a time."""
+    """y, and the states before each chunk, [K, B, ⌈L/CHUNK⌉, N, E], one step at a time."""
+    from model.ops.scan_triton import CHUNK
+
     outputs, borders = [], []
     for k, backwards in enumerate(reverse):
         u, delta, A, B, C, D, bias = (None if inputs[key] is None else inputs[key][k] for key in INPUTS)
@@ -87,8 +89,8 @@ def loop(inputs: Tensors, softplus: bool, reverse: tuple[bool, ...]) -> tuple[to
         h = u.new_zeros(len(u), *A.shape)
         ys, before = {}, []
         for step, t in enumerate(sorted(range(u.shape[1]), reverse=backwards)):
-            if step % 16 == 0:
-                before.append(h)
+            if step % CHUNK == 0:
+                before.append(h.mT)
             h = torch.exp(dt[:, t, :, None] * A) * h + (dt * u)[:, t, :, None] * B[:, t, None]
             ys[t] = (h * C[:, t, None]).sum(-1) + (0 if D is None else D * u[:, t])
         outputs.append(torch.stack([ys[t] for t in sorted(ys)], 1))
@@ -102,7 +104,12 @@ def measure(name: str) -> dict[str, tuple[str, float]]:
 
     inputs, grad_y, softplus, reverse = draw(name)
     arguments = [inputs[key] for key in INPUTS]
-    y, saved = scan_triton.forward(*arguments, softplus, reverse)
+    y, saved, steps = scan_triton.forward(*arguments, softplus, reverse)
+    forgotten, *nothing = scan_triton.forward(*arguments, softplus, reverse, keep=False)
+    assert torch.equal(forgotten, y)
+    assert not any(kept.numel() for kept in nothing)
+    if softplus:
+        arguments[1] = steps
     gradients = scan_triton.backward(grad_y, *arguments, saved, softplus, reverse)
 
     exact = {key: None if value is None else value.double().requires_grad_() for key, value in inputs.items()}

@@ -32,7 +32,12 @@ ONE_FILE = {
     "ray": {"labeler/executor.py"},
     "nvidia": {"labeler/sources/decoding/decode_dali.py", "pipeline/backends/dali_backend.py"},
     "simplejpeg": {"labeler/sources/decoding/jpeg_pixels.py"},
-    "triton": {"model/ops/scan_triton_kernels.py", "model/ops/scan_triton.py", "train/loss/loss_triton.py"},
+    "triton": {
+        "model/ops/scan_triton_kernels.py",
+        "model/ops/scan_triton.py",
+        "model/ops/mixer_triton_kernels.py",
+        "train/loss/loss_triton.py",
+    },
 }
 ROOMS = {"h5py": {"labeler/store/hdf5"}, "numba": {"model/ops/fused_cpu", "pipeline/compiled"}}
 MOST_FILES = 14

@@ -8,44 +8,21 @@ second direction, which runs from the last token to the first.
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
 import torch.fx
 from timm.models import register_notrace_module
 from torch import nn
-from torch.nn import functional as F
 
 from model.mixers.parts import direction_names, initial_step_bias, widen
 from model.mixers.registry import register_mixer
 from model.ops import directional_scan
-from model.ops.mixer_parts import ReversedConv1d, conv_silu, gate
+from model.ops.mixer_parts import ReversedConv1d, StepSize, conv_silu, fused_core, gate
 from model.ops.scan_operators import FLOPS_PER_STATE
 
 torch.fx.wrap("directional_scan")  # not traced through: it checks shapes and dtypes
 torch.fx.wrap("widen")
-
-
-@torch.fx.wrap
-def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`F.linear` in at least float32, even under autocast."""
-    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    device = x.device.type
-    known = torch.amp.is_autocast_available(device)  # "meta" has none
-    with torch.autocast(device, enabled=False) if known else contextlib.nullcontext():
-        return F.linear(x.to(wide), weight.to(wide), bias.to(wide))
-
-
-class StepSize(nn.Linear):
-    """A linear layer that computes in at least float32, for any dtype of weights and input, even under autocast.
-
-    Its bias is near −5, where bfloat16 would change the step size by a few percent.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, L, R] -> [B, L, E]."""
-        return wide_linear(x, self.weight, self.bias)
 
 
 @register_mixer("mamba")
@@ -114,8 +91,20 @@ class BidirectionalMamba(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, L, D] -> [B, L, D]."""
-        x, z = self.in_proj(hidden).chunk(2, -1)
-        convs = [getattr(self, f"conv1d{name}") for name in self.directions]
+        xz = self.in_proj(hidden)
+        convs, x_projs, dt_projs, a_logs, skips = (
+            [getattr(self, part.format(name)) for name in self.directions]
+            for part in ("conv1d{}", "x_proj{}", "dt_proj{}", "A{}_log", "D{}")
+        )
+        core = fused_core(xz, convs, x_projs, dt_projs, a_logs, skips, self.scale, self.backend)
+        if core is None:
+            core = self._core(xz, convs)
+        out = self.out_proj(core)
+        return out if self.gamma is None else out * self.gamma
+
+    def _core(self, xz: torch.Tensor, convs: list[nn.Conv1d]) -> torch.Tensor:
+        """What is between the outer projections, by modules and operators: [B, L, 2 E] -> [B, L, E]."""
+        x, z = xz.chunk(2, -1)
         u, each = conv_silu(x, convs, self.backend)
         parts = [self._scan_inputs(one, name) for one, name in zip(each, self.directions, strict=True)]
         delta, a, b, c, d = (torch.stack(part) for part in zip(*parts, strict=True))
@@ -130,8 +119,7 @@ class BidirectionalMamba(nn.Module):
             reverse=tuple(name == "_b" for name in self.directions),
             backend=self.backend,
         )
-        out = self.out_proj(gate(y, z, self.scale, self.backend))
-        return out if self.gamma is None else out * self.gamma
+        return gate(y, z, self.scale, self.backend)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that should have no weight decay: A and D of each direction."""

@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from labeler.base.errors import ModelError
-from model.mixers.mamba import StepSize
 from model.mixers.parts import widen
 from model.ops import directional_scan
+from model.ops.mixer_parts import StepSize
 from model.ops.scan_operators import FLOPS_PER_STATE
 
 torch.fx.wrap("directional_scan")  # not traced through: it checks shapes and dtypes

@@ -1,9 +1,10 @@
 """The selective scan on a GPU, forward and backward, by the kernels of `scan_triton_kernels.py`.
 
 Legend: K directions, B batch, L length, E inner width, N state size. u, delta, y [K, B, L, E]; A [K, E, N];
-B, C [K, B, L, N]; D, delta_bias [K, E] or None; saved [K, B, ⌈L/16⌉, E, N]. For each direction, in its order of time:
+B, C [K, B, L, N]; D, delta_bias [K, E] or None; saved [K, B, ⌈L/CHUNK⌉, N, E].
+For each direction, in its order of time:
 
-    dt = delta + delta_bias, or softplus of it
+    dt = delta + delta_bias, or softplus of it, rounded to delta's dtype
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t
     y_t = C_t · h_t + D u_t
 
@@ -16,14 +17,15 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from typing import Any
 
 import torch
 
-CHUNK = 16  # steps between saved states
-PART = 4  # steps whose states the backward kernel keeps in registers; divides CHUNK
-# States of one program, which is one warp and so never waits for another: 32 or 16 of them per thread. A thread of the
-# forward kernel holds A and the state, one of the backward kernel 2·PART + 4 values per state, filling 255 registers.
-FORWARD_STATES = 1024
+CHUNK = 8  # steps between saved states
+STEPS = 4  # steps whose loads come before their use, and whose states the backward kernel keeps; divides CHUNK
+# States of one program, which is one warp and so never waits for another: 64 or 16 of them per thread. A thread of the
+# forward kernel holds A and the state, one of the backward kernel 2·STEPS + 4 values per state, filling 255 registers.
+FORWARD_STATES = 2048
 BACKWARD_STATES = 512
 
 Gradients = tuple[
@@ -55,23 +57,30 @@ def forward(
     delta_bias: torch.Tensor | None,
     delta_softplus: bool,
     reverse: tuple[bool, ...],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [K, B, L, E] in u's dtype, and the states before each chunk for `backward`, float32 [K, B, ⌈L/16⌉, E, N]."""
+    keep: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y [K, B, L, E] in u's dtype, and what `backward` needs if `keep`.
+
+    That is the states before each chunk, float32 [K, B, ⌈L/CHUNK⌉, N, E]; and after a softplus the steps in delta's
+    dtype, [K, B, L, E], which take the place of delta.
+    """
     from model.ops.scan_triton_kernels import scan_forward
 
-    u, delta, A, B, C = (tensor.contiguous() for tensor in (u, delta, A, B, C))
+    u, delta, A, B, C = (tensor.contiguous() for tensor in (u, delta, A.mT, B, C))
     directions, batch, length, width = u.shape
-    states = A.shape[-1]
+    states = A.shape[1]
     y = torch.empty_like(u)
-    saved = u.new_empty(directions, batch, math.ceil(length / CHUNK), width, states, dtype=torch.float32)
+    saved = u.new_empty(directions, batch, math.ceil(length / CHUNK) * keep, states, width, dtype=torch.float32)
+    steps = torch.empty_like(delta) if keep and delta_softplus else delta.new_empty(directions, 0)
     blocks, constants = _launch(width, states, FORWARD_STATES)
     if u.numel():
         with torch.cuda.device_of(u):
             scan_forward[(directions * batch * blocks,)](
-                u, delta, A, B, C, _contiguous(D), _contiguous(delta_bias), y, saved,
-                batch, length, width, states, blocks, *_reverse(reverse), SOFTPLUS=delta_softplus, **constants,
+                u, delta, A, B, C, _contiguous(D), _contiguous(delta_bias), y,
+                saved if keep else None, steps if steps.numel() else None,
+                batch, length, *_reverse(reverse), SOFTPLUS=delta_softplus, **constants,
             )  # fmt: skip
-    return y, saved
+    return y, saved, steps
 
 
 def backward(
@@ -87,19 +96,24 @@ def backward(
     delta_softplus: bool,
     reverse: tuple[bool, ...],
 ) -> Gradients:
-    """Gradients of u, delta, A, B, C, D and delta_bias, each in its input's dtype; None for an input that is None."""
+    """Gradients of u, delta, A, B, C, D and delta_bias, each in its input's dtype; None for an input that is None.
+
+    With `delta_softplus`, `delta` are the steps that `forward` kept.
+    """
     from model.ops.scan_triton_kernels import scan_backward
 
-    grad_y, u, delta, A, B, C = (tensor.contiguous() for tensor in (grad_y, u, delta, A, B, C))
+    u, delta, A, B, C = (tensor.contiguous() for tensor in (u, delta, A.mT, B, C))
+    shared = grad_y.stride(0) == 0 and grad_y[0].is_contiguous()  # one gradient for all directions, as of their sum
+    grad_y = grad_y if shared else grad_y.contiguous()
     directions, batch, length, width = u.shape
-    states = A.shape[-1]
+    states = A.shape[1]
     blocks, constants = _launch(width, states, BACKWARD_STATES)
 
     def shares(*shape: int) -> torch.Tensor:
         return u.new_empty(directions, batch, *shape, dtype=torch.float32)
 
     gu, gdelta = torch.empty_like(u), torch.empty_like(delta)
-    gA = shares(width, states)
+    gA = shares(states, width)
     gB, gC = shares(blocks, length, states), shares(blocks, length, states)
     gD = None if D is None else shares(width)
     gbias = None if delta_bias is None else shares(width)
@@ -108,13 +122,12 @@ def backward(
             scan_backward[(directions * batch * blocks,)](
                 grad_y, u, delta, A, B, C, _contiguous(D), _contiguous(delta_bias), saved,
                 gu, gdelta, gA, gB, gC, gD, gbias,
-                batch, length, width, states, blocks, *_reverse(reverse),
-                SOFTPLUS=delta_softplus, PART=PART, **constants,
+                batch, length, *_reverse(reverse), SOFTPLUS=delta_softplus, SHARED=shared, **constants,
             )  # fmt: skip
     return (
         gu,
         gdelta,
-        gA.sum(1).to(A.dtype),
+        gA.sum(1).mT.to(A.dtype),
         gB.sum(2).to(B.dtype),
         gC.sum(2).to(C.dtype),
         None if D is None or gD is None else gD.sum(1).to(D.dtype),
@@ -122,11 +135,16 @@ def backward(
     )
 
 
-def _launch(width: int, states: int, program_states: int) -> tuple[int, dict[str, int]]:
+def _launch(width: int, states: int, program_states: int) -> tuple[int, dict[str, Any]]:
     """The number of programs that share an image's channels, and the constants of the launch."""
     block_n = 1 << (states - 1).bit_length()
     block_e = max(8, min(128, program_states // block_n))
-    return math.ceil(width / block_e), {"CHUNK": CHUNK, "BLOCK_E": block_e, "BLOCK_N": block_n, "num_warps": 1}
+    blocks = math.ceil(width / block_e)
+    return blocks, {
+        "E": width, "N": states, "P": blocks, "CHUNK": CHUNK, "STEPS": STEPS, "BLOCK_E": block_e, "BLOCK_N": block_n,
+        "EVEN_E": not width % block_e, "EVEN_N": states == block_n, "num_warps": 1,
+        "enable_fp_fusion": True,  # of multiply and add, which Triton 3.10 leaves off unless asked
+    }  # fmt: skip
 
 
 def _reverse(reverse: tuple[bool, ...]) -> tuple[int, int]:
