@@ -181,15 +181,15 @@ class Core(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         b, c = (part.unflatten(1, u.shape[1:3]) for part in (b, c))
         scan = torch.ops.token_labeling.scan_triton
-        y, saved, steps = scan(u, delta, A, b, c, D, dt_bias, True, backwards, keep)
-        ctx.save_for_backward(xz, taps, x_proj, dt_proj, dt_bias, A, D, u, rates, steps, saved, y)
+        y, saved = scan(u, delta, A, b, c, D, dt_bias, True, backwards, keep)
+        ctx.save_for_backward(xz, taps, x_proj, dt_proj, dt_bias, A, D, u, rates, delta, saved, y)
         ctx.backwards, ctx.scale = backwards, scale
         return gate_op(y, z, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        xz, taps, x_proj, dt_proj, dt_bias, A, D, u, rates, steps, saved, y = ctx.saved_tensors
+        xz, taps, x_proj, dt_proj, dt_bias, A, D, u, rates, delta, saved, y = ctx.saved_tensors
         x_proj_own, dt_proj_own = x_proj.to(xz.dtype), dt_proj.to(xz.dtype)
         (x, z), gxz = xz.chunk(2, -1), torch.empty_like(xz, memory_format=torch.contiguous_format)
         gx, gz = gxz.chunk(2, -1)
@@ -198,7 +198,7 @@ class Core(torch.autograd.Function):
         b, c = (part.unflatten(1, u.shape[1:3]) for part in (b, c))
         scan = torch.ops.token_labeling.scan_triton_backward
         gu, gdelta, gA, gb, gc, gD, gbias = scan(
-            gy.expand(u.shape), u, steps, A, b, c, D, dt_bias, saved, True, ctx.backwards
+            gy.expand(u.shape), u, delta, A, b, c, D, dt_bias, saved, True, ctx.backwards
         )
         gdelta = gdelta.flatten(1, 2)
         gdt_proj = torch.bmm(gdelta.mT, step)

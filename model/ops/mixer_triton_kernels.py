@@ -97,7 +97,8 @@ def conv_backward(
                 gus += (tl.load(grad_u + k * rest + at * E + e, mask=e < tl.where(exists, E, 0), other=0.0),)
         for i in tl.static_range(AHEAD):
             t = start + i
-            window = window[1:] + (xs[i].to(tl.float32),)  # rows t to t + REACH of x
+            # Rows t to t + REACH of x.
+            window = window[1:] + (xs[i].to(tl.float32),)  # noqa: RUF005, Triton unpacks no tuples
             total = zeros
             slid, more = (), ()
             for k in tl.static_range(K):
@@ -109,7 +110,7 @@ def conv_backward(
                 part = sigmoid(before)
                 slope = gus[i * K + k].to(tl.float32) * part * (1.0 + before * (1.0 - part))
                 # Rows t to t + REACH of a direction that is ahead, t − REACH to t of another.
-                here = slopes[k * W + 1 : k * W + W] + (slope,)
+                here = slopes[k * W + 1 : k * W + W] + (slope,)  # noqa: RUF005
                 slid += here
                 own = tl.where((at >= begin) & (at < end), slope, 0.0)
                 for w in tl.static_range(W):

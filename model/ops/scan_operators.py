@@ -68,15 +68,13 @@ def _register(
     saved_like: Callable[..., torch.Tensor],
     saved_directions: int,
     can_forget: bool = False,
-    keeps_steps: bool = False,
 ) -> Callable[..., torch.Tensor]:
     """Register scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse) -> y as a torch operator.
 
     `implementation` returns the module with `forward` and `backward`; it is called at the first use, so that
     registering imports no vendor library.
     `saved_directions` is the dimension of K in the tensor that `forward` saves; chunks are in dimension 2 where
-    `forward` `can_forget` the states, if no gradient is wanted. A `forward` that `keeps_steps` returns the steps after
-    a softplus, too, and `backward` gets them in place of delta.
+    `forward` `can_forget` the states, if no gradient is wanted.
     """
 
     @torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
@@ -91,11 +89,10 @@ def _register(
         delta_softplus: bool,
         reverse: Sequence[int],
         keep: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         options = {"keep": keep} if can_forget else {}
         backwards = tuple(bool(one) for one in reverse)
-        found = implementation().forward(u, delta, A, B, C, D, delta_bias, delta_softplus, backwards, **options)
-        return found if keeps_steps else (*found, u.new_empty(len(reverse), 0))
+        return implementation().forward(u, delta, A, B, C, D, delta_bias, delta_softplus, backwards, **options)
 
     @torch.library.custom_op(f"{NAMESPACE}::{name}_backward", mutates_args=())
     def operator_backward(
@@ -118,22 +115,18 @@ def _register(
         return [gradient for gradient in gradients if gradient is not None]  # an operator cannot return None
 
     @operator.register_fake
-    def fake(u: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        like = torch.contiguous_format
-        delta, delta_softplus = rest[0], rest[TENSORS - 1]
-        y, saved = torch.empty_like(u, memory_format=like), saved_like(u, *rest[: TENSORS - 1])
+    def fake(u: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        y = torch.empty_like(u, memory_format=torch.contiguous_format)
+        saved = saved_like(u, *rest[: TENSORS - 1])
         keep = rest[TENSORS + 1] if len(rest) > TENSORS + 1 else True
-        if not keep and can_forget:
-            saved = saved.new_empty(*saved.shape[:2], 0, *saved.shape[3:])
-        with_steps = keep and keeps_steps and delta_softplus
-        return y, saved, torch.empty_like(delta, memory_format=like) if with_steps else delta.new_empty(len(u), 0)
+        return y, saved if keep or not can_forget else saved.new_empty(*saved.shape[:2], 0, *saved.shape[3:])
 
     @operator_backward.register_fake
     def fake_backward(grad_y: torch.Tensor, *tensors: Any) -> list[torch.Tensor]:
         like = torch.contiguous_format
         return [torch.empty_like(tensor, memory_format=like) for tensor in tensors[:TENSORS] if tensor is not None]
 
-    operator.register_autograd(lambda ctx, grad_y, *_: _gradients(ctx, grad_y, operator_backward), setup_context=_keep)
+    operator.register_autograd(lambda ctx, grad_y, _: _gradients(ctx, grad_y, operator_backward), setup_context=_keep)
     operator_backward.register_autograd(_no_second_derivatives)
 
     transformed = _for_transforms(operator, operator_backward, saved_directions)
@@ -164,16 +157,16 @@ def _for_transforms(
 
     class Scan(torch.autograd.Function):
         @staticmethod
-        def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        def forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
             return operator(*inputs)
 
         @staticmethod
-        def setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
+        def setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
             _keep(ctx, inputs, output)
-            ctx.mark_non_differentiable(*output[1:])
+            ctx.mark_non_differentiable(output[1])
 
         @staticmethod
-        def backward(ctx: Any, grad_y: torch.Tensor | None, *_: torch.Tensor | None) -> tuple:
+        def backward(ctx: Any, grad_y: torch.Tensor | None, _: torch.Tensor | None) -> tuple:
             return _gradients(ctx, grad_y, ScanBackward.apply)
 
         @staticmethod
@@ -181,9 +174,9 @@ def _for_transforms(
             """Samples become directions, each with its own parameters."""
             *tensors, delta_softplus, reverse = inputs
             folded = [_fold(x, dim, info.batch_size, 0) for x, dim in zip(tensors, in_dims, strict=False)]
-            y, saved, steps = Scan.apply(*folded, delta_softplus, tuple(reverse) * info.batch_size)
-            shape, dims = (info.batch_size, len(reverse)), (0, saved_directions, 0)
-            return tuple(x.unflatten(dim, shape) for x, dim in zip((y, saved, steps), dims, strict=True)), dims
+            y, saved = Scan.apply(*folded, delta_softplus, tuple(reverse) * info.batch_size)
+            shape = (info.batch_size, len(reverse))
+            return (y.unflatten(0, shape), saved.unflatten(saved_directions, shape)), (0, saved_directions)
 
     class ScanBackward(torch.autograd.Function):
         @staticmethod
@@ -207,13 +200,12 @@ def _for_transforms(
     return Scan.apply
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
-    _, saved, steps = output
-    tensors = (inputs[0], steps if steps.numel() else inputs[1], *inputs[2:TENSORS])
+def _keep(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    tensors = inputs[:TENSORS]
     ctx.delta_softplus, ctx.reverse = inputs[TENSORS : TENSORS + 2]
     ctx.inputs = len(inputs)
-    ctx.save_for_backward(*tensors, saved)
-    ctx.set_materialize_grads(False)  # `saved` and `steps` have no gradient: no zeros of their size
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)  # `saved` has no gradient: no zeros of its size
 
 
 def _gradients(ctx: Any, grad_y: torch.Tensor | None, run: Callable[..., Sequence[torch.Tensor]]) -> tuple:
@@ -239,4 +231,4 @@ def _no_second_derivatives(ctx: Any, *_: Any) -> Any:
 
 scan_cpu = _register("scan_cpu", lambda: cpu_scan, _saved_cpu, 1)
 scan_numba = _register("scan_numba", _numba_scan, _saved_numba, 0, can_forget=True)
-scan_triton = _register("scan_triton", _triton_scan, _saved_triton, 0, can_forget=True, keeps_steps=True)
+scan_triton = _register("scan_triton", _triton_scan, _saved_triton, 0, can_forget=True)

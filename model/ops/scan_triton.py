@@ -4,7 +4,7 @@ Legend: K directions, B batch, L length, E inner width, N state size. u, delta, 
 B, C [K, B, L, N]; D, delta_bias [K, E] or None; saved [K, B, ⌈L/CHUNK⌉, N, E].
 For each direction, in its order of time:
 
-    dt = delta + delta_bias, or softplus of it, rounded to delta's dtype
+    dt = delta + delta_bias, or softplus of it
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t
     y_t = C_t · h_t + D u_t
 
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-CHUNK = 8  # steps between saved states
+CHUNK = 12  # steps between saved states
 STEPS = 4  # steps whose loads come before their use, and whose states the backward kernel keeps; divides CHUNK
 # States of one program, which is one warp and so never waits for another: 64 or 16 of them per thread. A thread of the
 # forward kernel holds A and the state, one of the backward kernel 2·STEPS + 4 values per state, filling 255 registers.
@@ -58,11 +58,10 @@ def forward(
     delta_softplus: bool,
     reverse: tuple[bool, ...],
     keep: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y [K, B, L, E] in u's dtype, and what `backward` needs if `keep`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [K, B, L, E] in u's dtype, and for `backward`, if `keep`, the states before each chunk.
 
-    That is the states before each chunk, float32 [K, B, ⌈L/CHUNK⌉, N, E]; and after a softplus the steps in delta's
-    dtype, [K, B, L, E], which take the place of delta.
+    The states are float32, [K, B, ⌈L/CHUNK⌉, N, E]; not kept, there are no chunks.
     """
     from model.ops.scan_triton_kernels import scan_forward
 
@@ -71,16 +70,15 @@ def forward(
     states = A.shape[1]
     y = torch.empty_like(u)
     saved = u.new_empty(directions, batch, math.ceil(length / CHUNK) * keep, states, width, dtype=torch.float32)
-    steps = torch.empty_like(delta) if keep and delta_softplus else delta.new_empty(directions, 0)
     blocks, constants = _launch(width, states, FORWARD_STATES)
     if u.numel():
         with torch.cuda.device_of(u):
             scan_forward[(directions * batch * blocks,)](
                 u, delta, A, B, C, _contiguous(D), _contiguous(delta_bias), y,
-                saved if keep else None, steps if steps.numel() else None,
+                saved if keep else None,
                 batch, length, *_reverse(reverse), SOFTPLUS=delta_softplus, **constants,
             )  # fmt: skip
-    return y, saved, steps
+    return y, saved
 
 
 def backward(
@@ -96,10 +94,7 @@ def backward(
     delta_softplus: bool,
     reverse: tuple[bool, ...],
 ) -> Gradients:
-    """Gradients of u, delta, A, B, C, D and delta_bias, each in its input's dtype; None for an input that is None.
-
-    With `delta_softplus`, `delta` are the steps that `forward` kept.
-    """
+    """Gradients of u, delta, A, B, C, D and delta_bias, each in its input's dtype; None for an input that is None."""
     from model.ops.scan_triton_kernels import scan_backward
 
     u, delta, A, B, C = (tensor.contiguous() for tensor in (u, delta, A.mT, B, C))
@@ -109,12 +104,13 @@ def backward(
     states = A.shape[1]
     blocks, constants = _launch(width, states, BACKWARD_STATES)
 
-    def shares(*shape: int) -> torch.Tensor:
-        return u.new_empty(directions, batch, *shape, dtype=torch.float32)
+    def shares(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return u.new_empty(directions, batch, *shape, dtype=dtype)
 
     gu, gdelta = torch.empty_like(u), torch.empty_like(delta)
     gA = shares(states, width)
-    gB, gC = shares(blocks, length, states), shares(blocks, length, states)
+    # A share of these is rounded as their sum is; in float32 they would be a third of what the kernel writes.
+    gB, gC = (shares(blocks, length, states, dtype=given.dtype) for given in (B, C))
     gD = None if D is None else shares(width)
     gbias = None if delta_bias is None else shares(width)
     if u.numel():
@@ -128,11 +124,19 @@ def backward(
         gu,
         gdelta,
         gA.sum(1).mT.to(A.dtype),
-        gB.sum(2).to(B.dtype),
-        gC.sum(2).to(C.dtype),
+        gB.sum(2, dtype=torch.float32).to(B.dtype),
+        gC.sum(2, dtype=torch.float32).to(C.dtype),
         None if D is None or gD is None else gD.sum(1).to(D.dtype),
         None if delta_bias is None or gbias is None else gbias.sum(1).to(delta_bias.dtype),
     )
+
+
+def share_bytes(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> int:
+    """What `backward` writes of sums across programs, and reads again."""
+    directions, batch, length, width = u.shape
+    states = A.shape[-1]
+    blocks, _ = _launch(width, states, BACKWARD_STATES)
+    return directions * batch * (4 * (states + 2) * width + 2 * B.element_size() * blocks * length * states)
 
 
 def _launch(width: int, states: int, program_states: int) -> tuple[int, dict[str, Any]]:

@@ -37,10 +37,10 @@ def softplus(x):
 
 
 @triton.jit
-def softplus_slope(dt):
-    """The derivative of softplus where its value is dt, 1 − exp(−dt): a series where that would lose digits."""
-    series = 1.0 - dt * (0.5 - dt * (1.0 / 6 - dt * (1.0 / 24 - dt * (1.0 / 120 - dt * (1.0 / 720)))))
-    return tl.where(dt < 0.25, dt * series, 1.0 - tl.exp2(-dt * LOG2_E))
+def sigmoid(x):
+    """The derivative of softplus; the exponent is never positive, so that both ends stay precise."""
+    z = tl.exp2(-tl.abs(x) * LOG2_E)
+    return tl.where(x >= 0, 1.0, z) / (1.0 + z)
 
 
 @triton.jit
@@ -66,11 +66,11 @@ def per_channel(pointer, k, e, E: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def forward_steps(
-    h, u, delta, B, C, y, steps, first, stride, start, e, n, a_log2, skip, shift,
+    h, u, delta, B, C, y, first, stride, start, e, n, a_log2, skip, shift,
     E: tl.constexpr, N: tl.constexpr, SOFTPLUS: tl.constexpr, STEPS: tl.constexpr, EVEN_E: tl.constexpr,
     EVEN_N: tl.constexpr,
 ):  # fmt: skip
-    """The state after STEPS steps from `start`; their rows of y and `steps`, where those are wanted."""
+    """The state after STEPS steps from `start`; and their rows of y, if that is wanted."""
     xs, raws, bs, cs = (), (), (), ()
     for i in tl.static_range(STEPS):
         row = first + (start + i) * stride
@@ -82,13 +82,8 @@ def forward_steps(
     for i in tl.static_range(STEPS):
         row = first + (start + i) * stride
         x = xs[i].to(tl.float32)
-        dt = raws[i].to(tl.float32) + shift
-        if SOFTPLUS:
-            # Rounded as it is kept for the backward pass, which then sees the same states.
-            rounded = softplus(dt).to(delta.dtype.element_ty)
-            if steps is not None:
-                store(steps + row * E + e, rounded, e < E, EVEN_E)
-            dt = rounded.to(tl.float32)
+        raw = raws[i].to(tl.float32) + shift
+        dt = softplus(raw) if SOFTPLUS else raw
         h = tl.exp2(dt[None, :] * a_log2) * h + bs[i].to(tl.float32)[:, None] * (dt * x)[None, :]
         if y is not None:
             out = tl.sum(cs[i].to(tl.float32)[:, None] * h, 0) + skip * x
@@ -98,12 +93,12 @@ def forward_steps(
 
 @triton.jit
 def scan_forward(
-    u, delta, A, B, C, D, bias, y, saved, steps,
+    u, delta, A, B, C, D, bias, y, saved,
     batch, L, reverse_bits, period, E: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN_E: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
-    """y; for the backward pass also the state before each chunk of CHUNK steps, and the steps after softplus."""
+    """y, and for the backward pass, if wanted, the state before each chunk of CHUNK steps."""
     program = tl.program_id(0)
     k = program // P // batch
     e = (program % P) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -118,8 +113,6 @@ def scan_forward(
     u += kb * L * E
     delta += kb * L * E
     y += kb * L * E
-    if steps is not None:
-        steps += kb * L * E
     B += kb * L * N
     C += kb * L * N
     if saved is not None:
@@ -134,14 +127,14 @@ def scan_forward(
         if saved is not None and start % CHUNK == 0:
             store(saved + start // CHUNK * E * N + tile, h, in_tile, EVEN)
         h = forward_steps(
-            h, u, delta, B, C, y, steps, first, stride, start, e, n, a_log2, skip, shift,
+            h, u, delta, B, C, y, first, stride, start, e, n, a_log2, skip, shift,
             E, N, SOFTPLUS, STEPS, EVEN_E, EVEN_N,
         )  # fmt: skip
     for step in range(whole, L):
         if saved is not None and step % CHUNK == 0:
             store(saved + step // CHUNK * E * N + tile, h, in_tile, EVEN)
         h = forward_steps(
-            h, u, delta, B, C, y, steps, first, stride, step, e, n, a_log2, skip, shift,
+            h, u, delta, B, C, y, first, stride, step, e, n, a_log2, skip, shift,
             E, N, SOFTPLUS, 1, EVEN_E, EVEN_N,
         )  # fmt: skip
 
@@ -161,27 +154,29 @@ def backward_steps(
         bs += (load(B + row * N + n, n < N, EVEN_N),)
         cs += (load(C + row * N + n, n < N, EVEN_N),)
         gys += (load(grad_y + row * E + e, e < E, EVEN_E),)
-    states, decays, dts = (), (), ()
+    states, decays, dts, shifted = (), (), (), ()
     for i in tl.static_range(STEPS):
-        dt = raws[i].to(tl.float32) + shift
+        raw = raws[i].to(tl.float32) + shift
+        dt = softplus(raw) if SOFTPLUS else raw
         decay = tl.exp2(dt[None, :] * a_log2)
         states += (h,)  # before each step
         decays += (decay,)
         dts += (dt,)
+        shifted += (raw,)
         h = decay * h + bs[i].to(tl.float32)[:, None] * (dt * xs[i].to(tl.float32))[None, :]
     for i in tl.static_range(STEPS - 1, -1, -1):
         row = first + (start + i) * stride
         x, gy = xs[i].to(tl.float32), gys[i].to(tl.float32)
-        store(gC + row * N + n, tl.sum(gy[None, :] * h, 1), n < N, EVEN_N)
+        store(gC + row * N + n, tl.sum(gy[None, :] * h, 1).to(gC.dtype.element_ty), n < N, EVEN_N)
         gh += cs[i].to(tl.float32)[:, None] * gy[None, :]
-        store(gB + row * N + n, tl.sum((dts[i] * x)[None, :] * gh, 1), n < N, EVEN_N)
+        store(gB + row * N + n, tl.sum((dts[i] * x)[None, :] * gh, 1).to(gB.dtype.element_ty), n < N, EVEN_N)
         gx = tl.sum(bs[i].to(tl.float32)[:, None] * gh, 0)
         gh *= decays[i]  # from here on the gradient of the state before this step
         kept = gh * states[i]
         ga += dts[i][None, :] * kept
         graw = gx * x + LN2 * tl.sum(a_log2 * kept, 0)
         if SOFTPLUS:
-            graw *= softplus_slope(dts[i])
+            graw *= sigmoid(shifted[i])
         store(gu + row * E + e, (gx * dts[i] + skip * gy).to(gu.dtype.element_ty), e < E, EVEN_E)
         store(gdelta + row * E + e, graw.to(gdelta.dtype.element_ty), e < E, EVEN_E)
         gskip += gy * x
@@ -199,10 +194,9 @@ def scan_backward(
 ):  # fmt: skip
     """All gradients; gA [K, B, N, E], gD, gbias [K, B, E] and gB, gC [K, B, P, L, N] are the program's own shares.
 
-    With SOFTPLUS `delta` holds the steps after it, and with SHARED all directions have one grad_y [B, L, E]. A chunk is
-    walked back in parts of STEPS steps, whose states and decays stay in registers: 2·STEPS + 4 values per state and no
-    scratch memory. Each part starts anew from the chunk's saved state, which repeats (CHUNK / STEPS − 1)/2 updates per
-    step.
+    With SHARED all directions have one grad_y [B, L, E]. A chunk is walked back in parts of STEPS steps, whose states
+    and decays stay in registers: 2·STEPS + 4 values per state and no scratch memory. Each part starts anew from the
+    chunk's saved state, which repeats (CHUNK / STEPS − 1)/2 updates per step.
     """
     program = tl.program_id(0)
     k = program // P // batch
@@ -229,7 +223,7 @@ def scan_backward(
 
     a_log2 = load(A + k * E * N + tile, in_tile, EVEN).to(tl.float32) * LOG2_E
     skip = per_channel(D, k, e, E, EVEN_E)
-    shift = per_channel(None if SOFTPLUS else bias, k, e, E, EVEN_E)
+    shift = per_channel(bias, k, e, E, EVEN_E)
     gh = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)  # gradient of the state from later steps
     ga = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     gskip = tl.zeros([BLOCK_E], tl.float32)
@@ -241,8 +235,8 @@ def scan_backward(
         h = load(saved + chunk * E * N + tile, in_tile, EVEN)
         for step in range(chunk * CHUNK, last):
             h = forward_steps(
-                h, u, delta, B, C, None, None, first, stride, step, e, n, a_log2, skip, shift,
-                E, N, False, 1, EVEN_E, EVEN_N,
+                h, u, delta, B, C, None, first, stride, step, e, n, a_log2, skip, shift,
+                E, N, SOFTPLUS, 1, EVEN_E, EVEN_N,
             )  # fmt: skip
         gh, ga, gskip, gshift = backward_steps(
             gh, ga, gskip, gshift, h, grad_y, u, delta, B, C, gu, gdelta, gB, gC, first, stride, last, e, n,
@@ -254,8 +248,8 @@ def scan_backward(
         h = load(saved + chunk * E * N + tile, in_tile, EVEN)
         for step in range(chunk * CHUNK, start, STEPS):
             h = forward_steps(
-                h, u, delta, B, C, None, None, first, stride, step, e, n, a_log2, skip, shift,
-                E, N, False, STEPS, EVEN_E, EVEN_N,
+                h, u, delta, B, C, None, first, stride, step, e, n, a_log2, skip, shift,
+                E, N, SOFTPLUS, STEPS, EVEN_E, EVEN_N,
             )  # fmt: skip
         gh, ga, gskip, gshift = backward_steps(
             gh, ga, gskip, gshift, h, grad_y, u, delta, B, C, gu, gdelta, gB, gC, first, stride, start, e, n,
