@@ -104,5 +104,13 @@ def _builder(weights: PublishedWeights) -> Callable[[], nn.Module]:
 
 
 register_family(
-    Family("DeMansia", NAMES, _recognize, _builder, convert=fit_position_embedding, token_head={"aux_head": True})
+    Family(
+        "DeMansia",
+        NAMES,
+        _recognize,
+        _builder,
+        convert=fit_position_embedding,
+        token_head={"aux_head": True},
+        projections=("in_proj", "out_proj"),
+    )
 )

@@ -97,5 +97,13 @@ def _refuse_overlap(weights: PublishedWeights, patch: int) -> None:
 
 
 register_family(
-    Family("Vim", NAMES, _recognize, _builder, convert=fit_position_embedding, token_head={"aux_head": True})
+    Family(
+        "Vim",
+        NAMES,
+        _recognize,
+        _builder,
+        convert=fit_position_embedding,
+        token_head={"aux_head": True},
+        projections=("in_proj", "out_proj"),
+    )
 )
