@@ -1,4 +1,4 @@
-"""LoRA through the recipe: which layers get adapters, what is trained and kept, resuming, merging, and what is refused."""
+"""LoRA through the recipe: layers with adapters, what is trained and kept, resuming, merging, and what is refused."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class ModelConfig(Section):
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (LoRA) beside frozen linear layers; adapters and heads are trained, nothing else. Needs peft."""
+    """Low-rank adapters (LoRA) beside frozen linear layers; only adapters and heads are trained. Needs peft."""
 
     rank: Count | None = setting("rank of the adapters; none: no adapters", None, affects="values")
     targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = setting(
@@ -353,7 +353,7 @@ class TrainConfig(Section):
                 f"schedule.min_lr {self.schedule.min_lr:g} is above optimizer.lr {self.optimizer.lr:g}; lower it"
             )
         if self.lora.rank is not None and self.model.train == "heads":
-            raise ValueError("model.train=heads trains no adapters; use model.train=all with lora.rank, or no lora.rank")
+            raise ValueError("model.train=heads trains no adapters; use model.train=all with lora.rank")
         if self.lora.rank is not None and not self.model.begins_trained:
             raise ValueError(
                 "lora.rank freezes the network's weights, but they are random; "

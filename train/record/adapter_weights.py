@@ -1,7 +1,7 @@
 """The weights of a network with adapters: the part that is trained, the part that stays, and both merged.
 
-peft's names: a layer X with an adapter holds `X.base_layer.weight`, frozen, and the factors `X.lora_A.default.weight` and
-`X.lora_B.default.weight`; its output is that of base + scale · B · A.
+peft's names: a layer X with an adapter holds `X.base_layer.weight`, frozen, and the factors `X.lora_A.default.weight`
+and `X.lora_B.default.weight`; its output is that of base + scale · B · A.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     step-00000400/     weights.safetensors  ema.safetensors  state.pt  checkpoint.json
     best-00000300/     the same without state.pt
 
-Of a run with adapters they hold adapters and heads; the frozen weights are in the run's folder, once: `base.safetensors`.
+Of a run with adapters they hold adapters and heads; the frozen weights are in the run's folder: `base.safetensors`.
 
 `checkpoint.json` describes the model, so that it can be rebuilt, and lists size and sha256 of the other files. A folder
 is written under a temporary name, synced to disk and renamed, so that a process that dies leaves older ones intact.
@@ -29,7 +29,13 @@ from labeler.base.plain_tensors import load_plain
 from labeler.base.whole_files import TEMPORARY, read_sealed, replace_file, sealed, sync_folder
 from train.record.adapter_weights import merge_adapters
 
-RECORD, WEIGHTS, EMA, STATE, BASE = "checkpoint.json", "weights.safetensors", "ema.safetensors", "state.pt", "base.safetensors"
+RECORD, WEIGHTS, EMA, STATE, BASE = (
+    "checkpoint.json",
+    "weights.safetensors",
+    "ema.safetensors",
+    "state.pt",
+    "base.safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -196,9 +202,7 @@ def write_base(run: Path, weights: Mapping[str, torch.Tensor]) -> FileRecord:
     return record
 
 
-def read_weights(
-    folder: Path, info: CheckpointInfo, ema: bool = False, merged: bool = True
-) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path, info: CheckpointInfo, ema: bool = False, merged: bool = True) -> dict[str, torch.Tensor]:
     """Read the weights of a checkpoint.
 
     Args:
@@ -224,7 +228,7 @@ def read_weights(
         return state
     run = folder.parents[1]
     if not (run / BASE).exists():
-        remedy = "A checkpoint of adapters needs it: leave it in its run's folder, or take the run's timm/, which is whole."
+        remedy = "A checkpoint of adapters needs it: leave it in its run's folder, or use the run's timm/."
         raise IntegrityError(f"{run / BASE} is missing", remedy=remedy)
     state = {**_read_tensors(run, BASE, info.adapter.base), **state}
     return merge_adapters(state, info.adapter.scale) if merged else state
