@@ -62,7 +62,7 @@ def test_the_file_answers_as_the_run(run, data, tmp_path, format, int8):
     assert done.comparison.run_top1 is not None
     assert min(done.file_ms, done.run_ms) > 0
     described = json.loads((tmp_path / f"a{suffix}.json").read_text())
-    assert described["input"]["shape"] == ["batch", 3, 32, 32]
+    assert described["input"]["shape"] == [1 if format == "executorch" else "batch", 3, 32, 32]
     assert described["export"]["size"] == (tmp_path / f"a{suffix}").stat().st_size
     assert len(described["classes"]) == described["output"]["shape"][1] == 6
 

@@ -89,7 +89,7 @@ def export(
     img_size: int | None = None,
     crop_pct: float | None = None,
 ) -> Exported:
-    """Write a trained network as one file for any batch size; adapters are merged into their weights.
+    """Write a trained network as one file, for any batch size but for ExecuTorch; adapters are merged.
 
     The file takes images as `transform` in the .json beside it says, and gives the logits of the run's evaluation.
 
@@ -214,8 +214,7 @@ def _load(files: Sequence[ImageFile], trained: Trained) -> tuple[list[torch.Tens
 
 def _write(trained: Trained, path: Path, format: str, int8: str | None, calibration: Sequence[torch.Tensor]) -> Runner:
     """Write the file and load it again."""
-    most = executorch_file.MOST if format == "executorch" else None
-    program = trace(copy.deepcopy(trained.net), (trained.side, trained.side), most)
+    program = trace(copy.deepcopy(trained.net), (trained.side, trained.side), format != "executorch")
     if format == "torch-export":
         write_program(program, path)
         return load_program(path)
@@ -237,9 +236,10 @@ def _write(trained: Trained, path: Path, format: str, int8: str | None, calibrat
 def _describe(path: Path, trained: Trained, done: Exported) -> None:
     """Write what a user of the file needs to know beside it."""
     names = [trained.class_name(number) for number in range(trained.net.num_classes)]
+    batch = 1 if done.format == "executorch" else "batch"
     values: dict[str, Any] = {
-        "input": {"name": onnx_file.INPUT, "shape": ["batch", 3, trained.side, trained.side], "dtype": "float32"},
-        "output": {"name": onnx_file.OUTPUT, "shape": ["batch", trained.net.num_classes], "dtype": "float32"},
+        "input": {"name": onnx_file.INPUT, "shape": [batch, 3, trained.side, trained.side], "dtype": "float32"},
+        "output": {"name": onnx_file.OUTPUT, "shape": [batch, trained.net.num_classes], "dtype": "float32"},
         "transform": trained.transform,
         "classes": names,
         "export": asdict(done),

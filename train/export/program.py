@@ -32,13 +32,13 @@ def silence() -> Iterator[None]:
         logging.disable(level)
 
 
-def trace(net: nn.Module, size: tuple[int, int], most: int | None = None) -> torch.export.ExportedProgram:
+def trace(net: nn.Module, size: tuple[int, int], any_batch: bool = True) -> torch.export.ExportedProgram:
     """Trace a network; its scans become a few doubling steps of plain operators.
 
     Args:
         net: the network, in evaluation mode, on the CPU.
         size: height and width of its images.
-        most: largest batch; None: any.
+        any_batch: for batches of any size; otherwise for one image.
 
     Returns:
         The graph, for images [B, 3, height, width].
@@ -49,10 +49,12 @@ def trace(net: nn.Module, size: tuple[int, int], most: int | None = None) -> tor
     for module in net.modules():
         if isinstance(getattr(module, "backend", None), str):
             module.backend = "auto"  # type: ignore[assignment]  # another would stay in the graph as an operator of ours
-    batch = torch.export.Dim("batch", min=1, max=most)
+    images, shapes = torch.zeros(2 if any_batch else 1, 3, *size), None
+    if any_batch:
+        shapes = ({0: torch.export.Dim("batch")},)
     try:
         with silence(), torch.no_grad():
-            return torch.export.export(net, (torch.zeros(2, 3, *size),), dynamic_shapes=({0: batch},))
+            return torch.export.export(net, (images,), dynamic_shapes=shapes)
     except Exception as error:  # torch raises many types
         got = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise TrainError("torch.export cannot trace this network", got=got) from None
