@@ -36,7 +36,7 @@ def add_adapters(net: TokenLabelHeads, config: LoraConfig, name: str) -> None:
         import peft
     except ImportError as error:
         raise InputError("lora.rank needs peft, which cannot be imported", got=error, remedy=INSTALL) from None
-    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.scale * config.rank, target_modules=layers)  # type: ignore[arg-type]
+    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.scale * config.rank, target_modules=layers)
     peft.inject_adapter_in_model(settings, net)
     for head in heads_of(net):
         head.requires_grad_(True)
