@@ -115,11 +115,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     names = ["network", "parameters", "GMAC", "peak memory", "torch", "onnxruntime", "ONNX file", "difference"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
-        lines.append(
-            f"| {row['name']} | {row['parameters'] / 1e6:.2f}M | {row['macs'] / 1e9:.2f} "
-            f"| {row['peak_kb'] / 1024:.0f} MB | {row['torch_ms']:.1f} ms | {row['onnx_ms']:.1f} ms | {row['onnx_bytes'] / 1e6:.1f} MB "
-            f"| {row['difference']:.0e} |"
-        )
+        cells = [
+            row["name"],
+            f"{row['parameters'] / 1e6:.2f}M",
+            f"{row['macs'] / 1e9:.2f}",
+            f"{row['peak_kb'] / 1024:.0f} MB",
+            f"{row['torch_ms']:.1f} ms",
+            f"{row['onnx_ms']:.1f} ms",
+            f"{row['onnx_bytes'] / 1e6:.1f} MB",
+            f"{row['difference']:.0e}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

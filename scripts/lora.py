@@ -29,14 +29,15 @@ from train.recipes.recipe import load_recipe
 RECIPE = "cifar10_nano"
 # One learning rate for each kind of arm; none was searched for.
 HEADS, ADAPTERS, ALL = "optimizer.lr=1e-2", "optimizer.lr=5e-3", "optimizer.lr=2e-3"
-X_PROJ, DT_PROJ = "lora.targets=[x_proj,x_proj_b]", "lora.targets=[dt_proj,dt_proj_b]"
+X_PROJ, DT_PROJ = 'lora.targets=["x_proj", "x_proj_b"]', 'lora.targets=["dt_proj", "dt_proj_b"]'
 ARMS: dict[str, list[str]] = {
     "heads": ["model.train=heads", HEADS],
     "rank 4": ["lora.rank=4", ADAPTERS],
     "rank 16": ["lora.rank=16", ADAPTERS],
     "all": [ALL],
-    "rank 4, in_proj": ["lora.rank=4", "lora.targets=[in_proj]", ADAPTERS],
-    "rank 4, out_proj": ["lora.rank=4", "lora.targets=[out_proj]", ADAPTERS],
+    "all, lr as adapters": [ADAPTERS],
+    "rank 4, in_proj": ["lora.rank=4", 'lora.targets=["in_proj"]', ADAPTERS],
+    "rank 4, out_proj": ["lora.rank=4", 'lora.targets=["out_proj"]', ADAPTERS],
     "rank 4, x_proj": ["lora.rank=4", X_PROJ, ADAPTERS],
     "rank 4, dt_proj": ["lora.rank=4", DT_PROJ, ADAPTERS],
 }
