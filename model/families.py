@@ -43,6 +43,7 @@ class Family:
         convert: takes a published state dict and the model to load it into; returns a state dict whose weights have the
             model's names and shapes, as timm's `checkpoint_filter_fn` does.
         token_head: arguments with which a model of these names has a token head, for `token_label`.
+        projections: last parts of the names of its blocks' projections, which get adapters.
     """
 
     title: str
@@ -51,6 +52,7 @@ class Family:
     builder: Callable[[PublishedWeights], Callable[[], nn.Module]]
     convert: Callable[[State, nn.Module], State]
     token_head: Mapping[str, Any] = field(default_factory=dict)
+    projections: tuple[str, ...] = ()
 
 
 _families: dict[str, Family] = {}

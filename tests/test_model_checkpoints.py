@@ -158,7 +158,7 @@ def test_lvvit_in_every_form(tmp_path, form):
     close(net(found["x"]), found["eval.out"], 1e-5)
 
 
-@pytest.mark.parametrize("name", ["lvvit_t", "demansia_tiny", "vim_tiny"])
+@pytest.mark.parametrize("name", ["lvvit_t", "demansia_tiny", "demansia_pico", "vim_tiny", "vim_pico"])
 def test_family_size_and_classes_are_told_by_the_shapes(tmp_path, name):
     torch.manual_seed(0)
     first = timm.create_model(name, num_classes=7, img_size=32, in_chans=1).eval()

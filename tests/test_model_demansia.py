@@ -161,6 +161,7 @@ def test_names_shapes_counts_and_marks_are_the_published_ones(name):
 @pytest.mark.parametrize(
     ("name", "width", "depth", "side"),
     [
+        ("pico", 64, 12, 224),
         ("nano", 128, 12, 224),
         ("tiny", 192, 24, 224),
         ("small", 384, 24, 384),

@@ -67,7 +67,7 @@ def test_no_name_asks_for_trained_weights_by_itself(entry):
 
 def test_all_names_are_registered():
     assert set(NAMES) <= set(timm.list_models())
-    assert len(NAMES) == 27
+    assert len(NAMES) == 29
 
 
 def test_training_gives_both_heads_and_evaluation_one_answer(name):

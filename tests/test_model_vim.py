@@ -74,6 +74,12 @@ def test_loss_and_gradients_are_the_published_ones(backend, source):
         close(parameter.grad, found[f"grad.{name}"], 5e-5, 1e-8)
 
 
+def test_the_smallest_is_small():
+    with torch.device("meta"):
+        net = timm.create_model("vim_pico")
+    assert (net.embed_dim, len(net.layers), sum(p.numel() for p in net.parameters())) == (64, 12, 616_168)
+
+
 @pytest.mark.parametrize("name", ["vim_tiny", "vim_small", "vim_base"])
 def test_names_shapes_and_counts_are_the_published_ones(name):
     expected = keys(name)

@@ -32,6 +32,9 @@ ONE_FILE = {
     "ray": {"labeler/executor.py"},
     "nvidia": {"labeler/sources/decoding/decode_dali.py", "pipeline/backends/dali_backend.py"},
     "simplejpeg": {"labeler/sources/decoding/jpeg_pixels.py"},
+    "peft": {"train/adapters/lora.py"},
+    "onnxruntime": {"train/export/onnx_file.py"},
+    "executorch": {"train/export/executorch_file.py"},
     "triton": {
         "model/ops/scan_triton_kernels.py",
         "model/ops/scan_triton.py",

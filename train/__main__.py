@@ -1,4 +1,4 @@
-"""The command line: `python -m train fit | validate | predict | explain | doctor | recipes`.
+"""The command line: `python -m train fit | validate | predict | explain | export | doctor | recipes`.
 
 Exit status: 0 all done; 1 the run failed half-way (`--resume auto` continues it); 2 bad input or usage; 3 done, but
 some images were left out; 4 stored data or a checkpoint is damaged; 130 interrupted before training starts,
@@ -40,6 +40,7 @@ LEFT_OUT = 3
 EMA = "use the averaged weights, or not (default: the better ones, if the checkpoint records both accuracies)"
 PREDICT = "classify images, and with --map their tokens; unreadable images are reported, and the exit status is 3"
 EXPLAIN = "show what a network does inside with images: gates, step sizes, reach and token classes of each layer"
+EXPORT = "write a network as one file for ONNX, torch.export or ExecuTorch, and compare it with the run on images"
 CSV = "also write a table with timm's columns: filename, and index, label, prob (_0, _1 … if N > 1)"
 BACKENDS = ("auto", "dali", "cpu", "pil")
 
@@ -202,6 +203,23 @@ def _explain(options: argparse.Namespace) -> int:
     return LEFT_OUT if left_out else 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    from train.export.export import export
+
+    done = export(
+        options.checkpoint,
+        options.images,
+        out=options.out,
+        format=options.format,
+        int8=options.int8,
+        count=options.count,
+        ema=options.ema,
+        img_size=options.img_size,
+        crop_pct=options.crop_pct,
+    )
+    return _print(done, options)
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from train.doctor import diagnose, text
 
@@ -302,7 +320,21 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--out", type=Path, default=EXPLAINED, metavar="DIR", help=text)
     explain.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
     explain.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    for command in (validate, predict, explain):
+    export = add_command(commands, "export", _export, EXPORT)
+    export.add_argument("checkpoint", type=Path, help="as for validate")
+    export.add_argument(
+        "--images", nargs="+", required=True, metavar="PATH", help="real images to compare on, as for predict"
+    )
+    export.add_argument(
+        "--format", choices=("onnx", "torch-export", "executorch"), default="onnx", help="(%(default)s)"
+    )
+    text = "weights in int8, ONNX only; ranges of activations measured at each run, or on images before"
+    export.add_argument("--int8", choices=("dynamic", "static"), help=text)
+    export.add_argument("--out", type=Path, metavar="FILE", help="default: named after the run, in the working folder")
+    text = "how many of the images to compare on, and how many others to measure ranges on (%(default)s)"
+    export.add_argument("--count", type=at_least(1), default=64, metavar="N", help=text)
+    export.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
+    for command in (validate, predict, explain, export):
         command.add_argument(
             "--img-size", type=at_least(1), metavar="N", help="side of the input in pixels (default: as in training)"
         )

@@ -37,6 +37,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str, str]]] = {
         "recipes": ("train", "recipes", "list the recipes, or all settings of one"),
         "validate": ("train", "validate", "measure top-1 and top-5 accuracy on a folder of images"),
         "predict": ("train", "predict", "classify images, and with --map their tokens"),
+        "export": ("train", "export", "write a network for ONNX, torch.export or ExecuTorch, checked on images"),
         "explain": ("train", "explain", "show what a network does inside with images, layer by layer"),
     },
     "look around": {

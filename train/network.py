@@ -20,6 +20,7 @@ from model.checkpoints import read_state_dict
 from model.families import family_of_name
 from model.token_heads import TokenLabelHeads
 from train.recipes.config import BEGINNING, ModelConfig
+from train.record.adapter_weights import has_adapters
 from train.record.checkpoint import CheckpointInfo, read_weights
 from train.record.checkpoint_folders import checkpoint_of, find_checkpoint
 
@@ -74,10 +75,9 @@ def set_classes(net: TokenLabelHeads, num_classes: int, aux_classes: int | None,
         aux_classes: classes of the token targets; None: the same classes.
         config: the recipe's section `model`.
     """
-    trained = config.weights is not None or any(config.args.get(key) for key in BEGINNING)
     aux_head, aux_count = net.aux_head, net.aux_outputs()
     if net.num_classes != num_classes:
-        if trained:
+        if config.begins_trained:
             log.info("new heads for %d classes replace trained ones for %d", num_classes, net.num_classes)
         net.reset_classifier(num_classes)  # type: ignore[operator]
     if net.aux_classes != aux_classes:
@@ -125,7 +125,7 @@ def train_mode(net: nn.Module, config: ModelConfig) -> None:
     """
     net.train(config.train == "all")
     net.training = True  # so that it returns both outputs, even if everything else is frozen
-    if config.freeze_statistics:
+    if config.freeze_statistics or has_adapters(net):
         for module in net.modules():
             if isinstance(module, (_BatchNorm, BatchNormAct2d)):
                 module.eval()
@@ -268,10 +268,14 @@ def _fits(state: dict[str, torch.Tensor], net: TokenLabelHeads) -> bool:
     return all(own.get(key) == value.shape[1:] for key, value in state.items())
 
 
-def _freeze_all_but_heads(net: TokenLabelHeads) -> None:
-    for parameter in net.parameters():
-        parameter.requires_grad = False
+def heads_of(net: TokenLabelHeads) -> list[nn.Module]:
+    """The class heads and the auxiliary head, if there is one."""
     heads: Any = net.get_classifier()  # type: ignore[operator]
-    for head in (*(heads if isinstance(heads, (tuple, list)) else (heads,)), net.aux_head):
-        for parameter in head.parameters() if head is not None else ():
-            parameter.requires_grad = True
+    own = list(heads) if isinstance(heads, (tuple, list)) else [heads]
+    return own if net.aux_head is None else [*own, net.aux_head]
+
+
+def _freeze_all_but_heads(net: TokenLabelHeads) -> None:
+    net.requires_grad_(False)
+    for head in heads_of(net):
+        head.requires_grad_(True)

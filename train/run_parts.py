@@ -10,13 +10,15 @@ import torch
 from labeler.base.errors import InputError, IntegrityError, MismatchError
 from labeler.base.runtime import DTYPES, pick_precision, set_gpu_products, set_threads
 from model.token_heads import TokenLabelHeads
+from train.adapters.lora import add_adapters
 from train.loaders import class_folders, training_loader, transform_of, validation_loader
 from train.loss.token_label_loss import TokenLabelLoss
 from train.network import as_checkpointed, build_network, set_classes
 from train.optimization import LearningRate, build_optimizer, load_optimizer_state, total_steps
 from train.ranks.distributed import Ranks
 from train.recipes.config import TrainConfig
-from train.record.checkpoint import CheckpointInfo, read_state, read_weights
+from train.record.adapter_weights import split_weights
+from train.record.checkpoint import AdapterRecord, CheckpointInfo, read_state, read_weights, write_base
 from train.record.continuation import refuse_other_classes, refuse_other_past, refuse_other_run
 from train.record.step_losses import StepLosses
 from train.task import TokenLabelTask, TrainingStep
@@ -61,6 +63,7 @@ class RunParts:
         torch.manual_seed(config.run.seed)  # the same initial weights on all ranks
         model = config.model if start is None else as_checkpointed(config.model, start)
         net = build_network(model, config.loss.dense_weight)
+        add_adapters(net, config.lora, config.model.name)
         build_optimizer(net, config.optimizer)  # checks the settings before any image is read; heads may change below
         chosen = start.classes if start is not None and config.data.classes == "auto" else None
         self.loader = training_loader(config, net, ranks, chosen)
@@ -74,6 +77,7 @@ class RunParts:
         self.validation = validation_loader(config, net, ranks, self.loader, self.class_folders)
         self.steps = total_steps(config.schedule, len(self.loader))
         self.losses = StepLosses(config, self.precision)
+        self.adapter: AdapterRecord | None = None
         self._prepare(net)
 
     def _prepare(self, net: Any) -> None:
@@ -123,6 +127,17 @@ class RunParts:
         """The network with averaged weights; None: the recipe has no moving average."""
         return self.task.trainable_module_ema.module if self.task.has_ema() else None
 
+    def keep_frozen(self, run: Path) -> None:
+        """Write the frozen weights of a run with adapters to its folder, before any checkpoint."""
+        if self.config.lora.rank is not None:
+            _, frozen = split_weights(self.net, self.net.state_dict())
+            self.adapter = AdapterRecord(self.config.lora.scale, write_base(run, frozen))
+
+    def weights(self, net: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps of the network or its moving average: all weights, or those of adapters and heads."""
+        state = net.state_dict()
+        return state if self.adapter is None else split_weights(self.net, state)[0]
+
     def state_dict(self) -> dict[str, Any]:
         """The resume state other than the weights."""
         return {
@@ -158,6 +173,7 @@ class RunParts:
             accuracy=accuracy,
             classes=loader.samples.classes.kind,
             aux_classes=loader.aux_classes,
+            adapter=self.adapter,
             aux_class_names=list(store.meta.class_names) if store and loader.aux_classes is not None else [],
         )
 
@@ -175,9 +191,9 @@ class RunParts:
         state = read_state(folder, info)
         try:
             self.loader.load_state_dict(state["loader"])
-            self.net.load_state_dict(read_weights(folder, info))
+            self.net.load_state_dict(read_weights(folder, info, merged=False))
             if self.ema is not None:
-                self.ema.load_state_dict(read_weights(folder, info, ema=True))
+                self.ema.load_state_dict(read_weights(folder, info, ema=True, merged=False))
             load_optimizer_state(self.optimizer, state["optimizer"])
             self.train_step.scaler.load_state_dict(state["scaler"])
             self.losses.load_state_dict(state)

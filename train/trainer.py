@@ -94,6 +94,7 @@ class Trainer:
         self.record = None
         if self.ranks.first:
             self.record = RunRecord(self.folder, self.config, self.step, self.source, self.went_back, again)
+            self.parts.keep_frozen(self.folder)
         self.speed = Speed(self.config.run.batch_size)
         with (
             StopSignals() as signals,
@@ -251,9 +252,9 @@ class Trainer:
         if self.record is None:
             return
         parts = self.parts
-        ema = None if parts.ema is None else parts.ema.state_dict()
+        ema = None if parts.ema is None else parts.weights(parts.ema)
         state = parts.state_dict() if best is None else None
-        self.record.save(parts.info(self.step, best or {}), self.task.network.state_dict(), ema, state, must)
+        self.record.save(parts.info(self.step, best or {}), parts.weights(self.task.network), ema, state, must)
 
     def _summary(self) -> FitSummary:
         rows = [] if self.record is None else [row for row in self.record.metrics.rows if row["kind"] == "eval"]

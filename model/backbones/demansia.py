@@ -2,6 +2,7 @@
 
 | name | width | layers | image | parameters |
 |---|---|---|---|---|
+| demansia_pico | 64 | 12 | 224² | ours, with half the channels in its stem |
 | demansia_nano | 128 | 12 | 224² | ours |
 | demansia_tiny | 192 | 24 | 224² | 8.06M, as published |
 | demansia_small | 384 | 24 | 384² | 27.7M, as published |
@@ -31,6 +32,7 @@ class DeMansia(VisionMamba):
 
 
 SIZES: dict[str, dict[str, Any]] = {
+    "demansia_pico": {"embed_dim": 64, "depth": 12, "stem_width": 32},
     "demansia_nano": {"embed_dim": 128, "depth": 12},
     "demansia_tiny": {"embed_dim": 192, "depth": 24},
     "demansia_small": {"img_size": 384, "embed_dim": 384, "depth": 24},
@@ -46,6 +48,12 @@ default_cfgs = generate_default_cfgs(
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> DeMansia:
     return build_patch_model(DeMansia, variant, pretrained, **{**SIZES[variant], **kwargs})
+
+
+@register_model
+def demansia_pico(pretrained: bool = False, **kwargs: Any) -> DeMansia:
+    """DeMansia of width 64 with 12 layers and a stem of width 32; `kwargs` as for `VisionMamba`."""
+    return _create("demansia_pico", pretrained, kwargs)
 
 
 @register_model
@@ -90,10 +98,19 @@ def _recognize(state: State) -> bool:
 
 def _builder(weights: PublishedWeights) -> Callable[[], nn.Module]:
     arguments = mamba_arguments(weights, 2 * weights.state[PROJECTION].shape[-1])
+    arguments["stem_width"] = len(weights.state[STEM])
     name = registered_size(SIZES, arguments)
     return partial(create_model, name, **arguments) if name else partial(DeMansia, **arguments)
 
 
 register_family(
-    Family("DeMansia", NAMES, _recognize, _builder, convert=fit_position_embedding, token_head={"aux_head": True})
+    Family(
+        "DeMansia",
+        NAMES,
+        _recognize,
+        _builder,
+        convert=fit_position_embedding,
+        token_head={"aux_head": True},
+        projections=("in_proj", "out_proj"),
+    )
 )

@@ -154,5 +154,13 @@ def _attention(weights: PublishedWeights, mixer: str) -> dict[str, Any]:
 
 
 register_family(
-    Family("DeMansia-2", NAMES, _recognize, _builder, convert=fit_position_embedding, token_head={"aux_head": True})
+    Family(
+        "DeMansia-2",
+        NAMES,
+        _recognize,
+        _builder,
+        convert=fit_position_embedding,
+        token_head={"aux_head": True},
+        projections=("in_proj", "out_proj", "out_proj_b"),
+    )
 )

@@ -208,5 +208,13 @@ def _builder(weights: PublishedWeights) -> Callable[[], nn.Module]:
 
 
 register_family(
-    Family("LV-ViT", NAMES, _recognize, _builder, convert=fit_position_embedding, token_head={"aux_head": True})
+    Family(
+        "LV-ViT",
+        NAMES,
+        _recognize,
+        _builder,
+        convert=fit_position_embedding,
+        token_head={"aux_head": True},
+        projections=("qkv", "proj"),
+    )
 )

@@ -25,6 +25,7 @@ class Vim(VisionMamba):
 
 
 SIZES: dict[str, dict[str, Any]] = {
+    "vim_pico": {"embed_dim": 64, "depth": 12},
     "vim_tiny": {"embed_dim": 192, "depth": 24},
     "vim_small": {"embed_dim": 384, "depth": 24},
     "vim_base": {"embed_dim": 768, "depth": 24},
@@ -38,6 +39,12 @@ default_cfgs = generate_default_cfgs(
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Vim:
     arguments = {"stem": "patch", "aux_head": False, **SIZES[variant], **kwargs}
     return build_patch_model(Vim, variant, pretrained, **arguments)
+
+
+@register_model
+def vim_pico(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim of width 64 with 12 layers; `kwargs` as for `VisionMamba`."""
+    return _create("vim_pico", pretrained, kwargs)
 
 
 @register_model
@@ -90,5 +97,13 @@ def _refuse_overlap(weights: PublishedWeights, patch: int) -> None:
 
 
 register_family(
-    Family("Vim", NAMES, _recognize, _builder, convert=fit_position_embedding, token_head={"aux_head": True})
+    Family(
+        "Vim",
+        NAMES,
+        _recognize,
+        _builder,
+        convert=fit_position_embedding,
+        token_head={"aux_head": True},
+        projections=("in_proj", "out_proj"),
+    )
 )

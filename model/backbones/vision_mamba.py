@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -66,6 +67,7 @@ class VisionMamba(PatchModel):
         embed_dim: model width D.
         depth: number of layers.
         stem: "conv" for LV-ViT's convolutional stem, "patch" for one linear projection.
+        stem_width: channels of the convolutional stem.
         aux_head: add an auxiliary head on the patch tokens.
         cls_place: position of the class token: "middle" or "start" of the sequence.
         drop_rate: dropout on the embedded tokens.
@@ -102,6 +104,7 @@ class VisionMamba(PatchModel):
         embed_dim: int = 192,
         depth: int = 24,
         stem: str = "conv",
+        stem_width: int = 64,
         aux_head: bool = True,
         cls_place: str = "middle",
         drop_rate: float = 0.0,
@@ -126,7 +129,7 @@ class VisionMamba(PatchModel):
         self.head_hidden_size, self.in_chans, self.cls_place = embed_dim, in_chans, cls_place
         self.num_prefix_tokens = 0  # the class token is in the middle; `without_token` removes it
         self.grad_checkpointing = False
-        stems = {"conv": ConvStem, "patch": PatchProjection}
+        stems: dict[str, Any] = {"conv": partial(ConvStem, hidden=stem_width), "patch": PatchProjection}
         if stem not in stems or cls_place not in ("middle", "start"):
             raise ModelError(
                 f"unknown setting: got stem={stem!r}, cls_place={cls_place!r}, "

@@ -70,6 +70,24 @@ class ModelConfig(Section):
         "BatchNorm uses its running statistics in training too, without updating them", False, affects="values"
     )
 
+    @property
+    def begins_trained(self) -> bool:
+        """Whether the initial weights are trained ones."""
+        return self.weights is not None or any(self.args.get(key) for key in BEGINNING - {"cache_dir"})
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA) beside frozen linear layers; only adapters and heads are trained. Needs peft."""
+
+    rank: Count | None = setting("rank of the adapters; none: no adapters", None, affects="values")
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = setting(
+        "linear layers with adapters, by the last part of their names; none: the model's projections, in_proj and "
+        "out_proj in Mamba blocks, qkv and proj in attention",
+        None,
+        affects="values",
+    )
+    scale: Rate = setting("factor of the adapters' output: alpha / rank of other programs", 1.0, affects="values")
+
 
 class DataConfig(Section):
     """Images, labels and how they are loaded."""
@@ -317,6 +335,7 @@ class TrainConfig(Section):
     """A recipe: the whole configuration of a run, by section."""
 
     model: ModelConfig
+    lora: LoraConfig = LoraConfig()
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
@@ -332,6 +351,13 @@ class TrainConfig(Section):
         if self.schedule.min_lr > self.optimizer.lr and self.schedule.kind != "constant":
             raise ValueError(
                 f"schedule.min_lr {self.schedule.min_lr:g} is above optimizer.lr {self.optimizer.lr:g}; lower it"
+            )
+        if self.lora.rank is not None and self.model.train == "heads":
+            raise ValueError("model.train=heads trains no adapters; use model.train=all with lora.rank")
+        if self.lora.rank is not None and not self.model.begins_trained:
+            raise ValueError(
+                "lora.rank freezes the network's weights, but they are random; "
+                "set model.weights, or model.args.pretrained=true"
             )
         micro = self.run.micro_batch
         if micro is not None and micro % 2 and micro < self.run.batch_size and self.augment.mix != "none":

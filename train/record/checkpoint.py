@@ -3,6 +3,8 @@
     step-00000400/     weights.safetensors  ema.safetensors  state.pt  checkpoint.json
     best-00000300/     the same without state.pt
 
+Of a run with adapters they hold adapters and heads; the frozen weights are in the run's folder: `base.safetensors`.
+
 `checkpoint.json` describes the model, so that it can be rebuilt, and lists size and sha256 of the other files. A folder
 is written under a temporary name, synced to disk and renamed, so that a process that dies leaves older ones intact.
 """
@@ -24,9 +26,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from labeler.base.errors import InputError, IntegrityError
 from labeler.base.plain_tensors import load_plain
-from labeler.base.whole_files import TEMPORARY, read_sealed, sealed, sync_folder
+from labeler.base.whole_files import TEMPORARY, read_sealed, replace_file, sealed, sync_folder
+from train.record.adapter_weights import merge_adapters
 
-RECORD, WEIGHTS, EMA, STATE = "checkpoint.json", "weights.safetensors", "ema.safetensors", "state.pt"
+RECORD, WEIGHTS, EMA, STATE, BASE = (
+    "checkpoint.json",
+    "weights.safetensors",
+    "ema.safetensors",
+    "state.pt",
+    "base.safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,19 @@ class FileRecord:
 
     size: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What the weights of a checkpoint of adapters go with.
+
+    Attributes:
+        scale: factor of the adapters' products.
+        base: `base.safetensors` in the run's folder: the frozen weights.
+    """
+
+    scale: float
+    base: FileRecord
 
 
 @dataclass(frozen=True)
@@ -63,6 +85,7 @@ class CheckpointInfo:
         classes: "teacher" or "images": whose classes those of the class head are.
         aux_classes: classes of the auxiliary head; None: those of the class head.
         aux_class_names: one for each of them, or empty.
+        adapter: of a run with adapters, whose weights are those of adapters and heads alone; None: they are all.
     """
 
     step: int
@@ -81,6 +104,7 @@ class CheckpointInfo:
     classes: str = "teacher"
     aux_classes: int | None = None
     aux_class_names: list[str] = field(default_factory=list)
+    adapter: AdapterRecord | None = None
 
 
 _INFO = TypeAdapter(CheckpointInfo)
@@ -167,13 +191,25 @@ def check_checkpoint(folder: Path) -> CheckpointInfo:
     return info
 
 
-def read_weights(folder: Path, info: CheckpointInfo, ema: bool = False) -> dict[str, torch.Tensor]:
+def write_base(run: Path, weights: Mapping[str, torch.Tensor]) -> FileRecord:
+    """Write the frozen weights of a run with adapters, unless they are there. Returns size and digest of the file."""
+    data = _tensors(weights)
+    record = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+    try:
+        _read(run, BASE, record)
+    except IntegrityError:
+        replace_file(run / BASE, data)
+    return record
+
+
+def read_weights(folder: Path, info: CheckpointInfo, ema: bool = False, merged: bool = True) -> dict[str, torch.Tensor]:
     """Read the weights of a checkpoint.
 
     Args:
         folder: the checkpoint's folder.
         info: its record.
         ema: read the moving average instead.
+        merged: of adapters: the plain network's state dict; otherwise that of the network with adapters.
 
     Returns:
         A state dict.
@@ -182,19 +218,20 @@ def read_weights(folder: Path, info: CheckpointInfo, ema: bool = False) -> dict[
         InputError: the checkpoint has no moving average.
         IntegrityError: the file is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     name = EMA if ema else WEIGHTS
     if name not in info.files:
         raise InputError(
             f"{folder} has no averaged weights", remedy="Use its plain weights, without --ema or model.weights_ema."
         )
-    data = _read(folder, name, info.files[name])
-    try:
-        return load(data)
-    except SafetensorError as error:
-        raise IntegrityError(f"{folder / name} is not a safetensors file", got=error) from None
+    state = _read_tensors(folder, name, info.files[name])
+    if info.adapter is None:
+        return state
+    run = folder.parents[1]
+    if not (run / BASE).exists():
+        remedy = "A checkpoint of adapters needs it: leave it in its run's folder, or use the run's timm/."
+        raise IntegrityError(f"{run / BASE} is missing", remedy=remedy)
+    state = {**_read_tensors(run, BASE, info.adapter.base), **state}
+    return merge_adapters(state, info.adapter.scale) if merged else state
 
 
 def read_state(folder: Path, info: CheckpointInfo) -> dict[str, Any]:
@@ -227,6 +264,17 @@ def _tensors(state: Mapping[str, torch.Tensor]) -> bytes:
     from safetensors.torch import save
 
     return save({name: value.detach().cpu().contiguous() for name, value in state.items()})
+
+
+def _read_tensors(folder: Path, name: str, expected: FileRecord) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    data = _read(folder, name, expected)
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise IntegrityError(f"{folder / name} is not a safetensors file", got=error) from None
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -142,4 +142,14 @@ def _unchanged(state: Mapping[str, Any], _: nn.Module) -> dict[str, Any]:
     return dict(state)
 
 
-register_family(Family("MambaVision", NAMES, _recognize, _builder, convert=_unchanged, token_head={"aux_head": True}))
+register_family(
+    Family(
+        "MambaVision",
+        NAMES,
+        _recognize,
+        _builder,
+        convert=_unchanged,
+        token_head={"aux_head": True},
+        projections=("in_proj", "out_proj", "qkv", "proj"),
+    )
+)

@@ -237,4 +237,14 @@ def _builder(weights: PublishedWeights) -> Callable[[], nn.Module]:
     return partial(create_model, name, **arguments)
 
 
-register_family(Family("MILA", NAMES, _recognize, _builder, convert=own_rotations, token_head={"aux_head": True}))
+register_family(
+    Family(
+        "MILA",
+        NAMES,
+        _recognize,
+        _builder,
+        convert=own_rotations,
+        token_head={"aux_head": True},
+        projections=("in_proj", "act_proj", "out_proj", "qk"),
+    )
+)

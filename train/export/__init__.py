@@ -1,0 +1,1 @@
+"""`export`: a trained network as one file for another runtime, checked against the run on real images."""
