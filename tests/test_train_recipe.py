@@ -203,7 +203,21 @@ def flat_sections(config: TrainConfig) -> dict:
                 "augment.crop_pct": 0.875,
             },
         ),
+        ("lvvit_t", {"model.name": "lvvit_t", "optimizer.lr": 1.6e-3, "model.drop_path_rate": 0.1}),
+        ("lvvit_m", {"model.name": "lvvit_m", "optimizer.lr": 1.6e-3, "model.drop_path_rate": 0.2}),
+        (
+            "lvvit_l",
+            {
+                "model.name": "lvvit_l", "optimizer.lr": 1e-3, "model.drop_path_rate": 0.3, "run.batch_size": 1024,
+                "augment.auto_augment": "rand-n3-m9-mstd0.5-inc1",
+            },
+        ),
         ("vim_tiny", {"optimizer.weight_decay": 0.1, "model.drop_path_rate": 0.0, "ema.decay": 0.99996}),
+        (
+            "vim_small",
+            {"optimizer.weight_decay": 0.05, "model.drop_path_rate": 0.05, "run.batch_size": 512, "optimizer.lr": 1e-3},
+        ),
+        ("vim_base", {"model.name": "vim_base", "optimizer.weight_decay": 0.05, "run.batch_size": 1024}),
         (
             "mila_tiny",
             {
