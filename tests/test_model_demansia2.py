@@ -232,7 +232,7 @@ def trained(legacy: bool) -> DeMansia2:
 
 
 def test_weights_tell_which_second_direction_they_were_trained_with(tmp_path, caplog):
-    """The published one never uses its own D: loaded into the other form they would answer otherwise, without a word."""
+    """The published one never uses its own D: loaded into the other form they answer otherwise, so it says so."""
     published, both = trained(legacy=True), trained(legacy=False)
     for net, told in ((published, True), (both, False), (micro(), None)):
         assert trained_as_legacy(net.state_dict()) is told
@@ -257,7 +257,6 @@ def test_a_file_is_loaded_in_the_form_that_it_was_trained_in(legacy, tmp_path, c
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(load_reference_checkpoint(tmp_path / "a.pt")(x), net.eval()(x))
     assert not caplog.records
-
 
 
 @pytest.mark.parametrize(

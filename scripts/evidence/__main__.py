@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("table", choices=TABLES, help="the table")
     parser.add_argument("--data", type=Path, help=".zip file of train/CLASS/*.jpg and test/CLASS/*.jpg")
     parser.add_argument("--teacher-weights", type=Path, help="ImageNet weights of EfficientNet-Lite1, .safetensors")
+    parser.add_argument("--teacher", type=Path, help="folder of a finished run, to be the teacher in its place")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="folder of the runs (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds (%(default)s)")
     parser.add_argument("--arms", nargs="+", help="only these arms (default: all)")
@@ -59,11 +60,14 @@ def collect(table: Table, options: argparse.Namespace, arms: Sequence[str], resu
     """Train what is missing; the file of results is written after each run."""
     if options.data is None:
         raise InputError("nothing to train on", got="no --data", expected="the archive of CIFAR-10")
-    labeled = any(arm != table.arms[0].name for arm in arms)
-    if labeled and options.teacher_weights is None:
-        raise InputError("nothing to label with", got="no --teacher-weights", expected="the teacher's ImageNet weights")
+    teacher: tuple[Path | None, Path | None] = (options.teacher_weights, options.teacher)
+    if list(arms) == [table.arms[0].name]:
+        teacher = None, None
+    elif (options.teacher_weights is None) == (options.teacher is None):
+        got = "neither" if options.teacher is None else "both"
+        raise InputError("one teacher makes the labels", got=got, expected="--teacher-weights or --teacher")
     options.out.mkdir(parents=True, exist_ok=True)
-    data = prepare(options.data, options.teacher_weights if labeled else None, options.out)
+    data = prepare(options.data, options.out, *teacher)
     known: list[dict[str, Any]] = []
     before = json.loads(results.read_text()) if results.exists() else {"teacher": None, "agreement": None}
     found = {"teacher": data.teacher or before["teacher"], "agreement": data.agreement or before["agreement"]}

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import labeler.__main__
 import train.__main__
+from labeler.base.errors import InputError
 from scripts.cifar10 import command, unpack
+from train.record.fit_summary import read_summary
 
 TEACHER = "tf_efficientnet_lite1"
 SIDE = 96  # pixels that the teacher sees
@@ -46,28 +48,44 @@ class Data:
     agreement: float | None = None
 
 
-def prepare(archive: Path, weights: Path | None, out: Path) -> Data:
-    """Unpack the images; with a teacher's weights also fine-tune it and label. What is done already is kept.
+def prepare(archive: Path, out: Path, weights: Path | None = None, teacher: Path | None = None) -> Data:
+    """Unpack the images; with a teacher or its weights also label. What is done already is kept.
 
     Args:
         archive: .zip file of `train/CLASS/*.jpg` and `test/CLASS/*.jpg`.
-        weights: ImageNet weights of EfficientNet-Lite1; None: no labels.
         out: folder to write to.
+        weights: ImageNet weights of EfficientNet-Lite1, which is then fine-tuned; None: no teacher is trained.
+        teacher: folder of a finished run, to be the teacher in place of that one; None and no weights: no labels.
 
     Returns:
         Where it lies.
 
     Raises:
-        InputError: the archive is not CIFAR-10.
+        InputError: the archive is not CIFAR-10, or the run is not finished.
     """
     data = Data(out / "images", out / "labels")
     unpack(archive, data.images)
-    if weights is None:
+    if weights is None and teacher is None:
         return data
-    teacher = out / "teacher"
-    places = [f"data.images={data.images / 'train'}", f"data.validation={data.images / 'test'}", f"run.out={teacher}"]
+    accuracy = fine_tune(data, weights, out / "teacher") if weights is not None else accuracy_of(teacher)
+    how = ["--teacher", str(teacher or out / "teacher"), "--input-size", str(SIDE), "--json"]
+    labels = command(labeler.__main__, ["label", str(data.images / "train"), "--store", str(data.store), *how])
+    return Data(data.images, data.store, accuracy, labels["agreement"])
+
+
+def fine_tune(data: Data, weights: Path, out: Path) -> float:
+    """Fine-tune EfficientNet-Lite1 on the images. Returns its accuracy."""
+    places = [f"data.images={data.images / 'train'}", f"data.validation={data.images / 'test'}", f"run.out={out}"]
     begin = f"model.weights={weights}"
     fitted = command(train.__main__, ["fit", "teacher", *places, begin, *SETTINGS, "--resume", "auto", "--json"])
-    how = ["--teacher", str(teacher), "--input-size", str(SIDE), "--json"]
-    labels = command(labeler.__main__, ["label", str(data.images / "train"), "--store", str(data.store), *how])
-    return Data(data.images, data.store, fitted["top1"], labels["agreement"])
+    return float(fitted["top1"])
+
+
+def accuracy_of(run: Path | None) -> float:
+    """Accuracy of a finished run. Raises InputError if there is none."""
+    summary = read_summary(run) if run is not None else None
+    if summary is None:
+        raise InputError(
+            "this is not a finished run", got=str(run), expected="the folder of a teacher that was trained"
+        )
+    return summary.top1

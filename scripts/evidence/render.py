@@ -51,19 +51,24 @@ def _plus_minus(error: float) -> str:
 
 
 def write(table: Table, results: Path, page: Path) -> None:
-    """Replace the table in a page.
+    """Replace the table in a page by that of a file of results. Raises InputError as `fill` does."""
+    fill(page, table.name, markdown(table, json.loads(results.read_text())))
+
+
+def fill(page: Path, name: str, text: str) -> None:
+    """Replace what stands between a table's marks.
 
     Args:
-        table: what was trained.
-        results: the file of its results.
-        page: a Markdown file that holds the table's marks.
+        page: a Markdown file.
+        name: the table's name in its mark.
+        text: what shall stand there.
 
     Raises:
         InputError: the page has no marks for this table.
     """
-    text, mark = page.read_text(), f"<!-- table: {table.name} -->"
+    mark = f"<!-- table: {name} -->"
     place = re.compile(re.escape(mark) + ".*?" + re.escape(END), re.S)
-    if not place.search(text):
+    before = page.read_text()
+    if not place.search(before):
         raise InputError(f"{page} has no place for the table", got=f"no {mark}", expected=f"{mark} and {END}")
-    filled = f"{mark}\n{markdown(table, json.loads(results.read_text()))}\n{END}"
-    replace_file(page, place.sub(lambda _: filled, text).encode())
+    replace_file(page, place.sub(lambda _: f"{mark}\n{text}\n{END}", before).encode())

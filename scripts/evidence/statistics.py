@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """A row's results over its seeds: values of both arms, seed by seed, and what the second has more than the first."""
+    """A row's results over its seeds: values of both arms, seed by seed, and what the second has more."""
 
     name: str
     parameters: int
