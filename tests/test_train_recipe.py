@@ -44,7 +44,7 @@ FOUND_IN_FILE = {
     "choice": (VALID + "[schedule]\nkind = 'cosin'", "got 'cosin', expected 'cosine', 'restarts' or 'constant'"),
     "short list": (VALID + "[augment]\nscale = [0.5]", "augment.scale: got [0.5], expected 2 values"),
     "long list": (VALID + "[augment]\nscale = [0.1, 0.5, 1]", "got [0.1, 0.5, 1], expected 2 values"),
-    "argument of a model": (VALID + "[model.args]\nx = [1]", "model.args.x: got [1], expected true or false or a"),
+    "argument of a model": (VALID + "[model.args]\nx = [[1]]", "model.args.x: got [[1]], expected true or false or a"),
     "negative rate": (VALID + "[optimizer]\nlr = -1e-3", "optimizer.lr: got -0.001, expected greater than 0"),
     "rate of zero": (VALID + "[optimizer]\nlr = 0", "optimizer.lr: got 0, expected greater than 0"),
     "temperature of zero": (VALID + "[loss]\ntemperature = 0", "loss.temperature: got 0, expected greater than 0"),
@@ -431,3 +431,24 @@ def test_a_command_without_its_recipe_asks_for_the_recipe_alone(capsys):
     with pytest.raises(SystemExit):
         main(["fit"])
     assert capsys.readouterr().err.startswith("error: the following arguments are required: recipe. See")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.args={depths=[1, 2], dims=[48, 96]}", {"depths": [1, 2], "dims": [48, 96]}),
+        (
+            "model.args={mixer_options={head_dim=32, shortcut=true}}",
+            {"mixer_options": {"head_dim": 32, "shortcut": True}},
+        ),
+    ],
+)
+def test_arguments_of_a_model_may_be_lists_and_tables(override, expected):
+    config = load_recipe("cifar10_nano", ["data.images=.", "data.store=none", override])
+    assert config.model.args == expected
+    assert parse_config(flat_sections(config), "again") == config
+
+
+def test_a_table_in_a_table_is_refused():
+    with pytest.raises(InputError, match=r"override 'model.args.x=.*expected .* or a list"):
+        load_recipe("cifar10_nano", ["data.images=.", "data.store=none", "model.args.x={a={b=1}}"])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import train.__main__
+from labeler.base.signals import STOPPED, StopSignals
 from labeler.base.whole_files import replace_file
 from scripts.cifar10 import command
 from scripts.evidence.data import Data
@@ -83,18 +84,22 @@ def train_all(runs: Sequence[Run], data: Data, jobs: int, minutes: float) -> Ite
         else:
             waiting.append(run)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=8) as pool:
-        busy: set[Future[dict[str, Any]]] = set()
-        while waiting or busy:
+    busy: set[Future[dict[str, Any]]] = set()
+    with StopSignals() as stop, ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=8) as pool:
+        while (waiting or busy) and not stop.requested:
             late = time.monotonic() - started > 60 * minutes
             while waiting and len(busy) < jobs and not late:
                 busy.add(pool.submit(train_one, waiting.pop(0), data))
             if not busy:
                 print(f"time is up: {len(waiting)} runs are left", file=sys.stderr)
                 return
-            done, busy = wait(busy, return_when=FIRST_COMPLETED)
+            done, busy = wait(busy, timeout=1, return_when=FIRST_COMPLETED)
             for one in done:
                 yield one.result()
+        if stop.requested:
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # a run in it saves its state and ends
+            raise SystemExit(STOPPED)
 
 
 def train_one(run: Run, data: Data) -> dict[str, Any]:

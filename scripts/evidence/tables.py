@@ -60,8 +60,8 @@ FAMILIES = Table(
     recipe="cifar10_nano",
     overrides=(
         "run.batch_size=32",
-        "schedule.steps=400",
-        "schedule.warmup_epochs=0.08",
+        "schedule.steps=200",
+        "schedule.warmup_epochs=0.05",
         "run.eval_every=100",
         "run.log_every=50",
     ),
