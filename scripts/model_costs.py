@@ -136,8 +136,8 @@ def table(found: dict[str, Any]) -> str:
     sides = sorted({int(side) for row in found["rows"].values() for side in row})
     parts = [f"{what} at {side}²" for side in sides for what in ("GMAC", "inference, ms", "training, ms", "memory, MB")]
     lines = [f"| | parameters | {' | '.join(parts)} |", f"|{'---|' * (len(parts) + 2)}"]
-    for name, by_side in found["rows"].items():
-        cells = []
+    for name in (name for name in ROWS if name in found["rows"]):
+        by_side, cells = found["rows"][name], []
         for side in sides:
             one = by_side.get(str(side), {"refused": "not measured"})
             if "refused" in one:

@@ -77,19 +77,19 @@ def test_runs_go_seed_by_seed_and_differ_in_one_thing_only(tmp_path):
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert len({run.folder for run in runs}) == len(runs) == 4 * len(FAMILIES.rows)
     assert len(plan(FAMILIES, ARMS[:1], [0], tmp_path)) == len(FAMILIES.rows)
-    one, other = (set(run.settings(Data(tmp_path, tmp_path))) for run in runs[:2])
+    one, other = (set(run.settings(Data(tmp_path, tmp_path, tmp_path))) for run in runs[:2])
     assert {text.split("=")[0] for text in one ^ other} == {"run.out", "data.store"}
 
 
 @pytest.mark.parametrize("row", FAMILIES.rows, ids=lambda row: row.name)
 def test_every_row_is_a_network_of_about_the_same_size_on_the_same_tokens(row, tmp_path):
     run = Run(FAMILIES, row, TOKEN_LABELS, 0, tmp_path)
-    config = load_recipe(FAMILIES.recipe, run.settings(Data(tmp_path, tmp_path)))
+    config = load_recipe(FAMILIES.recipe, run.settings(Data(tmp_path, tmp_path, tmp_path)))
     assert 300_000 < parameters(config) < 700_000
 
 
 def test_a_run_with_other_settings_counts_as_not_done(tmp_path, monkeypatch):
-    data, run = Data(tmp_path, tmp_path), plan(FAMILIES, ARMS[1:], [0], tmp_path)[0]
+    data, run = Data(tmp_path, tmp_path, tmp_path), plan(FAMILIES, ARMS[1:], [0], tmp_path)[0]
     assert run.result(data) is None
     run.folder.mkdir(parents=True)
     (run.folder / "result.json").write_text(json.dumps(result("demansia", ARMS[1], 0, 0.5)))

@@ -1,8 +1,11 @@
-"""CIFAR-10, a teacher fine-tuned on it, and its labels: made once, below one folder, by the project's own commands."""
+"""CIFAR-10, a teacher fine-tuned on it, and its labels: made once, below one folder, by the project's own commands.
+
+Labels are made without the mirrored pass and with one thread, like all else here: two of them can share a machine.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import labeler.__main__
@@ -13,6 +16,7 @@ from train.record.fit_summary import read_summary
 
 TEACHER = "tf_efficientnet_lite1"
 SIDE = 96  # pixels that the teacher sees
+PER_CLASS = 800  # images that are labeled and that students see, the first of each class
 SETTINGS = (
     f"model.name={TEACHER}",
     "model.args.pretrained=none",
@@ -37,12 +41,14 @@ class Data:
 
     Attributes:
         images: folder of `train` and `test`.
+        listed: file with the paths of those of `train` that students see.
         store: the label store of `train`.
         teacher: right answers of the teacher on `test`, a share; None: not asked for.
         agreement: share of the label maps that name their image's class; None: not asked for.
     """
 
     images: Path
+    listed: Path
     store: Path
     teacher: float | None = None
     agreement: float | None = None
@@ -63,14 +69,18 @@ def prepare(archive: Path, out: Path, weights: Path | None = None, teacher: Path
     Raises:
         InputError: the archive is not CIFAR-10, or the run is not finished.
     """
-    data = Data(out / "images", out / "labels")
+    data = Data(out / "images", out / "images.txt", out / "labels")
     unpack(archive, data.images)
+    folders = sorted((data.images / "train").iterdir())
+    chosen = [f"{folder.name}/{path.name}\n" for folder in folders for path in sorted(folder.iterdir())[:PER_CLASS]]
+    data.listed.write_text("".join(chosen))
     if weights is None and teacher is None:
         return data
     accuracy = fine_tune(data, weights, out / "teacher") if weights is not None else accuracy_of(teacher)
-    how = ["--teacher", str(teacher or out / "teacher"), "--input-size", str(SIDE), "--json"]
-    labels = command(labeler.__main__, ["label", str(data.images / "train"), "--store", str(data.store), *how])
-    return Data(data.images, data.store, accuracy, labels["agreement"])
+    what = [str(data.images / "train"), "--image-list", str(data.listed), "--store", str(data.store)]
+    how = ["--teacher", str(teacher or out / "teacher"), "--input-size", str(SIDE), "--tta", "none", "--threads", "1"]
+    labels = command(labeler.__main__, ["label", *what, *how, "--json"])
+    return replace(data, teacher=accuracy, agreement=labels["agreement"])
 
 
 def fine_tune(data: Data, weights: Path, out: Path) -> float:

@@ -42,7 +42,12 @@ class Run:
     def settings(self, data: Data) -> list[str]:
         """The overrides of the table's recipe."""
         places = [f"data.images={data.images / 'train'}", f"data.validation={data.images / 'test'}"]
-        places += [f"data.store={data.store}", f"run.out={self.folder}", f"run.seed={self.seed}"]
+        places += [
+            f"data.image_list={data.listed}",
+            f"data.store={data.store}",
+            f"run.out={self.folder}",
+            f"run.seed={self.seed}",
+        ]
         own = [*self.table.overrides, *self.row.overrides, *self.arm.overrides]
         return [*places, *own, "run.threads=1", "data.threads=1", "run.progress=false"]
 

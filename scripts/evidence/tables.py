@@ -67,24 +67,23 @@ FAMILIES = Table(
     ),
     rows=(
         network("demansia", "DeMansia, `mamba`", "demansia_nano", "patch_size=8, embed_dim=80, depth=4, d_state=8"),
+        network("vim", "Vim", "vim_tiny", "patch_size=8, embed_dim=96, depth=5, d_state=8"),
+        network("lvvit", "LV-ViT", "lvvit_t", "patch_size=8, embed_dim=80, depth=4, num_heads=2"),
+        network("mila", "MILA", "mila_nano", "patch_size=4, embed_dim=64, depths=[1, 2], mlp_ratio=1.0"),
+        network(
+            "mambavision", "MambaVision", "mambavision_nano", "patch_size=2, embed_dim=24, num_heads=[1, 2, 4]"
+        ),
+        network("mambaout", "MambaOut", "mambaout_femto", "depths=[2, 3], dims=[48, 96]"),
+        network("demansia2", "DeMansia-2", "demansia2_tiny", "patch_size=8, embed_dim=72, depth=4, d_state=32"),
+        mixer("attention", 80, 8, ", mixer_options={head_dim=40}"),
+        mixer("linear_attention", 80, 4),
+        mixer("gated_conv", 80, 5),
         network(
             "forward", "DeMansia, `mamba`, one direction", "demansia_nano",
             'patch_size=8, embed_dim=80, depth=5, d_state=8, directions="forward"',
         ),
         mixer("mamba2", 80, 4, ", d_state=32, mixer_options={head_dim=40}"),
         mixer("mamba3", 80, 4, ", d_state=32, mixer_options={head_dim=40}"),
-        mixer("attention", 80, 8, ", mixer_options={head_dim=40}"),
-        mixer("gated_conv", 80, 5),
-        mixer("linear_attention", 80, 4),
-        network("demansia2", "DeMansia-2", "demansia2_tiny", "patch_size=8, embed_dim=72, depth=4, d_state=32"),
-        network("vim", "Vim", "vim_tiny", "patch_size=8, embed_dim=96, depth=5, d_state=8"),
-        network("lvvit", "LV-ViT", "lvvit_t", "patch_size=8, embed_dim=80, depth=4, num_heads=2"),
-        network("mila", "MILA", "mila_nano", "patch_size=4, embed_dim=64, depths=[1, 2], mlp_ratio=1.0"),
-        network(
-            "mambavision", "MambaVision", "mambavision_nano",
-            "patch_size=2, embed_dim=24, num_heads=[1, 2, 4]",
-        ),
-        network("mambaout", "MambaOut", "mambaout_femto", "depths=[2, 3], dims=[48, 96]"),
     ),
     arms=(IMAGE_LABEL, TOKEN_LABELS),
 )  # fmt: skip
