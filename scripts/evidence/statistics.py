@@ -1,6 +1,6 @@
 """Means, paired differences and their standard errors.
 
-The differences between two arms are paired: the same network, initial weights, images, order and crops. Few seeds say
+The differences between two arms are paired: the same network, images and seed. Few seeds say
 little about the spread of one row, so the spread of the differences over seeds is pooled over all rows.
 """
 
