@@ -102,13 +102,28 @@ def _cost(name: str, side: int, num_classes: int) -> Cost:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        macs = multiply_adds(net, image)
+    tokens = (net.grid[0] * net.grid[1]) if hasattr(net, "grid") else 0
+    return Cost(side, tokens, macs, sum(kept.values()) // 2)
+
+
+def multiply_adds(net: nn.Module, images: torch.Tensor) -> dict[str, int]:
+    """Count the multiply-adds of a forward pass by running it.
+
+    Args:
+        net: the model.
+        images: [B, channels, height, width].
+
+    Returns:
+        Part of the model -> multiply-adds for one image; a product and a sum count as one.
+    """
     counter, by_mixers = FlopCounterMode(display=False), _counted_by_mixers(net)
-    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        net(image)
+    with counter:
+        net(images)
     macs = _macs_by_part(counter.get_flop_counts(), type(net).__name__)
     macs |= {part: count + macs.get(part, 0) for part, count in by_mixers.items()}
-    tokens = (net.grid[0] * net.grid[1]) if hasattr(net, "grid") else 0
-    return Cost(side, tokens, {part: count // 2 for part, count in macs.items()}, sum(kept.values()) // 2)
+    return {part: count // len(images) for part, count in macs.items()}
 
 
 def _counted_by_mixers(net: nn.Module) -> dict[str, int]:

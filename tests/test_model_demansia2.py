@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from labeler.base.errors import ModelError
 from model import load_reference_checkpoint, token_label
 from model.backbones.demansia import DeMansia
-from model.backbones.demansia2 import DeMansia2
+from model.backbones.demansia2 import DeMansia2, trained_as_legacy
 
 GRID = (4, 4)
 MICRO = {"img_size": 64, "embed_dim": 32, "depth": 3, "num_classes": 10, "head_dim": 16, "d_state": 16}
@@ -220,6 +220,43 @@ def test_the_published_size_is_told_by_its_shapes(tmp_path):
     one = DeMansia(img_size=32, embed_dim=16, depth=1, num_classes=3)
     torch.save(one.state_dict(), tmp_path / "b.ckpt")
     assert type(load_reference_checkpoint(tmp_path / "b.ckpt")) is DeMansia
+
+
+def trained(legacy: bool) -> DeMansia2:
+    """One step, after which the skip connections that the model uses are no longer 1."""
+    net = micro(legacy=legacy).train()
+    cls, _ = net(torch.randn(2, 3, 64, 64))
+    cls.square().sum().backward()
+    torch.optim.SGD(net.parameters(), 0.1).step()
+    return net
+
+
+def test_weights_tell_which_second_direction_they_were_trained_with(tmp_path, caplog):
+    """The published one never uses its own D: loaded into the other form they answer otherwise, so it says so."""
+    published, both = trained(legacy=True), trained(legacy=False)
+    for net, told in ((published, True), (both, False), (micro(), None)):
+        assert trained_as_legacy(net.state_dict()) is told
+    micro().load_state_dict(published.state_dict())
+    micro(legacy=False).load_state_dict(both.state_dict())
+    micro(legacy=False).load_state_dict(micro().state_dict())
+    assert not caplog.records
+    micro(legacy=False).load_state_dict(published.state_dict())
+    torch.save(published.state_dict(), tmp_path / "published.pt")
+    load_reference_checkpoint(tmp_path / "published.pt", micro(legacy=False))
+    assert ["expected legacy=True" in record.message for record in caplog.records] == [True, True]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_file_is_loaded_in_the_form_that_it_was_trained_in(legacy, tmp_path, caplog):
+    torch.manual_seed(0)
+    net = timm.create_model("demansia2_tiny", num_classes=3, img_size=32, depth=1, legacy=legacy).train()
+    cls, _ = net(torch.randn(2, 3, 32, 32))
+    cls.square().sum().backward()
+    torch.optim.SGD(net.parameters(), 0.1).step()
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(load_reference_checkpoint(tmp_path / "a.pt")(x), net.eval()(x))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

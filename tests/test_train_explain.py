@@ -16,21 +16,21 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from tiny_runs import tiny_config, tiny_data
 
 import train
 from labeler import InputError
 from model.inside.look import look_inside
 from model.inside.measures import LayerInside
-from pipeline.batch_picture import GAP, LINE, MARGIN
+from pipeline.batch_picture import FONT, GAP, LINE, MARGIN
 from train.__main__ import main
 from train.evaluation.predict import predict
 from train.evaluation.single_images import load_image, normalized
 from train.evaluation.validate import load_trained
 from train.explain.explain import explain
 from train.explain.quantities import Panel, quantities
-from train.explain.sheets import SCALE, SIDE, class_sheet, heat, map_sheet
+from train.explain.sheets import SCALE, SIDE, _fitting, class_sheet, heat, map_sheet
 
 LAYERS = 2
 KEYS = {
@@ -240,3 +240,15 @@ def test_a_page_that_cannot_be_written_is_told(run, photo, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot be written: got Not a directory"):
         list(explain(run, [photo], tmp_path / "file"))
+
+
+def test_a_name_that_is_too_long_loses_its_beginning_where_its_end_tells_it_apart():
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    assert _fitting(draw, "layers.0 forward", from_end=True) == "layers.0 forward"
+    name = "levels.1.blocks.0 forward"
+    short = _fitting(draw, name, from_end=True)
+    assert short[0] == "…"
+    assert name.endswith(short[1:])
+    assert len(short) > len("blocks.0 forward")
+    assert name.startswith(_fitting(draw, name))
+    assert max(draw.textlength(text, FONT) for text in (short, _fitting(draw, name))) <= SIDE

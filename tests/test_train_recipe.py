@@ -44,7 +44,7 @@ FOUND_IN_FILE = {
     "choice": (VALID + "[schedule]\nkind = 'cosin'", "got 'cosin', expected 'cosine', 'restarts' or 'constant'"),
     "short list": (VALID + "[augment]\nscale = [0.5]", "augment.scale: got [0.5], expected 2 values"),
     "long list": (VALID + "[augment]\nscale = [0.1, 0.5, 1]", "got [0.1, 0.5, 1], expected 2 values"),
-    "argument of a model": (VALID + "[model.args]\nx = [1]", "model.args.x: got [1], expected true or false or a"),
+    "argument of a model": (VALID + "[model.args]\nx = [[1]]", "model.args.x: got [[1]], expected true or false or a"),
     "negative rate": (VALID + "[optimizer]\nlr = -1e-3", "optimizer.lr: got -0.001, expected greater than 0"),
     "rate of zero": (VALID + "[optimizer]\nlr = 0", "optimizer.lr: got 0, expected greater than 0"),
     "temperature of zero": (VALID + "[loss]\ntemperature = 0", "loss.temperature: got 0, expected greater than 0"),
@@ -203,7 +203,21 @@ def flat_sections(config: TrainConfig) -> dict:
                 "augment.crop_pct": 0.875,
             },
         ),
+        ("lvvit_t", {"model.name": "lvvit_t", "optimizer.lr": 1.6e-3, "model.drop_path_rate": 0.1}),
+        ("lvvit_m", {"model.name": "lvvit_m", "optimizer.lr": 1.6e-3, "model.drop_path_rate": 0.2}),
+        (
+            "lvvit_l",
+            {
+                "model.name": "lvvit_l", "optimizer.lr": 1e-3, "model.drop_path_rate": 0.3, "run.batch_size": 1024,
+                "augment.auto_augment": "rand-n3-m9-mstd0.5-inc1",
+            },
+        ),
         ("vim_tiny", {"optimizer.weight_decay": 0.1, "model.drop_path_rate": 0.0, "ema.decay": 0.99996}),
+        (
+            "vim_small",
+            {"optimizer.weight_decay": 0.05, "model.drop_path_rate": 0.05, "run.batch_size": 512, "optimizer.lr": 1e-3},
+        ),
+        ("vim_base", {"model.name": "vim_base", "optimizer.weight_decay": 0.05, "run.batch_size": 1024}),
         (
             "mila_tiny",
             {
@@ -417,3 +431,24 @@ def test_a_command_without_its_recipe_asks_for_the_recipe_alone(capsys):
     with pytest.raises(SystemExit):
         main(["fit"])
     assert capsys.readouterr().err.startswith("error: the following arguments are required: recipe. See")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.args={depths=[1, 2], dims=[48, 96]}", {"depths": [1, 2], "dims": [48, 96]}),
+        (
+            "model.args={mixer_options={head_dim=32, shortcut=true}}",
+            {"mixer_options": {"head_dim": 32, "shortcut": True}},
+        ),
+    ],
+)
+def test_arguments_of_a_model_may_be_lists_and_tables(override, expected):
+    config = load_recipe("cifar10_nano", ["data.images=.", "data.store=none", override])
+    assert config.model.args == expected
+    assert parse_config(flat_sections(config), "again") == config
+
+
+def test_a_table_in_a_table_is_refused():
+    with pytest.raises(InputError, match=r"override 'model.args.x=.*expected .* or a list"):
+        load_recipe("cifar10_nano", ["data.images=.", "data.store=none", "model.args.x={a={b=1}}"])

@@ -8,10 +8,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from timm import create_model
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
@@ -22,7 +24,10 @@ from model.backbones.timm_interface import build_patch_model, fit_position_embed
 from model.backbones.vision_mamba import VisionMamba
 from model.families import Family, PublishedWeights, State, register_family
 
+logger = logging.getLogger(__name__)
+
 ATTENTION_LAYERS = (10, 20)
+UNTRAINED = 0.01  # of what the first direction's D has moved from its start
 
 
 class DeMansia2(VisionMamba):
@@ -78,6 +83,35 @@ class DeMansia2(VisionMamba):
             layer_mixers=dict.fromkeys(attention_layers, ("attention", attention)),
             **kwargs,
         )
+        if directions == "both" and not legacy:
+            self.register_load_state_dict_pre_hook(_warn_of_legacy)
+
+
+def trained_as_legacy(state: Mapping[str, torch.Tensor]) -> bool | None:
+    """Whether weights were trained with `legacy=True`, which leaves the second direction's D as it began, at 1.
+
+    Args:
+        state: a state dict.
+
+    Returns:
+        None: it cannot be told, as of weights that were not trained.
+    """
+    first, second = (_farthest_from_one(state, name) for name in (".mixer.D", ".mixer.D_b"))
+    return None if first == 0 else second <= UNTRAINED * first
+
+
+def _farthest_from_one(state: Mapping[str, torch.Tensor], name: str) -> float:
+    values = [value for key, value in state.items() if key.endswith(name) and not value.is_meta]
+    return max((float((value.float() - 1).abs().max()) for value in values), default=0.0)
+
+
+def _warn_of_legacy(_: nn.Module, state: Mapping[str, torch.Tensor], prefix: str, *rest: object) -> None:
+    if trained_as_legacy(state):
+        logger.warning(
+            "these weights were trained with DeMansia-2's published second direction, which reads channels backwards: "
+            "got a model that reads the sequence in both directions, expected legacy=True for the weights' own answers "
+            "(in a recipe: model.args.legacy=true)"
+        )
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -121,7 +155,7 @@ def _builder(weights: PublishedWeights) -> Callable[[], nn.Module]:
         "d_conv": state[f"{mixer}conv1d.weight"].shape[2],
         "expand": inner // arguments["embed_dim"],
         "head_dim": inner // heads,
-        "legacy": True,
+        "legacy": isinstance(weights.settings, Mapping) or trained_as_legacy(state) is not False,
         "attention_layers": attention,
     }
     if attention:

@@ -121,7 +121,7 @@ def _sheet(tiles: Sequence[Tile], legend: Sequence[tuple[tuple[int, int, int], s
     draw = ImageDraw.Draw(page)
     for i, (above, picture, note) in enumerate(tiles):
         left, top = MARGIN + i % columns * step[0], MARGIN + i // columns * step[1]
-        draw.text((left, top), _fitting(draw, above), INK, FONT)
+        draw.text((left, top), _fitting(draw, above, from_end=True), INK, FONT)
         page.paste(picture, (left, top + LINE))
         draw.text((left, top + LINE + SIDE + 2), _fitting(draw, note), SOFT, FONT)
     for i, (color, text) in enumerate(legend):
@@ -131,8 +131,10 @@ def _sheet(tiles: Sequence[Tile], legend: Sequence[tuple[tuple[int, int, int], s
     return page
 
 
-def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int = SIDE) -> str:
-    """The text, its end cut off where it is wider than `width` pixels."""
-    while text and draw.textlength(text, FONT) > width:
-        text = text[:-1]
-    return text
+def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int = SIDE, from_end: bool = False) -> str:
+    """The text, its end cut off where it is wider than `width` pixels; `from_end`: its beginning, marked by "…"."""
+    fitting = text
+    while text and draw.textlength(fitting, FONT) > width:
+        text = text[1:] if from_end else text[:-1]
+        fitting = f"…{text}" if from_end else text
+    return fitting

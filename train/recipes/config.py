@@ -16,6 +16,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Range = tuple[Rate, Rate]
 Color = tuple[float, float, float]
+Argument = bool | int | float | str
 Stores = Annotated[tuple[str, ...], Field(min_length=1)]
 # Keys of `model.args` that only choose the initial weights; they are not part of the model.
 BEGINNING = frozenset({"pretrained", "checkpoint_path", "cache_dir"})
@@ -52,8 +53,11 @@ class ModelConfig(Section):
         None,
         affects="nothing",
     )
-    args: dict[str, bool | int | float | str] = setting(
-        "other arguments of `timm.create_model`: embed_dim, depth, pretrained, …", {}, affects="values"
+    args: dict[str, Argument | list[Argument] | dict[str, Argument]] = setting(
+        "other arguments of `timm.create_model`: embed_dim, depth, pretrained, …; depths, mixer_options and the like "
+        "are lists and tables",
+        {},
+        affects="values",
     )
     weights: str | None = setting(
         "initial weights: a run's folder, one of its checkpoints, a published file, or a state dict of "

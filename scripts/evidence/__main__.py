@@ -1,0 +1,83 @@
+"""Tables of what token labels bring, trained on CIFAR-10 and written into docs/evidence.md.
+
+    python -m scripts.evidence families --data cifar10-24k.zip --teacher-weights lite1.safetensors --seeds 0 1 2
+    python -m scripts.evidence families --render           # write the table again, without training
+
+Run again, it keeps what is done and goes on. Runs and labels lie below --out, results in benchmarks/evidence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from labeler.base.errors import InputError
+from labeler.base.whole_files import replace_file
+from scripts.evidence.data import prepare
+from scripts.evidence.render import markdown, write
+from scripts.evidence.runs import plan, train_all
+from scripts.evidence.tables import TABLES, Table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    lines = str(__doc__).splitlines()
+    parser = argparse.ArgumentParser("python -m scripts.evidence", description=lines[0])
+    parser.add_argument("table", choices=TABLES, help="the table")
+    parser.add_argument("--data", type=Path, help=".zip file of train/CLASS/*.jpg and test/CLASS/*.jpg")
+    parser.add_argument("--teacher-weights", type=Path, help="ImageNet weights of EfficientNet-Lite1, .safetensors")
+    parser.add_argument("--teacher", type=Path, help="folder of a finished run, to be the teacher in its place")
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="folder of the runs (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds (%(default)s)")
+    parser.add_argument("--arms", nargs="+", help="only these arms (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, with one thread each (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further run after this time")
+    parser.add_argument("--render", action="store_true", help="write the table from the results that exist")
+    parser.add_argument(
+        "--results", type=Path, default=Path("benchmarks/evidence"), help="folder of results (%(default)s)"
+    )
+    parser.add_argument("--page", type=Path, default=Path("docs/evidence.md"), help="page to write to (%(default)s)")
+    options = parser.parse_args(arguments)
+    table = TABLES[options.table]
+    arms = [arm.name for arm in table.arms]
+    if unknown := set(options.arms or []) - set(arms):
+        parser.error(f"no such arm: got {min(unknown)!r}, expected any of {', '.join(arms)}")
+    results = options.results / f"{table.name}.json"
+    try:
+        if not options.render:
+            collect(table, options, options.arms or arms, results)
+        write(table, results, options.page)
+    except InputError as error:
+        parser.exit(error.exit_status, f"error: {error}\n")
+    print(f"\n{markdown(table, json.loads(results.read_text()))}\n\n{results}, {options.page}")
+    return 0
+
+
+def collect(table: Table, options: argparse.Namespace, arms: Sequence[str], results: Path) -> None:
+    """Train what is missing; the file of results is written after each run."""
+    if options.data is None:
+        raise InputError("nothing to train on", got="no --data", expected="the archive of CIFAR-10")
+    teacher: tuple[Path | None, Path | None] = (options.teacher_weights, options.teacher)
+    if list(arms) == [table.arms[0].name]:
+        teacher = None, None
+    elif (options.teacher_weights is None) == (options.teacher is None):
+        got = "neither" if options.teacher is None else "both"
+        raise InputError("one teacher makes the labels", got=got, expected="--teacher-weights or --teacher")
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = prepare(options.data, options.out, *teacher)
+    known: list[dict[str, Any]] = []
+    before = json.loads(results.read_text()) if results.exists() else {"teacher": None, "agreement": None}
+    found = {"teacher": data.teacher or before["teacher"], "agreement": data.agreement or before["agreement"]}
+    found["results"] = known
+    for one in train_all(plan(table, arms, options.seeds, options.out), data, options.jobs, options.minutes):
+        known.append(one)
+        print(f"{one['row']:20}{one['arm']:14}seed {one['seed']}  {one['top1']:.2%}", file=sys.stderr, flush=True)
+        results.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(results, json.dumps(found, indent=1).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,136 @@
+"""The runner of the evidence: what it plans, how it counts, what it writes; every row builds and is of one size."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from labeler.base.errors import InputError
+from scripts import model_costs
+from scripts.evidence.__main__ import main
+from scripts.evidence.data import Data
+from scripts.evidence.render import END, fill, markdown
+from scripts.evidence.runs import Run, parameters, plan
+from scripts.evidence.statistics import mean_and_error, paired, pooled_deviation
+from scripts.evidence.tables import FAMILIES, IMAGE_LABEL, TOKEN_LABELS
+from train.recipes.recipe import load_recipe
+
+ARMS = (IMAGE_LABEL.name, TOKEN_LABELS.name)
+
+
+def result(row: str, arm: str, seed: int, top1: float) -> dict:
+    return {"row": row, "arm": arm, "seed": seed, "top1": top1, "parameters": 400_000, "cpu_seconds": 1800.0}
+
+
+def results() -> list[dict]:
+    """Two rows, two seeds: gains of 4 and 6 points, and of 1 and −1; a third seed of which one arm is missing."""
+    values = {"demansia": [(0.40, 0.44), (0.42, 0.48)], "vim": [(0.30, 0.31), (0.32, 0.31)]}
+    found = [
+        result(row, arm, seed, top1)
+        for row, pairs in values.items()
+        for seed, pair in enumerate(pairs)
+        for arm, top1 in zip(ARMS, pair, strict=True)
+    ]
+    return [*found, result("vim", ARMS[0], 2, 0.9)]
+
+
+def test_differences_are_paired_and_their_spread_is_pooled():
+    rows = paired(results(), ARMS)
+    assert [row.name for row in rows] == ["demansia", "vim"]
+    assert rows[0].gains == pytest.approx([0.04, 0.06])
+    assert rows[1].gains == pytest.approx([0.01, -0.01])
+    # Squares about each row's own mean, one degree of freedom a row: 2·0.01² and 2·0.01² over 2.
+    assert pooled_deviation(rows) == pytest.approx(math.sqrt(4 * 0.01**2 / 2))
+    assert mean_and_error([1.0, 3.0]) == pytest.approx((2.0, 1.0))
+    assert math.isnan(mean_and_error([1.0])[1])
+    assert math.isnan(pooled_deviation(paired([one for one in results() if one["seed"] == 0], ARMS)))
+
+
+def test_the_table_says_what_was_found():
+    found = {"teacher": 0.84, "agreement": 0.9, "results": results()}
+    text = markdown(FAMILIES, found)
+    assert "| DeMansia, `mamba` | 400,000 | 2 | 41.0 % | 46.0 % | +5.0 ± 1.0 |" in text
+    assert "| Vim | 400,000 | 2 | 31.0 % | 31.0 % | +0.0 ± 1.0 |" in text
+    assert "Mean difference of the 2 rows: +2.5 ± 2.5 points" in text
+    assert "9 runs took 4.5 hours of one core" in text
+    one = markdown(FAMILIES, {**found, "teacher": None, "results": [r for r in results() if r["seed"] == 0]})
+    assert "| DeMansia, `mamba` | 400,000 | 1 | 40.0 % | 44.0 % | +4.0 |" in one
+    assert "teacher" not in one
+
+
+def test_a_table_replaces_the_one_between_its_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n<!-- table: a -->\nold\n{END}\nbetween\n<!-- table: b -->\n{END}\nafter\n")
+    fill(page, "a", r"new \1")
+    assert page.read_text() == (
+        f"before\n<!-- table: a -->\nnew \\1\n{END}\nbetween\n<!-- table: b -->\n{END}\nafter\n"
+    )
+    with pytest.raises(InputError, match="has no place for the table"):
+        fill(page, "c", "new")
+
+
+def test_runs_go_seed_by_seed_and_differ_in_one_thing_only(tmp_path):
+    runs = plan(FAMILIES, ARMS, [0, 1], tmp_path)
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    assert len({run.folder for run in runs}) == len(runs) == 4 * len(FAMILIES.rows)
+    assert len(plan(FAMILIES, ARMS[:1], [0], tmp_path)) == len(FAMILIES.rows)
+    one, other = (set(run.settings(Data(tmp_path, tmp_path, tmp_path))) for run in runs[:2])
+    assert {text.split("=")[0] for text in one ^ other} == {"run.out", "data.store"}
+
+
+@pytest.mark.parametrize("row", FAMILIES.rows, ids=lambda row: row.name)
+def test_every_row_is_a_network_of_about_the_same_size_on_the_same_tokens(row, tmp_path):
+    run = Run(FAMILIES, row, TOKEN_LABELS, 0, tmp_path)
+    config = load_recipe(FAMILIES.recipe, run.settings(Data(tmp_path, tmp_path, tmp_path)))
+    assert 300_000 < parameters(config) < 700_000
+
+
+def test_a_run_with_other_settings_counts_as_not_done(tmp_path, monkeypatch):
+    data, run = Data(tmp_path, tmp_path, tmp_path), plan(FAMILIES, ARMS[1:], [0], tmp_path)[0]
+    assert run.result(data) is None
+    run.folder.mkdir(parents=True)
+    (run.folder / "result.json").write_text(json.dumps(result("demansia", ARMS[1], 0, 0.5)))
+    from train.recipes.recipe import to_toml
+
+    (run.folder / "config.toml").write_text(to_toml(load_recipe(FAMILIES.recipe, run.settings(data))))
+    assert run.result(data)["top1"] == 0.5
+    other = load_recipe(FAMILIES.recipe, [*run.settings(data), "optimizer.lr=1e-3"])
+    (run.folder / "config.toml").write_text(to_toml(other))
+    assert run.result(data) is None
+
+
+def test_bad_usage_ends_before_anything_is_trained(tmp_path, capsys):
+    place = ["--out", str(tmp_path / "out"), "--results", str(tmp_path), "--page", str(tmp_path / "page.md")]
+    for given, told in (
+        ([], "got no --data"),
+        (["--data", "x.zip"], "got neither"),
+        (["--arms", "none"], "no such arm"),
+        (["--data", str(tmp_path / "x.zip"), "--arms", "image-label"], "cannot be unpacked"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["families", *given, *place])
+        assert stopped.value.code == 2
+        assert told in capsys.readouterr().err
+
+
+def test_the_table_of_costs_says_what_was_not_measured():
+    figures = {"parameters": 8_060_000, "macs": 2_670_000_000, "train_ms": 480.4, "infer_ms": 150.2, "memory_mb": 280.0}
+    found = {"rows": {"mamba": {"224": figures, "512": {"refused": "out of memory"}}, "vim": {"224": figures}}}
+    lines = model_costs.table(found).splitlines()
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == 11
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert cells == ["DeMansia Tiny, `mamba`", "8.06M", "2.67", "150", "480", "280", "out of memory", "", "", ""]
+    assert "not measured" in lines[3]
+
+
+def test_a_size_that_a_model_refuses_is_an_answer():
+    assert "multiples of" in model_costs.measure("mila", 100)["refused"]
+
+
+def test_pages_have_a_place_for_each_table():
+    docs = Path(__file__).parents[1] / "docs"
+    assert f"<!-- table: {FAMILIES.name} -->" in (docs / "evidence.md").read_text()
+    assert "<!-- table: model costs -->" in (docs / "models.md").read_text()
