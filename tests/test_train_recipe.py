@@ -337,7 +337,7 @@ def test_every_setting_that_may_be_unset_can_be_by_an_override(recipe, none):
         "data.image_list": "'l'", "data.threads": 2, "augment.mean": [0.5] * 3, "augment.std": [0.5] * 3,
         "loss.final_temperature": 2.0, "optimizer.betas": [0.9, 0.95], "optimizer.eps": 1e-8,
         "optimizer.layer_decay": 0.7, "optimizer.clip_grad": 1.0, "schedule.steps": 10, "ema.decay": 0.9,
-        "run.micro_batch": 2, "run.threads": 1, "run.save_every": 5,
+        "run.micro_batch": 2, "run.threads": 1, "run.save_every": 5, "lora.rank": 4, "lora.targets": ["in_proj"],
     }  # fmt: skip
     assert given.keys() == set(OPTIONAL), "a new optional setting belongs in this test"
     with recipe.open("a") as file:
