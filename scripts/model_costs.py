@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--sides", type=int, nargs="+", default=SIDES, help="sides of the images in pixels")
     parser.add_argument("--render", action="store_true", help="only write the table, from the figures that exist")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/model-costs.json"), help="(%(default)s)")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/costs/models.json"), help="(%(default)s)")
     parser.add_argument("--page", type=Path, default=Path("docs/models.md"), help="page to write to (%(default)s)")
     options = parser.parse_args(arguments)
     found = json.loads(options.results.read_text()) if options.results.exists() else {"rows": {}}

@@ -9,7 +9,6 @@ differentiated twice. The fused ones run where the scan's backend is `numba` or 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 from collections.abc import Sequence
 
@@ -89,8 +88,8 @@ def gate(y: torch.Tensor, z: torch.Tensor, scale: float, backend: str = "auto") 
         return _triton().Gate.apply(y, z, scale)
     if fused == "numba":
         return _numba().gate(y, z, scale)
-    # Not y.sum(0), which autocast makes float32.
-    return (functools.reduce(torch.add, y.unbind()) * scale) * F.silu(z)
+    # With its dtype, as autocast would make the sum float32.
+    return (y.sum(0, dtype=y.dtype) * scale) * F.silu(z)
 
 
 def fused_core(
