@@ -1,7 +1,7 @@
 """Backbones and their operators. Of the other packages, this one imports `labeler.base` only.
 
 `import model` registers `demansia_*`, `demansia2_*`, `vim_*`, `lvvit_*`, `mila_*` and `mambavision_*` with timm:
-`timm.create_model("demansia_tiny")`.
+`timm.create_model("demansia_tiny")`. Each plain one also has a feature pyramid for dense prediction, `NAME_sfp`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ except ModuleNotFoundError as absent:
         raise
     text = f"models need {absent.name}, which is not installed. pip install 'token-labeling[train]'"
     raise ModuleNotFoundError(text, name=absent.name) from None
+from model.backbones.feature_pyramid import FeaturePyramid, register_pyramids
 from model.checkpoints import load_reference_checkpoint
 from model.create import token_label
 from model.families import Family, PublishedWeights, register_family
@@ -25,10 +26,15 @@ from model.ops import selective_scan
 NAMES = tuple(name for family in (demansia, demansia2, vim, lvvit, mila, mambavision) for name in family.NAMES)
 """The models that this package registers with timm, by the names that `timm.create_model` takes."""
 
+PYRAMIDS = register_pyramids(name for family in (demansia, demansia2, vim, lvvit) for name in family.NAMES)
+"""Those of them that are plain, with a simple feature pyramid: `NAME_sfp`, for dense prediction."""
+
 __all__ = [
     "NAMES",
+    "PYRAMIDS",
     "BackendError",
     "Family",
+    "FeaturePyramid",
     "Mixer",
     "ModelError",
     "PublishedWeights",

@@ -88,3 +88,9 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
     first, last = map(float, re.search(r"loss (\S+) at the first step, (\S+) at the last", told).groups())
     assert last < first / 2
     assert int(re.search(r"(\d+)% of the tokens are right", told)[1]) > 60
+
+
+def test_a_detector_of_torchvision_trains_and_answers_on_a_pyramid(tmp_path):
+    printed = run(EXAMPLES / "detection.py", at=tmp_path)
+    assert re.search(r"loss \d+\.\d+: .*loss_mask", printed)
+    assert re.search(r"objects, masks \(\d+, 1, 128, 160\)", printed)

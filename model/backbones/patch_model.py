@@ -85,6 +85,8 @@ class PatchModel(TokenLabelHeads):
         cls_token: [1, 1, D].
         pos_embed: [1, L, D], added before `pos_drop`.
         pos_drop: dropout on the embedded sequence.
+        dynamic_img_size: take images of any size that divides into patches, with a resized copy of the position
+            embedding at each call.
         grad_checkpointing: recompute each block in the backward pass.
     """
 
@@ -98,6 +100,7 @@ class PatchModel(TokenLabelHeads):
     cls_token: nn.Parameter
     pos_embed: nn.Parameter
     pos_drop: nn.Module
+    dynamic_img_size = False
     grad_checkpointing: bool
 
     def _grid_for(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -106,7 +109,9 @@ class PatchModel(TokenLabelHeads):
         return size[0] // patch, size[1] // patch
 
     def grid_of(self, images: torch.Tensor) -> tuple[int, int]:
-        """h, w of the token grid. Raises ModelError unless images are [B, in_chans, *img_size]."""
+        """h, w of the token grid. Raises ModelError unless images are of `img_size`, or of any size that fits."""
+        if self.dynamic_img_size:
+            return self._grid_for((images.shape[2], images.shape[3]))
         check_images(images, self.in_chans, self.img_size, self.patch_embed.patch_size)
         return self.grid
 
@@ -128,10 +133,16 @@ class PatchModel(TokenLabelHeads):
 
     def embed(self, images: torch.Tensor, mix: Mix | None = None) -> torch.Tensor:
         """Images [B, in_chans, height, width] to the input [B, L, D] of the first block; `mix`: tokens to swap."""
-        self.grid_of(images)
+        grid = self.grid_of(images)
         tokens = mix_tokens(self.patch_embed(images), mix).flatten(2).mT
-        sequence = insert_token(tokens, self.cls_token.to(tokens.dtype), self.cls_position(tokens.shape[1] + 1))
-        return self.pos_drop(sequence + self.pos_embed)
+        position = self.cls_position(tokens.shape[1] + 1)
+        sequence = insert_token(tokens, self.cls_token.to(tokens.dtype), position)
+        return self.pos_drop(sequence + (self._positions(grid) if self.dynamic_img_size else self.pos_embed))
+
+    def _positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The position embedding [1, L, D] for another grid."""
+        old, new = (self.cls_position(math.prod(one) + 1) for one in (self.grid, grid))
+        return resize_position_embedding(self.pos_embed, self.grid, grid, old, new)
 
     def _run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
