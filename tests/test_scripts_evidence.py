@@ -11,14 +11,22 @@ import pytest
 from labeler.base.errors import InputError
 from scripts import model_costs
 from scripts.evidence.__main__ import main
-from scripts.evidence.data import Data
+from scripts.evidence.ablations import TABLES
+from scripts.evidence.data import Pictures, stores_needed
 from scripts.evidence.render import END, fill, markdown
 from scripts.evidence.runs import Run, parameters, plan
-from scripts.evidence.statistics import mean_and_error, paired, pooled_deviation
+from scripts.evidence.statistics import compare_all, mean_and_error, pooled_deviation
 from scripts.evidence.tables import FAMILIES, IMAGE_LABEL, TOKEN_LABELS
 from train.recipes.recipe import load_recipe
 
 ARMS = (IMAGE_LABEL.name, TOKEN_LABELS.name)
+
+
+LABELS = {"teacher": 0.84, "agreement": 0.9, "bytes": 150.0}
+
+
+def pictures(folder: Path) -> Pictures:
+    return Pictures("cifar10", folder, folder, folder, folder)
 
 
 def result(row: str, arm: str, seed: int, top1: float) -> dict:
@@ -38,25 +46,40 @@ def results() -> list[dict]:
 
 
 def test_differences_are_paired_and_their_spread_is_pooled():
-    rows = paired(results(), ARMS)
-    assert [row.name for row in rows] == ["demansia", "vim"]
+    rows = compare_all(FAMILIES, results())
+    assert [row.row for row in rows] == ["demansia", "vim"]
     assert rows[0].gains == pytest.approx([0.04, 0.06])
     assert rows[1].gains == pytest.approx([0.01, -0.01])
     # Squares about each row's own mean, one degree of freedom a row: 2·0.01² and 2·0.01² over 2.
     assert pooled_deviation(rows) == pytest.approx(math.sqrt(4 * 0.01**2 / 2))
     assert mean_and_error([1.0, 3.0]) == pytest.approx((2.0, 1.0))
     assert math.isnan(mean_and_error([1.0])[1])
-    assert math.isnan(pooled_deviation(paired([one for one in results() if one["seed"] == 0], ARMS)))
+    assert math.isnan(pooled_deviation(compare_all(FAMILIES, [one for one in results() if one["seed"] == 0])))
+
+
+def test_with_one_arm_each_row_is_compared_with_the_first_row_of_the_same_seed():
+    table = TABLES["crops"]
+    arm = table.arms[0].name
+    values = {("swapped", 0): 0.5, ("swapped", 1): 0.52, ("right", 0): 0.6, ("right", 1): 0.58, ("right", 2): 0.9}
+    found = [result(row, arm, seed, top1) for (row, seed), top1 in values.items()]
+    first, second = compare_all(table, found)
+    assert not any(first.gains)
+    assert second.gains == pytest.approx([0.1, 0.06])
+    # The first row, which differs from itself by nothing, is no evidence of a small spread.
+    assert pooled_deviation([first, second]) == pytest.approx(pooled_deviation([second]))
+    text = markdown(table, {"labels": {"maps": LABELS}, "results": found})
+    assert "| axes of the labels' crops swapped | 2 | 51.0 ± 1.0 % | |" in text
+    assert "| labels cropped as the images are | 2 | 59.0 ± 1.0 % | +8.0 ± 2.0 |" in text
 
 
 def test_the_table_says_what_was_found():
-    found = {"teacher": 0.84, "agreement": 0.9, "results": results()}
+    found = {"labels": {"maps": LABELS}, "results": results()}
     text = markdown(FAMILIES, found)
     assert "| DeMansia, `mamba` | 400,000 | 2 | 41.0 % | 46.0 % | +5.0 ± 1.0 |" in text
     assert "| Vim | 400,000 | 2 | 31.0 % | 31.0 % | +0.0 ± 1.0 |" in text
     assert "Mean difference of the 2 rows: +2.5 ± 2.5 points" in text
     assert "9 runs took 4.5 hours of one core" in text
-    one = markdown(FAMILIES, {**found, "teacher": None, "results": [r for r in results() if r["seed"] == 0]})
+    one = markdown(FAMILIES, {"labels": {}, "results": [r for r in results() if r["seed"] == 0]})
     assert "| DeMansia, `mamba` | 400,000 | 1 | 40.0 % | 44.0 % | +4.0 |" in one
     assert "teacher" not in one
 
@@ -77,19 +100,41 @@ def test_runs_go_seed_by_seed_and_differ_in_one_thing_only(tmp_path):
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert len({run.folder for run in runs}) == len(runs) == 4 * len(FAMILIES.rows)
     assert len(plan(FAMILIES, ARMS[:1], [0], tmp_path)) == len(FAMILIES.rows)
-    one, other = (set(run.settings(Data(tmp_path, tmp_path, tmp_path))) for run in runs[:2])
+    one, other = (set(run.settings(pictures(tmp_path))) for run in runs[:2])
     assert {text.split("=")[0] for text in one ^ other} == {"run.out", "data.store"}
+
+
+def test_tables_share_the_runs_that_are_the_same(tmp_path):
+    runs = {name: {(run.row.name, run.seed): run for run in plan(TABLES[name], [TOKEN_LABELS.name], [0, 1], tmp_path)}
+            for name in ("mosaics", "crops", "settings", "teachers")}  # fmt: skip
+    one = runs["mosaics"][TOKEN_LABELS.name, 0].folder
+    assert one == runs["crops"]["right", 0].folder == runs["settings"]["default", 0].folder
+    assert one == runs["teachers"]["1250", 0].folder
+    folders = [run.folder for runs in runs.values() for run in runs.values()]
+    assert len(folders) - len(set(folders)) == 2 * 3  # only that one, for each seed
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_is_of_valid_recipes(name, tmp_path):
+    table = TABLES[name]
+    for run in plan(table, [arm.name for arm in table.arms], [0], tmp_path):
+        load_recipe(table.recipe, run.settings(pictures(tmp_path)))
+    assert stores_needed(table, [table.arms[-1].name])
+
+
+def test_labels_are_not_needed_where_no_arm_has_any():
+    assert not stores_needed(FAMILIES, ["image-label"])
 
 
 @pytest.mark.parametrize("row", FAMILIES.rows, ids=lambda row: row.name)
 def test_every_row_is_a_network_of_about_the_same_size_on_the_same_tokens(row, tmp_path):
     run = Run(FAMILIES, row, TOKEN_LABELS, 0, tmp_path)
-    config = load_recipe(FAMILIES.recipe, run.settings(Data(tmp_path, tmp_path, tmp_path)))
+    config = load_recipe(FAMILIES.recipe, run.settings(pictures(tmp_path)))
     assert 300_000 < parameters(config) < 700_000
 
 
 def test_a_run_with_other_settings_counts_as_not_done(tmp_path, monkeypatch):
-    data, run = Data(tmp_path, tmp_path, tmp_path), plan(FAMILIES, ARMS[1:], [0], tmp_path)[0]
+    data, run = pictures(tmp_path), plan(FAMILIES, ARMS[1:], [0], tmp_path)[0]
     assert run.result(data) is None
     run.folder.mkdir(parents=True)
     (run.folder / "result.json").write_text(json.dumps(result("demansia", ARMS[1], 0, 0.5)))
@@ -132,5 +177,6 @@ def test_a_size_that_a_model_refuses_is_an_answer():
 
 def test_pages_have_a_place_for_each_table():
     docs = Path(__file__).parents[1] / "docs"
-    assert f"<!-- table: {FAMILIES.name} -->" in (docs / "evidence.md").read_text()
+    for name in TABLES:
+        assert f"<!-- table: {name} -->" in (docs / "evidence.md").read_text()
     assert "<!-- table: model costs -->" in (docs / "models.md").read_text()

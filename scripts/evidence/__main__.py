@@ -17,10 +17,11 @@ from typing import Any
 
 from labeler.base.errors import InputError
 from labeler.base.whole_files import replace_file
-from scripts.evidence.data import prepare
+from scripts.evidence.ablations import TABLES
+from scripts.evidence.data import Teachers, label_all, stores_needed, unpack_pictures
 from scripts.evidence.render import markdown, write
 from scripts.evidence.runs import plan, train_all
-from scripts.evidence.tables import TABLES, Table
+from scripts.evidence.tables import Table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,22 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def collect(table: Table, options: argparse.Namespace, arms: Sequence[str], results: Path) -> None:
-    """Train what is missing; the file of results is written after each run."""
+    """Trains what is missing; the file of results is written after each run."""
     if options.data is None:
         raise InputError("nothing to train on", got="no --data", expected="the archive of CIFAR-10")
-    teacher: tuple[Path | None, Path | None] = (options.teacher_weights, options.teacher)
-    if list(arms) == [table.arms[0].name]:
-        teacher = None, None
-    elif (options.teacher_weights is None) == (options.teacher is None):
+    labeled = stores_needed(table, arms)
+    if labeled and (options.teacher_weights is None) == (options.teacher is None):
         got = "neither" if options.teacher is None else "both"
         raise InputError("one teacher makes the labels", got=got, expected="--teacher-weights or --teacher")
     options.out.mkdir(parents=True, exist_ok=True)
-    data = prepare(options.data, options.out, *teacher)
+    pictures = unpack_pictures(options.data, options.out, table.pictures)
+    before = json.loads(results.read_text()) if results.exists() else {"labels": {}}
+    teachers = Teachers(options.teacher_weights, options.teacher)
+    labels = label_all(pictures, table, teachers, options.out) if labeled else before["labels"]
     known: list[dict[str, Any]] = []
-    before = json.loads(results.read_text()) if results.exists() else {"teacher": None, "agreement": None}
-    found = {"teacher": data.teacher or before["teacher"], "agreement": data.agreement or before["agreement"]}
-    found["results"] = known
-    for one in train_all(plan(table, arms, options.seeds, options.out), data, options.jobs, options.minutes):
+    found = {"labels": labels, "results": known}
+    for one in train_all(plan(table, arms, options.seeds, options.out), pictures, options.jobs, options.minutes):
         known.append(one)
         print(f"{one['row']:20}{one['arm']:14}seed {one['seed']}  {one['top1']:.2%}", file=sys.stderr, flush=True)
         results.parent.mkdir(parents=True, exist_ok=True)

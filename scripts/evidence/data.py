@@ -1,34 +1,39 @@
-"""CIFAR-10, a teacher fine-tuned on it, and its labels: made once, below one folder, by the project's own commands.
+"""Pictures, teachers and label stores: made once, below one folder, by the project's own commands.
 
-Labels are made without the mirrored pass and with one thread, like all else here: two of them can share a machine.
+Labels are made without the mirrored pass and with one thread, like all students: two of them can share a machine.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import labeler.__main__
 import train.__main__
 from labeler.base.errors import InputError
 from scripts.cifar10 import command, unpack
+from scripts.evidence.mosaics import draw_all
+from scripts.evidence.tables import Labels, Table
+from scripts.evidence.teachers import NETWORK
 from train.record.fit_summary import read_summary
 
-TEACHER = "tf_efficientnet_lite1"
-SIDE = 96  # pixels that the teacher sees
 PER_CLASS = 800  # images that are labeled and that students see, the first of each class
+STEPS = 1250  # four epochs of 20,000 images
+TEACHER_SIDE = 96  # pixels of the pictures that the teacher is fine-tuned on
+SIDES = {"cifar10": TEACHER_SIDE, "mosaics": 256}  # pixels that the teacher sees
 SETTINGS = (
-    f"model.name={TEACHER}",
+    f"model.name={NETWORK}",
     "model.args.pretrained=none",
-    f"model.img_size={SIDE}",
+    f"model.img_size={TEACHER_SIDE}",
     "model.drop_path_rate=0",
     "augment.auto_augment=none",
     "augment.erase_prob=0",
     "optimizer.lr=1e-3",
     "optimizer.layer_decay=none",
-    "schedule.steps=312",  # one epoch
     "schedule.warmup_epochs=0.2",
-    "run.threads=1",
+    "run.threads=2",
     "run.log_every=20",
     "run.save_every=60",
     "run.tensorboard=false",
@@ -36,66 +41,119 @@ SETTINGS = (
 
 
 @dataclass(frozen=True)
-class Data:
-    """Where images and labels lie.
+class Pictures:
+    """Where a table's images and its labels lie.
 
     Attributes:
-        images: folder of `train` and `test`.
-        listed: file with the paths of those of `train` that students see.
-        store: the label store of `train`.
-        teacher: right answers of the teacher on `test`, a share; None: not asked for.
-        agreement: share of the label maps that name their image's class; None: not asked for.
+        name: "cifar10" or "mosaics".
+        train: folder of classes.
+        test: folder of classes.
+        listed: file with the paths of those of `train` that are labeled and that students see.
+        stores: folder of the label stores.
     """
 
-    images: Path
+    name: str
+    train: Path
+    test: Path
     listed: Path
-    store: Path
-    teacher: float | None = None
-    agreement: float | None = None
+    stores: Path
 
 
-def prepare(archive: Path, out: Path, weights: Path | None = None, teacher: Path | None = None) -> Data:
-    """Unpack the images; with a teacher or its weights also label. What is done already is kept.
+@dataclass(frozen=True)
+class Teachers:
+    """Where teachers come from: either field, not both; neither where no labels are made.
+
+    Attributes:
+        weights: ImageNet weights of EfficientNet-Lite1, to fine-tune.
+        run: folder of a finished run.
+    """
+
+    weights: Path | None = None
+    run: Path | None = None
+
+
+def unpack_pictures(archive: Path, out: Path, name: str) -> Pictures:
+    """Unpacks CIFAR-10, and draws the mosaics if they are asked for. What is there is kept.
 
     Args:
         archive: .zip file of `train/CLASS/*.jpg` and `test/CLASS/*.jpg`.
         out: folder to write to.
-        weights: ImageNet weights of EfficientNet-Lite1, which is then fine-tuned; None: no teacher is trained.
-        teacher: folder of a finished run, to be the teacher in place of that one; None and no weights: no labels.
+        name: "cifar10" or "mosaics".
 
     Returns:
-        Where it lies.
+        Where they lie.
 
     Raises:
-        InputError: the archive is not CIFAR-10, or the run is not finished.
+        InputError: the archive is not CIFAR-10.
     """
-    data = Data(out / "images", out / "images.txt", out / "labels")
-    unpack(archive, data.images)
-    folders = sorted((data.images / "train").iterdir())
+    cifar, listed = out / "images", out / f"{name}.txt"
+    unpack(archive, cifar)
+    images = cifar if name == "cifar10" else draw_all(cifar, out / "mosaics")
+    folders = sorted((images / "train").iterdir())
     chosen = [f"{folder.name}/{path.name}\n" for folder in folders for path in sorted(folder.iterdir())[:PER_CLASS]]
-    data.listed.write_text("".join(chosen))
-    if weights is None and teacher is None:
-        return data
-    accuracy = fine_tune(data, weights, out / "teacher") if weights is not None else accuracy_of(teacher)
-    what = [str(data.images / "train"), "--image-list", str(data.listed), "--store", str(data.store)]
-    how = ["--teacher", str(teacher or out / "teacher"), "--input-size", str(SIDE), "--tta", "none", "--threads", "1"]
-    labels = command(labeler.__main__, ["label", *what, *how, "--json"])
-    return replace(data, teacher=accuracy, agreement=labels["agreement"])
+    listed.write_text("".join(chosen))
+    return Pictures(name, images / "train", images / "test", listed, out / "labels" / name)
 
 
-def fine_tune(data: Data, weights: Path, out: Path) -> float:
-    """Fine-tune EfficientNet-Lite1 on the images. Returns its accuracy."""
-    places = [f"data.images={data.images / 'train'}", f"data.validation={data.images / 'test'}", f"run.out={out}"]
-    begin = f"model.weights={weights}"
-    fitted = command(train.__main__, ["fit", "teacher", *places, begin, *SETTINGS, "--resume", "auto", "--json"])
-    return float(fitted["top1"])
+def label_all(pictures: Pictures, table: Table, teachers: Teachers, out: Path) -> dict[str, dict[str, Any]]:
+    """Makes the stores of a table.
+
+    Args:
+        pictures: what is labeled.
+        table: says which stores.
+        teachers: where they come from.
+        out: folder of CIFAR-10 and of the teachers that are trained.
+
+    Returns:
+        Of each store by its name: `teacher`, the share of CIFAR-10's test images that its teacher gets right;
+        `agreement`, the share of its maps that name their image's class; and `bytes` a row.
+
+    Raises:
+        InputError: there is no such teacher.
+    """
+    return {labels.name: label(pictures, labels, teachers, out) for labels in table.stores()}
 
 
-def accuracy_of(run: Path | None) -> float:
+def label(pictures: Pictures, labels: Labels, teachers: Teachers, out: Path) -> dict[str, Any]:
+    """Makes one store, see `label_all`."""
+    run = teachers.run
+    if labels.steps is not None or run is None:
+        if teachers.weights is None:
+            remedy = "Give --teacher-weights: this table has teachers of its own."
+            raise InputError("no teacher to fine-tune", got="--teacher", remedy=remedy)
+        run = out / ("teacher" if labels.steps is None else f"teacher-{labels.steps}")
+        fine_tune(out / "images", teachers.weights, run, labels.steps or STEPS)
+    what = [str(pictures.train), "--image-list", str(pictures.listed), "--store", str(pictures.stores / labels.name)]
+    side = str(labels.side or SIDES[pictures.name])
+    how = ["--teacher", str(run), "--input-size", side, "--tta", "none", "--threads", "1", *labels.options]
+    if labels.teacher:
+        names = pictures.stores.parent / "classes.txt"
+        names.parent.mkdir(parents=True, exist_ok=True)
+        names.write_text("".join(f"{folder.name}\n" for folder in sorted(pictures.train.iterdir())))
+        weights = ["--checkpoint", str(run / "timm" / "model.safetensors"), "--class-names", str(names)]
+        how[1:2] = [f"scripts.evidence.teachers:{labels.teacher}", *weights]
+    made = command(labeler.__main__, ["label", *what, *how, "--json"])
+    return {"teacher": accuracy_of(run), "agreement": made["agreement"], "bytes": made["bytes_per_image"]}
+
+
+def fine_tune(images: Path, weights: Path, out: Path, steps: int) -> None:
+    """Fine-tunes EfficientNet-Lite1 on CIFAR-10, unless that is done."""
+    places = [f"data.images={images / 'train'}", f"data.validation={images / 'test'}", f"run.out={out}"]
+    begin = [f"model.weights={weights}", f"schedule.steps={steps}"]
+    command(train.__main__, ["fit", "teacher", *places, *begin, *SETTINGS, "--resume", "auto", "--json"])
+
+
+def accuracy_of(run: Path) -> float:
     """Accuracy of a finished run. Raises InputError if there is none."""
-    summary = read_summary(run) if run is not None else None
+    summary = read_summary(run)
     if summary is None:
         raise InputError(
             "this is not a finished run", got=str(run), expected="the folder of a teacher that was trained"
         )
     return summary.top1
+
+
+def stores_needed(table: Table, arms: Sequence[str]) -> bool:
+    """Whether any run of these arms trains from labels."""
+    chosen = [arm for arm in table.arms if arm.name in arms]
+    return any("data.store=none" not in (*row.overrides, *arm.overrides) for row in table.rows for arm in chosen)

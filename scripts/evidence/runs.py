@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import train.__main__
 from labeler.base.signals import STOPPED, StopSignals
 from labeler.base.whole_files import replace_file
 from scripts.cifar10 import command
-from scripts.evidence.data import Data
+from scripts.evidence.data import Pictures
+from scripts.evidence.swapped import swapped_crops
 from scripts.evidence.tables import Choice, Table
 from train.network import build_network, set_classes
 from train.recipes.config import TrainConfig
@@ -31,38 +34,61 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a row of a table, taught in one way, with one seed; `folder` is its own."""
+    """One training: a row of a table, taught in one way, with one seed.
+
+    Attributes:
+        table: its table.
+        row: its row.
+        arm: its arm.
+        seed: its seed.
+        out: folder of all runs.
+    """
 
     table: Table
     row: Choice
     arm: Choice
     seed: int
-    folder: Path
+    out: Path
 
-    def settings(self, data: Data) -> list[str]:
+    @property
+    def folder(self) -> Path:
+        """The run's own folder. Runs of several tables that are the same in all things have the same."""
+        chosen = dict(text.split("=", 1) for text in self.overrides())
+        labels = self.table.labels_of(self.row, self.arm)
+        what = [self.table.recipe, self.table.pictures, sorted(chosen.items()), asdict(labels), self.row.swapped]
+        digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+        return self.out / f"{self.table.pictures}-{digest}-{self.seed}"
+
+    def overrides(self) -> list[str]:
+        """What it changes in the recipe, places and seed aside; of one key the last counts."""
+        return [*self.table.overrides, *self.row.overrides, *self.arm.overrides]
+
+    def settings(self, pictures: Pictures) -> list[str]:
         """The overrides of the table's recipe."""
-        places = [f"data.images={data.images / 'train'}", f"data.validation={data.images / 'test'}"]
-        places += [
-            f"data.image_list={data.listed}",
-            f"data.store={data.store}",
+        places = [
+            f"data.images={pictures.train}",
+            f"data.validation={pictures.test}",
+            f"data.image_list={pictures.listed}",
+            f"data.store={pictures.stores / self.table.labels_of(self.row, self.arm).name}",
             f"run.out={self.folder}",
             f"run.seed={self.seed}",
         ]
-        own = [*self.table.overrides, *self.row.overrides, *self.arm.overrides]
-        return [*places, *own, "run.threads=1", "data.threads=1", "run.progress=false"]
+        return [*places, *self.overrides(), "run.threads=1", "data.threads=1", "run.progress=false"]
 
-    def result(self, data: Data) -> dict[str, Any] | None:
+    def result(self, pictures: Pictures) -> dict[str, Any] | None:
         """What an earlier call found; None: there was none with these settings."""
         found, recipe = self.folder / RESULT, self.folder / "config.toml"
-        if not found.exists() or differences(load_recipe(recipe), load_recipe(self.table.recipe, self.settings(data))):
+        if not found.exists() or differences(
+            load_recipe(recipe), load_recipe(self.table.recipe, self.settings(pictures))
+        ):
             return None
-        return json.loads(found.read_text())
+        return {**json.loads(found.read_text()), "row": self.row.name, "arm": self.arm.name}
 
 
 def plan(table: Table, arms: Sequence[str], seeds: Sequence[int], out: Path) -> list[Run]:
     """All runs of a table, one seed after another, so that there is a table at any time."""
     return [
-        Run(table, row, arm, seed, out / table.name / f"{row.name}-{arm.name}-{seed}")
+        Run(table, row, arm, seed, out / "students")
         for seed in seeds
         for row in table.rows
         for arm in table.arms
@@ -70,12 +96,12 @@ def plan(table: Table, arms: Sequence[str], seeds: Sequence[int], out: Path) -> 
     ]
 
 
-def train_all(runs: Sequence[Run], data: Data, jobs: int, minutes: float) -> Iterator[dict[str, Any]]:
+def train_all(runs: Sequence[Run], pictures: Pictures, jobs: int, minutes: float) -> Iterator[dict[str, Any]]:
     """Train, and yield each run's result when it is there.
 
     Args:
         runs: what to train; those with a result are not trained again.
-        data: images and labels.
+        pictures: images and labels.
         jobs: how many train at once.
         minutes: after this time no further one begins.
 
@@ -84,7 +110,7 @@ def train_all(runs: Sequence[Run], data: Data, jobs: int, minutes: float) -> Ite
     """
     waiting, started = [], time.monotonic()
     for run in runs:
-        if (found := run.result(data)) is not None:
+        if (found := run.result(pictures)) is not None:
             yield found
         else:
             waiting.append(run)
@@ -94,7 +120,7 @@ def train_all(runs: Sequence[Run], data: Data, jobs: int, minutes: float) -> Ite
         while (waiting or busy) and not stop.requested:
             late = time.monotonic() - started > 60 * minutes
             while waiting and len(busy) < jobs and not late:
-                busy.add(pool.submit(train_one, waiting.pop(0), data))
+                busy.add(pool.submit(train_one, waiting.pop(0), pictures))
             if not busy:
                 print(f"time is up: {len(waiting)} runs are left", file=sys.stderr)
                 return
@@ -107,10 +133,11 @@ def train_all(runs: Sequence[Run], data: Data, jobs: int, minutes: float) -> Ite
             raise SystemExit(STOPPED)
 
 
-def train_one(run: Run, data: Data) -> dict[str, Any]:
+def train_one(run: Run, pictures: Pictures) -> dict[str, Any]:
     """Train one model as a user would. Returns its result, which it also writes to the run's folder."""
-    settings, started = run.settings(data), time.process_time()
-    summary = command(train.__main__, ["fit", run.table.recipe, *settings, "--resume", "auto", "--json"])
+    settings, started = run.settings(pictures), time.process_time()
+    with swapped_crops() if run.row.swapped else nullcontext():
+        summary = command(train.__main__, ["fit", run.table.recipe, *settings, "--resume", "auto", "--json"])
     found = {
         "row": run.row.name,
         "arm": run.arm.name,

@@ -1,7 +1,7 @@
 """Means, paired differences and their standard errors.
 
-The differences between two arms are paired: the same network, images and seed. Few seeds say
-little about the spread of one row, so the spread of the differences over seeds is pooled over all rows.
+Differences are paired: what is compared has the same seed, and where two ways to teach a network are, the same network
+and images. Few seeds say little about the spread of one difference, so the spread over seeds is pooled over a table.
 """
 
 from __future__ import annotations
@@ -12,12 +12,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scripts.evidence.tables import Table
+
+Key = tuple[str, str]  # row and arm of a table
+
 
 @dataclass(frozen=True)
-class Row:
-    """A row's results over its seeds: values of both arms, seed by seed, and what the second has more."""
+class Comparison:
+    """Results of one thing against another, seed by seed.
 
-    name: str
+    Attributes:
+        row: whose row of the table it is.
+        parameters: of its network.
+        first: shares of right answers of what it is compared with.
+        second: its own.
+    """
+
+    row: str
     parameters: int
     first: list[float]
     second: list[float]
@@ -27,24 +38,33 @@ class Row:
         return [after - before for before, after in zip(self.first, self.second, strict=True)]
 
 
-def paired(results: Sequence[dict[str, Any]], arms: tuple[str, str]) -> list[Row]:
-    """Group results by row, in their order; seeds of which one arm is missing are left out, and so are empty rows."""
-    values = {(one["row"], one["arm"], one["seed"]): one["top1"] for one in results}
-    sizes = {one["row"]: one["parameters"] for one in results}
-    rows = []
-    for name, size in sizes.items():
-        seeds = sorted({seed for row, _, seed in values if row == name})
-        both = [seed for seed in seeds if all((name, arm, seed) in values for arm in arms)]
-        columns = [[values[name, arm, seed] for seed in both] for arm in arms]
-        if both:
-            rows.append(Row(name, size, columns[0], columns[1]))
-    return rows
+def compare_all(table: Table, results: Sequence[dict[str, Any]]) -> list[Comparison]:
+    """The comparisons of a table: the second arm with the first, or each row with the first one.
+
+    Seeds of which one side is missing are left out, and so are rows without any.
+    """
+    if len(table.arms) == 2:
+        sides = [((row.name, table.arms[0].name), (row.name, table.arms[1].name)) for row in table.rows]
+    else:
+        sides = [((table.rows[0].name, table.arms[0].name), (row.name, table.arms[0].name)) for row in table.rows]
+    return [found for first, second in sides if (found := compare(results, first, second)) is not None]
 
 
-def pooled_deviation(rows: Sequence[Row]) -> float:
-    """Standard deviation of a row's paired difference from seed to seed, pooled over rows; NaN with one seed."""
-    squares = [(gain - statistics.mean(row.gains)) ** 2 for row in rows for gain in row.gains]
-    freedom = sum(len(row.gains) - 1 for row in rows)
+def compare(results: Sequence[dict[str, Any]], first: Key, second: Key) -> Comparison | None:
+    """Compares what has the key `second` with what has `first`; None: no seed has both."""
+    sides = [{one["seed"]: one for one in results if (one["row"], one["arm"]) == key} for key in (first, second)]
+    seeds = sorted(sides[0].keys() & sides[1].keys())
+    if not seeds:
+        return None
+    columns = [[side[seed]["top1"] for seed in seeds] for side in sides]
+    return Comparison(second[0], sides[1][seeds[0]]["parameters"], columns[0], columns[1])
+
+
+def pooled_deviation(comparisons: Sequence[Comparison]) -> float:
+    """Standard deviation of a paired difference from seed to seed, pooled over comparisons; NaN with one seed."""
+    told = [one.gains for one in comparisons if any(one.gains)]  # not the first row with itself
+    squares = [(gain - statistics.mean(gains)) ** 2 for gains in told for gain in gains]
+    freedom = sum(len(gains) - 1 for gains in told)
     return math.sqrt(sum(squares) / freedom) if freedom else math.nan
 
 

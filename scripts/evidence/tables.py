@@ -6,6 +6,28 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Labels:
+    """How a label store is made.
+
+    Attributes:
+        name: of its folder.
+        teacher: function of `scripts.evidence.teachers`; empty: the fine-tuned network itself.
+        side: pixels that the teacher sees; None: as the table's pictures need.
+        options: further options of `label`.
+        steps: of the teacher's fine-tuning; None: the usual number.
+    """
+
+    name: str
+    teacher: str = ""
+    side: int | None = None
+    options: tuple[str, ...] = ()
+    steps: int | None = None
+
+
+MAPS = Labels("maps")
+
+
+@dataclass(frozen=True)
 class Choice:
     """A row or an arm of a table.
 
@@ -13,30 +35,46 @@ class Choice:
         name: how it is called in file names.
         title: how it is called in the table.
         overrides: what it changes in the recipe, `section.key=value`.
+        labels: the store that it trains from.
+        swapped: crop the labels' maps with swapped axes, as published code does.
     """
 
     name: str
     title: str
     overrides: tuple[str, ...] = ()
+    labels: Labels = MAPS
+    swapped: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: every row is trained in every arm with every seed; the second arm is compared with the first.
+    """A table: every row is trained in every arm with every seed.
 
     Attributes:
         name: as on the command line.
         recipe: a packaged recipe.
         overrides: what all of its runs change in the recipe.
-        rows: what is compared; of each, its number of parameters is given.
-        arms: two ways to teach each row.
+        rows: what is compared.
+        arms: two ways to teach each row, of which the second is compared with the first; or one, and then each row is
+            compared with the first row.
+        pictures: "cifar10" or "mosaics".
     """
 
     name: str
     recipe: str
     overrides: tuple[str, ...]
     rows: tuple[Choice, ...]
-    arms: tuple[Choice, Choice]
+    arms: tuple[Choice, ...]
+    pictures: str = "cifar10"
+
+    def labels_of(self, row: Choice, arm: Choice) -> Labels:
+        """The store of a run: the row's, unless it has none of its own."""
+        return row.labels if row.labels != MAPS else arm.labels
+
+    def stores(self) -> list[Labels]:
+        """All stores that its runs need."""
+        found = {labels.name: labels for row in self.rows for arm in self.arms for labels in [self.labels_of(row, arm)]}
+        return list(found.values())
 
 
 IMAGE_LABEL = Choice("image-label", "image label", ("data.store=none",))
@@ -87,5 +125,3 @@ FAMILIES = Table(
     ),
     arms=(IMAGE_LABEL, TOKEN_LABELS),
 )  # fmt: skip
-
-TABLES = {table.name: table for table in (FAMILIES,)}

@@ -1,0 +1,99 @@
+"""What in token labels matters: ways to teach, places, stores, maps, teachers, settings, budgets."""
+
+from __future__ import annotations
+
+from scripts.evidence.tables import FAMILIES, IMAGE_LABEL, MAPS, TOKEN_LABELS, Choice, Labels, Table
+
+WHOLE = Labels("whole", teacher="whole")
+
+# The last row of each table is what `fit` does with a store, without any choice.
+WAYS = (
+    IMAGE_LABEL,
+    Choice("every-token", "image label on every token", ("data.token_labels=false",)),
+    Choice("pooled", "teacher's pooled answer for the crop, class token only", ("loss.dense_weight=0",)),
+    Choice("placeless", "teacher's answer for the picture on every token", labels=WHOLE),
+    TOKEN_LABELS,
+)
+
+SMALL = ("run.batch_size=32", "schedule.warmup_epochs=0.1", "run.eval_every=100", "run.log_every=50")
+CIFAR = (*SMALL, "schedule.steps=600", "model.args={patch_size=8, embed_dim=80, depth=4, d_state=8, expand=1}")
+MOSAICS = (
+    *SMALL,
+    "schedule.steps=600",
+    "model.img_size=64",
+    "model.args={patch_size=8, embed_dim=64, depth=4, d_state=8, expand=1}",
+)
+
+
+def on_mosaics(name: str, *rows: Choice, steps: int | None = None) -> Table:
+    """A table of one arm: token labels of mosaics, each row compared with the first."""
+    overrides = MOSAICS if steps is None else (*MOSAICS, f"schedule.steps={steps}")
+    return Table(name, "cifar10_nano", overrides, rows, (TOKEN_LABELS,), "mosaics")
+
+
+def with_settings(name: str, title: str, *overrides: str) -> Choice:
+    return Choice(name, title, overrides)
+
+
+AS_IS = Choice("default", "as it is")
+TABLES = {
+    table.name: table
+    for table in (
+        FAMILIES,
+        Table("ways", "cifar10_nano", CIFAR, WAYS, (TOKEN_LABELS,)),
+        on_mosaics("mosaics", *WAYS),
+        on_mosaics(
+            "crops",
+            Choice("swapped", "axes of the labels' crops swapped", swapped=True),
+            Choice("right", "labels cropped as the images are"),
+        ),
+        on_mosaics(
+            "grids",
+            Choice("1", "1×1 cell", labels=WHOLE),
+            Choice("2", "2×2 cells", labels=Labels("cells-2", teacher="cells_2")),
+            Choice("4", "4×4 cells", labels=Labels("cells-4", teacher="cells_4")),
+            Choice("8", "8×8 cells, the teacher's map of 256 pixels", labels=MAPS),
+            Choice("16", "16×16 cells, the teacher's map of 512 pixels", labels=Labels("cells-16", side=512)),
+        ),
+        on_mosaics(
+            "teachers",
+            *(
+                Choice(str(steps), f"after {steps} steps", labels=Labels(f"teacher-{steps}", steps=steps))
+                for steps in (20, 80, 312)
+            ),
+            Choice("1250", "after 1250 steps", labels=MAPS),
+        ),
+        on_mosaics(
+            "stores",
+            Choice("default", "default", labels=MAPS),
+            Choice("low", "`--quality low`", labels=Labels("low", options=("--quality", "low"))),
+            Choice("high", "`--quality high`", labels=Labels("high", options=("--quality", "high"))),
+            Choice(
+                "full", "all classes, float16",
+                labels=Labels("full", options=("--precision", "float16", "--palette", "10")),
+            ),
+        ),
+        on_mosaics(
+            "settings",
+            AS_IS,
+            with_settings("mixtoken", "MixToken", "augment.mix=token"),
+            Choice("flip", "labels of both mirrorings, averaged", labels=Labels("flip", options=("--tta", "flip"))),
+            with_settings("hot", "temperature 2", "loss.temperature=2"),
+            with_settings("cooling", "temperature from 3 to 1", "loss.temperature=3", "loss.final_temperature=1"),
+            with_settings("sharp", "no smoothing", "loss.smoothing=0"),
+            with_settings("weight-25", "weight of the token loss 0.25", "loss.dense_weight=0.25"),
+            with_settings("weight-50", "weight of the token loss 0.5", "loss.dense_weight=0.5"),
+        ),
+        Table(
+            "budget",
+            "cifar10_nano",
+            MOSAICS,
+            tuple(
+                with_settings(f"steps-{steps}", f"{steps:,} steps", f"schedule.steps={steps}")
+                for steps in (300, 1200, 4800)
+            ),
+            (IMAGE_LABEL, TOKEN_LABELS),
+            "mosaics",
+        ),
+    )
+}  # fmt: skip

@@ -1,0 +1,28 @@
+"""The fault of published code, to measure it: label maps are cropped with swapped axes.
+
+Where the image shows its part (top, left, bottom, right), the labels are those of the part (left, top, right, bottom).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+from pipeline.geometry import Views
+from pipeline.targets import row_reader
+from pipeline.targets.token_targets import TokenTargets
+
+
+@contextmanager
+def swapped_crops() -> Iterator[None]:
+    """While it is open, loaders of this process crop label rows so. Flips stay right."""
+    right = row_reader.crop_stored_rows
+
+    def swapped(rows: Any, code: Any, num_classes: int, views: Views, grid: tuple[int, int]) -> TokenTargets:
+        return right(rows, code, num_classes, replace(views, boxes=views.boxes[:, [1, 0, 3, 2]]), grid)
+
+    with mock.patch.object(row_reader, "crop_stored_rows", swapped):
+        yield

@@ -1,0 +1,43 @@
+"""Teachers that tell less about where things are: the same network, its map averaged to fewer cells.
+
+`label --teacher scripts.evidence.teachers:whole --checkpoint RUN/timm/model.safetensors` gives the network's answer for
+the whole picture, in a single cell: token labels without place.
+"""
+
+from __future__ import annotations
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+NETWORK = "tf_efficientnet_lite1"
+CLASSES = 10
+
+
+def whole() -> nn.Module:
+    """One answer for the picture."""
+    return averaged(1)
+
+
+def cells_2() -> nn.Module:
+    """A map of 2×2 cells."""
+    return averaged(2)
+
+
+def cells_4() -> nn.Module:
+    """A map of 4×4 cells."""
+    return averaged(4)
+
+
+def averaged(cells: int) -> nn.Module:
+    """The network without weights; its `score_maps` averages features in cells×cells parts first."""
+    net = timm.create_model(NETWORK, num_classes=CLASSES)
+
+    def score_maps(images: torch.Tensor) -> torch.Tensor:
+        features = F.adaptive_avg_pool2d(net.forward_features(images), cells)
+        logits: torch.Tensor = net.classifier(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return logits
+
+    net.score_maps = score_maps
+    return net

@@ -1,0 +1,87 @@
+"""Pictures put together of real ones, the fault that is measured on them, and teachers with fewer cells."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from labeler.store.score_code import ScoreCode
+from pipeline.geometry import Views, identity
+from pipeline.targets import row_reader
+from scripts.evidence import teachers
+from scripts.evidence.mosaics import LARGER, PARTS, SHORTEST, SIDE, cut, draw, draw_all
+from scripts.evidence.swapped import swapped_crops
+
+CLASSES = ("cat", "dog", "ship")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Images of one color a class, so that each pixel of a picture tells its class."""
+    for split in ("train", "test"):
+        for number, name in enumerate(CLASSES):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for index in range(2):
+                Image.new("RGB", (32, 32), (100 * number, 0, 0)).save(folder / f"{index}.png")
+    return tmp_path / "images"
+
+
+def test_boxes_tile_the_picture_and_the_first_is_clearly_the_largest():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        boxes = cut(generator)
+        assert PARTS[0] <= len(boxes) <= PARTS[1]
+        covered = np.zeros((SIDE, SIDE), int)
+        for y0, x0, y1, x1 in boxes:
+            assert min(y1 - y0, x1 - x0) >= SHORTEST
+            covered[y0:y1, x0:x1] += 1
+        assert (covered == 1).all()
+        areas = [(y1 - y0) * (x1 - x0) for y0, x0, y1, x1 in boxes]
+        assert areas[0] >= LARGER * max(areas[1:])
+
+
+def test_the_truth_is_the_class_of_each_pixel_and_the_label_is_that_of_the_largest_object():
+    pools = [[np.full((32, 32, 3), 50 * number, np.uint8)] for number in range(5)]
+    generator = np.random.default_rng(1)
+    for label in range(5):
+        picture, truth = draw(pools, label, generator)
+        assert (picture[..., 0] == 50 * truth).all()
+        counts = np.bincount(truth.ravel(), minlength=5)
+        # Two small objects of one class may together be larger than the largest.
+        assert counts[label] >= SIDE * SIDE / PARTS[1]
+
+
+def test_pictures_are_drawn_whole_or_not_at_all_and_the_same_each_time(images, tmp_path):
+    first, second = (draw_all(images, tmp_path / name, {"train": 6, "test": 3}) for name in ("a", "b"))
+    names = sorted(str(path.relative_to(first)) for path in first.rglob("*.png"))
+    assert len(names) == 2 * 9
+    assert sum(name.startswith("train/cat/") for name in names) == 2
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+    assert not list(tmp_path.glob("*.tmp"))
+    before = (first / names[0]).stat().st_mtime_ns
+    draw_all(images, first, {"train": 60, "test": 3})
+    assert (first / names[0]).stat().st_mtime_ns == before
+
+
+def test_swapped_crops_are_those_of_the_transposed_part(monkeypatch):
+    seen = []
+    monkeypatch.setattr(row_reader, "crop_stored_rows", lambda rows, code, n, views, grid: seen.append(views.boxes))
+    views = Views(torch.tensor([[0.1, 0.2, 0.5, 0.9]], dtype=torch.float64), identity(1))
+    with swapped_crops():
+        row_reader.crop_stored_rows(None, ScoreCode, 3, views, (2, 2))
+    row_reader.crop_stored_rows(None, ScoreCode, 3, views, (2, 2))
+    assert [boxes.tolist() for boxes in seen] == [[[0.2, 0.1, 0.9, 0.5]], [[0.1, 0.2, 0.5, 0.9]]]
+
+
+def test_a_teacher_with_fewer_cells_gives_the_mean_of_its_map():
+    torch.manual_seed(0)
+    full, whole = teachers.averaged(2).eval(), teachers.whole().eval()
+    whole.load_state_dict(full.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert full.score_maps(images).shape == (1, 10, 2, 2)
+        torch.testing.assert_close(whole.score_maps(images)[..., 0, 0], whole(images))
+        torch.testing.assert_close(full.score_maps(images).mean((2, 3)), whole(images))
