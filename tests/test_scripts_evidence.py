@@ -109,7 +109,7 @@ def test_tables_share_the_runs_that_are_the_same(tmp_path):
             for name in ("mosaics", "crops", "settings", "teachers")}  # fmt: skip
     one = runs["mosaics"][TOKEN_LABELS.name, 0].folder
     assert one == runs["crops"]["right", 0].folder == runs["settings"]["default", 0].folder
-    assert one == runs["teachers"]["1250", 0].folder
+    assert one == runs["teachers"]["624", 0].folder
     folders = [run.folder for runs in runs.values() for run in runs.values()]
     assert len(folders) - len(set(folders)) == 2 * 3  # only that one, for each seed
 

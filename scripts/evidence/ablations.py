@@ -59,9 +59,9 @@ TABLES = {
             "teachers",
             *(
                 Choice(str(steps), f"after {steps} steps", labels=Labels(f"teacher-{steps}", steps=steps))
-                for steps in (20, 80, 312)
+                for steps in (20, 80, 250)
             ),
-            Choice("1250", "after 1250 steps", labels=MAPS),
+            Choice("624", "after 624 steps", labels=MAPS),
         ),
         on_mosaics(
             "stores",

@@ -20,7 +20,7 @@ from scripts.evidence.teachers import NETWORK
 from train.record.fit_summary import read_summary
 
 PER_CLASS = 800  # images that are labeled and that students see, the first of each class
-STEPS = 1250  # four epochs of 20,000 images
+STEPS = 624  # two epochs of 20,000 images
 TEACHER_SIDE = 96  # pixels of the pictures that the teacher is fine-tuned on
 SIDES = {"cifar10": TEACHER_SIDE, "mosaics": 256}  # pixels that the teacher sees
 SETTINGS = (
