@@ -31,6 +31,7 @@ class Batch:
         rows: int64 [B]: rows in the label store; None: −1, without a store.
         views: The part of its image that each input shows; None: all of it.
         mixed_pixels: Whether the pixels inside of the box are mixed already; otherwise the model mixes its tokens.
+        masks: uint8 [B, S, S]: the class of each pixel; None: there are no masks.
     """
 
     images: torch.Tensor
@@ -41,6 +42,7 @@ class Batch:
     rows: np.ndarray = None  # type: ignore[assignment]
     views: Views = None  # type: ignore[assignment]
     mixed_pixels: bool = False
+    masks: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         n = len(self)
@@ -75,5 +77,8 @@ class Batch:
         return self._moved(lambda part: part.pin_memory())
 
     def _moved(self, move: Callable) -> Batch:
-        """Applies `move` to images, targets and labels."""
-        return replace(self, images=move(self.images), targets=move(self.targets), labels=move(self.labels))
+        """Applies `move` to images, targets, labels and masks."""
+        masks = None if self.masks is None else move(self.masks)
+        return replace(
+            self, images=move(self.images), targets=move(self.targets), labels=move(self.labels), masks=masks
+        )

@@ -38,6 +38,10 @@ class LoaderConfig:
         affects="values",
     )
     image_list: str | None = option("use only the images that this file lists", None, affects="recorded")
+    masks: str | None = option(
+        "folder of masks, PNG files of class ids with the names of the images; None: no masks", None, affects="recorded"
+    )
+    ignore_index: int = option("id of a mask's pixels without a class", 255, affects="values", lowest=0, highest=255)
     num_classes: int | None = option(
         "number of classes of the network; the store, or the folders, must have as many",
         None,
@@ -178,7 +182,10 @@ class LoaderConfig:
         refuse("crop_pct", _is_number(self.crop_pct) and 0 < self.crop_pct <= 1, "a share, more than 0, at most 1")
         refuse("mean", _are_numbers(self.mean, 3), "one number per color")
         refuse("std", _are_numbers(self.std, 3) and min(self.std) > 0, "one positive number per color")
-        refuse("classes", self.classes != "none" or not self.train, "other than none if train is true")
+        known = self.classes != "none" or not self.train or self.masks is not None
+        refuse("classes", known, "other than none if train is true and there are no masks")
+        refuse("masks", self.masks is None or self.num_classes is not None, "none, or a number of classes beside it")
+        refuse("mix", self.mix == "none" or self.masks is None, "none with masks")
         if self.mix != "none":
             refuse(
                 "mix_alpha",

@@ -21,7 +21,7 @@ from labeler.base.settings import names_that_affect
 from labeler.base.version import __version__
 from labeler.sources.decoding.create_decoder import automatic_decoder
 from labeler.store.plan import plain
-from pipeline.augment.draws import DRAWS_VERSION, draw_batch
+from pipeline.augment.draws import DRAWS_VERSION, Draws, draw_batch
 from pipeline.augment.erasing import erase
 from pipeline.augment.mix import mix_pixels
 from pipeline.augment.policy import Policy, create_policies
@@ -31,6 +31,8 @@ from pipeline.config import LoaderConfig
 from pipeline.order import EpochOrder
 from pipeline.prefetcher import Prefetcher
 from pipeline.samples import open_samples, scan_sizes
+from pipeline.targets.crop_masks import crop_masks
+from pipeline.targets.mask_files import MaskFolder
 from pipeline.targets.row_reader import LabelRowReader
 from pipeline.targets.token_targets import TokenTargets, label_targets
 
@@ -114,6 +116,10 @@ class TokenLabelLoader:
             )
         if check is not None:
             check(len(self.order))
+        self.masks = None
+        if config.masks is not None and config.num_classes is not None:
+            self.masks = MaskFolder(config.masks, config.num_classes, config.ignore_index)
+            self.masks.check_all_there([self.samples.key(i) for i in range(len(self.samples))])
         if self.samples.store is None:
             sizes = scan_sizes(self.samples.source, config.orientation, config.threads, config.progress)
             self.samples = replace(self.samples, sizes=sizes)
@@ -271,8 +277,16 @@ class TokenLabelLoader:
             draws = draw_batch(self.config, self.policies, sizes, epoch, batch)
             stored = self.row_reader.read(self.samples.rows[chosen]) if self.row_reader else None
             keys = tuple(map(self.samples.key, chosen.tolist()))
+            masks = None if self.masks is None else self._crop_masks(self.masks, keys, sizes, draws, pool)
             encoded = [data for part in reading for data in part.result()]
-            yield Prepared(chosen, keys, sizes, encoded, draws, stored)
+            yield Prepared(chosen, keys, sizes, encoded, draws, stored, masks)
+
+    def _crop_masks(
+        self, folder: MaskFolder, keys: Sequence[str], sizes: np.ndarray, draws: Draws, pool: ThreadPoolExecutor
+    ) -> torch.Tensor:
+        """Reads the masks of a batch and crops them as their images, uint8 [B, S, S]."""
+        masks = list(pool.map(folder.read, keys, sizes))
+        return crop_masks(masks, draws.views, self.config.image_size, folder.ignore_index)
 
     def _on_own_stream(self) -> AbstractContextManager:
         """Makes the loader's stream the current one."""
@@ -282,8 +296,9 @@ class TokenLabelLoader:
         """Makes the caller's stream wait for the batch, and tells the allocator that this stream uses it."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(ready)
-        for tensor in (batch.images, batch.labels, *vars(batch.targets).values()):
-            tensor.record_stream(current)
+        for tensor in (batch.images, batch.labels, batch.masks, *vars(batch.targets).values()):
+            if tensor is not None:
+                tensor.record_stream(current)
 
     def _read(self, indices: list[int]) -> list[bytes]:
         """Reads image files for the decoder."""
@@ -301,7 +316,8 @@ class TokenLabelLoader:
         labels = on_device(self.samples.labels[prepared.samples], self.device)
         rows = self.samples.rows[prepared.samples]
         targets = self._targets(prepared, labels)
-        return Batch(images, targets, labels, draws.mix, prepared.keys, rows, draws.views, config.mix == "image")
+        masks = None if prepared.masks is None else on_device(prepared.masks, self.device)
+        return Batch(images, targets, labels, draws.mix, prepared.keys, rows, draws.views, config.mix == "image", masks)
 
     def _targets(self, prepared: Prepared, labels: torch.Tensor) -> TokenTargets:
         """Returns the targets of a batch."""

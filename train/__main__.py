@@ -25,7 +25,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from labeler.base.errors import InputError
 from labeler.remote.urls import path_or_url
 from train.ranks.rank_errors import first_rank_first
 
+PICTURES_HELP = "folder for the pictures of --map, or for the masks of a segmentation run (predictions)"
 PICTURES, EXPLAINED = Path("predictions"), Path("explained")
 LEFT_OUT = 3
 EMA = "use the averaged weights, or not (default: the better ones, if the checkpoint records both accuracies)"
@@ -101,6 +102,8 @@ def _validate(options: argparse.Namespace) -> int:
     from train.evaluation.validate import validate
 
     check_result_files(options.out, options.matrix)
+    if options.masks is not None:
+        return _validate_masks(options)
     validation = validate(
         options.checkpoint,
         options.images,
@@ -128,6 +131,22 @@ def _validate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _validate_masks(options: argparse.Namespace) -> int:
+    from train.segmentation.predict import find_segmenter, validate_masks
+
+    segmenter = find_segmenter(options.checkpoint, options.ema)
+    if segmenter is None:
+        raise InputError("--masks is for segmentation runs", got=options.checkpoint)
+    found = validate_masks(
+        segmenter, str(options.images), str(options.masks), device=options.device, progress=not options.quiet
+    )
+    if os.environ.get("RANK", "0") == "0":
+        score = asdict(found.score) | {"names": found.names, "checkpoint": found.checkpoint}
+        score["iou"] = [None if iou != iou else iou for iou in found.score.iou]  # JSON has no NaN
+        print(json.dumps(score) if options.json else found.text(options.per_class))
+    return 0
+
+
 def _print(result: Any, options: argparse.Namespace) -> int:
     """Print a result; under torchrun only on the first rank, which has the results of all."""
     if os.environ.get("RANK", "0") == "0":
@@ -136,11 +155,18 @@ def _print(result: Any, options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from train.evaluation.predict import predict
     from train.evaluation.results import prediction_table
+    from train.segmentation.predict import find_segmenter, predict_masks
 
+    if (segmenter := find_segmenter(options.checkpoint, options.ema)) is not None:
+        if options.csv is not None or options.map:
+            raise InputError("--csv and --map are for classifiers", got=segmenter.name, remedy="Leave them out.")
+        out, quiet = options.out or PICTURES, options.quiet
+        masks = predict_masks(
+            segmenter, options.images, out, device=options.device, lines=sys.stdin, progress=not quiet
+        )
+        return _say_all(masks, lambda one: None, options)
     if options.out is not None and not options.map:
         raise InputError("--out is the folder for the pictures of --map", remedy="Give both, or neither.")
     predictions = predict(
@@ -156,18 +182,25 @@ def _predict(options: argparse.Namespace) -> int:
         lines=sys.stdin,
         progress=not options.quiet,
     )
+    with prediction_table(options.csv) as add:
+        return _say_all(predictions, add, options)
+
+
+def _say_all(predictions: Iterable[Any], add: Callable[[Any], None], options: argparse.Namespace) -> int:
+    """Print predictions as they come. Returns the exit status."""
+    from tqdm import tqdm
+
     count = left_out = 0
     say = tqdm.write if sys.stdout.isatty() else print  # not into the bar
-    with prediction_table(options.csv) as add:
-        for one in predictions:
-            count += 1
-            add(one)
-            if one.problem is not None:
-                left_out += 1
-                tqdm.write(one.text(), file=sys.stderr)
-            if options.json or one.problem is None:
-                say(json.dumps(asdict(one)) if options.json else one.text())
-            sys.stdout.flush()
+    for one in predictions:
+        count += 1
+        add(one)
+        if one.problem is not None:
+            left_out += 1
+            tqdm.write(one.text(), file=sys.stderr)
+        if options.json or one.problem is None:
+            say(json.dumps(asdict(one)) if options.json else one.text())
+        sys.stdout.flush()
     if left_out:
         print(f"{left_out:,} of {count:,} images were left out", file=sys.stderr)
     return LEFT_OUT if left_out else 0
@@ -291,6 +324,12 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument(
         "--confusions", type=at_least(1), default=0, metavar="N", help="also print the N most frequent confusions"
     )
+    validate.add_argument(
+        "--masks",
+        type=Path,
+        metavar="DIR",
+        help="masks of the images: mean IoU and pixel accuracy of a segmentation run",
+    )
     text = "write the results to a file; .json: everything; .csv: one line per class"
     validate.add_argument("--out", type=Path, metavar="FILE", help=text)
     text = "write the confusion matrix: one line per true class, one column per prediction"
@@ -309,7 +348,7 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size", type=at_least(1), default=32, metavar="B", help="images at a time (%(default)s)"
     )
     predict.add_argument("--map", action="store_true", help="draw the auxiliary head's class of each token")
-    predict.add_argument("--out", type=Path, metavar="DIR", help=f"folder for the pictures of --map ({PICTURES})")
+    predict.add_argument("--out", type=Path, metavar="DIR", help=PICTURES_HELP)
     predict.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
     predict.add_argument("--device", default="auto", help="cpu, cuda or auto")
     text = "print one JSON object per line, for each image, with the numbers of each layer"

@@ -11,9 +11,11 @@ from labeler.sources.class_names import with_the_rest_of_imagenet
 from model.token_heads import TokenLabelHeads
 from pipeline import LoaderConfig, TokenLabelLoader, create_loader
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.targets.mask_files import MaskFolder
 from train.optimization import refuse_too_few_steps
 from train.ranks.distributed import Ranks
 from train.recipes.config import TrainConfig
+from train.segmentation.evaluate import MaskedImages, Window
 
 
 def training_loader(
@@ -47,7 +49,7 @@ def training_loader(
             store=data.store,
             token_labels=data.token_labels,
             image_list=data.image_list,
-            classes=classes or data.classes,
+            classes="none" if config.segments else classes or data.classes,
             num_classes=config.model.num_classes,
             batch_size=images_per_rank(config, ranks.world_size),
             image_size=config.model.img_size,
@@ -55,7 +57,9 @@ def training_loader(
             seed=config.run.seed,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            mix=_mix(augment.mix, net),
+            mix="none" if config.segments else _mix(augment.mix, net),
+            masks=config.segmentation.masks if config.segments else None,
+            ignore_index=config.segmentation.ignore_index,
             mean=mean,
             std=std,
             device=str(ranks.device),
@@ -83,8 +87,8 @@ def images_per_rank(config: TrainConfig, ranks: int) -> int:
 
 def validation_loader(
     config: TrainConfig, net: TokenLabelHeads, ranks: Ranks, training: TokenLabelLoader, folders: Mapping[str, int]
-) -> TokenLabelLoader | None:
-    """Create the loader of the images of `data.validation`.
+) -> TokenLabelLoader | MaskedImages | None:
+    """Create the loader of the images of `data.validation`; of a segmentation run, its images and masks.
 
     Args:
         config: the recipe.
@@ -101,6 +105,8 @@ def validation_loader(
     """
     if config.data.validation is None:
         return None
+    if config.segments:
+        return masked_images(config, transform_of(config, net, training.samples.orientation))
     with blamed_on("data.validation"):
         return evaluation_loader(
             config.data.validation,
@@ -115,6 +121,18 @@ def validation_loader(
             threads=config.data.threads,
             progress=training.config.progress,
         )
+
+
+def masked_images(config: TrainConfig, transform: Mapping[str, Any]) -> MaskedImages:
+    """The validation images of a segmentation run with their masks. Raises InputError if one has no mask."""
+    settings, images = config.segmentation, config.data.validation
+    assert images is not None
+    assert settings.validation_masks is not None
+    assert config.model.num_classes is not None
+    window = Window(config.model.img_size, settings.evaluation == "sliding", settings.window_step)
+    with blamed_on("data.validation"):
+        masks = MaskFolder(settings.validation_masks, config.model.num_classes, settings.ignore_index)
+        return MaskedImages(images, masks, transform, window)
 
 
 @contextmanager

@@ -53,5 +53,6 @@ def _part(batch: Batch, images: np.ndarray) -> Batch:
         labels=batch.labels[index],
         keys=tuple(batch.keys[i] for i in images),
         rows=batch.rows[images],
+        masks=None if batch.masks is None else batch.masks[index],
         views=replace(batch.views, boxes=batch.views.boxes[images], affine=batch.views.affine[images]),
     )

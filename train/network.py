@@ -169,7 +169,7 @@ def _from_weights(config: ModelConfig) -> TokenLabelHeads:
     """Build the model to fit the weights, load them, and then change to the recipe's resolution and classes."""
     path = Path(str(config.weights))
     config = _blank(config)
-    begin = _begin_with(path, config)
+    begin = begin_with(path, config)
     state, side = begin.state, begin.side
     net = _create(config, begin.classes, side, begin.aux_classes)
     missing = [key for key in net.state_dict() if key not in state and not key.startswith("aux_head.")]
@@ -205,7 +205,7 @@ def _refuse_other_shapes(net: nn.Module, built: nn.Module, side: int) -> None:
         )  # fmt: skip
 
 
-class _Beginning(NamedTuple):
+class Beginning(NamedTuple):
     """Initial weights.
 
     Attributes:
@@ -223,7 +223,19 @@ class _Beginning(NamedTuple):
     aux_classes: int | None = None
 
 
-def _begin_with(path: Path, config: ModelConfig) -> _Beginning:
+def begin_with(path: Path, config: ModelConfig) -> Beginning:
+    """Reads initial weights.
+
+    Args:
+        path: a run's folder, one of its checkpoints, or a file of weights.
+        config: the recipe's section `model`, for files that do not say of which model they are.
+
+    Returns:
+        The weights.
+
+    Raises:
+        InputError: they cannot be read.
+    """
     ema = config.weights_ema
     recorded = checkpoint_of(path)
     if path.is_dir() or recorded:
@@ -232,7 +244,7 @@ def _begin_with(path: Path, config: ModelConfig) -> _Beginning:
         settings = ", ".join(f"{key} {value}" for key, value in info.model["args"].items())
         described = f"{info.model['name']} with {settings or 'its usual settings'}"
         state, side = read_weights(folder, info, ema), int(info.model["img_size"])
-        return _Beginning(state, info.num_classes, side, described, info.aux_classes)
+        return Beginning(state, info.num_classes, side, described, info.aux_classes)
     try:
         if family_of_name(config.name) is None:  # a timm backbone, which `TokenLabeled` wraps
             return _of_timm(read_state_dict(path, ema), config)
@@ -243,11 +255,11 @@ def _begin_with(path: Path, config: ModelConfig) -> _Beginning:
     if size[0] != size[1]:  # type: ignore[index]
         raise InputError(f"{path} is not for square images", got=size)
     described = f"{type(net).__name__} with embed_dim {net.embed_dim}, depth {len(net.feature_info)}"  # type: ignore[arg-type]
-    return _Beginning(net.state_dict(), net.num_classes, size[0], described)  # type: ignore[arg-type, index]
+    return Beginning(net.state_dict(), net.num_classes, size[0], described)  # type: ignore[arg-type, index]
 
 
-def _of_timm(state: dict[str, torch.Tensor], config: ModelConfig) -> _Beginning:
-    """As `_begin_with`, for a state dict of the backbone or of the whole network, which does not record its size."""
+def _of_timm(state: dict[str, torch.Tensor], config: ModelConfig) -> Beginning:
+    """As `begin_with`, for a state dict of the backbone or of the whole network, which does not record its size."""
     described = f"of a model with {', '.join([*state][:3])}, …"
     if not any(key.startswith("backbone.") for key in state):  # VOLO has its own auxiliary head
         state = {key if key.startswith("aux_head.") else f"backbone.{key}": value for key, value in state.items()}
@@ -258,8 +270,8 @@ def _of_timm(state: dict[str, torch.Tensor], config: ModelConfig) -> _Beginning:
     classes = int(net.num_classes) if weight is None else len(weight)
     for side in (config.img_size, usual.get("input_size", (0, config.img_size))[-1]):
         if _fits(state, net if side == config.img_size else _create(config, None, side)):
-            return _Beginning(state, classes, side, described)
-    return _Beginning(state, classes, config.img_size, described)
+            return Beginning(state, classes, side, described)
+    return Beginning(state, classes, config.img_size, described)
 
 
 def _fits(state: dict[str, torch.Tensor], net: TokenLabelHeads) -> bool:

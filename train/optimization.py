@@ -128,7 +128,7 @@ class LearningRate:
             t_in_epochs=False,
         )
         self._cosine_steps = round(epochs * epoch_steps)
-        self._constant = config.kind == "constant"
+        self._constant, self._power = config.kind == "constant", config.power if config.kind == "poly" else None
         self._base, self._lowest = list(self._scheduler.base_values), config.min_lr
 
     def set(self, step: int) -> float:
@@ -137,6 +137,9 @@ class LearningRate:
             self._scheduler.update_groups(self._base)
         elif step >= self._cosine_steps and not self._constant:
             self._scheduler.update_groups(self._lowest)
+        elif self._power is not None and step >= self._scheduler.warmup_t:
+            left = (1 - step / self._cosine_steps) ** self._power
+            self._scheduler.update_groups([self._lowest + (base - self._lowest) * left for base in self._base])
         else:
             self._scheduler.step_update(step)
         return max(group["lr"] for group in self._optimizer.param_groups)

@@ -15,6 +15,8 @@ from model.token_heads import TokenLabelHeads
 from pipeline import TokenLabelLoader
 from train.ranks.distributed import Ranks
 from train.recipes.config import TrainConfig
+from train.record.fit_summary import TITLES
+from train.segmentation.evaluate import MaskedImages
 
 log = logging.getLogger("train")
 
@@ -77,7 +79,7 @@ def opening(
     config: TrainConfig,
     net: TokenLabelHeads,
     loader: TokenLabelLoader,
-    validation: TokenLabelLoader | None,
+    validation: TokenLabelLoader | MaskedImages | None,
     ranks: Ranks,
     precision: torch.dtype,
     steps: int,
@@ -105,7 +107,15 @@ def opening(
         classes += f" of the images, {loader.aux_classes:,} of the teacher for the tokens"
     elif data.store is not None:
         classes += f" of the {'teacher' if loader.samples.classes.kind == 'teacher' else 'images'}"
-    labels = f"token labels of {' + '.join(data.stores)}" if data.token_labels else "no token labels"
+    if config.segments:
+        classes = f"{loader.num_classes:,} classes, {config.segmentation.decoder}"
+    labels = (
+        f"token labels of {' + '.join(data.stores)}"
+        if data.token_labels
+        else "masks"
+        if config.segments
+        else "no token labels"
+    )
     batch = f"{run.batch_size:,}"
     if run.micro_batch is not None and run.micro_batch < loader.config.batch_size:
         batch += f" ({run.micro_batch:,} at a time)"
@@ -118,7 +128,7 @@ def opening(
     average = "" if config.ema.decay is None else f", moving average {config.ema.decay:g}"
     return [
         f"{config.model.name}, {total:,} parameters{'' if trained == total else f', {trained:,} of them trained'}, "
-        f"{side}×{side} pixels, {grid[0]}×{grid[1]} tokens, {classes}",
+        f"{side}×{side} pixels, {classes if config.segments else f'{grid[0]}×{grid[1]} tokens, {classes}'}",
         f"{len(loader.samples):,} images, {labels}, {len(loader):,} steps of {batch} an epoch, {steps:,} steps; "
         f"{tested}",
         f"{device}, {str(precision).removeprefix('torch.')}; {config.optimizer.name}, lr {config.optimizer.lr:g}"
@@ -132,13 +142,13 @@ def evaluation_text(row: dict[str, Any], train_loss: float | None, best: float) 
     Args:
         row: the evaluation's row of `metrics.jsonl`.
         train_loss: the latest training loss; None: unknown.
-        best: best top-1 of the run so far.
+        best: best accuracy of the run so far.
 
     Returns:
         Losses and accuracies, as text.
     """
     parts = [] if train_loss is None else [f"train loss {train_loss:.4f}"]
     parts += [f"evaluation loss {row['loss']:.4f}"] if "loss" in row else []
-    parts += [f"top-1 {row['top1']:.2%}", f"top-5 {row['top5']:.2%}"]
-    parts += [f"moving average {row['ema_top1']:.2%}"] if "ema_top1" in row else []
+    parts += [f"{title} {row[key]:.2%}" for key, title in TITLES.items() if key in row]
+    parts += [f"moving average {row[key]:.2%}" for key in ("ema_top1", "ema_miou") if key in row]
     return [*parts, f"best {best:.2%}"]

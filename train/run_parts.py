@@ -21,6 +21,8 @@ from train.record.adapter_weights import split_weights
 from train.record.checkpoint import AdapterRecord, CheckpointInfo, read_state, read_weights, write_base
 from train.record.continuation import refuse_other_classes, refuse_other_past, refuse_other_run
 from train.record.step_losses import StepLosses
+from train.segmentation.loss import SegmentationLoss
+from train.segmentation.network import build_segmentation
 from train.task import TokenLabelTask, TrainingStep
 
 
@@ -62,15 +64,20 @@ class RunParts:
             set_gpu_products(self.precision)
         torch.manual_seed(config.run.seed)  # the same initial weights on all ranks
         model = config.model if start is None else as_checkpointed(config.model, start)
-        net = build_network(model, config.loss.dense_weight)
-        add_adapters(net, config.lora, config.model.name)
+        net: Any
+        if config.segments:
+            net = build_segmentation(model, config.segmentation)
+        else:
+            net = build_network(model, config.loss.dense_weight)
+            add_adapters(net, config.lora, config.model.name)
         build_optimizer(net, config.optimizer)  # checks the settings before any image is read; heads may change below
         chosen = start.classes if start is not None and config.data.classes == "auto" else None
         self.loader = training_loader(config, net, ranks, chosen)
         if start is not None:
             refuse_other_past(config, start, len(self.loader))
             refuse_other_classes(self.loader, start)
-        set_classes(net, self.loader.num_classes, self.loader.aux_classes, model)
+        if not config.segments:
+            set_classes(net, self.loader.num_classes, self.loader.aux_classes, model)
         # Computed once, as it takes a pass over all images; every checkpoint records it.
         self.class_folders = class_folders(self.loader)
         self.transform = transform_of(config, net, self.loader.samples.orientation)
@@ -86,12 +93,16 @@ class RunParts:
             net.set_grad_checkpointing(True)
         if config.run.channels_last:
             net = net.to(memory_format=torch.channels_last)
-        loss = TokenLabelLoss(
-            **config.loss.model_dump(exclude={"final_temperature"}),
-            grid=self.loader.config.grid,
-            in_place=ranks.device.type == "cuda",  # a CPU is faster with the gradient computed beside the loss
-            classes="teacher" if self.loader.aux_classes is None else "images",
-        )
+        loss: Any
+        if config.segments:
+            loss = SegmentationLoss(config.segmentation.ignore_index, config.segmentation.auxiliary)
+        else:
+            loss = TokenLabelLoss(
+                **config.loss.model_dump(exclude={"final_temperature"}),
+                grid=self.loader.config.grid,
+                in_place=ranks.device.type == "cuda",  # a CPU is faster with the gradient computed beside the loss
+                classes="teacher" if self.loader.aux_classes is None else "images",
+            )
         self.task = TokenLabelTask(net, loss, ranks.device)
         self.optimizer = build_optimizer(net, config.optimizer)
         self.rate = LearningRate(self.optimizer, config.schedule, len(self.loader))
@@ -164,7 +175,7 @@ class RunParts:
             model=self.config.model.model_dump(),
             num_classes=loader.num_classes,
             aux_weight=self.net.aux_weight,
-            class_names=list(loader.class_names),
+            class_names=list(self.config.segmentation.class_names or loader.class_names),
             class_folders=self.class_folders,
             transform=self.transform,
             config=self.config.model_dump(),

@@ -34,6 +34,7 @@ from train.record.metrics import import_tracker
 from train.record.run_folder import RunRecord, locked, starting_point
 from train.record.timm_folder import leave_for_timm
 from train.run_parts import RunParts
+from train.segmentation.evaluate import MaskedImages, evaluate_segmentation
 from train.speed import Speed
 from train.step.step_result import StepResult
 
@@ -109,7 +110,8 @@ class Trainer:
                     self.record.finish()
         summary = self._summary()
         if self.ranks.first:
-            leave_for_timm(self.folder)
+            if not self.config.segments:
+                leave_for_timm(self.folder)
             summary.write(self.folder)
         return summary
 
@@ -206,24 +208,28 @@ class Trainer:
         networks: dict[str, torch.nn.Module] = {"": self.task.network}
         if self.parts.ema is not None:
             networks["ema_"] = self.parts.ema
+        how: dict[str, Any] = {
+            "precision": self.parts.precision,
+            "progress": self.progress.on_terminal,
+            "wanted": lambda: signals.requested is None,
+        }
+        found: dict[str, Any]
         with blamed_on("data.validation"):
-            accuracies = evaluate(
-                networks,
-                self.validation,
-                self.ranks,
-                precision=self.parts.precision,
-                channels_last=self.config.run.channels_last,
-                progress=self.progress.on_terminal,
-                wanted=lambda: signals.requested is None,
-            )
+            if isinstance(self.validation, MaskedImages):
+                found = evaluate_segmentation(networks, self.validation, self.ranks, **how)
+            else:
+                how["channels_last"] = self.config.run.channels_last
+                found = evaluate(networks, self.validation, self.ranks, **how)
         train_mode(self.task.network, self.config.model)
         if self.record is None:
             return
-        values = {f"{name}{key}": getattr(a, key) for name, a in accuracies.items() for key in ("top1", "top5")}
-        better = max(values["top1"], values.get("ema_top1", -1.0)) > self.record.best()
-        losses = {f"{name}loss": a.loss for name, a in accuracies.items() if math.isfinite(a.loss)}  # JSON has no NaN
+        measures = self.config.measures
+        values = {f"{name}{key}": getattr(one, key) for name, one in found.items() for key in measures}
+        better = max(values[measures[0]], values.get(f"ema_{measures[0]}", -1.0)) > self.record.best()
+        losses = {f"{name}loss": getattr(one, "loss", math.nan) for name, one in found.items()}
+        losses = {name: loss for name, loss in losses.items() if math.isfinite(loss)}  # JSON has no NaN
         row = {"kind": "eval", "step": self.step, "epoch": self._epoch(), **values, **losses}
-        row["images"] = accuracies[""].images
+        row["images"] = found[""].images
         self.record.metrics.add(row)
         self._report_evaluation(row)
         if better:
@@ -258,7 +264,7 @@ class Trainer:
 
     def _summary(self) -> FitSummary:
         rows = [] if self.record is None else [row for row in self.record.metrics.rows if row["kind"] == "eval"]
-        last = rows[-1] if rows else {}
+        last, measure = rows[-1] if rows else {}, self.config.measures[0]
         rate, wait = self.speed.overall()
         seconds = self.speed.seconds()
         if not self.speed.steps and (finished := read_summary(self.folder)):  # by an earlier process
@@ -267,12 +273,13 @@ class Trainer:
             folder=str(self.folder),
             steps=self.step,
             epochs=self._epoch(),
-            top1=last.get("top1", -1.0),
-            ema_top1=last.get("ema_top1", -1.0),
+            top1=last.get(measure, -1.0),
+            ema_top1=last.get(f"ema_{measure}", -1.0),
             best=-1.0 if self.record is None else self.record.best(),
             images_per_s=rate,
             data_wait=wait,
             seconds=seconds,
             skipped=self.losses.skipped,
             best_step=-1 if self.record is None else self.record.best_step(),
+            measure=measure,
         )

@@ -36,6 +36,7 @@ class Prepared:
         encoded: Their files, as the backend's decoder takes them.
         draws: The random numbers of the batch.
         stored: Their label rows; None: no token labels.
+        masks: uint8 [B, S, S]: their masks, cropped; None: no masks.
     """
 
     samples: np.ndarray
@@ -44,6 +45,7 @@ class Prepared:
     encoded: list[bytes]
     draws: Draws
     stored: StoredRows | None
+    masks: torch.Tensor | None = None
 
 
 class LoaderBackend:

@@ -164,16 +164,28 @@ def load_image(image: str | Path | ImageFile, trained: Trained) -> np.ndarray:
         BadImage: the file is not an image that can be decoded.
         TrainError: this machine cannot read the file.
     """
-    data = image.read() if isinstance(image, ImageFile) else read_file(image)
-    check_header(data, 1, LabelerConfig.max_pixels)
-    try:
-        pixels = open_rgb(data, trained.transform["orientation"])
-    except Exception as error:  # PIL's decoders raise many types
-        raise BadImage(f"cannot be decoded: {error_text(error)}") from None
+    pixels = open_image(image, trained.transform["orientation"])
     side, how = trained.side, trained.transform
     window = center_crops(np.array([[pixels.height, pixels.width]]), side, how["crop_pct"], how["crop_mode"])
     y0, x0, y1, x1 = window[0].tolist()
     return np.asarray(pixels.resize((side, side), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1)))
+
+
+def open_image(image: str | Path | ImageFile, orientation: str) -> Image.Image:
+    """Open an image file in RGB, at its own size. Raises BadImage or TrainError as `load_image` does.
+
+    Args:
+        image: the file.
+        orientation: "exif" or "ignore".
+    """
+    if isinstance(image, ImageFile) and image.problem is not None:
+        raise BadImage(image.problem)
+    data = image.read() if isinstance(image, ImageFile) else read_file(image)
+    check_header(data, 1, LabelerConfig.max_pixels)
+    try:
+        return open_rgb(data, orientation)
+    except Exception as error:  # PIL's decoders raise many types
+        raise BadImage(f"cannot be decoded: {error_text(error)}") from None
 
 
 def read_file(path: str | Path) -> bytes:

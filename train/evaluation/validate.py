@@ -167,6 +167,11 @@ def _load(path: Path, ema: bool | None) -> Trained:
     recorded = checkpoint_of(path)
     if path.is_dir() or recorded:
         folder, info, averaged = recorded or (*find_checkpoint(path), None)
+        if info.config.get("run", {}).get("task") == "segmentation":
+            raise InputError(
+                "this command is for classifiers", got=f"{folder}, of a segmentation run",
+                remedy="`predict` and `validate --masks` take it.",
+            )  # fmt: skip
         if ema is None:
             ema = averaged
         if ema is None:

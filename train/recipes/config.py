@@ -17,6 +17,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Range = tuple[Rate, Rate]
 Color = tuple[float, float, float]
 Argument = bool | int | float | str
+Byte = Annotated[int, Field(ge=0, le=255)]
 Stores = Annotated[tuple[str, ...], Field(min_length=1)]
 # Keys of `model.args` that only choose the initial weights; they are not part of the model.
 BEGINNING = frozenset({"pretrained", "checkpoint_path", "cache_dir"})
@@ -91,6 +92,29 @@ class LoraConfig(Section):
         affects="values",
     )
     scale: Rate = setting("factor of the adapters' output: alpha / rank of other programs", 1.0, affects="values")
+
+
+class SegmentationConfig(Section):
+    """Semantic segmentation, `run.task=segmentation`: masks, decoder and evaluation. Classes: `model.num_classes`."""
+
+    masks: str | None = setting(
+        "folder of the masks of data.images: PNG files of class ids with the images' names", None, affects="recorded"
+    )
+    validation_masks: str | None = setting("folder of the masks of data.validation", None, affects="nothing")
+    class_names: tuple[str, ...] | None = setting("names of the classes, in their order", None, affects="nothing")
+    ignore_index: Byte = setting("id of a mask's pixels without a class", 255, affects="values")
+    decoder: Literal["Unet", "FPN", "UPerNet", "Segformer", "DeepLabV3Plus", "DPT"] = setting(
+        "decoder of segmentation_models_pytorch", "Unet", affects="values"
+    )
+    auxiliary: Number = setting(
+        "weight of the loss of a small convolutional head on the map of stride 16; 0: no such head",
+        0.0,
+        affects="values",
+    )
+    evaluation: Literal["whole", "sliding"] = setting(
+        "whole: an image is one input; sliding: a window of model.img_size slides over it", "whole", affects="nothing"
+    )
+    window_step: Share = setting("step of the sliding window, as a share of its side", 2 / 3, affects="nothing")
 
 
 class DataConfig(Section):
@@ -253,9 +277,13 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Length of the run and learning rate. It changes at every step; durations are in epochs and may be fractions."""
 
-    kind: Literal["cosine", "restarts", "constant"] = setting(
-        "cosine: once from lr to min_lr; restarts: repeated cosine cycles; constant: lr", "cosine", affects="values"
+    kind: Literal["cosine", "restarts", "constant", "poly"] = setting(
+        "cosine: once from lr to min_lr; restarts: repeated cosine cycles; constant: lr; poly: as a power of the steps "
+        "that are left",
+        "cosine",
+        affects="values",
     )
+    power: Rate = setting("poly: the power", 1.0, affects="values")
     epochs: Rate = setting("length of the run in epochs, without cooldown_epochs", 300, affects="values")
     steps: Count | None = setting(
         "length of the whole run in steps, instead of epochs; none: use epochs", None, affects="values"
@@ -288,6 +316,11 @@ class EmaConfig(Section):
 class RunConfig(Section):
     """Output, batch, device, compute precision, logs and checkpoints."""
 
+    task: Literal["classification", "segmentation"] = setting(
+        "what is trained: a classifier, or class scores of each pixel (section segmentation)",
+        "classification",
+        affects="values",
+    )
     out: str = setting("the run's folder; {recipe} stands for the recipe's name", "runs/{recipe}", affects="nothing")
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = setting(
         "seed of initial weights, order and augmentation", 0, affects="values"
@@ -340,6 +373,7 @@ class TrainConfig(Section):
 
     model: ModelConfig
     lora: LoraConfig = LoraConfig()
+    segmentation: SegmentationConfig = SegmentationConfig()
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
@@ -356,6 +390,8 @@ class TrainConfig(Section):
             raise ValueError(
                 f"schedule.min_lr {self.schedule.min_lr:g} is above optimizer.lr {self.optimizer.lr:g}; lower it"
             )
+        if self.segments:
+            self._refuse_for_segmentation()
         if self.lora.rank is not None and self.model.train == "heads":
             raise ValueError("model.train=heads trains no adapters; use model.train=all with lora.rank")
         if self.lora.rank is not None and not self.model.begins_trained:
@@ -367,6 +403,37 @@ class TrainConfig(Section):
         if micro is not None and micro % 2 and micro < self.run.batch_size and self.augment.mix != "none":
             raise ValueError(f"run.micro_batch is {micro}; make it even: images are mixed in pairs")
         return self
+
+    @property
+    def segments(self) -> bool:
+        """Whether the task is segmentation."""
+        return self.run.task == "segmentation"
+
+    @property
+    def measures(self) -> tuple[str, str]:
+        """What an evaluation measures; the first decides which checkpoint is the best."""
+        return ("miou", "pixel_accuracy") if self.segments else ("top1", "top5")
+
+    def _refuse_for_segmentation(self) -> None:
+        """Raise ValueError for what a segmentation run lacks, or cannot have."""
+        missing = {"segmentation.masks": self.segmentation.masks, "model.num_classes": self.model.num_classes}
+        if self.data.validation is not None:
+            missing["segmentation.validation_masks"] = self.segmentation.validation_masks
+        for name, value in missing.items():
+            if value is None:
+                raise ValueError(f"{name} is missing, which run.task=segmentation needs")
+        names = self.segmentation.class_names
+        if names is not None and len(names) != self.model.num_classes:
+            raise ValueError(f"segmentation.class_names has {len(names)} names for {self.model.num_classes} classes")
+        refused = {
+            "data.store": self.data.store is not None,
+            "lora.rank": self.lora.rank is not None,
+            "model.train=heads": self.model.train == "heads",
+            f"augment.mix={self.augment.mix}": self.augment.mix in ("token", "image"),
+        }
+        for name, given in refused.items():
+            if given:
+                raise ValueError(f"{name} is not for run.task=segmentation; leave it out, or set it to none")
 
 
 SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in TrainConfig.model_fields.items()}  # type: ignore[misc]

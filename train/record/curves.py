@@ -12,7 +12,7 @@ from train.recipes.config import TrainConfig
 from train.record.metrics import Row, read_rows
 
 SIZE, DPI = (11, 3.4), 110
-ACCURACIES = {"top1": "weights", "ema_top1": "moving average"}
+ACCURACIES = {"top1": "weights", "ema_top1": "moving average", "miou": "weights", "ema_miou": "moving average"}
 
 
 def draw_run(folder: Path) -> bool:
@@ -28,7 +28,8 @@ def draw_run(folder: Path) -> bool:
     losses = {"training": (train, "loss", 1), **({"evaluation": (with_loss, "loss", 1)} if with_loss else {})}
     _line(loss, "loss (each with its own targets)", losses)
     keys = {key: text for key, text in ACCURACIES.items() if evaluations and key in evaluations[0]}
-    _line(accuracy, "top-1, %", {text: (evaluations, key, 100) for key, text in keys.items()})
+    title = "mean IoU, %" if "miou" in keys else "top-1, %"
+    _line(accuracy, title, {text: (evaluations, key, 100) for key, text in keys.items()})
     _line(rate, "learning rate", {"": (train, "lr", 1)})
     _save(figure, folder / "curves.png")
     return True

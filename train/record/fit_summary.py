@@ -9,6 +9,7 @@ from pathlib import Path
 from labeler.base.whole_files import replace_file
 
 FILE = "summary.json"
+TITLES = {"top1": "top-1", "top5": "top-5", "miou": "mean IoU", "pixel_accuracy": "pixel accuracy"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class FitSummary:
         seconds: duration of this process's part of the run.
         skipped: steps skipped because loss or gradient were not finite.
         best_step: step of the best evaluation; −1: there was none.
+        measure: what `top1`, `ema_top1` and `best` are: "top1", or "miou" of a segmentation run.
     """
 
     folder: str
@@ -41,12 +43,13 @@ class FitSummary:
     seconds: float
     skipped: int
     best_step: int = -1
+    measure: str = "top1"
 
     def text(self) -> str:
         """The summary in one line."""
         ema = f", of the moving average {self.ema_top1:.2%}" if self.ema_top1 >= 0 else ""
         best = f"best {self.best:.2%} at step {self.best_step:,}"
-        accuracy = f"top-1 {self.top1:.2%}{ema}, {best}" if self.top1 >= 0 else "no evaluation"
+        accuracy = f"{TITLES[self.measure]} {self.top1:.2%}{ema}, {best}" if self.top1 >= 0 else "no evaluation"
         return (
             f"{self.steps:,} steps ({self.epochs:.1f} epochs): {accuracy}; {self.images_per_s:,.0f} images/s, "
             f"{self.data_wait:.0%} of the time waiting for data; {self.seconds:,.0f} s; {self.folder}"

@@ -54,7 +54,7 @@ class RunRecord:
         went_back: bool = False,
         evaluates_again: bool = True,
     ) -> None:
-        self.folder, self._keep = folder, config.run.keep
+        self.folder, self._keep, self._measure = folder, config.run.keep, config.measures[0]
         tracker = start_tracker(config.run.tracker, folder, flat(config))  # before anything is written: may raise
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         sweep(folder)
@@ -66,14 +66,14 @@ class RunRecord:
         self.metrics = Metrics(folder, step, config.run.tensorboard, tracker, evaluates_again)
 
     def best(self) -> float:
-        """The best top-1 of any evaluation, of the weights or their moving average; −1: no evaluation."""
-        return max(self.metrics.best("top1"), self.metrics.best("ema_top1"))
+        """The best accuracy of any evaluation, of the weights or their moving average; −1: no evaluation."""
+        return max(self.metrics.best(self._measure), self.metrics.best(f"ema_{self._measure}"))
 
     def best_step(self) -> int:
-        """The step of the first evaluation with the best top-1, whose checkpoint is kept; −1: no evaluation."""
+        """The step of the first evaluation with the best accuracy, whose checkpoint is kept; −1: no evaluation."""
         evaluations = (row for row in self.metrics.rows if row["kind"] == "eval")
-        best = self.best()
-        return next((row["step"] for row in evaluations if best in (row["top1"], row.get("ema_top1"))), -1)
+        best, key = self.best(), self._measure
+        return next((row["step"] for row in evaluations if best in (row[key], row.get(f"ema_{key}"))), -1)
 
     def save(
         self,
