@@ -41,7 +41,10 @@ FOUND_IN_FILE = {
     "number as a switch": (VALID + "[run]\ncompile = 1", "run.compile: got 1, expected true or false"),
     "switch as a number": (VALID + "[optimizer]\nlr = true", "optimizer.lr: got True, expected a number"),
     "date": (VALID + "[run]\nout = 1979-05-27", "got a date or a time, which no setting takes"),
-    "choice": (VALID + "[schedule]\nkind = 'cosin'", "got 'cosin', expected 'cosine', 'restarts' or 'constant'"),
+    "choice": (
+        VALID + "[schedule]\nkind = 'cosin'",
+        "got 'cosin', expected 'cosine', 'restarts', 'constant' or 'poly'",
+    ),
     "short list": (VALID + "[augment]\nscale = [0.5]", "augment.scale: got [0.5], expected 2 values"),
     "long list": (VALID + "[augment]\nscale = [0.1, 0.5, 1]", "got [0.1, 0.5, 1], expected 2 values"),
     "argument of a model": (VALID + "[model.args]\nx = [[1]]", "model.args.x: got [[1]], expected true or false or a"),
@@ -338,6 +341,7 @@ def test_every_setting_that_may_be_unset_can_be_by_an_override(recipe, none):
         "loss.final_temperature": 2.0, "optimizer.betas": [0.9, 0.95], "optimizer.eps": 1e-8,
         "optimizer.layer_decay": 0.7, "optimizer.clip_grad": 1.0, "schedule.steps": 10, "ema.decay": 0.9,
         "run.micro_batch": 2, "run.threads": 1, "run.save_every": 5, "lora.rank": 4, "lora.targets": ["in_proj"],
+        "segmentation.masks": "'m'", "segmentation.validation_masks": "'v'", "segmentation.class_names": ["a", "b"],
     }  # fmt: skip
     assert given.keys() == set(OPTIONAL), "a new optional setting belongs in this test"
     with recipe.open("a") as file:

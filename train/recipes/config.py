@@ -95,7 +95,7 @@ class LoraConfig(Section):
 
 
 class SegmentationConfig(Section):
-    """Semantic segmentation, `run.task=segmentation`: masks, decoder and evaluation. Classes: `model.num_classes`."""
+    """Masks, decoder and evaluation of `run.task=segmentation`; the number of classes is `model.num_classes`."""
 
     masks: str | None = setting(
         "folder of the masks of data.images: PNG files of class ids with the images' names", None, affects="recorded"
