@@ -140,12 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         parser.exit(error.exit_status, f"error: {error}\n")
     arms = [Arm(name, run, seed, options.steps, options.out) for seed in options.seeds for name, run in begun]
-    results: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context, max_tasks_per_child=4) as pool:
         for done in as_completed([pool.submit(train_arm, arm, images) for arm in arms]):
-            results.append(done.result())
-            print(results[-1], file=sys.stderr, flush=True)
+            print(done.result(), file=sys.stderr, flush=True)
+    # Those of earlier calls, too.
+    results = [json.loads(path.read_text()) for path in sorted(options.out.glob("*/result.json"))]
     options.results.parent.mkdir(parents=True, exist_ok=True)
     replace_file(options.results, json.dumps(results, indent=1).encode() + b"\n")
     fill(options.page, TABLE, markdown(results))
