@@ -19,7 +19,7 @@ from labeler import InputError, LabelingError, LabelStore, label_images
 from labeler.checks.verify import verify_store
 from labeler.remote.failures import Patience
 from labeler.sources.image_source import BadImage
-from labeler.sources.open_source import open_images, open_source
+from labeler.sources.open_source import holds_images, open_images, open_source
 from labeler.store.check_store import check_store
 
 COLUMNS = ("classes", "tail_classes", "tail_offsets", "region", "image_size", "target", "image_digest", "checksum")
@@ -258,6 +258,11 @@ def test_every_container_behind_a_url_gives_the_folders_labels(names, tmp_path, 
         source = open_source(f"{server.url}/parquet/train-00000-of-00001.parquet")
         assert source.read(0) == (names / source.keys[0]).read_bytes()
         assert sum(method == "GET" for method, *_ in server.asked[before:]) < 6
+
+
+@pytest.mark.parametrize(("name", "many"), [("photos", True), ("a.tar", True), ("a.txt", True), ("a.JPG", False)])
+def test_a_url_stands_for_many_images_unless_it_is_one(name, many):
+    assert holds_images(f"s3://bucket/{name}") is many
 
 
 @needs_http

@@ -12,7 +12,7 @@ from labeler.remote.remote_files import RemoteFolder
 from labeler.remote.urls import is_url, split_url
 from labeler.sources.archive_file import ArchiveFile, open_archive
 from labeler.sources.archives import expand_braces
-from labeler.sources.folder_source import find_images, images_of_keys
+from labeler.sources.folder_source import SUFFIXES, find_images, images_of_keys
 from labeler.sources.image_list import TABLES, parse_image_list
 from labeler.sources.image_source import ImageSource
 from labeler.sources.parquet_source import parquet_source
@@ -79,8 +79,10 @@ def open_images(images: str | Path, keys: Sequence[str]) -> ImageSource:
 
 
 def holds_images(path: str | Path) -> bool:
-    """Whether a path names many images, as for `open_source`, rather than one."""
+    """Whether a path names many images, as for `open_source`, rather than one. A URL is not looked at."""
     suffix = _suffix(str(path))
+    if is_url(str(path)):
+        return suffix not in SUFFIXES
     return suffix in ARCHIVES or suffix in LISTS or Path(path).is_dir()
 
 

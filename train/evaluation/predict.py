@@ -71,7 +71,7 @@ def predict(
 
     Args:
         checkpoint: as for `load_trained`.
-        images: files and folders; "-" stands for the paths in `lines`.
+        images: files, and what `labeler.open_source` takes; "-" stands for the paths in `lines`.
         top: how many classes to return, 1 or more.
         ema: as for `load_trained`.
         maps: folder for a picture of each image's tokens, tinted by the classes of the auxiliary head; None: no

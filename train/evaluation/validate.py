@@ -212,11 +212,11 @@ def validate(
     crop_pct: float | None = None,
     progress: bool = True,
 ) -> Validation:
-    """Evaluate a checkpoint on a folder of class folders; under torchrun the images are shared by all ranks.
+    """Evaluate a checkpoint on images of known classes; under torchrun the images are shared by all ranks.
 
     Args:
         checkpoint: as for `load_trained`.
-        images: folder of class folders, or .tar files.
+        images: as for `labeler.open_source`, in class folders or with labels.
         ema: as for `load_trained`.
         real: ImageNet-ReaL's `real.json`, for the validation images of ImageNet, with or without class folders; None:
             the class folders are the true classes.
