@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(error.exit_status, f"error: {error}\n")
     arms = [Arm(name, run, seed, options.steps, options.out) for seed in options.seeds for name, run in begun]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context, max_tasks_per_child=4) as pool:
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         for done in as_completed([pool.submit(train_arm, arm, images) for arm in arms]):
             print(done.result(), file=sys.stderr, flush=True)
     # Those of earlier calls, too.
