@@ -138,6 +138,12 @@ def test_a_driver_that_is_not_there_is_named_in_one_line(url, text):
     assert str(raised.value) == text
 
 
+def test_an_address_that_the_hub_does_not_know_is_told_in_one_line():
+    pytest.importorskip("huggingface_hub")
+    with pytest.raises(InputError, match=r"^hf://datasets/a\S* is no address: got .*expected hf://datasets/USER/NAME"):
+        RemoteFolder("hf://datasets/a", QUICK).files()
+
+
 def test_without_fsspec_the_extra_is_named():
     code = (
         "import sys; sys.modules['fsspec'] = None\n"

@@ -32,6 +32,7 @@ NO_CREDENTIALS = {
     "CredentialRetrievalError",
     "LocalTokenNotFoundError",
 }
+NO_ADDRESS = {"HfUriError", "HFValidationError"}
 
 
 class NotThere(InputError):
@@ -115,6 +116,10 @@ def _worth_another_try(url: str, error: Exception) -> str:
             f"there is no permission for {url}", got=_short(error),
             remedy="Log in to the service, or give its credentials in the way that its driver reads them.",
         ) from error  # fmt: skip
+    if names & NO_ADDRESS:
+        raise InputError(
+            f"{url} is no address", got=_short(error), expected="hf://datasets/USER/NAME, and perhaps a folder in it"
+        ) from error
     if status == CHANGED:
         raise RemoteError(f"{url} has changed while it was read", remedy="Start again.") from error
     if status is not None and status >= 400:
