@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,20 @@ def test_a_model_of_ours_is_a_teacher_without_an_import(images, tmp_path):
     train.fit(tiny_config(images, None, tmp_path / "run", **{**PLAIN, "loss.dense_weight": 1.0}))
     teacher = create_teacher(TeacherConfig(str(tmp_path / "run")))
     assert (teacher.info.num_classes, teacher.info.grid, teacher.info.input_size) == (6, (4, 4), 32)
+
+
+def test_a_name_of_ours_is_a_teacher_in_a_process_that_has_not_imported_it():
+    code = """
+import sys
+from labeler.config import TeacherConfig
+from labeler.teacher.create_teacher import create_teacher
+assert "model" not in sys.modules
+teacher = create_teacher(TeacherConfig("lvvit_t", random_weights=True, input_size=64))
+print(teacher.info.grid, teacher.info.num_classes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[0] == "(4, 4) 1000"
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
