@@ -32,7 +32,7 @@ from pipeline.order import EpochOrder
 from pipeline.prefetcher import Prefetcher
 from pipeline.samples import open_samples, scan_sizes
 from pipeline.targets.crop_masks import crop_masks
-from pipeline.targets.mask_files import MaskFolder
+from pipeline.targets.mask_files import MaskFolder, MaskSurvey, survey_masks
 from pipeline.targets.row_reader import LabelRowReader
 from pipeline.targets.token_targets import TokenTargets, label_targets
 
@@ -75,6 +75,7 @@ class TokenLabelLoader:
         num_classes: C, the classes of the labels and of the class head.
         class_names: One for each of them; empty if they are not known.
         aux_classes: Classes of the token targets; None: the same classes.
+        mask_survey: What the masks hold; None: there are no masks.
         epoch: The current epoch.
     """
 
@@ -123,6 +124,10 @@ class TokenLabelLoader:
         if self.samples.store is None:
             sizes = scan_sizes(self.samples.source, config.orientation, config.threads, config.progress)
             self.samples = replace(self.samples, sizes=sizes)
+        self.mask_survey: MaskSurvey | None = None
+        if self.masks is not None:
+            keys = [self.samples.key(i) for i in range(len(self.samples))]
+            self.mask_survey = survey_masks(self.masks, keys, self.samples.sizes, config.threads, config.progress)
         self.row_reader = None
         if self.samples.store is not None and config.token_labels:
             self.row_reader = LabelRowReader(self.samples.store, self.device)
@@ -245,7 +250,10 @@ class TokenLabelLoader:
             "device": self.device.type,
             "version": f"{__version__}, draws {DRAWS_VERSION}",
         }
-        return {**kept, **where, "policies": repr(self.policies), "fingerprint": self.samples.fingerprint}
+        kept |= {"policies": repr(self.policies), "fingerprint": self.samples.fingerprint}
+        if self.mask_survey is not None:
+            kept["masks"] = self.mask_survey.fingerprint
+        return {**kept, **where}
 
     def _batches(self, epoch: int, start: int) -> Generator[tuple[Batch, torch.cuda.Event | None]]:
         """Yields the rest of an epoch, each batch with the CUDA event that marks the end of its work, or None."""

@@ -272,27 +272,116 @@ def test_what_a_segmentation_run_cannot_have_is_refused(scenes, tmp_path, capsys
     assert "Traceback" not in told
 
 
-def test_masks_without_any_labeled_pixel_are_refused_at_the_evaluation(scenes, tmp_path, capsys):
-    empty = tmp_path / "masks"
-    empty.mkdir()
-    for path in (scenes / "val" / "masks").iterdir():
-        Image.fromarray(np.full((40, 52), 255, np.uint8)).save(empty / path.name)
-    more = (f"segmentation.validation_masks={empty}", "schedule.steps=1")
-    assert train.__main__.main(["fit", "camvid", *settings(scenes, tmp_path / "run", *more)]) == 2
-    assert "no pixel of the evaluation's masks has a class" in capsys.readouterr().err
+def changed(scenes, folder, split, change):
+    """A copy of a split's masks; `change`: name -> mask."""
+    folder.mkdir()
+    for path in (scenes / split / "masks").iterdir():
+        mask = change.get(path.name, np.asarray(Image.open(path)))
+        if mask is not None:
+            Image.fromarray(mask).save(folder / path.name)
+    return folder
 
 
-def test_an_image_without_a_labeled_pixel_trains_and_an_absent_class_is_told(scenes, tmp_path, caplog):
-    empty = tmp_path / "masks"
-    empty.mkdir()
-    for path in (scenes / "train" / "masks").iterdir():
-        Image.fromarray(np.full((40, 52), 255, np.uint8)).save(empty / path.name)
-    more = (f"segmentation.masks={empty}", "schedule.steps=2", "model.num_classes=3", "segmentation.class_names=none")
+EMPTY = np.full((40, 52), 255, np.uint8)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        ({"1.png": None}, 2, "images have no mask in"),
+        ({"1.png": EMPTY[:9]}, 4, "1.png' does not fit its image: got 9×52 pixels, expected 40×52"),
+        ({"1.png": EMPTY - 250}, 4, "1.png' names an unknown class: got 5, expected 0 to 1, or 255"),
+        ({f"{i}.png": EMPTY for i in range(12)}, 2, "has a class: got only 255"),
+    ],
+)
+def test_bad_masks_end_the_command_before_the_first_step(scenes, tmp_path, capsys, split, change, status, words):
+    name = "masks" if split == "train" else "validation_masks"
+    more = (f"segmentation.{name}={changed(scenes, tmp_path / 'masks', split, change)}", "schedule.steps=1")
+    assert train.__main__.main(["fit", "camvid", *settings(scenes, tmp_path / "run", *more)]) == status
+    told = capsys.readouterr().err
+    assert words in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_masks_without_a_labeled_pixel_and_absent_classes_are_told_once(scenes, tmp_path, caplog):
+    masks = changed(scenes, tmp_path / "masks", "train", {"3.png": EMPTY})
+    names = "segmentation.class_names=['dark', 'bright', 'loud']"
+    more = (f"segmentation.masks={masks}", "schedule.steps=6", "model.num_classes=3", names, "run.eval_every=1")
     with caplog.at_level("WARNING"):
         fit(scenes, tmp_path / "run", *more)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["loss"] for row in rows if row["kind"] == "train"] == [0, 0]
-    assert "has class 2" in caplog.text
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"no pixel of the masks in {masks} has class loud",
+        f"1 of the masks in {masks} have no labeled pixel: '3.jpg'",
+        f"no pixel of the masks in {scenes}/val/masks has class loud",
+    ]
+
+
+def test_an_images_loss_is_0_where_nothing_is_labeled():
+    labels = torch.full((2,), -1)
+    masks = torch.full((2, 4, 4), 255, dtype=torch.uint8)
+    batch = Batch(torch.zeros(2, 3, 4, 4), label_targets(labels, 1), labels, masks=masks)
+    assert float(SegmentationLoss(255)(torch.randn(2, 3, 4, 4), batch)) == 0.0
+
+
+def test_a_run_does_not_go_on_with_other_masks(scenes, tmp_path, capsys):
+    fit(scenes, tmp_path / "run", "schedule.steps=3", "schedule.kind=constant", "augment.scale=[0.5, 1.0]")
+    other = np.asarray(Image.open(scenes / "train" / "masks" / "0.png")).copy()
+    other[20, 20] = 1 - other[20, 20]
+    masks = changed(scenes, tmp_path / "masks", "train", {"0.png": other})
+    more = (f"segmentation.masks={masks}", "schedule.steps=6", "schedule.kind=constant", "augment.scale=[0.5, 1.0]")
+    command = ["fit", "camvid", *settings(scenes, tmp_path / "run", *more), "--resume", "auto"]
+    assert train.__main__.main(command) == 2
+    assert "got masks" in capsys.readouterr().err
+
+
+def test_each_classs_iou_is_among_the_metrics(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["kind"] == "eval"][-1]
+    assert last["miou"] == pytest.approx((last["iou/dark"] + last["iou/bright"]) / 2)
+
+
+def test_another_run_with_other_classes_begins_with_all_but_the_last_layer(scenes, run, tmp_path):
+    more = (f"model.weights={run}", "model.num_classes=5", "segmentation.class_names=none", "schedule.steps=1")
+    config = load_recipe("camvid", settings(scenes, tmp_path / "run", *more))
+    net = build_segmentation(config.model, config.segmentation)
+    begun = build_segmentation(config.model.model_copy(update={"num_classes": 2}), config.segmentation).state_dict()
+    other = {key for key, value in net.state_dict().items() if not torch.equal(value, begun[key])}
+    assert other == {"model.segmentation_head.0.weight", "model.segmentation_head.0.bias"}
+    fit(scenes, tmp_path / "run", *more)
+    more = (*more, "segmentation.decoder_args={decoder_channels=[16, 16, 8, 8, 8]}", "run.out=" + str(tmp_path / "no"))
+    config = load_recipe("camvid", settings(scenes, tmp_path, *more))
+    with pytest.raises(InputError, match="of another shape"):
+        build_segmentation(config.model, config.segmentation)
+
+
+def test_the_decoders_own_arguments_make_it_smaller():
+    config = ModelConfig(name="demansia_pico_sfp", img_size=SIDE, num_classes=3, args=PICO)
+    usual = SegmentationNetwork(config, SegmentationConfig())
+    small = SegmentationNetwork(config, SegmentationConfig(decoder_args={"decoder_channels": [16, 16, 8, 8, 8]}))
+    assert len(small.backbone.backbone.layers) == 2
+    sizes = [sum(p.numel() for p in net.model.decoder.parameters()) for net in (usual, small)]
+    assert sizes[1] < sizes[0] / 10
+
+
+def test_micro_batches_of_masks_may_be_odd(scenes, tmp_path):
+    load_recipe("camvid", settings(scenes, tmp_path, "run.micro_batch=3", "augment.mix=auto"))
+
+
+def test_validate_writes_each_class_and_refuses_what_it_would_ignore(run, scenes, tmp_path, capsys):
+    command = ["validate", str(run), "--images", f"{scenes}/val/images", "--masks", f"{scenes}/val/masks"]
+    assert train.__main__.main([*command, "--out", str(tmp_path / "a.csv")]) == 0
+    rows = (tmp_path / "a.csv").read_text().splitlines()
+    assert rows[0] == "name,iou,pixels"
+    assert {row.split(",")[0] for row in rows[1:]} == {"dark", "bright"}
+    assert train.__main__.main([*command, "--out", str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["names"] == ["dark", "bright"]
+    capsys.readouterr()
+    for option in (["--confusions", "3"], ["--img-size", "64"], ["--matrix", str(tmp_path / "m.csv")]):
+        assert train.__main__.main([*command, *option]) == 2
+        assert f"{option[0]} is for classifiers" in capsys.readouterr().err
 
 
 def test_commands_for_classifiers_refuse_a_segmentation_run(run, scenes, capsys):

@@ -132,8 +132,10 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _validate_masks(options: argparse.Namespace) -> int:
+    from train.evaluation.results import write_mask_scores
     from train.segmentation.predict import find_segmenter, validate_masks
 
+    _refuse_options(options, "real", "matrix", "confusions", "img_size", "crop_pct")
     segmenter = find_segmenter(options.checkpoint, options.ema)
     if segmenter is None:
         raise InputError("--masks is for segmentation runs", got=options.checkpoint)
@@ -143,8 +145,16 @@ def _validate_masks(options: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         score = asdict(found.score) | {"names": found.names, "checkpoint": found.checkpoint}
         score["iou"] = [None if iou != iou else iou for iou in found.score.iou]  # JSON has no NaN
+        write_mask_scores(score, options.out)
         print(json.dumps(score) if options.json else found.text(options.per_class))
     return 0
+
+
+def _refuse_options(options: argparse.Namespace, *names: str) -> None:
+    """Raise InputError if an option is given that a segmentation run does not have."""
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
+    if given:
+        raise InputError(f"{given[0]} is for classifiers", got="a segmentation run", remedy="Leave it out.")
 
 
 def _print(result: Any, options: argparse.Namespace) -> int:
@@ -160,8 +170,7 @@ def _predict(options: argparse.Namespace) -> int:
     from train.segmentation.predict import find_segmenter, predict_masks
 
     if (segmenter := find_segmenter(options.checkpoint, options.ema)) is not None:
-        if options.csv is not None or options.map:
-            raise InputError("--csv and --map are for classifiers", got=segmenter.name, remedy="Leave them out.")
+        _refuse_options(options, "csv", "map", "img_size", "crop_pct")
         out, quiet = options.out or PICTURES, options.quiet
         masks = predict_masks(
             segmenter, options.images, out, device=options.device, lines=sys.stdin, progress=not quiet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from labeler.base.errors import InputError, IntegrityError, MismatchError
 from labeler.base.runtime import DTYPES, pick_precision, set_gpu_products, set_threads
 from model.token_heads import TokenLabelHeads
+from pipeline.targets.mask_files import survey_warnings
 from train.adapters.lora import add_adapters
 from train.loaders import class_folders, training_loader, transform_of, validation_loader
 from train.loss.token_label_loss import TokenLabelLoss
@@ -21,9 +23,12 @@ from train.record.adapter_weights import split_weights
 from train.record.checkpoint import AdapterRecord, CheckpointInfo, read_state, read_weights, write_base
 from train.record.continuation import refuse_other_classes, refuse_other_past, refuse_other_run
 from train.record.step_losses import StepLosses
+from train.segmentation.evaluate import MaskedImages
 from train.segmentation.loss import SegmentationLoss
 from train.segmentation.network import build_segmentation
 from train.task import TokenLabelTask, TrainingStep
+
+log = logging.getLogger("train")
 
 
 class RunParts:
@@ -82,10 +87,28 @@ class RunParts:
         self.class_folders = class_folders(self.loader)
         self.transform = transform_of(config, net, self.loader.samples.orientation)
         self.validation = validation_loader(config, net, ranks, self.loader, self.class_folders)
+        self._report_masks()
         self.steps = total_steps(config.schedule, len(self.loader))
         self.losses = StepLosses(config, self.precision)
         self.adapter: AdapterRecord | None = None
         self._prepare(net)
+
+    def _report_masks(self) -> None:
+        """Log which classes no mask has, and masks without any labeled pixel."""
+        surveyed: list[Any] = [(self.loader.mask_survey, self.loader.masks)]
+        if isinstance(self.validation, MaskedImages):
+            surveyed.append((self.validation.survey, self.validation.masks))
+        for survey, masks in surveyed:
+            if survey is not None and self.ranks.first:
+                for line in survey_warnings(survey, masks, self.config.segmentation.class_names or ()):
+                    log.warning("%s", line)
+
+    def class_iou(self, score: Any) -> dict[str, float]:
+        """Class -> IoU of an evaluation's score, of classes that occur; empty for classification."""
+        if not self.config.segments:
+            return {}
+        names = self.config.segmentation.class_names or tuple(map(str, range(self.loader.num_classes)))
+        return {name: iou for name, iou in zip(names, score.iou, strict=True) if iou == iou}
 
     def _prepare(self, net: Any) -> None:
         config, ranks = self.config, self.ranks

@@ -228,7 +228,8 @@ class Trainer:
         better = max(values[measures[0]], values.get(f"ema_{measures[0]}", -1.0)) > self.record.best()
         losses = {f"{name}loss": getattr(one, "loss", math.nan) for name, one in found.items()}
         losses = {name: loss for name, loss in losses.items() if math.isfinite(loss)}  # JSON has no NaN
-        row = {"kind": "eval", "step": self.step, "epoch": self._epoch(), **values, **losses}
+        each = {f"iou/{name}": iou for name, iou in self.parts.class_iou(found[""]).items()}
+        row = {"kind": "eval", "step": self.step, "epoch": self._epoch(), **values, **each, **losses}
         row["images"] = found[""].images
         self.record.metrics.add(row)
         self._report_evaluation(row)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -40,6 +40,7 @@ class FeaturePyramid(nn.Module):
         layers: four layers of the backbone, counted from 0, one for each stride: the map is made from the residual
             stream after that layer. None: all maps are made from the backbone's output.
         output_stride: the coarsest stride, 8, 16 or 32; coarser maps stay at it.
+        backbone_args: for the backbone, where a library takes such a name for its own: {"depth": 12}. None: no more.
         kwargs: for the backbone. Those of heads are ignored, as it gets none.
 
     Attributes:
@@ -59,9 +60,11 @@ class FeaturePyramid(nn.Module):
         channels: int | None = None,
         layers: Sequence[int] | None = None,
         output_stride: int = 32,
+        backbone_args: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        kwargs |= backbone_args or {}
         for heads in ("num_classes", "global_pool", "aux_head", "aux_classes"):
             kwargs.pop(heads, None)
         backbone = timm.create_model(plain, num_classes=0, **kwargs)

@@ -1,21 +1,26 @@
 """Masks: for each image a file of the same name that has a class id in every pixel.
 
-Legend: H, W height and width of an image.
+Legend: N images; H, W height and width of an image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from PIL import Image
+from tqdm import tqdm
 
 from labeler.base.errors import InputError, IntegrityError
 from pipeline.classes import some
 
 MODES = ("L", "P", "I", "I;16", "1")  # one number a pixel
 MOST = 255  # ids are bytes
+PROGRESS_FROM = 2_000  # masks
 
 
 class MaskFolder:
@@ -53,7 +58,7 @@ class MaskFolder:
                 remedy="Add the masks, or name the images to use in a list.",
             )
 
-    def read(self, key: str, size: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, key: str, size: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
         """Reads a mask.
 
         Args:
@@ -90,3 +95,80 @@ class MaskFolder:
                 remedy="Set segmentation.num_classes or segmentation.ignore_index to those of the masks.",
             )
         return ids.astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class MaskSurvey:
+    """What all masks hold.
+
+    Attributes:
+        pixels: of each class, the labeled pixels.
+        unlabeled: Keys of the images without any labeled pixel.
+        fingerprint: Changes if any pixel of any mask does.
+    """
+
+    pixels: tuple[int, ...]
+    unlabeled: tuple[str, ...]
+    fingerprint: str
+
+
+def survey_masks(
+    folder: MaskFolder, keys: Sequence[str], sizes: np.ndarray, threads: int | None = None, progress: bool = False
+) -> MaskSurvey:
+    """Reads all masks, so that a bad one is told before any work.
+
+    Args:
+        folder: The masks.
+        keys: Keys of the images.
+        sizes: int64 [N, 2]: height and width of the images.
+        threads: Threads to use; None: 4.
+        progress: Show a progress bar.
+
+    Returns:
+        What they hold.
+
+    Raises:
+        IntegrityError: A mask cannot be read, has another size than its image, or holds an unknown class.
+        InputError: No pixel of any mask is labeled.
+    """
+
+    def count(key: str, size: np.ndarray) -> tuple[np.ndarray, str]:
+        ids = folder.read(key, size)
+        return np.bincount(ids.ravel(), minlength=MOST + 1), xxhash.xxh3_128_hexdigest(ids.tobytes())
+
+    total, unlabeled, digest = np.zeros(MOST + 1, np.int64), [], xxhash.xxh3_128()
+    with ThreadPoolExecutor(threads or 4) as pool:
+        bar = tqdm(pool.map(count, keys, sizes), "masks", len(keys), disable=not progress or len(keys) < PROGRESS_FROM)
+        for key, (counts, own) in zip(keys, bar, strict=True):
+            counts[folder.ignore_index] = 0
+            total += counts
+            digest.update(own.encode())
+            if not counts.any():
+                unlabeled.append(key)
+    if not total.any():
+        raise InputError(
+            f"no pixel of the masks in {str(folder.root)!r} has a class", got=f"only {folder.ignore_index}",
+            expected="class ids", remedy="Set segmentation.ignore_index to the id of pixels without a class.",
+        )  # fmt: skip
+    return MaskSurvey(tuple(total[: folder.num_classes].tolist()), tuple(unlabeled), digest.hexdigest())
+
+
+def survey_warnings(survey: MaskSurvey, folder: MaskFolder, names: Sequence[str] = ()) -> list[str]:
+    """Says which classes occur nowhere, and how many masks have no labeled pixel.
+
+    Args:
+        survey: What the masks hold.
+        folder: The masks.
+        names: Of the classes; empty: their numbers.
+
+    Returns:
+        Lines of text; empty if there is nothing to say.
+    """
+    lines = []
+    if absent := [number for number, pixels in enumerate(survey.pixels) if not pixels]:
+        text = ", ".join(names[number] if names else str(number) for number in absent)
+        lines.append(f"no pixel of the masks in {folder.root} has class {text}")
+    if survey.unlabeled:
+        count = len(survey.unlabeled)
+        lines.append(f"{count:,} of the masks in {folder.root} have no labeled pixel: {some(list(survey.unlabeled))}")
+    return lines

@@ -6,11 +6,11 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from labeler.base.errors import InputError, error_text
 from labeler.base.whole_files import replace_file, text_written_whole
@@ -103,6 +103,20 @@ def write_validation(validation: Validation, out: Path | None, matrix: Path | No
         _write_rows(out, [names, *(tuple(asdict(one).values()) for one in validation.per_class)])
     if matrix is not None:
         _write_rows(matrix, confusion_matrix(validation))
+
+
+def write_mask_scores(score: Mapping[str, Any], out: Path | None) -> None:
+    """Write the results of an evaluation on masks.
+
+    Args:
+        score: what `validate --json` prints.
+        out: .json for everything, .csv for a table of classes; None: not written.
+    """
+    if out is not None and out.suffix == ".json":
+        replace_file(out, json.dumps(score, indent=1, ensure_ascii=False).encode() + b"\n")
+    elif out is not None:
+        rows = zip(score["names"], score["iou"], score["pixels"], strict=True)
+        _write_rows(out, [["name", "iou", "pixels"], *map(list, rows)])
 
 
 def confusion_matrix(validation: Validation) -> list[list[object]]:

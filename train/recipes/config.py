@@ -59,8 +59,8 @@ class TrainConfig(Section):
                 "lora.rank freezes the network's weights, but they are random; "
                 "set model.weights, or model.args.pretrained=true"
             )
-        micro = self.run.micro_batch
-        if micro is not None and micro % 2 and micro < self.run.batch_size and self.augment.mix != "none":
+        micro, mixes = self.run.micro_batch, self.augment.mix != "none" and not self.segments
+        if micro is not None and micro % 2 and micro < self.run.batch_size and mixes:
             raise ValueError(f"run.micro_batch is {micro}; make it even: images are mixed in pairs")
         return self
 

@@ -83,6 +83,11 @@ class SegmentationConfig(Section):
     decoder: Literal["Unet", "FPN", "UPerNet", "Segformer", "DeepLabV3Plus", "DPT"] = setting(
         "decoder of segmentation_models_pytorch", "Unet", affects="values"
     )
+    decoder_args: dict[str, Argument | list[Argument]] = setting(
+        "other arguments of the decoder's class: decoder_channels, decoder_segmentation_channels …",
+        {},
+        affects="values",
+    )
     auxiliary: Number = setting(
         "weight of the loss of a small convolutional head on the map of stride 16; 0: no such head",
         0.0,

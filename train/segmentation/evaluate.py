@@ -5,7 +5,6 @@ Legend: B images; C classes; H, W height and width of an image; S the window's s
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +22,12 @@ from labeler.base.errors import IntegrityError, error_text
 from labeler.base.runtime import on_device
 from labeler.sources.decoding.pixels import open_rgb
 from labeler.sources.open_source import open_source
-from pipeline.samples import unreadable
-from pipeline.targets.mask_files import MaskFolder
+from pipeline.samples import scan_sizes, unreadable
+from pipeline.targets.mask_files import MaskFolder, MaskSurvey, survey_masks
 from train.errors import Stopped
 from train.ranks.distributed import Ranks
 from train.segmentation.network import MULTIPLE
 from train.segmentation.score import SegmentationScore, count_pixels, score_of
-
-log = logging.getLogger("train")
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,7 @@ class MaskedImages:
 
     Raises:
         InputError: an image has no mask.
+        IntegrityError: an image or a mask cannot be used.
     """
 
     images: str
@@ -54,6 +52,13 @@ class MaskedImages:
 
     def __post_init__(self) -> None:
         self.masks.check_all_there(self.source.keys)
+        _ = self.survey  # refuses a bad mask before any work
+
+    @cached_property
+    def survey(self) -> MaskSurvey:
+        """What the masks hold; all of them are read."""
+        sizes = scan_sizes(self.source, self.transform["orientation"], None, False)
+        return survey_masks(self.masks, self.samples, sizes)
 
     @cached_property
     def source(self) -> Any:
@@ -133,9 +138,6 @@ def evaluate_segmentation(
             scores = scores_of(net, pixels, images.transform, images.window, ranks.device, precision)
             table += count_pixels(scores.argmax(0).cpu(), mask, masks.num_classes, masks.ignore_index)
     total = np.sum(ranks.gather(tables.numpy()), axis=0)
-    absent = [number for number in range(masks.num_classes) if not total[0, number].sum()]
-    if absent and ranks.first:
-        log.warning("no pixel of the masks in %s has class %s", masks.root, ", ".join(map(str, absent)))
     return {name: score_of(table, len(images.samples)) for name, table in zip(networks, total, strict=True)}
 
 

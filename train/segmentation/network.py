@@ -6,8 +6,7 @@ Legend: B images; C classes; H, W height and width of the images.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,11 @@ from train.network import begin_with
 from train.recipes.config import ModelConfig, SegmentationConfig
 from train.record.checkpoint import CheckpointInfo
 
+log = logging.getLogger("train")
+
 INSTALL = "pip install 'token-labeling[segmentation]'"
 MULTIPLE = 32  # sides of the images that decoders take
+OF_THE_PYRAMID = ("channels", "layers", "output_stride")  # arguments of a pyramid, not of its backbone
 THIRD_MAP = -2  # of the encoder's maps: the one of stride 16
 
 
@@ -124,7 +126,7 @@ def build_segmentation(config: ModelConfig, settings: SegmentationConfig) -> Seg
     side = begin.side if plain != config.name else config.img_size
     net = SegmentationNetwork(config.model_copy(update={"img_size": side, "weights": None}), settings)
     if begin.state.keys() >= net.state_dict().keys():  # a run of this task
-        net.load_state_dict(begin.state, strict=False)
+        _load_all(net, begin.state, begin.described)
     else:
         _load_backbone(net, begin.state, config, begin.described)
     pyramid = net.backbone
@@ -157,6 +159,20 @@ def is_segmentation(info: CheckpointInfo) -> bool:
     return info.config.get("run", {}).get("task") == "segmentation"
 
 
+def _load_all(net: SegmentationNetwork, state: dict[str, torch.Tensor], which: str) -> None:
+    """Loads the weights of a segmentation run; layers for another number of classes begin anew, which is logged."""
+    own, last = net.state_dict(), ("model.segmentation_head.", "auxiliary.")
+    other = [key for key in own if own[key].shape != state[key].shape]
+    if wrong := [key for key in other if not key.startswith(last)]:
+        raise InputError(
+            "model.weights do not fit this network", got=f"{len(wrong)} of another shape ({', '.join(wrong[:3])})",
+            expected="the weights of the same model and decoder", remedy=f"Those are of {which}.",
+        )  # fmt: skip
+    if other:
+        log.info("new last layers for %d classes replace trained ones", net.num_classes)
+    net.load_state_dict({key: value for key, value in state.items() if key in own and key not in other}, strict=False)
+
+
 def _load_backbone(net: SegmentationNetwork, state: dict[str, torch.Tensor], config: ModelConfig, which: str) -> None:
     """Loads the weights of a plain network into the backbone; its heads are left out."""
     target: Any = net.backbone
@@ -187,39 +203,21 @@ def _create(config: ModelConfig, settings: SegmentationConfig) -> Any:
         remedy = did_you_mean(config.name, timm.list_models()) or "`python -m model list` and timm.list_models()."
         raise InputError("unknown model.name", got=repr(config.name), remedy=remedy)
     own: dict[str, Any] = {key: value for key, value in config.args.items() if key != "pretrained"}
-    if config.name.endswith(SUFFIX):
-        own["img_size"] = config.img_size
     if config.drop_path_rate:
         own["drop_path_rate"] = config.drop_path_rate
+    if config.name.endswith(SUFFIX):  # the decoders take some names, as `depth`, for their own
+        inner = {key: own.pop(key) for key in [*own] if key not in OF_THE_PYRAMID}
+        own["backbone_args"] = {**inner, "img_size": config.img_size}
     weights = "imagenet" if config.args.get("pretrained") else None
     try:
-        with _arguments(config.name, own):
-            build = getattr(smp, settings.decoder)
-            return build(f"tu-{config.name}", encoder_weights=weights, classes=config.num_classes)
+        build, more = getattr(smp, settings.decoder), {**settings.decoder_args, **own}
+        return build(f"tu-{config.name}", encoder_weights=weights, classes=config.num_classes, **more)
     except Exception as error:  # of timm and of the decoders, of many types
         got = (str(error).strip().splitlines() or [type(error).__name__])[0]
         remedy = f"A backbone of a single stride needs its pyramid: model.name={config.name}{SUFFIX}."
         if config.name.endswith(SUFFIX) or not timm.is_model(config.name + SUFFIX):
             remedy = "See model.args and segmentation.decoder; a decoder needs maps of strides 4 to 32."
         raise InputError(f"{settings.decoder} cannot be built on {config.name!r}", got=got, remedy=remedy) from None
-
-
-@contextmanager
-def _arguments(name: str, own: dict[str, Any]) -> Iterator[None]:
-    """While it is open, timm builds the model `name` with these arguments.
-
-    The decoders' own way to pass them takes some of them, as `depth`, for its own.
-    """
-    create = timm.create_model
-
-    def with_own(model_name: str, *args: Any, **kwargs: Any) -> Any:
-        return create(model_name, *args, **kwargs, **(own if model_name == name else {}))
-
-    timm.create_model = with_own
-    try:
-        yield
-    finally:
-        timm.create_model = create
 
 
 def _fcn(width: int, classes: int) -> nn.Sequential:
