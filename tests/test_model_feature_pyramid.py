@@ -119,6 +119,14 @@ def test_arguments_that_do_not_fit_are_refused(changes, told):
         pyramid("vim_pico_sfp", **changes)
 
 
+def test_arguments_that_other_libraries_take_for_their_own_reach_the_backbone():
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    own = {"embed_dim": 48, "depth": 3, "img_size": 64}
+    net = smp.FPN("tu-demansia_pico_sfp", encoder_weights=None, classes=5, backbone_args=own)
+    assert len(net.encoder.model.model.backbone.layers) == 3
+    assert net(images()).shape == (2, 5, 64, 64)
+
+
 def test_sides_that_are_no_multiple_of_the_patch_are_refused():
     with pytest.raises(ModelError):
         pyramid("vim_pico_sfp")(images(64, 72))

@@ -108,6 +108,21 @@ def test_a_whole_view_at_its_own_size_is_the_mask_and_a_resize_is_pillows_neares
     assert (crop_masks([mask], views, 9, IGNORED)[0].numpy() == small).all()
 
 
+def test_every_crop_is_pillows_nearest_one_also_where_two_pixels_are_equally_near():
+    generator = np.random.default_rng(0)
+    for _ in range(400):
+        height, width = generator.integers(8, 90, 2)
+        mask = generator.integers(0, 250, (height, width), dtype=np.uint8)
+        y0, x0 = generator.integers(0, height - 4), generator.integers(0, width - 4)
+        y1, x1 = generator.integers(y0 + 2, height + 1), generator.integers(x0 + 2, width + 1)
+        box = torch.tensor([[y0 / height, x0 / width, y1 / height, x1 / width]], dtype=torch.float64)
+        expected = Image.fromarray(mask).crop((x0, y0, x1, y1)).resize((16, 16), Image.Resampling.NEAREST)
+        mirrored = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        for flipped, picture in ((False, expected), (True, mirrored)):
+            view = Views(box, flips(torch.tensor([flipped])))
+            assert np.array_equal(crop_masks([mask], view, 16, IGNORED)[0].numpy(), np.asarray(picture))
+
+
 def test_what_a_shift_uncovers_is_not_labeled():
     mask = np.zeros((10, 10), np.uint8)
     shifted = identity(1)

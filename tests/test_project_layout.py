@@ -33,6 +33,7 @@ ONE_FILE = {
     "nvidia": {"labeler/sources/decoding/decode_dali.py", "pipeline/backends/dali_backend.py"},
     "simplejpeg": {"labeler/sources/decoding/jpeg_pixels.py"},
     "peft": {"train/adapters/lora.py"},
+    "segmentation_models_pytorch": {"train/segmentation/network.py"},
     "onnxruntime": {"train/export/onnx_file.py"},
     "executorch": {"train/export/executorch_file.py"},
     "triton": {

@@ -12,6 +12,9 @@ import torch
 
 from pipeline.geometry import Views, apply_affine, is_axis_aligned
 
+# A point this close to the edge of two pixels, in pixels, is in the later one, as for Pillow, however it was rounded.
+ROUNDING = 1e-6
+
 
 def crop_masks(masks: Sequence[np.ndarray], views: Views, side: int, ignore_index: int) -> torch.Tensor:
     """Crops masks as `views` show their images. Upright views take rows and columns; others go pixel by pixel.
@@ -65,6 +68,6 @@ def _places(view: Views, points: torch.Tensor, mask: np.ndarray) -> torch.Tensor
     """
     size = torch.tensor(mask.shape, dtype=torch.float64, device="cpu")
     in_crop = apply_affine(view.affine, points[None])[0]
-    places = (view.to_image(points[None])[0] * size).floor().long().clamp(min=0)
+    places = (view.to_image(points[None])[0] * size + ROUNDING).floor().long().clamp(min=0)
     shown = (in_crop >= 0) & (in_crop < 1)
     return torch.where(shown, torch.minimum(places, size.long() - 1), -1)
