@@ -17,6 +17,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "gpu_check.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.timeout(900)  # twenty seconds to a minute; several times as long where other jobs fill the cores
 def test_the_rehearsal_runs_every_part_and_all_are_right(tmp_path, capfd):
     assert gpu_check.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0, capfd.readouterr().err
     found = lines(tmp_path)
