@@ -120,13 +120,13 @@ class TokenLabelLoader:
         self.masks = None
         if config.masks is not None and config.num_classes is not None:
             self.masks = MaskFolder(config.masks, config.num_classes, config.ignore_index)
-            self.masks.check_all_there([self.samples.key(i) for i in range(len(self.samples))])
+            keys = [self.samples.key(i) for i in range(len(self.samples))]
+            self.masks.check_all_there(keys)
         if self.samples.store is None:
             sizes = scan_sizes(self.samples.source, config.orientation, config.threads, config.progress)
             self.samples = replace(self.samples, sizes=sizes)
         self.mask_survey: MaskSurvey | None = None
         if self.masks is not None:
-            keys = [self.samples.key(i) for i in range(len(self.samples))]
             self.mask_survey = survey_masks(self.masks, keys, self.samples.sizes, config.threads, config.progress)
         self.row_reader = None
         if self.samples.store is not None and config.token_labels:

@@ -107,15 +107,10 @@ def opening(
         classes += f" of the images, {loader.aux_classes:,} of the teacher for the tokens"
     elif data.store is not None:
         classes += f" of the {'teacher' if loader.samples.classes.kind == 'teacher' else 'images'}"
+    labels = f"token labels of {' + '.join(data.stores)}" if data.token_labels else "no token labels"
+    tokens = f"{grid[0]}×{grid[1]} tokens, "
     if config.segments:
-        classes = f"{loader.num_classes:,} classes, {config.segmentation.decoder}"
-    labels = (
-        f"token labels of {' + '.join(data.stores)}"
-        if data.token_labels
-        else "masks"
-        if config.segments
-        else "no token labels"
-    )
+        classes, labels, tokens = f"{loader.num_classes:,} classes, {config.segmentation.decoder}", "masks", ""
     batch = f"{run.batch_size:,}"
     if run.micro_batch is not None and run.micro_batch < loader.config.batch_size:
         batch += f" ({run.micro_batch:,} at a time)"
@@ -128,7 +123,7 @@ def opening(
     average = "" if config.ema.decay is None else f", moving average {config.ema.decay:g}"
     return [
         f"{config.model.name}, {total:,} parameters{'' if trained == total else f', {trained:,} of them trained'}, "
-        f"{side}×{side} pixels, {classes if config.segments else f'{grid[0]}×{grid[1]} tokens, {classes}'}",
+        f"{side}×{side} pixels, {tokens}{classes}",
         f"{len(loader.samples):,} images, {labels}, {len(loader):,} steps of {batch} an epoch, {steps:,} steps; "
         f"{tested}",
         f"{device}, {str(precision).removeprefix('torch.')}; {config.optimizer.name}, lr {config.optimizer.lr:g}"

@@ -92,7 +92,7 @@ class MaskFolder:
                 f"the mask {str(path)!r} names an unknown class",
                 got=int(unknown[0]),
                 expected=f"0 to {self.num_classes - 1}, or {self.ignore_index} where there is none",
-                remedy="Set segmentation.num_classes or segmentation.ignore_index to those of the masks.",
+                remedy="Set num_classes and ignore_index to those of the masks.",
             )
         return ids.astype(np.uint8)
 

@@ -22,6 +22,7 @@ from train.network import restore_network
 from train.ranks.distributed import joined_ranks
 from train.record.checkpoint import read_weights
 from train.record.checkpoint_folders import checkpoint_of, find_checkpoint
+from train.segmentation.network import is_segmentation
 
 log = logging.getLogger("train")
 
@@ -167,7 +168,7 @@ def _load(path: Path, ema: bool | None) -> Trained:
     recorded = checkpoint_of(path)
     if path.is_dir() or recorded:
         folder, info, averaged = recorded or (*find_checkpoint(path), None)
-        if info.config.get("run", {}).get("task") == "segmentation":
+        if is_segmentation(info):
             raise InputError(
                 "this command is for classifiers", got=f"{folder}, of a segmentation run",
                 remedy="`predict` and `validate --masks` take it.",
