@@ -12,7 +12,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from train.ranks.launch import free_port
 
 # System calls of a checkpoint, as Python names the functions that make them.
 CALLS = frozenset({"open", "write", "fsync", "close", "mkdir", "rename", "rmdir", "unlink"})
@@ -107,12 +108,6 @@ def forks() -> Forks:
     found = Forks()
     atexit.register(found.close)
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def _serve() -> None:

@@ -9,7 +9,6 @@ import copy
 import math
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +28,7 @@ from train import TokenLabelLoss, fit
 from train.micro_batches import micro_batches
 from train.network import build_network, train_mode
 from train.ranks.distributed import Ranks, joined_ranks
+from train.ranks.launch import free_port
 from train.recipes.config import ModelConfig
 from train.record.checkpoint import read_weights
 from train.record.checkpoint_folders import newest_checkpoint
@@ -223,10 +223,7 @@ def test_two_ranks_give_the_gradient_of_one_with_twice_the_batch(data, tmp_path,
     """This process and another one, over gloo; each rank's images mix among themselves, as they do in training."""
     batch = load_batch(data, 16, "token")
     (tmp_path / "batch").write_bytes(pickle.dumps(batch))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    settings = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     here = Path(__file__).parent
     code = (
         "import sys, pathlib, pickle, test_train_accumulation as t; print('ready', flush=True); "

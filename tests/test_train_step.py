@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from train.errors import NonFiniteError, Stopped
 from train.loss.token_label_loss import TokenLabelLoss
 from train.optimization import build_optimizer, load_optimizer_state
 from train.ranks.distributed import Ranks
+from train.ranks.launch import free_port
 from train.recipes.config import OptimizerConfig
 from train.recipes.recipe import load_recipe
 from train.step.late_update import LateUpdate, skips_by_itself, unmoved
@@ -336,9 +336,7 @@ def test_two_ranks_decide_alike_and_stop_together_where_one_is_asked(tmp_path):
     for name in names:
         settings = {**FULL, "run.batch_size": 8, "run.save_every": 9}
         recipes.append(str(write_recipe(tiny_config(*data, tmp_path / name, **settings), tmp_path / f"{name}.toml")))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(str(free.getsockname()[1]))
+        ports.append(str(free_port()))
     here = Path(__file__).parent
     code = f"import test_train_step as t; print('ended', t.late_runs_of_a_rank({recipes!r}, {ports!r}))"
     path = os.pathsep.join([str(here), str(here.parent)])
