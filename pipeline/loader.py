@@ -17,7 +17,7 @@ import torch
 from labeler.base.errors import InputError, MismatchError
 from labeler.base.one_thread import one_thread
 from labeler.base.runtime import on_device, pick_device, rank_threads
-from labeler.base.settings import names_that_affect
+from labeler.base.settings import names_that_affect, settings_of
 from labeler.base.version import __version__
 from labeler.sources.decoding.create_decoder import automatic_decoder
 from labeler.store.plan import plain
@@ -212,7 +212,7 @@ class TokenLabelLoader:
         """Moves the loader to a saved position.
 
         Args:
-            state: What `state_dict()` returned.
+            state: What `state_dict()` returned. A setting that it lacks had its default: the version had no such one.
 
         Raises:
             InputError: It is not the state of a loader, or has an impossible position.
@@ -223,6 +223,7 @@ class TokenLabelLoader:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError("this is not the state of a loader", got=f"{type(error).__name__}: {error}") from None
         ours = self._settings()
+        settings = {one.name: one.default for one in settings_of(LoaderConfig) if one.name in ours} | settings
         different = [name for name in {**ours, **settings} if plain(ours.get(name)) != plain(settings.get(name))]
         if _images_per_step(ours) == _images_per_step(settings):  # of all ranks: the order is the same
             different = [name for name in different if name not in ("batch_size", "world_size")]

@@ -145,6 +145,14 @@ def test_what_does_not_change_a_batch_does_not_refuse_a_state(settings, tmp_path
     assert digest(next(iter(loader))) == digest(next(iter(create_loader(settings))))
 
 
+def test_a_state_of_a_version_that_lacked_a_setting_goes_on_where_that_has_its_default(settings):
+    state = create_loader(settings).state_dict()
+    del state["settings"]["ignore_index"]
+    create_loader(settings).load_state_dict(state)
+    with pytest.raises(MismatchError, match="got ignore_index 255, expected ignore_index 11"):
+        create_loader(replace(settings, ignore_index=11)).load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     "state", [{}, {"epoch": 0}, {"epoch": "x", "batch": 0, "settings": {}}, {"epoch": 0, "batch": 0, "settings": 5}]
 )
