@@ -85,3 +85,16 @@ def test_a_teacher_with_fewer_cells_gives_the_mean_of_its_map():
         assert full.score_maps(images).shape == (1, 10, 2, 2)
         torch.testing.assert_close(whole.score_maps(images)[..., 0, 0], whole(images))
         torch.testing.assert_close(full.score_maps(images).mean((2, 3)), whole(images))
+
+
+def test_a_teacher_of_five_classes_has_zero_for_all_others():
+    torch.manual_seed(0)
+    full, five = teachers.averaged(2).eval(), teachers.top_five().eval()
+    five.load_state_dict(full.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, found = full.score_maps(images), five.score_maps(images)
+    kept = found != 0
+    assert (kept.sum(1) == 5).all()
+    torch.testing.assert_close(found[kept], expected[kept])
+    assert (expected.masked_fill(kept, -torch.inf).amax(1) <= expected.masked_fill(~kept, torch.inf).amin(1)).all()

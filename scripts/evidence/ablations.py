@@ -1,4 +1,4 @@
-"""What in token labels matters: ways to teach, places, stores, maps, teachers, settings, budgets."""
+"""What in token labels matters: ways to teach, places, stores, maps, teachers, settings, micro-batches, budgets."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ def with_settings(name: str, title: str, *overrides: str) -> Choice:
     return Choice(name, title, overrides)
 
 
+FULL = ("--precision", "float16", "--palette", "10")
+PARTS, FROZEN = "run.micro_batch=4", "model.freeze_statistics=true"
 AS_IS = Choice("default", "as it is")
 TABLES = {
     table.name: table
@@ -70,8 +72,9 @@ TABLES = {
             Choice("high", "`--quality high`", labels=Labels("high", options=("--quality", "high"))),
             Choice(
                 "full", "all classes, float16",
-                labels=Labels("full", options=("--precision", "float16", "--palette", "10")),
+                labels=Labels("full", options=FULL),
             ),
+            Choice("top-five", "five logits a cell, all others 0", labels=Labels("top-five", "top_five", options=FULL)),
         ),
         on_mosaics(
             "settings",
@@ -83,6 +86,13 @@ TABLES = {
             with_settings("sharp", "no smoothing", "loss.smoothing=0"),
             with_settings("weight-25", "weight of the token loss 0.25", "loss.dense_weight=0.25"),
             with_settings("weight-50", "weight of the token loss 0.5", "loss.dense_weight=0.5"),
+        ),
+        on_mosaics(
+            "accumulation",
+            Choice("whole", "32 images at once"),
+            with_settings("parts", "8 times 4 images", PARTS),
+            with_settings("whole-frozen", "32 images at once, frozen statistics", FROZEN),
+            with_settings("parts-frozen", "8 times 4 images, frozen statistics", PARTS, FROZEN),
         ),
         Table(
             "budget",
