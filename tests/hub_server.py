@@ -74,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         found = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/(\w+(?:-\w+)?)/([^/]+)(?:/(.*))?)?", path)
         if found and found[1] in self.server.repos:
             return self._api(found[1], found[2], (found[4] or "").strip("/"), body)
-        found = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
+        found = re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)  # without it: a model's file
         data = self.server.repos.get(found[1], {}).get(found[2]) if found else None
         if data is None:
             return self._json(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from hub_server import hub_server
 from tiny_runs import tiny_config, tiny_data
 
 import train
@@ -19,6 +21,7 @@ from labeler.store.check_store import check_store
 from train.evaluation.validate import load_trained
 from train.recipes.recipe import load_recipe
 
+ROOT = Path(__file__).parents[1]
 PLAIN = {"data.token_labels": False, "loss.dense_weight": 0.0, "augment.mix": "none", "data.backend": "pil"}
 
 
@@ -55,6 +58,31 @@ def test_a_run_is_a_teacher_with_its_own_classes(run, images, tmp_path, way):
     store = LabelStore(tmp_path / "labels")
     assert list(store.meta.class_names) == sorted(path.name for path in images.iterdir())
     assert not check_store(tmp_path / "labels").problems
+
+
+def test_a_network_of_the_hub_is_a_teacher_with_its_own_classes(run, images, tmp_path):
+    """Fetched by `huggingface_hub` over HTTP: the labels are those of the folder that was uploaded."""
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed (extra: hf)")
+    with hub_server() as hub:
+        hub.repos["user/net"] = {path.name: path.read_bytes() for path in (run / "timm").iterdir()}
+        variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+
+        def label(store: str, teacher: str) -> subprocess.CompletedProcess[str]:
+            command = ["label", str(images), "--store", str(tmp_path / store), "--teacher", teacher, "--quiet"]
+            return subprocess.run(
+                [sys.executable, "-m", "labeler", *command, "--decoder", "pil", "--threads", "1"],
+                env=os.environ | variables, capture_output=True, text=True, cwd=ROOT,
+            )  # fmt: skip
+
+        for store, teacher in (("hub", "hf-hub:user/net"), ("local", f"local-dir:{run / 'timm'}")):
+            done = label(store, teacher)
+            assert done.returncode == 0, done.stderr
+        absent = label("none", "hf-hub:user/none")
+    hub_labels, local = LabelStore(tmp_path / "hub"), LabelStore(tmp_path / "local")
+    assert list(hub_labels.meta.class_names) == sorted(path.name for path in images.iterdir())
+    assert hub_labels.read(range(12)).scores.tolist() == local.read(range(12)).scores.tolist()
+    assert absent.returncode == 2
+    assert "hf-hub:user/none" in absent.stderr.splitlines()[-1]
 
 
 def test_images_of_some_of_the_classes_are_labeled_under_the_teachers_names(run, images, tmp_path):
