@@ -21,7 +21,7 @@ MOSAICS = (
     *SMALL,
     "schedule.steps=600",
     "model.img_size=64",
-    "model.args={patch_size=8, embed_dim=64, depth=4, d_state=8, expand=1}",
+    "model.args={patch_size=8, embed_dim=64, depth=4, d_state=8, expand=1, stem_width=16}",
 )
 
 
@@ -100,7 +100,7 @@ TABLES = {
             MOSAICS,
             tuple(
                 with_settings(f"steps-{steps}", f"{steps:,} steps", f"schedule.steps={steps}")
-                for steps in (300, 1200, 4800)
+                for steps in (150, 600, 2400)
             ),
             (IMAGE_LABEL, TOKEN_LABELS),
             "mosaics",
