@@ -105,7 +105,7 @@ def _worth_another_try(url: str, error: Exception) -> str:
         if (status := _status(one)) is not None:
             break
         if _is_network(one):
-            return _short(error)
+            return _short(one)
     if status is not None and (status in TRY_AGAIN or status >= 500):
         return f"answer {status}"
     if status in NOT_THERE:
@@ -161,7 +161,7 @@ def _is_network(error: BaseException) -> bool:
     return type(error).__module__.split(".")[0] in NETWORKS
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     """Returns an error's message in one line."""
     text = " ".join(error_text(error).split())
     text = text if text != type(error).__name__ else f"a {text}"

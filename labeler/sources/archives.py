@@ -23,6 +23,7 @@ from labeler.sources.image_list import leaves_root
 
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MOST_FILES = 100_000
+AGAIN = "Copy or download it again, or leave it out."  # a damaged archive
 INDEX_VERSION = 1
 SHOW_PROGRESS_FROM = 20  # archives
 Index = dict[str, np.ndarray]

@@ -18,6 +18,7 @@ from labeler.sources.image_source import ImageSource, Storage, chosen, read_at
 SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".gif"]
 )
+CONTAINERS = "Images are a folder, a list (.txt, .csv or .tsv), .tar or .parquet files, or a URL of any of these."
 Entry = tuple[str, int, str | None]  # key, bytes, problem
 
 
@@ -62,7 +63,7 @@ def image_root(root: str | Path) -> Path:
     root = Path(root)
     if not root.is_dir():
         got = "a file" if root.exists() else "nothing there"
-        raise InputError(f"{str(root)!r} is not a folder of images", got=got, expected="a folder")
+        raise InputError(f"{str(root)!r} is not a folder of images", got=got, expected="a folder", remedy=CONTAINERS)
     return root
 
 

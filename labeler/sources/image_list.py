@@ -133,7 +133,7 @@ def _rows(data: bytes, name: str, suffix: str) -> list[Row]:
                 f"{name}, line {number}", got=f"{key!r} again (see line {first})", expected="each image once"
             )
     if not rows:
-        raise InputError(f"the image list {name!r} names no image")
+        raise InputError(f"the image list {name!r} names no image", expected="the path of an image in each line")
     return rows
 
 
@@ -147,7 +147,7 @@ def _table(name: str, lines: list[str], delimiter: str) -> list[Row]:
         if path is None:
             raise InputError(
                 f"the image list {name!r} has no column of paths",
-                got=f"the columns {', '.join(columns)[:MOST_SHOWN]}",
+                got=f"the columns {', '.join(columns)[:MOST_SHOWN]}" if columns else "an empty file",
                 expected="path, and optionally label",
                 remedy=TABLE_LIST,
             )

@@ -47,6 +47,7 @@ def open_source(images: str | Path, image_list: str | Path | None = None, progre
     path = Path(images)
     files = _archives(path)
     if files:
+        _refuse_missing(files)
         return _open_archives([ArchiveFile(str(file)) for file in files], name, image_list, progress)
     if path.suffix.lower() in LISTS and path.is_file():
         _refuse_second_list(name, image_list)
@@ -119,6 +120,15 @@ def _open_archives(files: list[ArchiveFile], name: str, image_list: str | Path |
     if image_list is not None:
         raise InputError("image_list only works with a folder of images", got=f"archives in {name!r}")
     return ARCHIVES[_suffix(files[0].where)](files, name, progress)
+
+
+def _refuse_missing(files: list[Path]) -> None:
+    missing = [str(file) for file in files if not file.exists()]
+    if missing:
+        raise InputError(
+            f"{missing[0]!r} is not there", got=f"{len(files) - len(missing)} of {len(files)} files",
+            remedy="Check the name; numbers in braces, as in {000..146}, stand for all from the first to the last.",
+        )  # fmt: skip
 
 
 def _refuse_second_list(name: str, image_list: str | Path | None) -> None:

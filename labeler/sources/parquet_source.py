@@ -22,7 +22,7 @@ import numpy as np
 
 from labeler.base.errors import InputError
 from labeler.sources.archive_file import ArchiveFile, cache
-from labeler.sources.archives import check_keys, with_progress
+from labeler.sources.archives import AGAIN, check_keys, with_progress
 from labeler.sources.class_names import number_labels
 from labeler.sources.image_source import UNKNOWN_SIZE, BadImage, ImageSource, Storage, chosen, read_at
 
@@ -219,6 +219,7 @@ def _open(file: ArchiveFile, metadata: Any = None) -> Any:
             f"the parquet file {file.where!r} cannot be read",
             got=_first_line(error),
             expected="a complete parquet file",
+            remedy=AGAIN,
         ) from None
 
 
@@ -235,7 +236,9 @@ def _read_index(file: ArchiveFile) -> tuple[Columns, list[str], list[str] | None
         paths = table[columns.path].to_pylist() if columns.path else [None] * sum(rows)
         labels = table[columns.label].to_pylist() if columns.label else None
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
-        raise InputError(f"the parquet file {file.where!r} cannot be read", got=_first_line(error)) from None
+        raise InputError(
+            f"the parquet file {file.where!r} cannot be read", got=_first_line(error), remedy=AGAIN
+        ) from None
     stem = file.stem
     keys = [path or f"{stem}/{row:08d}" for row, path in enumerate(paths)]
     texts = None if labels is None else ["" if label is None else str(label) for label in labels]

@@ -19,7 +19,16 @@ import numpy as np
 
 from labeler.base.errors import InputError
 from labeler.sources.archive_file import ArchiveFile
-from labeler.sources.archives import Index, check_keys, keep_index, kept_index, pack_names, unpack_names, with_progress
+from labeler.sources.archives import (
+    AGAIN,
+    Index,
+    check_keys,
+    keep_index,
+    kept_index,
+    pack_names,
+    unpack_names,
+    with_progress,
+)
 from labeler.sources.class_names import number_labels
 from labeler.sources.folder_source import SUFFIXES
 from labeler.sources.image_source import BadImage, ImageSource, Storage, chosen, read_at
@@ -95,7 +104,11 @@ def tar_source(shards: Sequence[ArchiveFile], name: str, progress: bool = True) 
     names = [key for index in indexes for key in unpack_names(index["keys"], len(index["offsets"]))]
     if not names:
         other = sum(int(index["other"]) for index in indexes)
-        raise InputError("no images in the tar shards", got=f"{len(shards)} shards, {other} files of other types")
+        raise InputError(
+            "no images in the tar shards",
+            got=f"{len(shards)} shards, {other} files of other types",
+            expected="files ending in " + " ".join(sorted(SUFFIXES)),
+        )
     labels = [label for index in indexes for label in unpack_names(index["labels"], len(index["offsets"]))]
     order = sorted(range(len(names)), key=names.__getitem__)
     keys = tuple(names[i] for i in order)
@@ -201,8 +214,9 @@ def _members(path: str, shown: str) -> list[tuple[str, int, int]]:
 
 def _unreadable(shown: str, error: Exception) -> InputError:
     return InputError(
-        f"the tar shard {shown!r} cannot be read", got=str(error), expected="a complete, uncompressed tar file"
-    )
+        f"the tar shard {shown!r} cannot be read", got=str(error), expected="a complete, uncompressed tar file",
+        remedy=AGAIN,
+    )  # fmt: skip
 
 
 def _sample(name: str) -> str:
