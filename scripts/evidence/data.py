@@ -138,6 +138,8 @@ def label(pictures: Pictures, labels: Labels, teachers: Teachers, out: Path) -> 
 
 def fine_tune(images: Path, weights: Path, out: Path, steps: int) -> None:
     """Fine-tunes EfficientNet-Lite1 on CIFAR-10, unless that is done."""
+    if (summary := read_summary(out)) is not None and summary.steps >= steps:
+        return
     places = [f"data.images={images / 'train'}", f"data.validation={images / 'test'}", f"run.out={out}"]
     begin = [f"model.weights={weights}", f"schedule.steps={steps}"]
     command(train.__main__, ["fit", "teacher", *places, *begin, *SETTINGS, "--resume", "auto", "--json"])
