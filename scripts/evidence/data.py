@@ -1,6 +1,6 @@
 """Pictures, teachers and label stores: made once, below one folder, by the project's own commands.
 
-Labels are made without the mirrored pass and with one thread, like all students: two of them can share a machine.
+Labels are made without the mirrored pass. Students have one thread each: two of them can share a machine.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def label(pictures: Pictures, labels: Labels, teachers: Teachers, out: Path) -> 
         fine_tune(out / "images", teachers.weights, run, labels.steps or STEPS)
     what = [str(pictures.train), "--image-list", str(pictures.listed), "--store", str(pictures.stores / labels.name)]
     side = str(labels.side or SIDES[pictures.name])
-    how = ["--teacher", str(run), "--input-size", side, "--tta", "none", "--threads", "1", *labels.options]
+    how = ["--teacher", str(run), "--input-size", side, "--tta", "none", "--threads", "2", *labels.options]
     if labels.teacher:
         names = pictures.stores.parent / "classes.txt"
         names.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ SIDE = 64
 PARTS = (4, 9)  # objects in a picture
 SHORTEST = 14  # pixels of an object's shorter side
 LARGER = 1.25  # the largest object's area, in areas of the second largest, at least
-COUNTS = {"train": 8000, "test": 4000}
+COUNTS = {"train": 4000, "test": 4000}
 
 Box = tuple[int, int, int, int]  # y0, x0, y1, x1
 
