@@ -30,8 +30,8 @@ import labeler.__main__
 import train.__main__
 from labeler.base.errors import InputError
 from labeler.base.whole_files import replace_file
-from scripts import demo_students
-from scripts.demo_teacher import (
+from scripts.demo import students
+from scripts.demo.teacher import (
     BATCH,
     TeacherReport,
     described,
@@ -48,7 +48,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 SIDE = 32
 NETWORK = 1  # increase with any change that affects the weights: stored teachers of another number are trained again
 RECIPE = "cifar10_nano"
-ARMS = {text.replace(" ", "-"): (text, overrides.split()) for text, overrides in demo_students.ARMS.items()}
+ARMS = {text.replace(" ", "-"): (text, overrides.split()) for text, overrides in students.ARMS.items()}
 
 
 def teacher() -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ from fixtures import BACKENDS, NUMBA
 import model
 from model.ops import scan_by_doubling, scan_reference
 
-# What Triton's interpreter does in 6 seconds a step; TINY takes it a minute.
+# What Triton's interpreter does in 6 seconds for 32 images; TINY takes it a minute.
 TINIEST = {"img_size": 16, "depth": 1, "d_state": 4}
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 4, "embed_dim": 32, "depth": 2}
 # A Mamba-2 mixer and one of attention.
@@ -85,9 +86,10 @@ def test_a_tiny_model_learns_a_batch_by_heart(name, settings):
     """Both heads, to zero error."""
     net = tiny(name, **settings).train()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(32, 3, *net.img_size, generator=generator)
-    labels = torch.randint(4, (32,), generator=generator)
-    token_labels = torch.randint(4, (32, math.prod(net.grid)), generator=generator)
+    count = 8 if settings.get("backend") == "triton" else 32
+    images = torch.randn(count, 3, *net.img_size, generator=generator)
+    labels = torch.randint(4, (count,), generator=generator)
+    token_labels = torch.randint(4, (count, math.prod(net.grid)), generator=generator)
     optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3, weight_decay=0.0)
     for _ in range(150):
         cls, aux = net(images)
@@ -123,8 +125,10 @@ def test_models_run_in_onnxruntime_with_any_batch(name, tmp_path: Path):
         shapes |= {side: 32 * torch.export.Dim(f"side{side}", min=2, max=16) for side in (2, 3)}
         others.append((2, 3, 96, 160))
     else:
-        few = {"depth": 3, "attention_layers": (1,)}  # one layer of each kind, and one behind
-        net = timm.create_model(name, **(few if name == "demansia2_tiny" else {})).eval()
+        few: dict[str, Any] = {} if name == "lvvit_t" else {"depth": 3}
+        if name == "demansia2_tiny":
+            few["attention_layers"] = (1,)  # one layer of each kind, and one behind
+        net = timm.create_model(name, **few).eval()
     with warnings.catch_warnings(action="ignore"):
         torch.onnx.export(
             net, (torch.randn(2, 3, 224, 224),), tmp_path / "net.onnx", dynamo=True, dynamic_shapes=(shapes,),

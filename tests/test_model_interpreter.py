@@ -29,7 +29,7 @@ def test_fixtures_hold_on_the_triton_backend():
 
 
 def test_a_tiny_model_learns_on_the_triton_backend():
-    """A batch of 32, both heads to zero error: some 6 steps of 6 seconds."""
+    """A batch of eight, both heads to zero error."""
     assert passed("triton and by_heart", "test_model_compile_export.py", timeout=280) == 1
 
 

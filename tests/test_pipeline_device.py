@@ -16,7 +16,7 @@ from pipeline.augment.erasing import draw_erased, erase, fill_boxes, fill_boxes_
 from pipeline.augment.kernels import KERNELS, apply_kernels, warp
 from pipeline.targets.crop_score_maps import crop_score_maps
 from pipeline.targets.token_targets import TokenTargets
-from scripts.benchmark.synthetic_batch import SyntheticLabels
+from scripts.benchmark.inputs.synthetic_batch import SyntheticLabels
 from train.evaluation.evaluate import _right_classes, count_right
 
 SLANTED = torch.tensor([[[0.9, 0.2, 0.0], [-0.2, 0.9, 0.1]]], dtype=torch.float64)

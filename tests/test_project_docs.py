@@ -162,7 +162,7 @@ def test_the_command_lines_of_a_page_parse(page):
         "python -m labeler --store labels",
         "python -m train fit demansia_tiny optimizer.rate=3",
         "python -m train fit demansia_little data.images=IMAGES",
-        "python -m scripts.scenes out --trian 3",
+        "python -m scripts.demo.scenes out --trian 3",
         "python -m scripts.scenery out",
         "torchrun --nproc-per-node 8 … -m train fit demansia_tiny … --resmue auto",
         "pip install '.[real-techer]'",

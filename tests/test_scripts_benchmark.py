@@ -15,9 +15,9 @@ from fixtures import HAS_NUMBA
 
 import model
 from scripts.benchmark import __main__ as command_line
-from scripts.benchmark import labeler_suite, loader_suite, loss_suite, model_suite, train_suite
+from scripts.benchmark.inputs.stock_model import our_scan, plain_scan, stock_model
 from scripts.benchmark.measure import Case, Options, in_own_process, take_turns
-from scripts.benchmark.stock_model import our_scan, plain_scan, stock_model
+from scripts.benchmark.suites import labeler_suite, loader_suite, loss_suite, model_suite, train_suite
 from scripts.benchmark.table import number, render, text
 
 ROOT = Path(__file__).parents[1]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from labeler.store.score_code import Encoding
-from scripts.benchmark import store_real
+from scripts.benchmark.inputs.synthetic_maps import FORMAT_1, Setting, synthetic_logits
 from scripts.benchmark.measure import Options
-from scripts.benchmark.store_truth import CODES, LOAD, RAM, RIVAL, SETTINGS, measure_level, read_speed
-from scripts.benchmark.synthetic_maps import FORMAT_1, Setting, synthetic_logits
+from scripts.benchmark.studies import store_real
+from scripts.benchmark.studies.store_truth import CODES, LOAD, RAM, RIVAL, SETTINGS, measure_level, read_speed
 
 
 def test_the_store_is_smaller_truer_and_faster_than_one_file_per_image(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.benchmark.targets_suite import CODED, TAIL, TOLERANCE, TargetInputs, largest_difference, stored_rows
+from scripts.benchmark.suites.targets_suite import CODED, TAIL, TOLERANCE, TargetInputs, largest_difference, stored_rows
 
 
 @pytest.mark.parametrize("palette", [8, 32])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from labeler import LabelerConfig, TeacherConfig, label_images
 from labeler.base.errors import TeacherError
 from labeler.teacher.build_classifier import build_classifier
-from scripts import draw_real_maps
+from scripts.documentation import draw_real_maps
 from scripts.efficientnet_lite import DIGESTS, main, renamed, teacher
 
 SIDES = {"lite0": 224, "lite1": 240, "lite2": 260}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripts import gpu_check
+from scripts.gpu_check import __main__ as gpu_check
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -85,4 +85,4 @@ def test_wrong_usage_is_one_line(wrong, capsys):
     with pytest.raises(SystemExit) as ended:
         gpu_check.main(wrong)
     assert ended.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("scripts.gpu_check: error: ")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("scripts.gpu_check.__main__: error: ")

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.benchmark.kernel_figures import BINARIES
-from scripts.benchmark.step_bytes import bytes_per_image, in_memory, mixers
+from scripts.benchmark.studies.kernel_figures import BINARIES
+from scripts.benchmark.studies.step_bytes import bytes_per_image, in_memory, mixers
 
 ROOT = Path(__file__).parents[1]
 BOTH = (False, True)
-# `python -m scripts.benchmark.kernel_figures --all` compiles every combination.
+# `python -m scripts.benchmark.studies.kernel_figures --all` compiles every combination.
 VARIANTS = [("bfloat16", 90, BOTH), ("float32", 80, BOTH[:1]), ("float32", 100, BOTH[1:])]
 
 
@@ -32,7 +32,7 @@ def in_a_process(code: str) -> str:
     if missing := [name for name in ("ptxas", "cuobjdump", "nvdisasm") if not has(Path(triton.origin), name)]:
         pytest.skip(f"this build of Triton comes without {missing[0]}")
     env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    lines = "import json, torch\nfrom scripts.benchmark import kernel_figures\n" + code
+    lines = "import json, torch\nfrom scripts.benchmark.studies import kernel_figures\n" + code
     done = subprocess.run([sys.executable, "-c", lines], env=env, capture_output=True, text=True)
     assert not done.returncode, done.stderr[-3000:]
     return done.stdout

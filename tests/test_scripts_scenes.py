@@ -15,8 +15,7 @@ from PIL import Image
 from labeler import TeacherConfig
 from labeler.base.errors import InputError
 from labeler.teacher.create_teacher import create_teacher
-from scripts.demo_teacher import load_split, random_crops, train_teacher
-from scripts.scenes import (
+from scripts.demo.scenes import (
     BACKGROUND,
     CLASSES,
     LARGEST,
@@ -29,6 +28,7 @@ from scripts.scenes import (
     map_accuracy,
     render_scene,
 )
+from scripts.demo.teacher import load_split, random_crops, train_teacher
 
 TRAIN, TEST = 100, 30
 
@@ -145,7 +145,7 @@ def test_a_complete_set_is_left_alone_and_a_hurt_one_made_again(tmp_path: Path) 
 def test_a_stopped_run_and_another_set_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "set"
     with monkeypatch.context() as patch:
-        patch.setattr("scripts.scenes.render_scene", lambda *_: 1 / 0)
+        patch.setattr("scripts.demo.scenes.render_scene", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             generate_scenes(root, 12, 10, seed=0, progress=False)
     assert json.loads((root / "scenes.json").read_text())["complete"] is False
@@ -234,7 +234,7 @@ def test_the_teacher_trains_once_and_loads_as_a_teacher(made: SceneSet, tmp_path
     first, written = out.read_bytes(), out.stat().st_mtime_ns
     assert train_teacher(made.root, out, steps=3, progress=False) == report
     assert out.stat().st_mtime_ns == written
-    teacher = create_teacher(TeacherConfig("scripts.demo_teacher:scene_teacher", checkpoint=str(out)))
+    teacher = create_teacher(TeacherConfig("scripts.demo.teacher:scene_teacher", checkpoint=str(out)))
     assert (teacher.info.input_size, teacher.info.num_classes, teacher.info.grid) == (80, 10, (10, 10))
     pixels, labels = load_split(made.root / "test")
     maps = teacher.label(pixels.permute(0, 2, 3, 1).contiguous())
@@ -261,7 +261,7 @@ def test_the_teacher_learns(made: SceneSet, tmp_path: Path, monkeypatch: pytest.
     """It fits twenty scenes of two classes in a few dozen steps: gradients, schedule and labels are joined rightly."""
     pixels, labels = load_split(made.root / "train")
     two = torch.isin(labels, torch.tensor([CLASSES.index("stripes"), CLASSES.index("dots")]))
-    monkeypatch.setattr("scripts.demo_teacher.load_split", lambda *_: (pixels[two], labels[two]))
+    monkeypatch.setattr("scripts.demo.teacher.load_split", lambda *_: (pixels[two], labels[two]))
     report = train_teacher(made.root, tmp_path / "two.safetensors", steps=30, progress=False)
     assert report.test_accuracy > 0.85
 

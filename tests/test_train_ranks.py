@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import tally
+from faults import counts, tally
 from forked_runs import Blow, Ended, forks
 from tiny_runs import FULL, outcome, tiny_config, tiny_data, write_recipe
 
@@ -74,10 +74,11 @@ def last_line(ended: Ended) -> str:
 
 @pytest.mark.fault(30)
 @pytest.mark.fault(32)
-def test_two_ranks_of_which_one_is_killed_ten_times_end_bit_for_bit_as_those_left_alone(undisturbed, recipe, tmp_path):
+def test_two_ranks_of_which_one_is_killed_repeatedly_end_bit_for_bit_as_those_left_alone(undisturbed, recipe, tmp_path):
     draw = random.Random(5)
     kills = [*PLACES, *draw.sample(sorted(PLACES), 4)]
     draw.shuffle(kills)
+    kills = kills[: counts(5, 10)]
     for kill in kills:
         blow = PLACES[kill](draw)
         ended = forks().fit(recipe, "--resume", "auto", ranks=2, blow=blow)
@@ -86,7 +87,6 @@ def test_two_ranks_of_which_one_is_killed_ten_times_end_bit_for_bit_as_those_lef
         assert other.status == 1, f"{kill}: {ended}"
         assert other.seconds - killed.seconds < 60
         assert last_line(other).startswith("error: another rank is gone: got ")
-    assert len(kills) == 10
     for ended in forks().fit(recipe, "--resume", "auto", ranks=2):
         assert ended.status == 0, ended.errors
     assert outcome(tmp_path / "run") == outcome(Path(undisturbed.run.out))

@@ -22,7 +22,7 @@ from unreadable import META, Unreadable, without_autocast
 
 import model  # noqa: F401  registers the names
 from pipeline.batch import Batch
-from scripts.benchmark.synthetic_batch import synthetic_batch
+from scripts.benchmark.inputs.synthetic_batch import synthetic_batch
 from train import fit
 from train.errors import NonFiniteError, Stopped
 from train.loss.token_label_loss import TokenLabelLoss

@@ -146,13 +146,13 @@ def run_suite(
     import importlib
 
     from labeler.base.runtime import set_threads
-    from scripts.benchmark.photographs import prepare
+    from scripts.benchmark.inputs.photographs import prepare
 
     cores = set_threads(None)  # as training does, before torch starts its threads
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         os.environ["XDG_STATE_HOME"] = f"{folder}/state"  # keeps the list of checked stores out of the user's folder
         photographs = prepare(None if images is None else Path(images), Path(folder) / "drawn")
-        module = importlib.import_module(f"scripts.benchmark.{suite}_suite")
+        module = importlib.import_module(f"scripts.benchmark.suites.{suite}_suite")
         settings = Options(device, quick, photographs, Path(folder), cores, drawn=images is None, **chosen)
         return asdict(module.run(settings))
 

@@ -19,16 +19,20 @@ SMALL = ("run.batch_size=32", "schedule.warmup_epochs=0.1", "run.eval_every=100"
 CIFAR = (*SMALL, "schedule.steps=600", "model.args={patch_size=8, embed_dim=80, depth=4, d_state=8, expand=1}")
 MOSAICS = (
     *SMALL,
-    "schedule.steps=600",
+    "schedule.steps=400",
     "model.img_size=64",
     "model.args={patch_size=8, embed_dim=64, depth=4, d_state=8, expand=1, stem_width=16}",
 )
 
 
-def on_mosaics(name: str, *rows: Choice, steps: int | None = None) -> Table:
-    """A table of one arm: token labels of mosaics, each row compared with the first."""
-    overrides = MOSAICS if steps is None else (*MOSAICS, f"schedule.steps={steps}")
-    return Table(name, "cifar10_nano", overrides, rows, (TOKEN_LABELS,), "mosaics")
+def on_cifar(name: str, *rows: Choice) -> Table:
+    """A table of one arm: token labels of CIFAR-10, each row compared with the first."""
+    return Table(name, "cifar10_nano", CIFAR, rows, (TOKEN_LABELS,))
+
+
+def on_mosaics(name: str, *rows: Choice) -> Table:
+    """The same with mosaics."""
+    return Table(name, "cifar10_nano", MOSAICS, rows, (TOKEN_LABELS,), "mosaics")
 
 
 def with_settings(name: str, title: str, *overrides: str) -> Choice:
@@ -42,7 +46,7 @@ TABLES = {
     table.name: table
     for table in (
         FAMILIES,
-        Table("ways", "cifar10_nano", CIFAR, WAYS, (TOKEN_LABELS,)),
+        on_cifar("ways", *WAYS),
         on_mosaics("mosaics", *WAYS),
         on_mosaics(
             "crops",
@@ -55,9 +59,9 @@ TABLES = {
             Choice("2", "2×2 cells", labels=Labels("cells-2", teacher="cells_2")),
             Choice("4", "4×4 cells", labels=Labels("cells-4", teacher="cells_4")),
             Choice("8", "8×8 cells, the teacher's map of 256 pixels", labels=MAPS),
-            Choice("16", "16×16 cells, the teacher's map of 512 pixels", labels=Labels("cells-16", side=512)),
+            Choice("12", "12×12 cells, the teacher's map of 384 pixels", labels=Labels("cells-12", side=384)),
         ),
-        on_mosaics(
+        on_cifar(
             "teachers",
             *(
                 Choice(str(steps), f"after {steps} steps", labels=Labels(f"teacher-{steps}", steps=steps))
@@ -65,7 +69,7 @@ TABLES = {
             ),
             Choice("624", "after 624 steps", labels=MAPS),
         ),
-        on_mosaics(
+        on_cifar(
             "stores",
             Choice("default", "default", labels=MAPS),
             Choice("low", "`--quality low`", labels=Labels("low", options=("--quality", "low"))),
@@ -76,7 +80,7 @@ TABLES = {
             ),
             Choice("top-five", "five logits a cell, all others 0", labels=Labels("top-five", "top_five", options=FULL)),
         ),
-        on_mosaics(
+        on_cifar(
             "settings",
             AS_IS,
             with_settings("mixtoken", "MixToken", "augment.mix=token"),
@@ -87,7 +91,7 @@ TABLES = {
             with_settings("weight-25", "weight of the token loss 0.25", "loss.dense_weight=0.25"),
             with_settings("weight-50", "weight of the token loss 0.5", "loss.dense_weight=0.5"),
         ),
-        on_mosaics(
+        on_cifar(
             "accumulation",
             Choice("whole", "32 images at once"),
             with_settings("parts", "8 times 4 images", PARTS),
@@ -97,13 +101,12 @@ TABLES = {
         Table(
             "budget",
             "cifar10_nano",
-            MOSAICS,
+            CIFAR,
             tuple(
                 with_settings(f"steps-{steps}", f"{steps:,} steps", f"schedule.steps={steps}")
                 for steps in (150, 600, 2400)
             ),
             (IMAGE_LABEL, TOKEN_LABELS),
-            "mosaics",
         ),
     )
 }  # fmt: skip

@@ -1,0 +1,1 @@
+"""What the suites run on: drawn and real images, maps, teachers, batches, and a network of stock operators."""
