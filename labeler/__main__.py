@@ -294,7 +294,7 @@ def _add_label(commands: Any) -> None:
         "--teacher",
         required=True,
         metavar="NAME",
-        help="timm model, a run's folder, torchvision:NAME or package.module:function",
+        help="timm model, a run's folder, local-dir:DIR, hf-hub:NAME, torchvision:NAME or package.module:function",
     )
     add_flags(
         teacher, TeacherConfig, "checkpoint", "ema", "random_weights", "num_classes", "input_size", "mean", "std",

@@ -195,13 +195,13 @@ def _predict(options: argparse.Namespace) -> int:
         return _say_all(predictions, add, options)
 
 
-def _say_all(predictions: Iterable[Any], add: Callable[[Any], None], options: argparse.Namespace) -> int:
-    """Print predictions as they come. Returns the exit status."""
+def _say_all(results: Iterable[Any], add: Callable[[Any], None], options: argparse.Namespace) -> int:
+    """Print results of images as they come. Returns the exit status."""
     from tqdm import tqdm
 
     count = left_out = 0
     say = tqdm.write if sys.stdout.isatty() else print  # not into the bar
-    for one in predictions:
+    for one in results:
         count += 1
         add(one)
         if one.problem is not None:
@@ -230,19 +230,8 @@ def _explain(options: argparse.Namespace) -> int:
         crop_pct=options.crop_pct,
         lines=sys.stdin,
     )
-    count = left_out = 0
-    say = tqdm.write if sys.stdout.isatty() else print  # not into the bar
-    for one in tqdm(done, desc="images", unit=" images", leave=False, disable=options.quiet):
-        count += 1
-        left_out += one.problem is not None
-        if one.problem is not None:
-            tqdm.write(one.text(), file=sys.stderr)
-        if options.json or one.problem is None:
-            say(json.dumps(asdict(one)) if options.json else one.text())
-        sys.stdout.flush()
-    if left_out:
-        print(f"{left_out:,} of {count:,} images were left out", file=sys.stderr)
-    return LEFT_OUT if left_out else 0
+    shown = tqdm(done, desc="images", unit=" images", leave=False, disable=options.quiet)
+    return _say_all(shown, lambda one: None, options)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The selective scan on a CPU, forward and backward by hand.
+"""The selective scan on a CPU without Numba, forward and backward by hand; `fused_cpu/scan.py` is faster.
 
 Legend: K directions, B batch, L length, E inner width, N state size. u, delta, y [K, B, L, E]; A [K, E, N];
 B, C [K, B, L, N]; D, delta_bias [K, E] or None; saved [⌈L/8⌉, K, B, N, E]. Each direction, in its

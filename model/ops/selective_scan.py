@@ -2,13 +2,13 @@
 
 Legend: K directions, B batch, L length, E inner width, N state size, G groups of channels that share B and C.
 
-| backend   | runs on | what it is |
-|---|---|---|
-| reference | anything | a loop over time, differentiated by autograd |
-| cpu       | CPU | forward and backward by hand, in torch's operators |
-| numba     | CPU | one fused kernel each for forward and backward, compiled by Numba at the first use on a machine |
-| triton    | GPU, or a CPU with TRITON_INTERPRET=1 | one fused kernel each for forward and backward; not float64 |
-| mamba_ssm | GPU | the kernels of the mamba-ssm package, one direction at a time; not float64 |
+| backend   | file | runs on | what it is |
+|---|---|---|---|
+| reference | `scan_reference` | anything | a loop over time, differentiated by autograd |
+| cpu       | `scan_cpu` | CPU | forward and backward by hand, in torch's operators |
+| numba     | `fused_cpu/scan` | CPU | a fused kernel for each of both, compiled by Numba at the first use |
+| triton    | `scan_triton` | GPU, or a CPU with TRITON_INTERPRET=1 | a fused kernel for each of both; not float64 |
+| mamba_ssm | this one | GPU | the kernels of the mamba-ssm package, one direction at a time; not float64 |
 
 "auto" means triton on a GPU that can run it, numba or else cpu on a CPU, and reference otherwise; the environment
 variable TOKEN_LABELING_SCAN overrides "auto". A compiled model keeps the choice that was made when it was traced.

@@ -1,4 +1,4 @@
-"""The augmentation of each image: RandAugment in timm's notation, 3-Augment, color jitter.
+"""The operations of augmentation and how they are drawn: RandAugment in timm's notation, 3-Augment, color jitter.
 
 Legend: B images; K operations in a row per image.
 

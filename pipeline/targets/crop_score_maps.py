@@ -1,4 +1,4 @@
-"""Token targets from score maps and crops.
+"""The label crop in torch's operators: token targets from score maps and crops.
 
 Legend: B images; C classes; P palette size; R tail size; H×W map grid; h×w token grid, T = h·w.
 

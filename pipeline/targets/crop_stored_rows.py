@@ -1,4 +1,4 @@
-"""Token targets straight from a store's rows: on a CPU one compiled pass instead of decoding and cropping.
+"""The label crop as the loader runs it: on a CPU one compiled pass from a store's rows to token targets.
 
 Legend: B images; h×w token grid, T = h·w; P palette size; R tail size.
 """

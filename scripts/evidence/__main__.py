@@ -3,7 +3,8 @@
     python -m scripts.evidence families --data cifar10-24k.zip --teacher-weights lite1.safetensors --seeds 0 1 2
     python -m scripts.evidence families --render           # write the table again, without training
 
-Run again, it keeps what is done and goes on. Runs and labels lie below --out, results in benchmarks/evidence.
+Run again, it keeps what is done and goes on. Runs and labels lie below --out, results in benchmarks/evidence;
+docs/evidence.png shows all tables.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from labeler.base.errors import InputError
 from labeler.base.whole_files import replace_file
 from scripts.evidence.ablations import TABLES
 from scripts.evidence.data import Teachers, label_all, stores_needed, unpack_pictures
+from scripts.evidence.plots import draw
 from scripts.evidence.render import markdown, write
 from scripts.evidence.runs import plan, train_all
 from scripts.evidence.tables import Table
+
+PICTURE = "evidence.png"  # beside the page
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.render:
             collect(table, options, options.arms or arms, results)
         write(table, results, options.page)
+        draw(TABLES.values(), options.results, options.page.with_name(PICTURE))
     except InputError as error:
         parser.exit(error.exit_status, f"error: {error}\n")
     print(f"\n{markdown(table, json.loads(results.read_text()))}\n\n{results}, {options.page}")

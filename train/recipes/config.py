@@ -1,4 +1,4 @@
-"""The configuration of a training run: the sections of a recipe, typed, frozen and validated."""
+"""All sections of a recipe in one `TrainConfig`, typed, frozen and validated; each setting is in a `*_sections.py`."""
 
 from __future__ import annotations
 
