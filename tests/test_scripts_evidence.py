@@ -10,6 +10,7 @@ import pytest
 
 from labeler.base.errors import InputError
 from scripts import model_costs
+from scripts.evidence import plots
 from scripts.evidence.__main__ import main
 from scripts.evidence.ablations import TABLES
 from scripts.evidence.data import Pictures, stores_needed
@@ -82,6 +83,30 @@ def test_the_table_says_what_was_found():
     one = markdown(FAMILIES, {"labels": {}, "results": [r for r in results() if r["seed"] == 0]})
     assert "| DeMansia, `mamba` | 400,000 | 1 | 40.0 % | 44.0 % | +4.0 |" in one
     assert "teacher" not in one
+
+
+def test_the_picture_has_each_table_that_has_results(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "_panel", lambda _, table, rows: shown.append((table.name, [row.row for row in rows])))
+    plots.draw(TABLES.values(), tmp_path, tmp_path / "picture.png")
+    assert not (tmp_path / "picture.png").exists()
+    crops = [result(row, TOKEN_LABELS.name, 0, top1) for row, top1 in (("swapped", 0.5), ("right", 0.6))]
+    for name, found in (("families", results()), ("crops", crops)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"labels": {}, "results": found}))
+    plots.draw(TABLES.values(), tmp_path, tmp_path / "picture.png")
+    assert shown == [("families", ["demansia", "vim"]), ("crops", ["right"])]
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_of_the_picture_is_a_mean_gain_in_points_with_its_error():
+    from matplotlib.figure import Figure
+
+    plot = Figure().subplots()
+    plots._panel(plot, FAMILIES, compare_all(FAMILIES, results()))
+    (points, _, (errors,)) = plot.containers[0]
+    assert points.get_xdata() == pytest.approx([5.0, 0.0], abs=1e-9)
+    widths = [ends[1][0] - ends[0][0] for ends in errors.get_segments()]
+    assert widths == pytest.approx([2.0, 2.0])
 
 
 def test_a_table_replaces_the_one_between_its_marks(tmp_path):
