@@ -35,7 +35,8 @@ from labeler.sources.image_source import BadImage
 from labeler.store.hdf5.read_shard import ShardReader
 from labeler.teacher.weights import read_checkpoint
 from model.checkpoints import load_reference_checkpoint
-from scripts.fuzz import StoreTarget, hdf5_structures, lookup3
+from scripts.fuzz.hdf5_structures import hdf5_structures, lookup3
+from scripts.fuzz.store_target import StoreTarget
 from train.network import restore_network
 from train.record.checkpoint import check_checkpoint, read_state, read_weights
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from labeler.base.cores import usable_cores
 from labeler.base.errors import InputError
+from scripts.demo.textures import TEXTURES, Plane, ramp
 
 SIDES = (72, 110)  # pixels, both ends included
 LARGEST = 1.45  # ratio of the sizes, a size being the square root of the area
@@ -39,8 +40,13 @@ GRAIN = 0.015  # spread of the noise of single pixels, in 0..1
 BACKGROUND = 255  # in the truth
 RENDERER = 2  # increase with any change to the pictures: stored sets of another number are rendered again
 SPLITS = ("train", "test")
-
-Plane = np.ndarray  # float32 [h, w]
+CLASSES = tuple(sorted(TEXTURES))
+COLORS = (
+    "f2efe6 e9dcc3 f6d55c f2b134 f28e6b e4572e c8443f e07a9a b35a8f 7c5295 5b6ee1 3a7ca5 2f4b7c 6ec5e9 4fb0ae 2a9d8f "
+    "7bb662 4c8c4a 2e5e4e a67c52 7a5230 8d99ae 5c677d 22263a"
+)
+PALETTE = np.array([[int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)] for color in COLORS.split()], np.float32)
+LIGHTNESS = PALETTE @ np.array([0.299, 0.587, 0.114], np.float32)
 
 
 @dataclass(frozen=True)
@@ -66,108 +72,6 @@ class SceneSet:
         """uint8 [h, w] for a picture's path below its image root."""
         with Image.open((self.root / "truth" / split / key).with_suffix(".png")) as picture:
             return np.asarray(picture)
-
-
-# Every texture takes coordinates in periods and answers in 0..1. `soft` is the width of a pixel in periods: edges are
-# ramps about one pixel wide, so that nothing flickers with the direction.
-
-
-def _ramp(distance: Plane, soft: float) -> Plane:
-    return np.clip(distance / soft + 0.5, 0, 1)
-
-
-def _line(x: Plane, width: float, soft: float) -> Plane:
-    """Lines at the integers."""
-    return _ramp(width / 2 - np.abs(x - np.round(x)), soft)
-
-
-def _to_lattice(u: Plane, v: Plane) -> tuple[Plane, Plane]:
-    """Offsets to the nearest point of a lattice of equilateral triangles of side 1."""
-    row = v / np.float32(np.sqrt(3))
-    (du, dv), (eu, ev) = (
-        (u - shift - np.round(u - shift), np.float32(np.sqrt(3)) * (row - shift - np.round(row - shift)))
-        for shift in (0.0, 0.5)
-    )
-    nearer = np.hypot(eu, ev) < np.hypot(du, dv)
-    return np.where(nearer, eu, du), np.where(nearer, ev, dv)
-
-
-def _bricks(u: Plane, v: Plane, soft: float) -> Plane:
-    row = np.floor(v / 0.7)
-    joint = _line(u / 1.4 + 0.5 * (row % 2), 0.13, soft / 1.4)
-    return 1 - np.maximum(joint, _line(v / 0.7, 0.26, soft / 0.7))
-
-
-def _checks(u: Plane, v: Plane, soft: float) -> Plane:
-    return _ramp(np.sin(np.pi * u / 0.75) * np.sin(np.pi * v / 0.75), 3 * soft)
-
-
-def _crosses(u: Plane, v: Plane, soft: float) -> Plane:
-    du, dv = np.abs(u - np.round(u)), np.abs(v - np.round(v))
-    return _ramp(np.minimum(0.36 - np.maximum(du, dv), 0.12 - np.minimum(du, dv)), soft)
-
-
-def _dots(u: Plane, v: Plane, soft: float) -> Plane:
-    du, dv = _to_lattice(u, v)
-    return _ramp(0.31 - np.hypot(du, dv), soft)
-
-
-def _grid(u: Plane, v: Plane, soft: float) -> Plane:
-    return np.maximum(_line(u, 0.22, soft), _line(v, 0.22, soft))
-
-
-def _hexagons(u: Plane, v: Plane, soft: float) -> Plane:
-    du, dv = _to_lattice(u / 1.2, v / 1.2)
-    inner = np.maximum(np.abs(du), np.abs(du) / 2 + np.abs(dv) * np.float32(np.sqrt(3) / 2))
-    return _ramp(0.4 - inner, soft / 1.2)
-
-
-def _rings(u: Plane, v: Plane, soft: float) -> Plane:
-    du, dv = _to_lattice(u / 1.15, v / 1.15)
-    return _ramp(0.1 - np.abs(np.hypot(du, dv) - 0.32), soft / 1.15)
-
-
-def _scales(u: Plane, v: Plane, soft: float) -> Plane:
-    """Rows of overlapping discs that get lighter towards their rims."""
-    u, v, soft = u / 1.4, v / 1.4, soft / 1.4
-    pattern = np.zeros_like(u)
-    first = np.floor(v / 0.5)
-    for row in (first - 1, first):
-        du = u - 0.5 * (row % 2)
-        radius = np.hypot(du - np.round(du), v - 0.5 * row)
-        inside = _ramp(0.56 - radius, soft)
-        pattern = pattern * (1 - inside) + inside * np.clip(radius / 0.5, 0, 1) ** 3
-    return pattern
-
-
-def _stripes(u: Plane, v: Plane, soft: float) -> Plane:
-    return _line(u / 0.8, 0.5, soft / 0.8)
-
-
-def _zigzag(u: Plane, v: Plane, soft: float) -> Plane:
-    return _line((u + 1.1 * np.abs(v / 1.3 - np.round(v / 1.3))) / 0.85, 0.5, soft * 1.3)
-
-
-TEXTURES: dict[str, Callable[[Plane, Plane, float], Plane]] = {
-    "bricks": _bricks,
-    "checks": _checks,
-    "crosses": _crosses,
-    "dots": _dots,
-    "grid": _grid,
-    "hexagons": _hexagons,
-    "rings": _rings,
-    "scales": _scales,
-    "stripes": _stripes,
-    "zigzag": _zigzag,
-}
-CLASSES = tuple(sorted(TEXTURES))
-
-COLORS = (
-    "f2efe6 e9dcc3 f6d55c f2b134 f28e6b e4572e c8443f e07a9a b35a8f 7c5295 5b6ee1 3a7ca5 2f4b7c 6ec5e9 4fb0ae 2a9d8f "
-    "7bb662 4c8c4a 2e5e4e a67c52 7a5230 8d99ae 5c677d 22263a"
-)
-PALETTE = np.array([[int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)] for color in COLORS.split()], np.float32)
-LIGHTNESS = PALETTE @ np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def render_scene(rng: np.random.Generator, label: int | None = None) -> Scene:
@@ -219,7 +123,7 @@ def _shape(rng: np.random.Generator, size: float) -> Plane:
     reach = int(np.ceil(radius * around.max())) + 1
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float32)
     angle = np.arctan2(y, x) + np.float32(turn)
-    return _ramp(radius * edge(angle) - np.hypot(x, y), 1.0).astype(np.float32)
+    return ramp(radius * edge(angle) - np.hypot(x, y), 1.0).astype(np.float32)
 
 
 def _edge(rng: np.random.Generator) -> Callable[[Plane], Plane]:
@@ -259,7 +163,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     """float32 [height, width, 3] in 0..1: a blend of two muted colors with flat patches on it."""
     colors = PALETTE[rng.integers(len(PALETTE), size=12)]
     muted = 0.55 * colors + 0.45 * colors.mean(axis=1, keepdims=True)
-    melt = _ramp(_noise(rng, height, width, 4), 3.0)[..., None]
+    melt = ramp(_noise(rng, height, width, 4), 3.0)[..., None]
     ground = 255 * (muted[1] + melt * (muted[0] - muted[1]))
     # Drawn at twice the size and halved: the drawing routines do not smooth edges themselves.
     canvas = Image.fromarray(ground.astype(np.uint8)).resize((2 * width, 2 * height), Image.Resampling.BILINEAR)
