@@ -1,1 +1,1 @@
-"""Demo, benchmarks, evidence, fuzzing, the check of a GPU, and cluster recipes. Imports anything; nothing imports it."""
+"""Demo, benchmarks, evidence, fuzzing, check of a GPU, cluster recipes. Imports anything; nothing imports it."""

@@ -48,18 +48,17 @@ TABLES = {
         FAMILIES,
         on_cifar("ways", *WAYS),
         on_mosaics("mosaics", *WAYS),
-        on_mosaics(
+        on_cifar(
             "crops",
             Choice("swapped", "axes of the labels' crops swapped", swapped=True),
             Choice("right", "labels cropped as the images are"),
         ),
-        on_mosaics(
+        on_cifar(
             "grids",
             Choice("1", "1×1 cell", labels=WHOLE),
             Choice("2", "2×2 cells", labels=Labels("cells-2", teacher="cells_2")),
-            Choice("4", "4×4 cells", labels=Labels("cells-4", teacher="cells_4")),
-            Choice("8", "8×8 cells, the teacher's map of 256 pixels", labels=MAPS),
-            Choice("12", "12×12 cells, the teacher's map of 384 pixels", labels=Labels("cells-12", side=384)),
+            Choice("3", "3×3 cells, the teacher's map of 96 pixels", labels=MAPS),
+            Choice("6", "6×6 cells, the teacher's map of 192 pixels", labels=Labels("cells-6", side=192)),
         ),
         on_cifar(
             "teachers",

@@ -25,11 +25,6 @@ def cells_2() -> nn.Module:
     return averaged(2)
 
 
-def cells_4() -> nn.Module:
-    """A map of 4×4 cells."""
-    return averaged(4)
-
-
 def top_five() -> nn.Module:
     """Of each cell the five largest logits, and 0 for all others, which is how the reference reads its files."""
     net = timm.create_model(NETWORK, num_classes=CLASSES)
