@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("labeler")
 
+SELDOM = 0.5  # share of images that are labeled with their folder's class
 ENOUGH = 20  # images of known class that are needed to compare agreement with chance
 
 
@@ -119,7 +120,7 @@ def label_images(images: str | Path, store: str | Path, config: LabelerConfig) -
     summary = replace(_summary(path, finish_store(path), labeled, seconds, source.other), head=head)
     plan = load_plan(path)
     assert plan is not None
-    _warn_of_chance(summary, plan)
+    _warn_of_disagreement(summary, plan)
     return summary
 
 
@@ -202,8 +203,8 @@ def _warn_of_other_folders(images: ImageSource, plan: Plan) -> None:
         )  # fmt: skip
 
 
-def _warn_of_chance(summary: LabelSummary, plan: Plan) -> None:
-    """Warns if the labels agree with the folders' classes no more often than chance, up to three deviations."""
+def _warn_of_disagreement(summary: LabelSummary, plan: Plan) -> None:
+    """Warns if the labels agree with the folders' classes seldom, or no more often than chance, up to 3 deviations."""
     known, chance = summary.known, 1 / plan.meta.num_classes
     if summary.agreement is None or known < ENOUGH:
         return
@@ -212,6 +213,12 @@ def _warn_of_chance(summary: LabelSummary, plan: Plan) -> None:
             "only %.1f %% of %d images are labeled with their folder's class, no better than chance among %d classes: "
             "does the teacher have these classes, in this order? --class-names FILE gives the teacher's order.",
             100 * summary.agreement, known, plan.meta.num_classes,
+        )  # fmt: skip
+    elif summary.agreement < SELDOM:
+        log.warning(
+            "only %.1f %% of %d images are labeled with their folder's class: a network learns these answers, with its "
+            "class head too, and may end below one that learns the folders alone. Compare with data.store=none.",
+            100 * summary.agreement, known,
         )  # fmt: skip
 
 
