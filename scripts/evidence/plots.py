@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from labeler.base.whole_files import replace_file
@@ -61,9 +62,10 @@ def _panel(plot: Any, table: Table, rows: list[Comparison]) -> None:
     places = range(len(rows), 0, -1)
     plot.errorbar(means, places, xerr=errors, fmt="o", ms=4, capsize=2)
     plot.axvline(0, color="black", lw=0.8)
-    plot.set_yticks(places, [titles[row.row].replace("`", "") for row in rows], fontsize=7)
+    plot.set_yticks(places, [fill(titles[row.row].replace("`", ""), 32) for row in rows], fontsize=7)
     plot.set_ylim(0.4, len(rows) + 0.6)
     against = table.arms[0].title if len(table.arms) == 2 else titles[table.rows[0].name]
-    plot.set_title(f"{table.name}: points more than “{against}”", fontsize=8)
+    plot.set_title(fill(f"{table.name}: points more than “{against}”", 48), fontsize=8)
+    plot.locator_params(axis="x", nbins=6)
     plot.tick_params(axis="x", labelsize=7)
     plot.grid(axis="x", alpha=0.3)

@@ -1,6 +1,8 @@
 """The fault of published code, to measure it: label maps are cropped with swapped axes.
 
 Where the image shows its part (top, left, bottom, right), the labels are those of the part (left, top, right, bottom).
+
+    python -m scripts.evidence.swapped fit RECIPE …        # as `python -m train`, with this fault
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import train.__main__
 from pipeline.geometry import Views
 from pipeline.targets import row_reader
 from pipeline.targets.token_targets import TokenTargets
@@ -26,3 +29,8 @@ def swapped_crops() -> Iterator[None]:
 
     with mock.patch.object(row_reader, "crop_stored_rows", swapped):
         yield
+
+
+if __name__ == "__main__":
+    with swapped_crops():
+        raise SystemExit(train.__main__.main())
