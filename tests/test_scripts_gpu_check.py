@@ -85,4 +85,4 @@ def test_wrong_usage_is_one_line(wrong, capsys):
     with pytest.raises(SystemExit) as ended:
         gpu_check.main(wrong)
     assert ended.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("scripts.gpu_check.__main__: error: ")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("scripts.gpu_check: error: ")
