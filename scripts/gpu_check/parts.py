@@ -149,12 +149,12 @@ def step(say: Says, device: str, quick: bool) -> None:
     from train.task import TokenLabelTask, TrainingStep
 
     B, side = (4, 32) if quick else (16, 224)
-    name = "demansia_nano" if quick else "demansia_tiny"
+    name, changes = ("demansia_nano", {"depth": 2}) if quick else ("demansia_tiny", {})
     data = synthetic_batch(B, side, device="cpu")
 
     def steps(place: str, optimizer: str, precision: torch.dtype = torch.float32) -> TrainingStep:
         torch.manual_seed(0)
-        net = timm.create_model(name, img_size=side, patch_size=16, num_classes=1000).train()
+        net = timm.create_model(name, img_size=side, patch_size=16, num_classes=1000, **changes).train()
         task = TokenLabelTask(net, TokenLabelLoss(in_place=place == "cuda"), torch.device(place))
         task.setup_ema(0.99)
         built = build_optimizer(net, OptimizerConfig(name=optimizer, lr=1e-3))
