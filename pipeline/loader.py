@@ -212,7 +212,7 @@ class TokenLabelLoader:
         """Moves the loader to a saved position.
 
         Args:
-            state: What `state_dict()` returned. A setting that it lacks had its default: the version had no such one.
+            state: What `state_dict()` returned. A setting that it lacks is newer than it, and counts as its default.
 
         Raises:
             InputError: It is not the state of a loader, or has an impossible position.

@@ -30,8 +30,7 @@ def top_five() -> nn.Module:
     net = timm.create_model(NETWORK, num_classes=CLASSES)
 
     def score_maps(images: torch.Tensor) -> torch.Tensor:
-        features = net.forward_features(images)
-        logits: torch.Tensor = net.classifier(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        logits = classified(net, net.forward_features(images))
         largest = logits.topk(5, dim=1)
         return torch.zeros_like(logits).scatter(1, largest.indices, largest.values)
 
@@ -44,9 +43,13 @@ def averaged(cells: int) -> nn.Module:
     net = timm.create_model(NETWORK, num_classes=CLASSES)
 
     def score_maps(images: torch.Tensor) -> torch.Tensor:
-        features = F.adaptive_avg_pool2d(net.forward_features(images), cells)
-        logits: torch.Tensor = net.classifier(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return logits
+        return classified(net, F.adaptive_avg_pool2d(net.forward_features(images), cells))
 
     net.score_maps = score_maps
     return net
+
+
+def classified(net: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    """The logits [B, C, H, W] of features at each place."""
+    logits: torch.Tensor = net.classifier(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return logits

@@ -1,6 +1,6 @@
 """The loader's speed from tar shards and parquet files against a folder of the same images.
 
-    python -m scripts.benchmark.inputs.containers --images IMAGES --store labels
+    python -m scripts.benchmark.studies.containers --images IMAGES --store labels
 
 Writes the images as two tar shards and as one parquet file into a temporary folder. Each loader warms up for one epoch;
 then they take turns, an epoch each, in one process.
@@ -75,7 +75,7 @@ def measure(images: Path, store: str, side: int, batch: int, epochs: int) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("scripts.benchmark.inputs.containers", description=str(__doc__).splitlines()[0])
+    parser = argparse.ArgumentParser("scripts.benchmark.studies.containers", description=str(__doc__).splitlines()[0])
     parser.add_argument("--images", type=Path, required=True, help="folder of images")
     parser.add_argument("--store", required=True, help="their label store")
     parser.add_argument("--side", type=int, default=224, help="side of the crops in pixels (%(default)s)")
