@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 from pathlib import Path
 
@@ -47,10 +48,12 @@ ROOMS = {"h5py": {"labeler/store/hdf5"}, "numba": {"model/ops/fused_cpu", "pipel
 MOST_FILES = 14
 
 
+@functools.cache
 def files() -> list[Path]:
     return [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Dotted names of all our modules."""
     named = {}
@@ -60,6 +63,7 @@ def modules() -> dict[str, Path]:
     return named
 
 
+@functools.cache
 def imports(path: Path, everywhere: bool = True) -> set[str]:
     """Dotted names of all modules that a file imports; without `everywhere` only when it is itself imported."""
     known, found = modules(), set()

@@ -7,14 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
+from labeler.store.label_store import LabelStore
 from labeler.store.score_code import ScoreCode
 from pipeline.geometry import Views, identity
 from pipeline.targets import row_reader
 from scripts.evidence import teachers
 from scripts.evidence.mosaics import LARGER, PARTS, SHORTEST, SIDE, cut, draw, draw_all
 from scripts.evidence.swapped import swapped_crops
+from scripts.evidence.true_maps import FLOOR, true_map, true_store
 
-CLASSES = ("cat", "dog", "ship")
+CLASSES = ("bird", "cat", "dog", "ship", "truck")
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def images(tmp_path):
             folder = tmp_path / "images" / split / name
             folder.mkdir(parents=True)
             for index in range(2):
-                Image.new("RGB", (32, 32), (100 * number, 0, 0)).save(folder / f"{index}.png")
+                Image.new("RGB", (32, 32), (50 * number, 0, 0)).save(folder / f"{index}.png")
     return tmp_path / "images"
 
 
@@ -55,9 +57,9 @@ def test_the_truth_is_the_class_of_each_pixel_and_the_label_is_that_of_the_large
 
 
 def test_pictures_are_drawn_whole_or_not_at_all_and_the_same_each_time(images, tmp_path):
-    first, second = (draw_all(images, tmp_path / name, {"train": 6, "test": 3}) for name in ("a", "b"))
+    first, second = (draw_all(images, tmp_path / name, {"train": 10, "test": 5}) for name in ("a", "b"))
     names = sorted(str(path.relative_to(first)) for path in first.rglob("*.png"))
-    assert len(names) == 2 * 9
+    assert len(names) == 2 * 15
     assert sum(name.startswith("train/cat/") for name in names) == 2
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
     assert not list(tmp_path.glob("*.tmp"))
@@ -98,3 +100,31 @@ def test_a_teacher_of_five_classes_has_zero_for_all_others():
     assert (kept.sum(1) == 5).all()
     torch.testing.assert_close(found[kept], expected[kept])
     assert (expected.masked_fill(kept, -torch.inf).amax(1) <= expected.masked_fill(~kept, torch.inf).amin(1)).all()
+
+
+def test_a_true_map_gives_each_class_its_share_of_the_cell():
+    classes = np.zeros((8, 8), np.uint8)
+    classes[:4, 4:6] = 3  # half of the upper right cell
+    classes[4:, :4] = 7
+    logits, ids = true_map(classes, 2).float()
+    shares = torch.zeros(10, 2, 2).scatter(0, ids.long(), logits).exp()
+    shares = shares / shares.sum(0)
+    for (y, x), expected in {(0, 0): {0: 1.0}, (0, 1): {0: 0.5, 3: 0.5}, (1, 0): {7: 1.0}, (1, 1): {0: 1.0}}.items():
+        for id in range(10):
+            share = (expected.get(id, 0.0) + FLOOR) / (1 + 10 * FLOOR)
+            assert shares[id, y, x] == pytest.approx(share, abs=2e-3)
+
+
+def test_true_maps_come_into_a_store_that_says_what_each_picture_shows(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.evidence.true_maps.CLASSES", CLASSES)
+    drawn = draw_all(images, tmp_path / "mosaics", {"train": 6, "test": 3})
+    made = true_store(drawn / "train", drawn / "truth" / "train", tmp_path / "stores" / "true", cells=4)
+    assert made["teacher"] is None
+    assert 0 < made["agreement"] <= 1
+    assert made["bytes"] > 0
+    store = LabelStore(tmp_path / "stores" / "true")
+    maps = store.read(range(len(store))).dense()
+    for key, probabilities in zip(store.keys, maps, strict=True):
+        truth = np.asarray(Image.open(drawn / "truth" / "train" / key))
+        shares = np.stack([(truth == id).reshape(4, 16, 4, 16).mean((1, 3)) for id in range(5)])
+        assert np.abs(probabilities - (shares + FLOOR) / (1 + 5 * FLOOR)).max() < 2e-3

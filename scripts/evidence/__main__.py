@@ -67,7 +67,8 @@ def collect(table: Table, options: argparse.Namespace, arms: Sequence[str], resu
     if options.data is None:
         raise InputError("nothing to train on", got="no --data", expected="the archive of CIFAR-10")
     labeled = stores_needed(table, arms)
-    if labeled and (options.teacher_weights is None) == (options.teacher is None):
+    taught = labeled and any(labels.true_cells is None for labels in table.stores())
+    if taught and (options.teacher_weights is None) == (options.teacher is None):
         got = "neither" if options.teacher is None else "both"
         raise InputError("one teacher makes the labels", got=got, expected="--teacher-weights or --teacher")
     options.out.mkdir(parents=True, exist_ok=True)

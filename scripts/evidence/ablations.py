@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from scripts.evidence.tables import FAMILIES, IMAGE_LABEL, MAPS, TOKEN_LABELS, Choice, Labels, Table
 
 WHOLE = Labels("whole", teacher="whole")
+TRUE = {cells: Labels(f"true-{cells}", true_cells=cells) for cells in (1, 2, 4, 8, 16)}
+
+EVERY_TOKEN = Choice("every-token", "image label on every token", ("data.token_labels=false",))
 
 # The last row of each table is what `fit` does with a store, without any choice.
 WAYS = (
     IMAGE_LABEL,
-    Choice("every-token", "image label on every token", ("data.token_labels=false",)),
+    EVERY_TOKEN,
     Choice("pooled", "teacher's pooled answer for the crop, class token only", ("loss.dense_weight=0",)),
     Choice("placeless", "teacher's answer for the picture on every token", labels=WHOLE),
     TOKEN_LABELS,
@@ -48,6 +53,15 @@ TABLES = {
         FAMILIES,
         on_cifar("ways", *WAYS),
         on_mosaics("mosaics", *WAYS),
+        on_mosaics(
+            "truth",
+            replace(IMAGE_LABEL, labels=TRUE[8]),
+            replace(EVERY_TOKEN, labels=TRUE[8]),
+            Choice("pooled", "true shares of the crop, class token only", ("loss.dense_weight=0",), TRUE[8]),
+            Choice("placeless", "true shares of the picture on every token", labels=TRUE[1]),
+            Choice("swapped", "true maps of 8×8 cells, cropped with swapped axes", labels=TRUE[8], swapped=True),
+            *(Choice(f"{cells}", f"true maps of {cells}×{cells} cells", labels=TRUE[cells]) for cells in (2, 4, 8, 16)),
+        ),
         on_cifar(
             "crops",
             Choice("swapped", "axes of the labels' crops swapped", swapped=True),

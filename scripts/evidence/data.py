@@ -17,6 +17,7 @@ from scripts.cifar10 import command, unpack
 from scripts.evidence.mosaics import draw_all
 from scripts.evidence.tables import Labels, Table
 from scripts.evidence.teachers import NETWORK
+from scripts.evidence.true_maps import true_store
 from train.record.fit_summary import read_summary
 
 PER_CLASS = 800  # images that are labeled and that students see, the first of each class
@@ -105,8 +106,8 @@ def label_all(pictures: Pictures, table: Table, teachers: Teachers, out: Path) -
         out: folder of CIFAR-10 and of the teachers that are trained.
 
     Returns:
-        Of each store by its name: `teacher`, the share of CIFAR-10's test images that its teacher gets right;
-        `agreement`, the share of its maps that name their image's class; and `bytes` a row.
+        Of each store by its name: `teacher`, the share of CIFAR-10's test images that its teacher gets right, if it has
+        one; `agreement`, the share of its maps that name their image's class; and `bytes` a row.
 
     Raises:
         InputError: there is no such teacher.
@@ -116,6 +117,10 @@ def label_all(pictures: Pictures, table: Table, teachers: Teachers, out: Path) -
 
 def label(pictures: Pictures, labels: Labels, teachers: Teachers, out: Path) -> dict[str, Any]:
     """Makes one store, see `label_all`."""
+    store = pictures.stores / labels.name
+    if labels.true_cells is not None:
+        truth = pictures.train.parent / "truth" / "train"
+        return true_store(pictures.train, truth, store, labels.true_cells)
     run = teachers.run
     if labels.steps is not None or run is None:
         if teachers.weights is None:
@@ -123,7 +128,7 @@ def label(pictures: Pictures, labels: Labels, teachers: Teachers, out: Path) -> 
             raise InputError("no teacher to fine-tune", got="--teacher", remedy=remedy)
         run = out / ("teacher" if labels.steps is None else f"teacher-{labels.steps}")
         fine_tune(out / "images", teachers.weights, run, labels.steps or STEPS)
-    what = [str(pictures.train), "--image-list", str(pictures.listed), "--store", str(pictures.stores / labels.name)]
+    what = [str(pictures.train), "--image-list", str(pictures.listed), "--store", str(store)]
     side = str(labels.side or SIDES[pictures.name])
     how = ["--teacher", str(run), "--input-size", side, "--tta", "none", "--threads", "2", *labels.options]
     if labels.teacher:

@@ -95,7 +95,8 @@ def _about(labels: dict[str, Any] | None, unlabeled: bool) -> list[str]:
     if labels is None or unlabeled:
         return ["", "", ""]
     agreement = "" if labels["agreement"] is None else _percent(labels["agreement"])
-    return [_percent(labels["teacher"]), agreement, f"{labels['bytes']:.0f}"]
+    teacher = "" if labels["teacher"] is None else _percent(labels["teacher"])
+    return [teacher, agreement, f"{labels['bytes']:.0f}"]
 
 
 def _gain(row: Comparison, deviation: float) -> str:

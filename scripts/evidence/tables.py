@@ -15,6 +15,7 @@ class Labels:
         side: pixels that the teacher sees; None: as the table's pictures need.
         options: further options of `label`.
         steps: of the teacher's fine-tuning; None: the usual number.
+        true_cells: cells of a side of mosaics' true maps; None: a teacher makes the maps.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Labels:
     side: int | None = None
     options: tuple[str, ...] = ()
     steps: int | None = None
+    true_cells: int | None = None
 
 
 MAPS = Labels("maps")
