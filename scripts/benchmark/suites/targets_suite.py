@@ -122,7 +122,7 @@ def memory(side: str, palette: int, device: str, cores: int) -> float:
 def run(options: Options) -> Result:
     torch.set_num_threads(options.cores)
     cases = []
-    for palette in PALETTES:
+    for palette in PALETTES[:1] if options.quick else PALETTES:
         print(f"targets: palette of {palette} …", file=sys.stderr)
         with freed_memory_kept(options.device == "cpu"):
             cases.append(_time(options, palette))
