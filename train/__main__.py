@@ -27,23 +27,14 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from labeler.base.command_line import OneLineParser, add_command, at_least, parser_of_command, program, run_command
+from labeler.base.command_line import parser_of_command, run_command
 from labeler.base.errors import InputError
-from labeler.remote.urls import path_or_url
+from train.arguments import PICTURES, command_parser
 from train.ranks.rank_errors import first_rank_first
 
-PICTURES_HELP = "folder for the pictures of --map, or for the masks of a segmentation run (predictions)"
-PICTURES, EXPLAINED = Path("predictions"), Path("explained")
 LEFT_OUT = 3
-EMA = "use the averaged weights, or not (default: the better ones, if the checkpoint records both accuracies)"
-PREDICT = "classify images, and with --map their tokens; unreadable images are reported, and the exit status is 3"
-EXPLAIN = "show what a network does inside with images: gates, step sizes, reach and token classes of each layer"
-EXPORT = "write a network as one file for ONNX, torch.export or ExecuTorch, and compare it with the run on images"
-CSV = "also write a table with timm's columns: filename, and index, label, prob (_0, _1 … if N > 1)"
-BACKENDS = ("auto", "dali", "cpu", "pil")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,12 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The parser of one command, for completion and documentation."""
-    return parser_of_command(_parser(), command)
+    return parser_of_command(command_parser(RUNS), command)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the arguments; argparse alone does not accept overrides after a flag."""
-    parser = _parser()
+    parser = command_parser(RUNS)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "fit":
         options.overrides += [text for text in rest if not text.startswith("-")]
@@ -277,120 +268,15 @@ def _recipes(options: argparse.Namespace) -> int:
     return 0
 
 
-def _all_settings() -> str:
-    from train.recipes.listing import listing
-
-    return f"settings (the section may be omitted if only one has the key; key=none unsets)\n\n{listing()}"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog=program("train"), description="Training with token labels.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    fit = add_command(commands, "fit", _fit, "train a model by a recipe; under torchrun with several ranks")
-    fit.add_argument("recipe", help="a .toml file, or a name from `python -m train recipes`")
-    fit.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="section.key=value",
-        help="settings that replace the recipe's; all of them are listed below",
-    )
-    fit.add_argument("--resume", metavar="auto|PATH", help="continue from the run's newest checkpoint, or from PATH")
-    fit.add_argument(
-        "--ranks", type=at_least(1), metavar="N", help="start N processes on this machine, one for each GPU"
-    )
-    plain_help = fit.format_help
-    fit.format_help = lambda: f"{plain_help()}\n{_all_settings()}"  # type: ignore[method-assign]
-    validate = add_command(commands, "validate", _validate, "measure top-1 and top-5 accuracy on images")
-    validate.add_argument("checkpoint", type=Path, help="a run's folder, one of its checkpoints, or a published file")
-    validate.add_argument(
-        "--images", type=path_or_url, required=True, help="images in class folders, or with labels; any with --real"
-    )
-    validate.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
-    validate.add_argument(
-        "--real", type=Path, metavar="real.json", help="use ImageNet-ReaL labels instead of the class folders"
-    )
-    validate.add_argument("--batch-size", type=int, default=64, help="images at a time, per rank (%(default)s)")
-    validate.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="library that decodes and resizes; pil: as timm does, bit for bit",
-    )
-    validate.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    validate.add_argument("--per-class", action="store_true", help="also print each class's accuracy, the worst first")
-    validate.add_argument(
-        "--confusions", type=at_least(1), default=0, metavar="N", help="also print the N most frequent confusions"
-    )
-    validate.add_argument(
-        "--masks",
-        type=Path,
-        metavar="DIR",
-        help="masks of the images: mean IoU and pixel accuracy of a segmentation run",
-    )
-    text = "write the results to a file; .json: everything; .csv: one line per class"
-    validate.add_argument("--out", type=Path, metavar="FILE", help=text)
-    text = "write the confusion matrix: one line per true class, one column per prediction"
-    validate.add_argument("--matrix", type=Path, metavar="FILE.csv", help=text)
-    predict = add_command(commands, "predict", _predict, PREDICT, "print one JSON object per line, for each image")
-    predict.add_argument("checkpoint", type=Path, help="as for validate")
-    predict.add_argument(
-        "images",
-        nargs="+",
-        metavar="PATH",
-        help="an image, a folder, a list, .tar or .parquet files, or - for paths on standard input, one per line",
-    )
-    predict.add_argument("--top", type=int, default=5, metavar="N", help="classes to print per image (%(default)s)")
-    predict.add_argument("--csv", type=Path, metavar="FILE", help=CSV)
-    predict.add_argument(
-        "--batch-size", type=at_least(1), default=32, metavar="B", help="images at a time (%(default)s)"
-    )
-    predict.add_argument("--map", action="store_true", help="draw the auxiliary head's class of each token")
-    predict.add_argument("--out", type=Path, metavar="DIR", help=PICTURES_HELP)
-    predict.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
-    predict.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    text = "print one JSON object per line, for each image, with the numbers of each layer"
-    explain = add_command(commands, "explain", _explain, EXPLAIN, text)
-    explain.add_argument("checkpoint", type=Path, help="as for validate; a DeMansia, Vim, MILA or MambaVision network")
-    explain.add_argument("images", nargs="+", metavar="PATH", help="as for predict")
-    text = f"folder for a page per image, with its pictures beside it; for one image also a name.html ({EXPLAINED})"
-    explain.add_argument("--out", type=Path, default=EXPLAINED, metavar="DIR", help=text)
-    explain.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
-    explain.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    export = add_command(commands, "export", _export, EXPORT)
-    export.add_argument("checkpoint", type=Path, help="as for validate")
-    export.add_argument(
-        "--images", nargs="+", required=True, metavar="PATH", help="real images to compare on, as for predict"
-    )
-    export.add_argument(
-        "--format", choices=("onnx", "torch-export", "executorch"), default="onnx", help="(%(default)s)"
-    )
-    text = "weights in int8, ONNX only; ranges of activations measured at each run, or on images before"
-    export.add_argument("--int8", choices=("dynamic", "static"), help=text)
-    export.add_argument("--out", type=Path, metavar="FILE", help="default: named after the run, in the working folder")
-    text = "how many of the images to compare on, and how many others to measure ranges on (%(default)s)"
-    export.add_argument("--count", type=at_least(1), default=64, metavar="N", help=text)
-    export.add_argument("--ema", action=argparse.BooleanOptionalAction, help=EMA)
-    for command in (validate, predict, explain, export):
-        command.add_argument(
-            "--img-size", type=at_least(1), metavar="N", help="side of the input in pixels (default: as in training)"
-        )
-        command.add_argument(
-            "--crop-pct",
-            type=float,
-            metavar="SHARE",
-            help="the crop's share of the image's shorter side (default: as in training)",
-        )
-    text = "show which parts of this machine can be used, and why others cannot"
-    doctor = commands.add_parser("doctor", help=text, description=text)
-    doctor.set_defaults(run=_doctor)
-    doctor.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    text = "list the packaged recipes, or all settings of one with their defaults and meanings"
-    recipes = commands.add_parser("recipes", help=text, description=text)
-    recipes.set_defaults(run=_recipes)
-    recipes.add_argument("recipe", nargs="?", metavar="RECIPE", help="name of a packaged recipe, or a .toml file")
-    recipes.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    return parser
+RUNS = {
+    "fit": _fit,
+    "validate": _validate,
+    "predict": _predict,
+    "explain": _explain,
+    "export": _export,
+    "doctor": _doctor,
+    "recipes": _recipes,
+}
 
 
 if __name__ == "__main__":

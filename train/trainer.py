@@ -32,10 +32,10 @@ from train.record.checkpoint_folders import checkpoints
 from train.record.fit_summary import FitSummary, read_summary
 from train.record.metrics import import_tracker
 from train.record.run_folder import RunRecord, locked, starting_point
+from train.record.speed import Speed
 from train.record.timm_folder import leave_for_timm
 from train.run_parts import RunParts
 from train.segmentation.evaluate import MaskedImages, evaluate_segmentation
-from train.speed import Speed
 from train.step.step_result import StepResult
 
 log = logging.getLogger("train")
