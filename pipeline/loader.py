@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from labeler.base.errors import InputError, MismatchError
+from labeler.base.errors import InputError
 from labeler.base.one_thread import one_thread
 from labeler.base.runtime import on_device, pick_device, rank_threads
-from labeler.base.settings import names_that_affect, settings_of
+from labeler.base.settings import names_that_affect
 from labeler.base.version import __version__
-from labeler.sources.decoding.create_decoder import automatic_decoder
-from labeler.store.plan import plain
 from pipeline.augment.draws import DRAWS_VERSION, Draws, draw_batch
 from pipeline.augment.erasing import erase
 from pipeline.augment.mix import mix_pixels
 from pipeline.augment.policy import Policy, create_policies
-from pipeline.backends.backend import LoaderBackend, Prepared
+from pipeline.backends.backend import Prepared
+from pipeline.backends.choose_backend import choose_backend
 from pipeline.batch import Batch
 from pipeline.config import LoaderConfig
+from pipeline.loader_state import refuse_other_settings
 from pipeline.order import EpochOrder
 from pipeline.prefetcher import Prefetcher
 from pipeline.samples import open_samples, scan_sizes
@@ -91,7 +91,7 @@ class TokenLabelLoader:
         if policies is None:
             policies = create_policies(config.auto_augment, config.color_jitter) if config.train else ()
         self.policies = policies
-        backend = _backend(config, self.device)
+        backend = choose_backend(config, self.device)
         self.samples = open_samples(config)
         classes, store = self.samples.classes, self.samples.store
         self.num_classes, self.class_names = classes.count, classes.names
@@ -222,18 +222,7 @@ class TokenLabelLoader:
             epoch, batch, settings = int(state["epoch"]), int(state["batch"]), dict(state["settings"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError("this is not the state of a loader", got=f"{type(error).__name__}: {error}") from None
-        ours = self._settings()
-        settings = {one.name: one.default for one in settings_of(LoaderConfig) if one.name in ours} | settings
-        different = [name for name in {**ours, **settings} if plain(ours.get(name)) != plain(settings.get(name))]
-        if _images_per_step(ours) == _images_per_step(settings):  # of all ranks: the order is the same
-            different = [name for name in different if name not in ("batch_size", "world_size")]
-        if different:
-            raise MismatchError(
-                "the saved state belongs to another loader",
-                got=_settings_text(settings, different, state.get("images")),
-                expected=_settings_text(ours, different, len(self.samples)),
-                remedy="Resume with the images, labels and settings that it was saved with.",
-            )
+        refuse_other_settings(self._settings(), settings, len(self.samples), state.get("images"))
         if not (epoch >= 0 and 0 <= batch <= len(self)):
             raise InputError(
                 "the saved state has an impossible position",
@@ -334,43 +323,3 @@ class TokenLabelLoader:
             return label_targets(labels, self.config.grid[0] * self.config.grid[1])
         with one_thread() if self.device.type == "cpu" else nullcontext():  # beside those that decode images
             return self.backend.targets(self.row_reader, prepared.stored, prepared.draws)
-
-
-def _backend(config: LoaderConfig, device: torch.device) -> type[LoaderBackend]:
-    """Returns the class of the configured backend, or of the one for the device."""
-    name = automatic_decoder(device.type) if config.backend == "auto" else config.backend
-    if name == "pil":
-        from pipeline.backends.pil_backend import PilBackend
-
-        return PilBackend
-    if name == "cpu":
-        from pipeline.backends.cpu_backend import CpuBackend
-
-        return CpuBackend
-    try:
-        from pipeline.backends.dali_backend import DaliBackend
-    except ImportError as error:
-        raise InputError(
-            "DALI cannot be imported", got=str(error), remedy='Install it, or use backend="cpu".'
-        ) from None
-    return DaliBackend
-
-
-def _images_per_step(settings: Mapping[str, Any]) -> Any:
-    """Returns the images of all ranks in one step; None if the settings are damaged."""
-    of_rank, ranks = settings.get("batch_size"), settings.get("world_size")
-    return of_rank * ranks if isinstance(of_rank, int) and isinstance(ranks, int) else None
-
-
-def _settings_text(settings: Mapping[str, Any], names: Sequence[str], images: int | None) -> str:
-    """Describes settings by name; `images`: adds the number of images to their fingerprint."""
-    parts = [f"{name} {_short(settings.get(name))}" for name in names]
-    if "fingerprint" in names and images is not None:
-        parts[names.index("fingerprint")] += f" of {images:,} images"
-    return ", ".join(parts)
-
-
-def _short(value: Any) -> str:
-    """Returns a value as text, cut to a few characters."""
-    text = str(value)
-    return text if len(text) <= 24 else text[:12] + "…"

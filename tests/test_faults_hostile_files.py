@@ -30,7 +30,7 @@ from labeler.base.errors import ModelError
 from labeler.base.plain_tensors import load_plain
 from labeler.base.whole_files import sealed
 from labeler.checks.verify import verify_store
-from labeler.importers import read_map
+from labeler.published_maps import read_map
 from labeler.sources.image_source import BadImage
 from labeler.store.hdf5.read_shard import ShardReader
 from labeler.teacher.weights import read_checkpoint

@@ -11,7 +11,7 @@ from tiny import encoded, make_images, picture
 
 from labeler import InputError, LabelStore, MismatchError, import_token_label_files
 from labeler.checks.verify import verify_store
-from labeler.importers import read_map
+from labeler.published_maps import read_map
 from labeler.sources.image_source import BadImage
 
 CLASSES, GRID = 50, 6
