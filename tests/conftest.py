@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Threads of torch that wait for each other on busy cores give these up soon: two workers of tests share a machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
