@@ -44,6 +44,7 @@ def with_settings(name: str, title: str, *overrides: str) -> Choice:
     return Choice(name, title, overrides)
 
 
+SMALL_CROPS = "augment.scale=[0.08, 1.0]"
 FULL = ("--precision", "float16", "--palette", "10")
 PARTS, FROZEN = "run.micro_batch=4", "model.freeze_statistics=true"
 AS_IS = Choice("default", "as it is")
@@ -66,6 +67,12 @@ TABLES = {
             "crops",
             Choice("swapped", "axes of the labels' crops swapped", swapped=True),
             Choice("right", "labels cropped as the images are"),
+        ),
+        on_mosaics(
+            "small-crops",
+            replace(EVERY_TOKEN, overrides=(*EVERY_TOKEN.overrides, SMALL_CROPS), labels=TRUE[8]),
+            Choice("swapped", "true maps, cropped with swapped axes", (SMALL_CROPS,), TRUE[8], swapped=True),
+            Choice("right", "true maps, cropped as the images are", (SMALL_CROPS,), TRUE[8]),
         ),
         on_cifar(
             "grids",
