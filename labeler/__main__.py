@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from labeler.arguments import command_parser
+from labeler.arguments import parser_for
 from labeler.base.command_line import parser_of_command, run_command
 from labeler.base.settings import settings_of
 from labeler.base.signals import STOP_SIGNALS, STOPPED
@@ -40,7 +40,7 @@ class Stopped(BaseException):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    options = command_parser(RUNS).parse_args(arguments)
+    options = command_parser().parse_args(arguments)
     for number in STOP_SIGNALS:
         signal.signal(number, _stop)
     try:
@@ -50,9 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return STOPPED
 
 
+def command_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands."""
+    return parser_for(RUNS)
+
+
 def parser_of(command: str) -> argparse.ArgumentParser:
     """Returns the parser of one command, for completion and documentation."""
-    return parser_of_command(command_parser(RUNS), command)
+    return parser_of_command(command_parser(), command)
 
 
 def _stop(number: int, frame: object) -> NoReturn:

@@ -17,7 +17,7 @@ Run = Callable[[argparse.Namespace], int]
 PLACES = "hf://datasets/USER/NAME, s3://BUCKET/PATH, any URL that fsspec knows, or a folder"
 
 
-def command_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
+def parser_for(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     """Returns the parser of all commands.
 
     Args:

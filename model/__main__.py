@@ -16,12 +16,12 @@ from labeler.base.command_line import OneLineParser, parser_of_command, program,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    return run_command(_parser().parse_args(arguments), extra="train")
+    return run_command(command_parser().parse_args(arguments), extra="train")
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The parser of one command, for completion and documentation."""
-    return parser_of_command(_parser(), command)
+    return parser_of_command(command_parser(), command)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -39,7 +39,8 @@ def _summary(options: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = OneLineParser(prog=program("model"), description="Backbones with a class and a token head.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     summary = commands.add_parser("summary", help="show parameters, multiply-adds by part and activation memory")

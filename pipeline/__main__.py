@@ -37,12 +37,12 @@ from pipeline.config import BACKENDS, MIXES, LoaderConfig
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    return run_command(_parser().parse_args(arguments), extra="train")
+    return run_command(command_parser().parse_args(arguments), extra="train")
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     """Returns the parser of one command, for completion and documentation."""
-    return parser_of_command(_parser(), command)
+    return parser_of_command(command_parser(), command)
 
 
 def _view(options: argparse.Namespace) -> int:
@@ -93,7 +93,8 @@ def _config(options: argparse.Namespace) -> LoaderConfig:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands."""
     parser = OneLineParser(prog=program("pipeline"), description="Training batches of images with token labels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     text = "draw one training batch as a picture, to check that images and token labels agree"

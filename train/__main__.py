@@ -31,7 +31,7 @@ from typing import Any
 
 from labeler.base.command_line import parser_of_command, run_command
 from labeler.base.errors import InputError
-from train.arguments import PICTURES, command_parser
+from train.arguments import PICTURES, parser_for
 from train.ranks.rank_errors import first_rank_first
 
 LEFT_OUT = 3
@@ -46,14 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(options, extra="train")
 
 
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    return parser_for(RUNS)
+
+
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The parser of one command, for completion and documentation."""
-    return parser_of_command(command_parser(RUNS), command)
+    return parser_of_command(command_parser(), command)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the arguments; argparse alone does not accept overrides after a flag."""
-    parser = command_parser(RUNS)
+    parser = command_parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command == "fit":
         options.overrides += [text for text in rest if not text.startswith("-")]

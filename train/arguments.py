@@ -21,7 +21,7 @@ CSV = "also write a table with timm's columns: filename, and index, label, prob 
 BACKENDS = ("auto", "dali", "cpu", "pil")
 
 
-def command_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
+def parser_for(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     """The parser of all commands.
 
     Args:

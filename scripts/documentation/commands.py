@@ -15,7 +15,7 @@ PLACES = {name: (package, own) for group in COMMANDS.values() for name, (package
 
 def parser_of(package: str) -> argparse.ArgumentParser:
     """The parser of `python -m package`."""
-    return importlib.import_module(f"{package}.__main__")._parser()
+    return importlib.import_module(f"{package}.__main__").command_parser()
 
 
 def help_of_all() -> Iterator[tuple[str, str]]:
