@@ -1,4 +1,7 @@
-"""Families of models: how published weights of each are recognized, built and converted. Backbones register theirs."""
+"""Families of models: how published weights of each are recognized, built and converted. Backbones register theirs.
+
+A new family does not go here: its file in `model/backbones/` ends with `register_family`, as `vim.py` does.
+"""
 
 from __future__ import annotations
 

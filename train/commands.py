@@ -1,5 +1,8 @@
 """`token-labeling COMMAND`: the commands of all four packages in one program.
 
+This file only lists them: a command's code is in its package's `__main__.py`, its options there or in `arguments.py`
+beside it.
+
 It does not search the working folder for packages first, so a user's own `model.py` or `train.py` there does no harm.
 """
 

@@ -1,5 +1,7 @@
 """How scores are coded: the meaning of the 256 codes, and the settings of the encoding.
 
+Maps are encoded in `encoder.py` and decoded here; the loader decodes in `pipeline/compiled/crop_kernels.py`.
+
 Legend: N images; P palette size; H×W map grid.
 
 The KL divergence of a small error d in a probability p is about d²/2p, so equal steps in √p spend bits where they

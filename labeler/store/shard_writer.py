@@ -1,4 +1,7 @@
-"""Writes a store: begin it, write its shards in any order and from any process, finish it."""
+"""Writes a store: begin it, write its shards in any order and from any process, finish it.
+
+The bytes of a shard come from `hdf5/build_shard.py`; `publish_shard` of `shard_markers.py` puts them on the disk.
+"""
 
 from __future__ import annotations
 

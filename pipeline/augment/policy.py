@@ -2,6 +2,9 @@
 
 Legend: B images; K operations in a row per image.
 
+A new operation is a line of `OPERATIONS` here, its work on tensors in `kernels.py`, and the same with PIL in
+`pipeline/backends/pil_backend.py`.
+
 All random numbers are drawn here, as arrays on the host, for `pipeline.augment.kernels`. Geometric operations are
 not applied one by one: they are multiplied into one affine map per image, which warps the label map as well.
 

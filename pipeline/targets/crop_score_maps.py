@@ -1,4 +1,6 @@
-"""The label crop in torch's operators: token targets from score maps and crops.
+"""The label crop in torch's operators: on GPUs, for turned views and without Numba.
+
+The loader's fast path on a CPU is `crop_stored_rows`, the plain reference `crop_reference`.
 
 Legend: B images; C classes; P palette size; R tail size; H×W map grid; h×w token grid, T = h·w.
 

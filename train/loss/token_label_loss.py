@@ -16,7 +16,8 @@ vector per image.
 A GPU reads the logits in both passes and keeps logsumexp [B, T] between them; so does a CPU for half-precision logits,
 whose gradient is then rounded once, when its scale is known. For other dtypes a CPU computes the gradient in the
 forward pass, while the logits of a few images are in its cache. Sums are in float32, for float64 logits in float64.
-`train.loss.loss_reference` is the same loss with dense targets; it also documents `ground_truth`.
+The work on each token is in `token_cross_entropy`, on a GPU in `loss_triton`. `loss_reference` is the same loss with
+dense targets; it also documents `ground_truth`.
 """
 
 from __future__ import annotations
