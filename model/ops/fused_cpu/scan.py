@@ -5,7 +5,8 @@ u, delta, y [K, B, L, E]; A [K, E, N]; B, C [K, B, L, N]; D, delta_bias [K, E] o
 saved [K, B, ⌈L/16⌉, N, P].
 
 The kernels are in `scan_kernels.py`. They run in torch's own threads: the team of OpenMP threads that serves its
-operators on this machine is asked to run one C function. Threads of another library would wait for a core while torch's threads spin on it.
+operators on this machine is asked to run one C function. Threads of another library would wait for a core while
+torch's threads spin on it.
 """
 
 from __future__ import annotations
