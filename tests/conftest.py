@@ -29,6 +29,14 @@ SHARED = Path(__file__).parents[2] / "shared"
 TINY = TeacherConfig("tiny:colour_teacher")
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> Iterator[None]:
+    """Torch remembers for which sizes a function was compiled: for another it compiles it for any, which took minutes."""
+    yield
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.reset()
+
+
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     return make_images(tmp_path / "images")
