@@ -31,7 +31,7 @@ TINY = TeacherConfig("tiny:colour_teacher")
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before() -> Iterator[None]:
-    """Torch remembers for which sizes a function was compiled: for another it compiles it for any, which took minutes."""
+    """Torch remembers for which sizes a function was compiled; for another it compiles for any, which took minutes."""
     yield
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         dynamo.reset()
