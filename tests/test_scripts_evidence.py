@@ -206,3 +206,15 @@ def test_pages_have_a_place_for_each_table():
     for name in TABLES:
         assert f"<!-- table: {name} -->" in (docs / "evidence.md").read_text()
     assert "<!-- table: model costs -->" in (docs / "models.md").read_text()
+
+
+def test_a_table_of_true_maps_says_nothing_of_a_teacher():
+    table = TABLES["small-crops"]
+    results = [
+        {"row": row.name, "arm": "token-labels", "seed": 0, "top1": 0.2, "parameters": 5, "cpu_seconds": 36.0}
+        for row in table.rows
+    ]
+    labels = {"true-8": {"teacher": None, "agreement": 0.795, "bytes": 168.0}}
+    text = markdown(table, {"labels": labels, "results": results})
+    assert "teacher" not in text
+    assert "79.5 % of the maps name the image's class." in text

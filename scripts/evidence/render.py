@@ -38,9 +38,10 @@ def markdown(table: Table, found: dict[str, Any]) -> str:
     notes.append(f"{len(found['results'])} runs took {hours:.1f} hours of one core.")
     if len(found["labels"]) == 1:
         (labels,) = found["labels"].values()
-        notes.append(f"The teacher is right on {labels['teacher']:.1%} of CIFAR-10's test images.")
+        if labels["teacher"] is not None:
+            notes.append(f"The teacher is right on {labels['teacher']:.1%} of CIFAR-10's test images.")
         if labels["agreement"] is not None:
-            notes.append(f"{labels['agreement']:.1%} of its maps name the image's class.")
+            notes.append(f"{labels['agreement']:.1%} of the maps name the image's class.")
     return "\n".join(lines) + "\n\n" + "\n".join(notes).replace("%", " %")
 
 
