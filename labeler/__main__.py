@@ -21,8 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from labeler.arguments import parser_for
-from labeler.base.command_line import parser_of_command, run_command
+from labeler.arguments import ADDED
+from labeler.base.command_line import parser_of_command, parser_of_commands, run_command
 from labeler.base.settings import settings_of
 from labeler.base.signals import STOP_SIGNALS, STOPPED
 from labeler.config import LabelerConfig
@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def command_parser() -> argparse.ArgumentParser:
     """Returns the parser of all commands."""
-    return parser_for(RUNS)
+    description = "Dense class labels from a teacher network, in a label store with checksums."
+    return parser_of_commands("labeler", description, ADDED, RUNS)
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from labeler.base.command_line import OneLineParser, add_command, at_least, program
+from labeler.base.command_line import Run, add_command, at_least
 from labeler.base.settings import add_flags
 from labeler.config import LabelerConfig
 from labeler.remote.urls import local_path, path_or_url
 from labeler.teacher.teacher_config import TeacherConfig
 
-Run = Callable[[argparse.Namespace], int]
 PLACES = "hf://datasets/USER/NAME, s3://BUCKET/PATH, any URL that fsspec knows, or a folder"
-
-
-def parser_for(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
-    """Returns the parser of all commands.
-
-    Args:
-        runs: Each command's function: parsed arguments -> exit status.
-    """
-    parser = OneLineParser(
-        prog=program("labeler"),
-        description="Dense class labels from a teacher network, in a label store with checksums.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command, add in ADDED.items():
-        add(commands, runs[command])
-    return parser
 
 
 def _add_label(commands: Any, run: Run) -> None:

@@ -29,9 +29,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from labeler.base.command_line import parser_of_command, run_command
+from labeler.base.command_line import parser_of_command, parser_of_commands, run_command
 from labeler.base.errors import InputError
-from train.arguments import PICTURES, parser_for
+from train.arguments import ADDED, PICTURES
 from train.ranks.rank_errors import first_rank_first
 
 LEFT_OUT = 3
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def command_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    return parser_for(RUNS)
+    return parser_of_commands("train", "Training with token labels.", ADDED, RUNS)
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:

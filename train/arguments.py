@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from labeler.base.command_line import OneLineParser, add_command, at_least, program
+from labeler.base.command_line import Run, add_command, at_least
 from labeler.remote.urls import path_or_url
 
-Run = Callable[[argparse.Namespace], int]
 PICTURES_HELP = "folder for the pictures of --map, or for the masks of a segmentation run (predictions)"
 PICTURES, EXPLAINED = Path("predictions"), Path("explained")
 EMA = "use the averaged weights, or not (default: the better ones, if the checkpoint records both accuracies)"
@@ -19,19 +18,6 @@ EXPLAIN = "show what a network does inside with images: gates, step sizes, reach
 EXPORT = "write a network as one file for ONNX, torch.export or ExecuTorch, and compare it with the run on images"
 CSV = "also write a table with timm's columns: filename, and index, label, prob (_0, _1 … if N > 1)"
 BACKENDS = ("auto", "dali", "cpu", "pil")
-
-
-def parser_for(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
-    """The parser of all commands.
-
-    Args:
-        runs: each command's function: parsed arguments -> exit status.
-    """
-    parser = OneLineParser(prog=program("train"), description="Training with token labels.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command, add in ADDED.items():
-        add(commands, runs[command])
-    return parser
 
 
 def _add_fit(commands: Any, run: Run) -> None:

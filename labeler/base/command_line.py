@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from labeler.base.errors import InputError, TokenLabelError, error_text
 from labeler.base.signals import INTERRUPTED
 
+Run = Callable[[argparse.Namespace], int]
 OURS = ("labeler", "pipeline", "model", "train")
 front_door = ""  # the program name in help texts; empty: `python -m PACKAGE`
 # Import names that a plain install lacks; pyproject.toml has the extras that add them.
@@ -65,6 +66,24 @@ def at_least(lowest: int) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def parser_of_commands(
+    package: str, description: str, added: Mapping[str, Callable[[Any, Run], None]], runs: Mapping[str, Run]
+) -> argparse.ArgumentParser:
+    """Returns the parser of a package with all of its commands.
+
+    Args:
+        package: Its name.
+        description: What its commands are for.
+        added: Each command's function that adds it: (what `add_subparsers()` returned, function that runs it) -> None.
+        runs: Each command's function that runs it: parsed arguments -> exit status.
+    """
+    parser = OneLineParser(prog=program(package), description=description)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command, add in added.items():
+        add(commands, runs[command])
+    return parser
 
 
 def add_command(
