@@ -11,7 +11,7 @@ import pytest
 from labeler.base.errors import InputError
 from scripts import model_costs
 from scripts.evidence import plots
-from scripts.evidence.__main__ import main
+from scripts.evidence.__main__ import main, results_to_keep
 from scripts.evidence.ablations import TABLES
 from scripts.evidence.data import Pictures, stores_needed
 from scripts.evidence.render import END, fill, markdown
@@ -140,6 +140,14 @@ def test_tables_share_the_runs_that_are_the_same(tmp_path):
     assert len(folders) - len(set(folders)) == 2 * 4  # only those, for each seed
 
 
+def test_results_of_other_seeds_rows_and_arms_stay(tmp_path):
+    old = [*results(), result("a row of former times", ARMS[0], 0, 0.5)]
+    kept = results_to_keep(old, FAMILIES, plan(FAMILIES, ARMS[1:], [0], tmp_path, ["vim"]))
+    assert [one for one in results() if one not in kept] == [result("vim", ARMS[1], 0, 0.31)]
+    assert len(kept) == len(results()) - 1
+    assert results_to_keep(old, FAMILIES, plan(FAMILIES, None, [0, 1, 2], tmp_path)) == []
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_is_of_valid_recipes(name, tmp_path):
     table = TABLES[name]
@@ -179,6 +187,7 @@ def test_bad_usage_ends_before_anything_is_trained(tmp_path, capsys):
         ([], "got no --data"),
         (["--data", "x.zip"], "got neither"),
         (["--arms", "none"], "no such arm"),
+        (["--rows", "vim", "wim"], "no such row: got 'wim'"),
         (["--data", str(tmp_path / "x.zip"), "--arms", "image-label"], "cannot be unpacked"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -3,8 +3,8 @@
     python -m scripts.evidence families --data cifar10-24k.zip --teacher-weights lite1.safetensors --seeds 0 1 2
     python -m scripts.evidence families --render           # write the table again, without training
 
-Run again, it keeps what is done and goes on. Runs and labels lie below --out, results in benchmarks/evidence;
-docs/evidence.png shows all tables.
+Run again, it keeps what is done and goes on; results of other seeds, rows and arms stay in the table. Runs and labels
+lie below --out, results in benchmarks/evidence; docs/evidence.png shows all tables.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from scripts.evidence.ablations import TABLES
 from scripts.evidence.data import Teachers, label_all, stores_needed, unpack_pictures
 from scripts.evidence.plots import draw
 from scripts.evidence.render import markdown, write
-from scripts.evidence.runs import plan, train_all
+from scripts.evidence.runs import Run, plan, train_all
 from scripts.evidence.tables import Table
 
 PICTURE = "evidence.png"  # beside the page
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--teacher", type=Path, help="folder of a finished run, to be the teacher in its place")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="folder of the runs (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds (%(default)s)")
+    parser.add_argument("--rows", nargs="+", help="only these rows (default: all)")
     parser.add_argument("--arms", nargs="+", help="only these arms (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, with one thread each (%(default)s)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further run after this time")
@@ -47,13 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=Path("docs/evidence.md"), help="page to write to (%(default)s)")
     options = parser.parse_args(arguments)
     table = TABLES[options.table]
-    arms = [arm.name for arm in table.arms]
-    if unknown := set(options.arms or []) - set(arms):
-        parser.error(f"no such arm: got {min(unknown)!r}, expected any of {', '.join(arms)}")
+    for kind, choices in (("row", table.rows), ("arm", table.arms)):
+        names, wanted = [choice.name for choice in choices], getattr(options, f"{kind}s")
+        if unknown := set(wanted or []) - set(names):
+            parser.error(f"no such {kind}: got {min(unknown)!r}, expected any of {', '.join(names)}")
     results = options.results / f"{table.name}.json"
     try:
         if not options.render:
-            collect(table, options, options.arms or arms, results)
+            collect(table, options, results)
         write(table, results, options.page)
         draw(TABLES.values(), options.results, options.page.with_name(PICTURE))
     except InputError as error:
@@ -62,27 +64,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def collect(table: Table, options: argparse.Namespace, arms: Sequence[str], results: Path) -> None:
+def collect(table: Table, options: argparse.Namespace, results: Path) -> None:
     """Trains what is missing; the file of results is written after each run."""
+    runs = plan(table, options.arms, options.seeds, options.out, options.rows)
     if options.data is None:
         raise InputError("nothing to train on", got="no --data", expected="the archive of CIFAR-10")
-    labeled = stores_needed(table, arms)
+    labeled = stores_needed(table, [run.arm.name for run in runs])
     taught = labeled and any(labels.true_cells is None for labels in table.stores())
     if taught and (options.teacher_weights is None) == (options.teacher is None):
         got = "neither" if options.teacher is None else "both"
         raise InputError("one teacher makes the labels", got=got, expected="--teacher-weights or --teacher")
     options.out.mkdir(parents=True, exist_ok=True)
     pictures = unpack_pictures(options.data, options.out, table.pictures)
-    before = json.loads(results.read_text()) if results.exists() else {"labels": {}}
+    before = json.loads(results.read_text()) if results.exists() else {"labels": {}, "results": []}
     teachers = Teachers(options.teacher_weights, options.teacher)
-    labels = label_all(pictures, table, teachers, options.out) if labeled else before["labels"]
-    known: list[dict[str, Any]] = []
-    found = {"labels": labels, "results": known}
-    for one in train_all(plan(table, arms, options.seeds, options.out), pictures, options.jobs, options.minutes):
+    labels = label_all(pictures, table, teachers, options.out) if labeled else {}
+    known = results_to_keep(before["results"], table, runs)
+    found = {"labels": {**before["labels"], **labels}, "results": known}
+    for one in train_all(runs, pictures, options.jobs, options.minutes):
         known.append(one)
         print(f"{one['row']:20}{one['arm']:14}seed {one['seed']}  {one['top1']:.2%}", file=sys.stderr, flush=True)
         results.parent.mkdir(parents=True, exist_ok=True)
         replace_file(results, json.dumps(found, indent=1).encode() + b"\n")
+
+
+def results_to_keep(before: Sequence[dict[str, Any]], table: Table, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Earlier results of the table's rows and arms that `runs` do not give anew."""
+    anew = {(run.row.name, run.arm.name, run.seed) for run in runs}
+    places = {(row.name, arm.name) for row in table.rows for arm in table.arms}
+    kept = [one for one in before if (one["row"], one["arm"]) in places]
+    return [one for one in kept if (one["row"], one["arm"], one["seed"]) not in anew]
 
 
 if __name__ == "__main__":

@@ -85,14 +85,16 @@ class Run:
         return {**json.loads(found.read_text()), "row": self.row.name, "arm": self.arm.name}
 
 
-def plan(table: Table, arms: Sequence[str], seeds: Sequence[int], out: Path) -> list[Run]:
-    """All runs of a table, one seed after another, so that there is a table at any time."""
+def plan(
+    table: Table, arms: Sequence[str] | None, seeds: Sequence[int], out: Path, rows: Sequence[str] | None = None
+) -> list[Run]:
+    """All runs of a table, one seed after another, so that there is a table at any time; None: all arms, all rows."""
     return [
         Run(table, row, arm, seed, out / "students")
         for seed in seeds
         for row in table.rows
         for arm in table.arms
-        if arm.name in arms
+        if (rows is None or row.name in rows) and (arms is None or arm.name in arms)
     ]
 
 
