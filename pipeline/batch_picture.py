@@ -187,7 +187,7 @@ def first_classes(maps: ScoreMaps) -> list[Cells]:
 def _rows(batch: Batch, loader: TokenLabelLoader) -> list[Row]:
     """Collects what to draw of each image."""
     config, samples, mix = loader.config, loader.samples, batch.mix
-    of_tokens = {name: tensor.numpy() for name, tensor in vars(batch.targets.to("cpu")).items()}
+    of_tokens = {name: tensor.numpy() for name, tensor in batch.targets.to("cpu").tensors().items()}
     scores, background = (of_tokens[name] for name in ("token_scores", "token_background"))
     maps_of_tokens = ScoreMaps(
         of_tokens["classes"],

@@ -294,7 +294,7 @@ class TokenLabelLoader:
         """Makes the caller's stream wait for the batch, and tells the allocator that this stream uses it."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(ready)
-        for tensor in (batch.images, batch.labels, batch.masks, *vars(batch.targets).values()):
+        for tensor in (batch.images, batch.labels, batch.masks, *batch.targets.tensors().values()):
             if tensor is not None:
                 tensor.record_stream(current)
 
@@ -320,6 +320,6 @@ class TokenLabelLoader:
     def _targets(self, prepared: Prepared, labels: torch.Tensor) -> TokenTargets:
         """Returns the targets of a batch."""
         if self.row_reader is None or prepared.stored is None:
-            return label_targets(labels, self.config.grid[0] * self.config.grid[1])
+            return label_targets(labels, self.config.grid, self.num_classes)
         with one_thread() if self.device.type == "cpu" else nullcontext():  # beside those that decode images
             return self.backend.targets(self.row_reader, prepared.stored, prepared.draws)

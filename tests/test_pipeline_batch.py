@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def foreign(mix: MixBox | None = None) -> Batch:
 
 def tensors(batch: Batch) -> Iterator[torch.Tensor]:
     yield from (batch.images, batch.labels)
-    yield from (getattr(batch.targets, field.name) for field in fields(batch.targets))
+    yield from batch.targets.tensors().values()
 
 
 def test_images_targets_and_labels_make_a_batch():
@@ -53,7 +53,9 @@ def test_a_foreign_batch_serves_loss_and_micro_batches():
     outputs = torch.randn(B, CLASSES), torch.randn(B, T, CLASSES)
     outputs = tuple(part.requires_grad_() for part in outputs)
     criterion = TokenLabelLoss()
+    batch = replace(batch, targets=replace(batch.targets, grid=(2, 2), num_classes=CLASSES))
     parts = micro_batches(batch, 2)
+    assert [(part.targets.grid, part.targets.num_classes) for part in parts] == [((2, 2), CLASSES)] * 2
     assert [len(part) for part in parts] == [2, 1]
     order = [[0, 2], [1]]
     split = sum(

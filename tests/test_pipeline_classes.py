@@ -55,6 +55,7 @@ def test_the_targets_of_tokens_do_not_depend_on_the_classes(settings):
     one, other = (next(iter(create_loader(replace(settings, classes=kind)))) for kind in ("images", "teacher"))
     assert one.keys == other.keys
     assert one.targets.token_scores.equal(other.targets.token_scores)
+    assert one.targets.num_classes == other.targets.num_classes == CLASSES
 
 
 def test_a_picture_of_a_batch_draws_the_teachers_classes_and_no_label_among_them(settings):
@@ -71,7 +72,8 @@ def test_a_picture_of_a_batch_draws_the_teachers_classes_and_no_label_among_them
 def test_without_token_labels_both_heads_have_the_images_classes(settings):
     loader = create_loader(replace(settings, token_labels=False))
     assert (loader.num_classes, loader.aux_classes) == (3, None)
-    assert next(iter(loader)).targets.dense_tokens(3).shape == (4, 16, 3)
+    targets = next(iter(loader)).targets
+    assert (targets.grid, targets.num_classes, targets.dense_tokens().shape) == ((4, 4), 3, (4, 16, 3))
 
 
 @pytest.mark.parametrize("layout", ["class folders", "one class", "a loose image", "no folders", "known classes"])

@@ -68,9 +68,8 @@ def make_outputs(batch: int, classes: int, dtype: torch.dtype = torch.float32) -
 
 
 def as_double(batch: Batch) -> Batch:
-    parts = {field.name: getattr(batch.targets, field.name) for field in dataclasses.fields(batch.targets)}
-    wide = {name: part.double() if part.is_floating_point() else part for name, part in parts.items()}
-    return dataclasses.replace(batch, targets=TokenTargets(**wide))
+    wide = batch.targets.each(lambda part: part.double() if part.is_floating_point() else part)
+    return dataclasses.replace(batch, targets=wide)
 
 
 def assert_equals_dense(batch: Batch, dtype: torch.dtype, classes: int, **options: object) -> None:
@@ -387,14 +386,13 @@ def test_half_precision_is_reckoned_in_float32(dtype: torch.dtype, tolerance: fl
 
 def test_class_logits_alone_targets_untouched_and_lam() -> None:
     targets, outputs = make_targets(4, 6, 23, unused=2, tail=5), make_outputs(4, 23)
-    kept = [getattr(targets, field.name).clone() for field in dataclasses.fields(targets)]
+    kept = {name: tensor.clone() for name, tensor in targets.tensors().items()}
     for mix in (None, BOX, MixBox(0, 0, 3, 4, 0.0), MixBox(1, 1, 1, 1, 1.0)):
         batch = make_batch(targets, mix, torch.arange(4))
         alone = TokenLabelLoss(ground_truth=True)(outputs[0], batch)
         torch.testing.assert_close(alone, TokenLabelLoss(0.0, ground_truth=True)(outputs, batch))
         TokenLabelLoss(ground_truth=True)(outputs, batch).backward()
-    for field, before in zip(dataclasses.fields(targets), kept, strict=True):
-        torch.testing.assert_close(getattr(targets, field.name), before, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(targets.tensors(), kept, rtol=0, atol=0, equal_nan=True)
     partners = TokenLabelLoss()(outputs[0], make_batch(targets, MixBox(0, 0, 3, 4, 0.0)))
     torch.testing.assert_close(partners, TokenLabelLoss()(outputs[0].flip(0), make_batch(targets)))
 
@@ -481,6 +479,10 @@ def test_bad_input_is_named() -> None:
         with pytest.raises(InputError, match=message):
             loss(outputs, data)  # type: ignore[arg-type]
     assert TokenLabelLoss(grid=GRID)((cls_logits, aux_logits), odd).isfinite()
+    known = dataclasses.replace(batch, targets=dataclasses.replace(targets, num_classes=24))
+    for criterion in (loss, TokenLabelLoss(classes="images")):
+        with pytest.raises(InputError, match="another number of classes than the targets: got 23, expected 24"):
+            criterion((cls_logits, aux_logits), known)
     parts = targets.classes, targets.token_scores, targets.token_background
     with pytest.raises(InputError, match="a tail needs tail_classes and tail_offsets: got only one of them"):
         token_cross_entropy(aux_logits, *parts, 0.1, tail_classes=beyond)
@@ -488,6 +490,14 @@ def test_bad_input_is_named() -> None:
     for options in wrong:
         with pytest.raises(InputError, match="out of range"):
             TokenLabelLoss(**options)
+
+
+def test_the_grid_comes_with_the_targets() -> None:
+    """Six rows of two tokens in a square image: the image's sides would tell another grid."""
+    outputs, box = make_outputs(4, 23), MixBox(4, 0, 6, 1, 10 / 12)
+    targets = dataclasses.replace(make_targets(4, 6, 23), grid=(6, 2), num_classes=23)
+    batch = dataclasses.replace(make_batch(targets, box), images=torch.zeros(4, 3, 32, 32))
+    torch.testing.assert_close(TokenLabelLoss()(outputs, batch), dense_token_label_loss(outputs, batch, (6, 2)))
 
 
 @tail_or_not
@@ -506,7 +516,7 @@ def test_torch_func_differentiates_it(tail: int, mix: MixBox | None) -> None:
 def test_the_gradient_of_each_sample(tail: int) -> None:
     """As torch.func, Opacus and studies of influence ask for: each image's own, in one call."""
     outputs, targets = [logits.detach() for logits in make_outputs(4, 23)], make_targets(4, 6, 23, tail=tail)
-    parts = [getattr(targets, field.name) for field in dataclasses.fields(targets)]
+    parts = list(targets.tensors().values())
 
     def loss(outputs: list[torch.Tensor], parts: list[torch.Tensor]) -> torch.Tensor:
         one = make_batch(TokenTargets(*(part[None] for part in parts)))

@@ -6,13 +6,12 @@ the same part, at the same index counted from the other end.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 
 from labeler.base.runtime import on_device
 from pipeline.batch import Batch
-from pipeline.targets.token_targets import TokenTargets
 
 
 def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
@@ -45,11 +44,10 @@ def _pairs(count: int, start: int, stop: int) -> np.ndarray:
 
 def _part(batch: Batch, images: np.ndarray) -> Batch:
     index = on_device(images, batch.images.device)
-    targets = TokenTargets(*(getattr(batch.targets, field.name)[index] for field in fields(TokenTargets)))
     return replace(
         batch,
         images=batch.images[index],
-        targets=targets,
+        targets=batch.targets.each(lambda part: part[index]),
         labels=batch.labels[index],
         keys=tuple(batch.keys[i] for i in images),
         rows=batch.rows[images],

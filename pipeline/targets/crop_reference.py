@@ -32,7 +32,7 @@ def crop_one_by_one(maps: ScoreMaps, views: Views, grid: tuple[int, int]) -> Tok
         whole.append(_crop(planes, box, region, affine, (1, 1))[:, 0, 0])
     token, cls = (torch.from_numpy(np.stack(part)).float() for part in (tokens, whole))
     scores = token[:, :-1], token[:, -1], cls[:, :-1], cls[:, -1]
-    return TokenTargets(maps.classes, *scores, maps.tail_classes, maps.tail_offsets)
+    return TokenTargets(maps.classes, *scores, maps.tail_classes, maps.tail_offsets, grid, maps.num_classes)
 
 
 def _crop(

@@ -74,7 +74,7 @@ def crop_score_maps(
     with torch.autocast(device.type, enabled=False):
         tokens, whole = _crop_planes(maps, views, grid)
     planes = tokens[:, :-1], tokens[:, -1], whole[:, :-1], whole[:, -1]
-    return TokenTargets(maps.classes, *planes, maps.tail_classes, maps.tail_offsets)
+    return TokenTargets(maps.classes, *planes, maps.tail_classes, maps.tail_offsets, grid, maps.num_classes)
 
 
 def _crop_planes(maps: ScoreMaps, views: Views, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

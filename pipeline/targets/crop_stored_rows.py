@@ -52,7 +52,8 @@ def crop_stored_rows(
         parts = found.token_scores, found.token_background, found.cls_scores, found.cls_background
         for plane, part in zip(planes, parts, strict=True):
             plane[slanted] = part
-    return TokenTargets(rows.classes, *planes, rows.tail_classes, code.decode_offsets(rows.tail_offsets))
+    offsets = code.decode_offsets(rows.tail_offsets)
+    return TokenTargets(rows.classes, *planes, rows.tail_classes, offsets, grid, num_classes)
 
 
 def decode_and_crop(

@@ -10,7 +10,9 @@ as nothing.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,6 +35,8 @@ class TokenTargets:
         cls_background: float32 [B]: score of every other class for the whole crop.
         tail_classes: int64 [B, R]: classes that share the background; −1 where unused; None: no tail.
         tail_offsets: float32 [B, R]: nats that such a class is above the background, in all tokens and in the crop.
+        grid: h, w of the tokens; None: not known, and the loss needs it for mixing alone.
+        num_classes: C; None: not known.
     """
 
     classes: torch.Tensor
@@ -42,6 +46,8 @@ class TokenTargets:
     cls_background: torch.Tensor
     tail_classes: torch.Tensor = None  # type: ignore[assignment]
     tail_offsets: torch.Tensor = None  # type: ignore[assignment]
+    grid: tuple[int, int] | None = None
+    num_classes: int | None = None
 
     def __post_init__(self) -> None:
         if (self.tail_classes is None) != (self.tail_offsets is None):
@@ -53,22 +59,29 @@ class TokenTargets:
     def __len__(self) -> int:
         return self.classes.shape[0]
 
-    def dense_tokens(self, num_classes: int) -> torch.Tensor:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Returns all tensors by their names."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+    def dense_tokens(self, num_classes: int | None = None) -> torch.Tensor:
         """Returns float32 [B, T, C]: each token's distribution.
 
         It is the plain reference for code that avoids building it.
 
         Args:
-            num_classes: C.
+            num_classes: C; None: as the targets know it.
         """
         return self._dense(self.token_scores, self.token_background, num_classes)
 
-    def dense_cls(self, num_classes: int) -> torch.Tensor:
-        """Returns float32 [B, C]: the distribution of the whole crop; `num_classes`: C."""
+    def dense_cls(self, num_classes: int | None = None) -> torch.Tensor:
+        """Returns float32 [B, C]: the distribution of the whole crop; `num_classes`: as above."""
         return self._dense(self.cls_scores[..., None], self.cls_background[:, None], num_classes)[:, 0]
 
-    def _dense(self, scores: torch.Tensor, background: torch.Tensor, num_classes: int) -> torch.Tensor:
+    def _dense(self, scores: torch.Tensor, background: torch.Tensor, num_classes: int | None) -> torch.Tensor:
         """Expands palette scores [B, P, T] and background [B, T] to distributions [B, T, C]."""
+        num_classes = num_classes or self.num_classes
+        if num_classes is None:
+            raise InputError("these targets do not know how many classes there are", remedy="Give num_classes.")
         # Over dim 1, as in the published code: float32 rounds differently along the last one (2e-5 at C = 1000).
         offsets = self.tail_offsets.to(scores.dtype)
         shares = dense_shares(self.classes, scores, background, self.tail_classes, offsets, num_classes)
@@ -81,24 +94,32 @@ class TokenTargets:
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> TokenTargets:
         """Returns the targets on `device`."""
-        return TokenTargets(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+        return self.each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> TokenTargets:
         """Returns the targets in pinned memory, for `DataLoader(pin_memory=True)`."""
-        return TokenTargets(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+        return self.each(lambda part: part.pin_memory())
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TokenTargets:
+        """Returns targets with `change` applied to each tensor; grid and number of classes stay."""
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return dataclasses.replace(self, **changed)
 
 
-def label_targets(labels: torch.Tensor, tokens: int) -> TokenTargets:
+def label_targets(labels: torch.Tensor, tokens: int | tuple[int, int], num_classes: int | None = None) -> TokenTargets:
     """Creates targets with the image's true class in every token and for the whole crop.
 
     Args:
         labels: int64 [B]: true classes, none negative.
-        tokens: T.
+        tokens: h, w of their grid, or T alone.
+        num_classes: C; None: not known.
 
     Returns:
         The targets.
     """
-    n = len(labels)
-    scores = torch.zeros(n, 1, tokens, device=labels.device)
-    excluded = torch.full((n, tokens), NOTHING, device=labels.device)
-    return TokenTargets(labels[:, None], scores, excluded, scores[:, :, 0], excluded[:, 0])
+    n, grid = len(labels), None if isinstance(tokens, int) else tokens
+    count = tokens if isinstance(tokens, int) else tokens[0] * tokens[1]
+    scores = torch.zeros(n, 1, count, device=labels.device)
+    excluded = torch.full((n, count), NOTHING, device=labels.device)
+    whole = scores[:, :, 0], excluded[:, 0]
+    return TokenTargets(labels[:, None], scores, excluded, *whole, grid=grid, num_classes=num_classes)

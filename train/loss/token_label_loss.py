@@ -48,7 +48,8 @@ class TokenLabelLoss(nn.Module):
         cls_weight: weight of the class loss, 0 or more.
         smoothing: label smoothing of all targets, 0 ≤ smoothing < 1.
         ground_truth: blend true labels into the class targets, see `train.loss.loss_reference`.
-        grid: h, w of the tokens; None: derived from the image size, for square patches. Only needed for mixing.
+        grid: h, w of the tokens, only needed for mixing; None: the targets' own, or derived from the image size, for
+            square patches.
         in_place: the backward pass overwrites the auxiliary logits with their gradient, which saves a tensor of their
             size. Ignored where that is impossible (see `token_cross_entropy`).
         temperature: the teacher's scores are divided by it: above 1 the soft targets are softer. May be changed between
@@ -116,7 +117,7 @@ class TokenLabelLoss(nn.Module):
             return loss
         partner = None
         if batch.mix is not None:
-            grid = _token_grid(batch, aux_logits.shape[1], self.grid)
+            grid = _token_grid(batch, aux_logits.shape[1], self.grid or batch.targets.grid)
             partner = batch.mix.mask(grid, aux_logits.device)
         t = batch.targets
         # With the weight inside, a backward pass that starts from 1 does not have to scale the gradient again.
@@ -193,6 +194,14 @@ def _split(outputs: Any, batch: Batch, own_classes: bool) -> tuple[torch.Tensor,
     images, tokens = len(batch.targets), batch.targets.token_background.shape[1]
     if cls_logits.ndim != 2 or cls_logits.shape[0] != images:
         raise InputError("class logits do not fit the batch", got=tuple(cls_logits.shape), expected=f"({images}, C)")
+    of_targets = aux_logits if own_classes else cls_logits
+    if of_targets is not None and batch.targets.num_classes not in (None, of_targets.shape[-1]):
+        raise InputError(
+            "the logits have another number of classes than the targets",
+            got=of_targets.shape[-1],
+            expected=batch.targets.num_classes,
+            remedy="The head on the store's classes needs as many as the store has.",
+        )
     if aux_logits is None:
         return cls_logits, None
     classes = aux_logits.shape[-1] if own_classes else cls_logits.shape[1]
