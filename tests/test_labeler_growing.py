@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from tiny_runs import tiny_config
 
 from labeler import InputError, IntegrityError, LabelerConfig, LabelStore, MismatchError, TeacherConfig, label_images
 from labeler.__main__ import main
+from labeler.base.errors import LabelingError
 from labeler.checks.verify import verify_store
 from labeler.remote.remote_files import RemoteFolder
 from labeler.share.pull_store import pull_store
@@ -424,6 +426,45 @@ def test_merged_stores_equal_one_that_was_labeled_in_one_go(pair, tmp_path, conf
     assert label_images(images, tmp_path / "merged", config).labeled_now == 0
     again = merge_stores([a, b], tmp_path / "merged")
     assert (again.linked, again.copied) == (0, 0)
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def fail_to_link(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Hard links of shards fail with an error of the operating system."""
+    real = os.link
+
+    def link(source: os.PathLike, target: os.PathLike) -> None:
+        if Path(source).name.startswith("shard-"):
+            raise OSError(number, os.strerror(number))
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EOPNOTSUPP])
+def test_a_merge_copies_where_the_file_system_has_no_links(pair, tmp_path, monkeypatch, number):
+    images, a, b = pair
+    fail_to_link(monkeypatch, number)
+    merged = merge_stores([a, b], tmp_path / "merged")
+    shards = list((tmp_path / "merged").rglob("shard-*.h5"))
+    assert merged.copied >= len(shards) == merged.shards
+    assert f"24 rows in {merged.shards} shards of 3 parts; {merged.linked} files linked, {merged.copied} copied" in (
+        merged.text()
+    )
+    assert verify_store(tmp_path / "merged", images).problems == ()
+
+
+def test_a_merge_that_cannot_write_says_so_and_leaves_nothing(pair, tmp_path, monkeypatch):
+    _, a, b = pair
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match="cannot become a store: got a file"):
+        merge_stores([a, b], tmp_path / "file")
+    for number, error in ((errno.EROFS, InputError), (errno.ENOSPC, LabelingError)):
+        with monkeypatch.context() as patch:
+            fail_to_link(patch, number)
+            with pytest.raises(error, match=os.strerror(number)):
+                merge_stores([a, b], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
     assert not list(tmp_path.glob(".tmp-*"))
 
 

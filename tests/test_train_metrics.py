@@ -9,12 +9,13 @@ import pytest
 import torch
 from tiny_runs import shown, tiny_config, tiny_data
 
-from train import TrainConfig, fit
+from train import TrainConfig, fit, load_recipe
 from train.errors import Stopped
 from train.evaluation.evaluate import Accuracy
 from train.evaluation.single_images import load_image, normalized
 from train.evaluation.validate import load_trained
 from train.ranks.distributed import Ranks
+from train.record import curves
 from train.record.checkpoint_folders import checkpoints
 from train.record.metrics import read_rows
 from train.trainer import Trainer
@@ -94,3 +95,53 @@ def test_the_summary_says_at_which_step_the_best_checkpoint_was_made(data, tmp_p
     (kept,) = checkpoints(tmp_path / "run", "best")
     assert kept.name == f"best-{summary.best_step:08d}" == "best-00000006"
     assert "best 40.00% at step 6;" in summary.text()
+
+
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, list[float], list[float]]]:
+    """Fills with title, label, x and y of each line of a picture that is saved."""
+    found, save = [], curves._save
+
+    def saved(figure, path):
+        found.extend(
+            (plot.get_title(), line.get_label(), list(line.get_xdata()), list(line.get_ydata()))
+            for plot in figure.axes
+            for line in plot.get_lines()
+        )
+        save(figure, path)
+
+    monkeypatch.setattr(curves, "_save", saved)
+    return found
+
+
+def test_runs_are_compared_in_one_picture(tmp_path, monkeypatch):
+    rows = {
+        "one": '{"kind": "train", "step": 1, "loss": 2.0}\n{"kind": "eval", "step": 1, "top1": 0.25}\n',
+        "two": '{"kind": "train", "step": 2, "loss": 1.5}\n',
+    }
+    for name, text in rows.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    drawn = lines(monkeypatch)
+    curves.draw_comparison({name: tmp_path / name for name in rows}, tmp_path / "both.png")
+    assert [(title.split(",")[0].split(" (")[0], *rest) for title, *rest in drawn] == [
+        ("training loss", "one", [1], [2.0]),
+        ("training loss", "two", [2], [1.5]),
+        ("top-1 on unseen scenes", "one", [1], [25.0]),
+        ("top-1 on unseen scenes", "two", [], []),
+    ]
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_schedules_has_rates_that_rise_to_their_peak_and_fall(tmp_path, monkeypatch):
+    drawn = lines(monkeypatch)
+    by_steps = load_recipe("cifar10_nano", ["schedule.steps=40", "schedule.warmup_epochs=0.1"])
+    by_epochs = load_recipe("cifar10_nano", ["schedule.epochs=2", "schedule.steps=none", "schedule.warmup_epochs=1"])
+    curves.draw_schedules({"by steps": by_steps, "by epochs": by_epochs}, tmp_path / "rates.png", epoch_steps=100)
+    (_, _, steps, rates), (_, _, epochs, others) = drawn
+    for x, y, peak in ((steps, rates, rates.index(max(rates))), (epochs, others, others.index(max(others)))):
+        assert x == sorted(x)
+        assert y[: peak + 1] == sorted(y[: peak + 1])
+        assert y[peak:] == sorted(y[peak:], reverse=True)
+        assert by_steps.optimizer.lr / 2 < y[peak] < by_steps.optimizer.lr * 1.001
+    assert (steps[0], steps[-1], len(steps)) == (0, 39, 40)
+    assert (epochs[0], epochs[-1], len(epochs)) == (0, 1.99, 200)

@@ -17,6 +17,7 @@ from tiny_runs import tiny_config, tiny_data
 
 import train
 from train.__main__ import main
+from train.evaluation.results import write_mask_scores
 from train.evaluation.single_images import load_image, normalized
 from train.evaluation.tally import class_accuracies
 from train.evaluation.validate import Validation, load_trained, validate
@@ -163,3 +164,15 @@ def test_with_real_labels_images_of_one_right_class_belong_to_it_and_others_to_n
     assert {(one.id, one.taken_for_id): one.images for one in found.confusions} == pairs(answers)
     assert "3 images have several right classes" in found.text(per_class=True)
     assert "several" not in found.text()
+
+
+@pytest.mark.parametrize("extension", ["json", "csv"])
+def test_the_iou_of_each_class_is_written(tmp_path, extension):
+    score = {"miou": 0.5, "names": ["road", "sky, blue"], "iou": [0.75, 0.25], "pixels": [300, 100]}
+    write_mask_scores(score, tmp_path / f"out.{extension}")
+    text = (tmp_path / f"out.{extension}").read_text()
+    if extension == "json":
+        assert json.loads(text) == score
+    else:
+        rows = [["name", "iou", "pixels"], ["road", "0.75", "300"], ["sky, blue", "0.25", "100"]]
+        assert list(csv.reader(text.splitlines())) == rows
