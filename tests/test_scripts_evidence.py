@@ -16,7 +16,7 @@ from scripts.evidence.ablations import TABLES
 from scripts.evidence.data import Pictures, stores_needed
 from scripts.evidence.render import END, fill, markdown
 from scripts.evidence.runs import Run, parameters, plan
-from scripts.evidence.statistics import compare_all, mean_and_error, pooled_deviation
+from scripts.evidence.statistics import compare_all, gaps_of_halves, mean_and_error, pooled_deviation
 from scripts.evidence.tables import FAMILIES, IMAGE_LABEL, TOKEN_LABELS
 from train.recipes.recipe import load_recipe
 
@@ -71,6 +71,19 @@ def test_with_one_arm_each_row_is_compared_with_the_first_row_of_the_same_seed()
     text = markdown(table, {"labels": {"maps": LABELS}, "results": found})
     assert "| axes of the labels' crops swapped | 2 | 51.0 ± 1.0 % | |" in text
     assert "| labels cropped as the images are | 2 | 59.0 ± 1.0 % | +8.0 ± 2.0 |" in text
+
+
+def test_seeds_of_two_commands_are_compared_by_the_spread_within_each():
+    table = TABLES["crops"]
+    right = [0.60, 0.62, 0.61, 0.70, 0.72, 0.71]
+    found = [result("swapped", "token-labels", seed, 0.5) for seed in range(6)]
+    found += [result("right", "token-labels", seed, top1) for seed, top1 in enumerate(right)]
+    # Each half varies by one point; the gap of ten points is that of two means of three.
+    assert gaps_of_halves(compare_all(table, found)) == [pytest.approx((0.1, 0.01 * math.sqrt(2 / 3)))]
+    text = markdown(table, {"labels": {"maps": LABELS}, "results": found})
+    assert "0 of 1 differences agree within two standard errors; the largest gap is 10.0 ± 0.8 points" in text
+    assert "apart" not in markdown(table, {"labels": {"maps": LABELS}, "results": [r for r in found if r["seed"] < 4]})
+    assert gaps_of_halves(compare_all(table, [r for r in found if r["seed"] < 3])) == []
 
 
 def test_the_table_says_what_was_found():

@@ -12,7 +12,7 @@ from typing import Any
 
 from labeler.base.errors import InputError
 from labeler.base.whole_files import replace_file
-from scripts.evidence.statistics import Comparison, compare_all, mean_and_error, pooled_deviation
+from scripts.evidence.statistics import HALF, Comparison, compare_all, gaps_of_halves, mean_and_error, pooled_deviation
 from scripts.evidence.tables import Table
 
 END = "<!-- end of the table -->"
@@ -34,6 +34,12 @@ def markdown(table: Table, found: dict[str, Any]) -> str:
         notes.append(f"Mean difference of the {len(rows)} rows: {100 * mean:+.1f}{_plus_minus(error)} points.")
     if not math.isnan(deviation):
         notes.append(f"From seed to seed a difference varies by {100 * deviation:.1f} points.")
+    if len(gaps := gaps_of_halves(rows)) and not math.isnan(gaps[0][1]):
+        agree, largest = sum(gap < 2 * error for gap, error in gaps), max(gaps)
+        notes.append(
+            f"Seeds below {HALF} and from {HALF} on, apart: {agree} of {len(gaps)} differences agree within two "
+            f"standard errors; the largest gap is {100 * largest[0]:.1f}{_plus_minus(largest[1])} points."
+        )
     hours = sum(one["cpu_seconds"] for one in found["results"]) / 3600
     notes.append(f"{len(found['results'])} runs took {hours:.1f} hours of one core.")
     if len(found["labels"]) == 1:

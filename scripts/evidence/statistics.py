@@ -15,6 +15,7 @@ from typing import Any
 from scripts.evidence.tables import Table
 
 Key = tuple[str, str]  # row and arm of a table
+HALF = 3  # seeds from this one on were trained later, by a further command
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Comparison:
         parameters: of its network.
         first: shares of right answers of what it is compared with.
         second: its own.
+        seeds: of each of them.
     """
 
     row: str
     parameters: int
     first: list[float]
     second: list[float]
+    seeds: list[int]
 
     @property
     def gains(self) -> list[float]:
@@ -57,15 +60,36 @@ def compare(results: Sequence[dict[str, Any]], first: Key, second: Key) -> Compa
     if not seeds:
         return None
     columns = [[side[seed]["top1"] for seed in seeds] for side in sides]
-    return Comparison(second[0], sides[1][seeds[0]]["parameters"], columns[0], columns[1])
+    return Comparison(second[0], sides[1][seeds[0]]["parameters"], columns[0], columns[1], seeds)
 
 
 def pooled_deviation(comparisons: Sequence[Comparison]) -> float:
     """Standard deviation of a paired difference from seed to seed, pooled over comparisons; NaN with one seed."""
-    told = [one.gains for one in comparisons if any(one.gains)]  # not the first row with itself
-    squares = [(gain - statistics.mean(gains)) ** 2 for gains in told for gain in gains]
-    freedom = sum(len(gains) - 1 for gains in told)
+    return _pooled([one.gains for one in comparisons if any(one.gains)])  # not the first row with itself
+
+
+def _pooled(groups: Sequence[Sequence[float]]) -> float:
+    """Standard deviation about each group's own mean, pooled; NaN where no group has two values."""
+    squares = [(value - statistics.mean(group)) ** 2 for group in groups for value in group]
+    freedom = sum(len(group) - 1 for group in groups)
     return math.sqrt(sum(squares) / freedom) if freedom else math.nan
+
+
+def gaps_of_halves(comparisons: Sequence[Comparison]) -> list[tuple[float, float]]:
+    """The gap between the mean differences of seeds below `HALF` and from it on, and its standard error.
+
+    Of each comparison that has two seeds or more of both.
+    """
+    halves = []
+    for one in comparisons:
+        of_seed = dict(zip(one.seeds, one.gains, strict=True))
+        first, second = ([g for s, g in of_seed.items() if (s < HALF) == low] for low in (True, False))
+        if any(one.gains) and min(len(first), len(second)) > 1:
+            halves.append((first, second))
+    spread = _pooled([half for both in halves for half in both])
+    return [
+        (abs(statistics.mean(a) - statistics.mean(b)), spread * math.sqrt(1 / len(a) + 1 / len(b))) for a, b in halves
+    ]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
