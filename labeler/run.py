@@ -14,9 +14,10 @@ import numpy as np
 
 from labeler.base.errors import IntegrityError, LabelingError
 from labeler.config import LabelerConfig
-from labeler.executor import refuse_absent_ray, run_in_process, run_on_ray
+from labeler.executor import run_in_process
 from labeler.fit_head import with_head
 from labeler.make_plan import encoding_of, make_plan, plan_of_part
+from labeler.ray_executor import refuse_absent_ray, run_on_ray
 from labeler.sources.class_names import own_names, true_classes
 from labeler.sources.image_source import ImageSource
 from labeler.sources.open_source import open_source

@@ -16,7 +16,7 @@ import os, sys
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 import ray, torch
 from labeler import LabelerConfig, TeacherConfig, label_images
-from labeler.executor import _connect
+from labeler.ray_executor import _connect
 from labeler.base.runtime import rank_threads, set_threads
 
 images, store = sys.argv[1:]

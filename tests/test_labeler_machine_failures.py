@@ -18,7 +18,7 @@ from labeling_runs import in_own_process
 from tiny import ColourTeacher, encoded, make_images, picture
 
 from labeler import InputError, LabelingError, LabelStore, TeacherConfig, label_images
-from labeler.executor import _threads
+from labeler.ray_executor import _threads
 from labeler.sources import folder_source
 from labeler.sources.decoding.decoder import DecodeSettings
 from labeler.sources.folder_source import find_images

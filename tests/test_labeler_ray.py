@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from labeling_runs import command, equal, start, wait_for_markers
 
-from labeler import LabelerConfig, LabelingError, LabelStore, TeacherConfig, TeacherError, executor, label_images
+from labeler import LabelerConfig, LabelingError, LabelStore, TeacherConfig, TeacherError, label_images, ray_executor
 from labeler.base.errors import InputError
 from labeler.checks.verify import verify_store
 from labeler.sources.image_source import ImageSource
@@ -68,9 +68,9 @@ def test_a_worker_that_ray_never_tells_of_is_noticed_and_one_that_loads_slowly_i
         def label(self, task: ShardTask) -> ShardResult:
             return ShardResult(task.shard, 1, 0, True)
 
-    monkeypatch.setattr(executor, "PATIENCE", 2.0)
+    monkeypatch.setattr(ray_executor, "PATIENCE", 2.0)
     task = ShardTask(0, ImageSource("images", ("a.jpg",), np.array([1]), None), (-1,))
-    pool = executor._Pool(ray, ray.remote(Mute).remote, [task], on_ray(config), lambda _: None)
+    pool = ray_executor._Pool(ray, ray.remote(Mute).remote, [task], on_ray(config), lambda _: None)
     try:
         if greets:
             assert [result.shard for result in pool.results()] == [0]
@@ -89,16 +89,16 @@ def test_a_run_that_ray_tells_nothing_more_connects_anew_and_goes_on(images, tmp
     answers = iter([False])  # to the run; Ray itself asks later
     monkeypatch.setattr(ray, "is_initialized", lambda: next(answers, True))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.setattr(executor, "_connect", lambda *_: connections.append(1))
-    results = executor._Pool.results
+    monkeypatch.setattr(ray_executor, "_connect", lambda *_: connections.append(1))
+    results = ray_executor._Pool.results
 
     def results_until_one_is_lost(pool):
         for result in results(pool):
             yield result
             if len(connections) == 1:
-                raise executor._UnheardError("Ray does not report its workers to this process")
+                raise ray_executor._UnheardError("Ray does not report its workers to this process")
 
-    monkeypatch.setattr(executor._Pool, "results", results_until_one_is_lost)
+    monkeypatch.setattr(ray_executor._Pool, "results", results_until_one_is_lost)
     summary = label_images(images, tmp_path / "ray", on_ray(config))
     assert (len(connections), summary.rows) == (2, 12)
     assert equal(tmp_path / "ray", tmp_path / "alone")
@@ -119,15 +119,15 @@ def test_each_worker_sees_its_own_gpu_as_the_first(images, tmp_path, config, loc
     seen = tmp_path / "seen"
     seen.mkdir()
 
-    class Seeing(executor._Worker):  # in here, so that Ray sends its code
+    class Seeing(ray_executor._Worker):  # in here, so that Ray sends its code
         def prepare(self) -> None:
             told = [self.job.device, os.environ["CUDA_VISIBLE_DEVICES"], ray.get_gpu_ids()]
             (seen / str(os.getpid())).write_text(json.dumps(told))
             self.job = dataclasses.replace(self.job, device="cpu")
             super().prepare()
 
-    monkeypatch.setattr(executor, "_Worker", Seeing)
-    run = executor.run_on_ray
+    monkeypatch.setattr(ray_executor, "_Worker", Seeing)
+    run = ray_executor.run_on_ray
 
     def run_on_gpus(tasks, job, advance):
         return run(tasks, dataclasses.replace(job, device="cuda:0"), advance)  # as pick_device has it

@@ -30,7 +30,7 @@ BELOW = {
 ONE_FILE = {
     "fsspec": {"labeler/remote/file_systems.py"},
     "pyarrow": {"labeler/sources/parquet_source.py"},
-    "ray": {"labeler/executor.py"},
+    "ray": {"labeler/ray_executor.py"},
     "nvidia": {"labeler/sources/decoding/decode_dali.py", "pipeline/backends/dali_backend.py"},
     "simplejpeg": {"labeler/sources/decoding/jpeg_pixels.py"},
     "peft": {"train/adapters/lora.py"},

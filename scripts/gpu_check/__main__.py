@@ -42,17 +42,17 @@ class Part:
     only_full: bool = False
 
 
-CHECKS, RATES = "scripts.gpu_check.parts", "scripts.gpu_check.rates"
+COMPUTE, DATA, RATES = (f"scripts.gpu_check.{name}" for name in ("compute_checks", "data_checks", "rates"))
 PARTS = {
     "card": Part(f"{RATES}:card", 60),
-    "scan": Part(f"{CHECKS}:scan", 180),
-    "mixer": Part(f"{CHECKS}:mixer", 120),
-    "loss": Part(f"{CHECKS}:loss", 120),
-    "step": Part(f"{CHECKS}:step", 180),
+    "scan": Part(f"{COMPUTE}:scan", 180),
+    "mixer": Part(f"{COMPUTE}:mixer", 120),
+    "loss": Part(f"{COMPUTE}:loss", 120),
+    "step": Part(f"{COMPUTE}:step", 180),
     "rates": Part(f"{RATES}:rates", 300),
-    "labels": Part(f"{CHECKS}:labels", 120),
-    "loader": Part(f"{CHECKS}:loader", 120),
-    "resume": Part(f"{CHECKS}:resume", 120),
+    "labels": Part(f"{DATA}:labels", 120),
+    "loader": Part(f"{DATA}:loader", 120),
+    "resume": Part(f"{DATA}:resume", 120),
     "compiled": Part(f"{RATES}:compiled", 300, only_full=True),
     "segments": Part(f"{RATES}:segments", 120, only_full=True),
     **{f"benchmark-{suite}": Part(f"{RATES}:benchmark_{suite}", 600, only_full=True)
