@@ -88,6 +88,7 @@ TABLES = {
                 for steps in (20, 80, 250)
             ),
             Choice("624", "after 624 steps", labels=MAPS),
+            Choice("1250", "after 1,250 steps", labels=Labels("teacher-1250", steps=1250)),
         ),
         on_cifar(
             "stores",
