@@ -7,17 +7,19 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from labeler.base.errors import InputError
 from scripts import model_costs
 from scripts.evidence import plots
 from scripts.evidence.__main__ import main, results_to_keep
 from scripts.evidence.ablations import TABLES
-from scripts.evidence.data import Pictures, stores_needed
+from scripts.evidence.data import EPOCH, STEPS, Pictures, stores_needed, teacher_settings
 from scripts.evidence.render import END, fill, markdown
 from scripts.evidence.runs import Run, parameters, plan
 from scripts.evidence.statistics import compare_all, gaps_of_halves, mean_and_error, pooled_deviation
 from scripts.evidence.tables import FAMILIES, IMAGE_LABEL, TOKEN_LABELS
+from train.optimization import LearningRate
 from train.recipes.recipe import load_recipe
 
 ARMS = (IMAGE_LABEL.name, TOKEN_LABELS.name)
@@ -167,6 +169,18 @@ def test_every_table_is_of_valid_recipes(name, tmp_path):
     for run in plan(table, [arm.name for arm in table.arms], [0], tmp_path):
         load_recipe(table.recipe, run.settings(pictures(tmp_path)))
     assert stores_needed(table, [table.arms[-1].name])
+
+
+def test_every_teacher_is_a_valid_recipe_that_ends_far_below_its_highest_rate(tmp_path):
+    lengths = {labels.steps or STEPS for table in TABLES.values() for labels in table.stores()}
+    assert len(lengths) > 3
+    for steps in lengths:
+        config = load_recipe("teacher", teacher_settings(tmp_path, tmp_path / "weights", tmp_path / "out", steps))
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        rate = LearningRate(torch.optim.SGD([parameter]), config.schedule, EPOCH)
+        rates = [rate.set(step) for step in range(steps)]
+        assert rates.index(max(rates)) < steps / 4
+        assert rates[-1] < max(rates) / 10
 
 
 def test_labels_are_not_needed_where_no_arm_has_any():

@@ -21,7 +21,9 @@ from scripts.evidence.true_maps import true_store
 from train.record.fit_summary import read_summary
 
 PER_CLASS = 800  # images that are labeled and that students see, the first of each class
+EPOCH = 312  # steps of 64 of CIFAR-10's 20,000 images
 STEPS = 624  # two epochs of 20,000 images
+WARMUP = 0.2  # epochs, or a fifth of all steps
 TEACHER_SIDE = 96  # pixels of the pictures that the teacher is fine-tuned on
 SIDES = {"cifar10": TEACHER_SIDE, "mosaics": 256}  # pixels that the teacher sees
 SETTINGS = (
@@ -33,7 +35,6 @@ SETTINGS = (
     "augment.erase_prob=0",
     "optimizer.lr=1e-3",
     "optimizer.layer_decay=none",
-    "schedule.warmup_epochs=0.2",
     "run.threads=2",
     "run.log_every=20",
     "run.save_every=60",
@@ -145,9 +146,16 @@ def fine_tune(images: Path, weights: Path, out: Path, steps: int) -> None:
     """Fine-tunes EfficientNet-Lite1 on CIFAR-10, unless that is done."""
     if (summary := read_summary(out)) is not None and summary.steps >= steps:
         return
+    settings = teacher_settings(images, weights, out, steps)
+    command(train.__main__, ["fit", "teacher", *settings, "--resume", "auto", "--json"])
+
+
+def teacher_settings(images: Path, weights: Path, out: Path, steps: int) -> list[str]:
+    """The overrides of the recipe `teacher`."""
     places = [f"data.images={images / 'train'}", f"data.validation={images / 'test'}", f"run.out={out}"]
-    begin = [f"model.weights={weights}", f"schedule.steps={steps}"]
-    command(train.__main__, ["fit", "teacher", *places, *begin, *SETTINGS, "--resume", "auto", "--json"])
+    warmup = min(WARMUP, steps / 5 / EPOCH)
+    length = [f"schedule.steps={steps}", f"schedule.warmup_epochs={warmup}"]
+    return [*places, f"model.weights={weights}", *length, *SETTINGS]
 
 
 def accuracy_of(run: Path) -> float:
