@@ -84,8 +84,8 @@ def fit_encoding(config: LabelerConfig, images: ImageSource, device: str) -> Enc
     if best.bytes > wanted:
         smallest = min(cost.bytes for cost in costs)
         raise InputError(
-            "the maps of this teacher do not fit into so few bytes", got=f"--bytes-per-image {config.bytes_per_image}",
-            expected=f"at least {smallest:,.0f}", remedy="Give more bytes, or a smaller --input-size.",
+            "the maps of this teacher do not fit into so few bytes", got=f"`bytes_per_image={config.bytes_per_image}`",
+            expected=f"at least {smallest:,.0f}", remedy="Give more bytes, or a smaller `input_size`.",
         )  # fmt: skip
     log.info(
         "%d levels, threshold %.2g: %.0f bytes per image, KL %.3f", best.encoding.levels, best.encoding.threshold,

@@ -57,9 +57,9 @@ def with_head(
     if begun is not None and config.fit_head != (begun.head is not None):
         raise MismatchError(
             f"the store {str(store)!r} was begun with another head",
-            got="--fit-head" if config.fit_head else "the teacher's own head",
-            expected="--fit-head, and the head that is kept with the store" if begun.head else "the teacher's own head",
-            remedy="Use the settings that it was begun with, or another --store.",
+            got="`fit_head`" if config.fit_head else "the teacher's own head",
+            expected="`fit_head`, and the head that is kept with the store" if begun.head else "the teacher's own head",
+            remedy="Use the settings that it was begun with, or another `store`.",
         )
     if not config.fit_head:
         return config, None
@@ -81,9 +81,9 @@ def _kept(path: Path, begun: Plan, most_images: int) -> HeadFit:
     head, _ = read_head(path)
     if head.fitted_with["most_images"] != most_images:
         raise MismatchError(
-            "the head of the store was fitted on another number of images", got=f"--head-images {most_images}",
+            "the head of the store was fitted on another number of images", got=f"`head_images={most_images}`",
             expected=head.fitted_with["most_images"],
-            remedy="Use the settings that the store was begun with, or another --store.",
+            remedy="Use the settings that the store was begun with, or another `store`.",
         )  # fmt: skip
     return head.fit
 
@@ -227,8 +227,8 @@ def _refuse_inaccurate(fit: HeadFit, config: LabelerConfig) -> None:
             f"the head fitted to the features of {config.teacher.name} is not accurate enough to label with",
             got=f"{fit.accuracy:.1%} ± {fit.standard_error:.1%} of {fit.held_out:,} held-out images right",
             expected=f"at least {lowest:.1%} (chance is {fit.chance:.1%})",
-            remedy="Choose another teacher, a larger --input-size or more images; or accept this head, which is kept, "
-            f"with --head-accuracy {math.floor(1000 * fit.accuracy) / 1000:g}.",
+            remedy="Choose another teacher, a larger `input_size` or more images; or accept this head, which is kept, "
+            f"with `head_accuracy={math.floor(1000 * fit.accuracy) / 1000:g}`.",
         )  # fmt: skip
 
 

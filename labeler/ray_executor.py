@@ -304,7 +304,7 @@ def _connect(address: str | None, cpus: int) -> None:
             f"no Ray cluster can be joined at {address!r}",
             got=" ".join(str(error).split()),  # if versions differ, the first line says nothing
             expected="the address of a running cluster with the same Ray and Python versions",
-            remedy="Check `ray status` on a node, or omit --ray-address to use this machine only.",
+            remedy="Check `ray status` on a node, or omit `ray_address` to use this machine only.",
         ) from None
 
 

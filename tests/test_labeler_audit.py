@@ -151,7 +151,7 @@ def test_a_strangers_teacher_is_not_run(store, images, tmp_path, capsys):
     # As if another had written it: what is remembered goes by the content of the markers.
     marker = sorted(copied.glob("shard-*.json"))[-1]
     marker.write_bytes(sealed({**read_sealed(marker), "note": "another's"}))
-    with pytest.raises(InputError, match=r"not written here in one run.*--trusted"):
+    with pytest.raises(InputError, match=r"not written here in one run.*`trusted`"):
         audit_store(copied, images, 3, device="cpu")
     assert audit_store(copied, images, 3, device="cpu", trusted=True).images == 3
     command = ["report", str(copied), "--images", str(images), "--out", str(tmp_path / "r.html"), "--audit", "3"]

@@ -74,7 +74,7 @@ def test_a_run_that_goes_on_keeps_what_was_picked_and_refuses_other_bytes(images
 
 def test_too_few_bytes_are_refused_before_there_is_a_store(images, tmp_path, config):
     config = dataclasses.replace(config, levels=None, threshold=None, bytes_per_image=10)
-    with pytest.raises(InputError, match=r"--bytes-per-image 10, expected at least \d+"):
+    with pytest.raises(InputError, match=r"`bytes_per_image=10`, expected at least \d+"):
         label_images(images, tmp_path / "labels", config)
     assert not (tmp_path / "labels").exists()
 

@@ -323,7 +323,7 @@ def test_networks_without_a_map_are_refused() -> None:
 def test_wrong_input_size_is_told_in_one_line() -> None:
     told = refusal(timm_model("deit_tiny_patch16_224", 64), 96)
     assert "does not run on 96×96 pixels" in told
-    assert "--input-size" in told
+    assert "`input_size`" in told
 
 
 def test_scores_that_are_not_finite_are_refused() -> None:

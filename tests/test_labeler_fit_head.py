@@ -188,7 +188,7 @@ def test_a_class_of_one_image_is_refused_and_few_are_warned_of(tmp_path, caplog)
         (root / "green" / f"{i:03d}.png").unlink()
     with pytest.raises(InputError, match=r"two images of each class or more.*'green': got 1 that can be read"):
         label_images(root, tmp_path / "other", config_of())
-    with pytest.raises(InputError, match=r"got --head-images 5, expected at least 6 for 3 classes"):
+    with pytest.raises(InputError, match=r"got `head_images=5`, expected at least 6 for 3 classes"):
         label_images(root, tmp_path / "other", config_of(head_images=5))
 
 
@@ -274,7 +274,7 @@ def test_weights_without_a_classifier_do(images, tmp_path):
     summary = label_images(images, tmp_path / "labels", LabelerConfig(teacher, fit_head=True, **WORK))
     assert summary.head is not None
     assert summary.head.accuracy > 0.6
-    with pytest.raises(TeacherError, match=r"has no classification head.*fit one with --fit-head"):
+    with pytest.raises(TeacherError, match=r"has no classification head.*fit one with `fit_head`"):
         create_teacher(TeacherConfig(f"{__name__}:attention_pooled"))
 
 
@@ -369,14 +369,14 @@ def test_a_store_whose_head_is_not_as_it_was_is_refused(images, labeled, tmp_pat
 
 def test_a_store_goes_on_only_with_the_head_that_it_was_begun_with(images, labeled, tmp_path):
     store = copied(labeled, tmp_path / "labels")
-    with pytest.raises(MismatchError, match=r"another head.*got the teacher's own head, expected --fit-head"):
+    with pytest.raises(MismatchError, match=r"another head.*got the teacher's own head, expected `fit_head`"):
         label_images(images, store, config_of(fit_head=False))
-    with pytest.raises(MismatchError, match=r"another number of images.*got --head-images 30, expected 20000"):
+    with pytest.raises(MismatchError, match=r"another number of images.*got `head_images=30`, expected 20000"):
         label_images(images, store, config_of(head_images=30))
     with pytest.raises(MismatchError, match=r"head was fitted for another network than teacher test_efficientnet"):
         label_images(images, store, config_of("test_efficientnet"))
     label_images(images, tmp_path / "own", config_of(fit_head=False))
-    with pytest.raises(MismatchError, match=r"got --fit-head, expected the teacher's own head"):
+    with pytest.raises(MismatchError, match=r"got `fit_head`, expected the teacher's own head"):
         label_images(images, tmp_path / "own", config_of())
 
 

@@ -178,13 +178,13 @@ def test_a_grown_store_is_complete_for_a_plain_run_and_names_extend_for_new_imag
     assert (summary.labeled_now, summary.rows) == (0, 19)
     assert identities(grown) == before
     add_images(images, ("class1/more.jpg",), 300)
-    with pytest.raises(MismatchError, match=r"1 new \('class1/more.jpg'\).*--extend"):
+    with pytest.raises(MismatchError, match=r"1 new \('class1/more.jpg'\).*`extend`"):
         label_images(images, grown, config)
 
 
 def test_new_images_of_a_store_without_parts_are_pointed_to_extend(store, images, config):
     add_images(images, SECOND, 200)
-    with pytest.raises(MismatchError, match=r"2 new.*--extend"):
+    with pytest.raises(MismatchError, match=r"2 new.*`extend`"):
         label_images(images, store, config)
 
 
@@ -222,10 +222,10 @@ def test_other_settings_are_refused_before_any_shard(store, images, extending):
 
 
 def test_there_must_be_a_whole_store_to_extend(store, images, tmp_path, extending):
-    with pytest.raises(InputError, match=r"no label store .* to extend.*Omit --extend"):
+    with pytest.raises(InputError, match=r"no label store .* to extend.*Omit `extend`"):
         label_images(images, tmp_path / "none", extending)
     next(store.glob("shard-00001-*.json")).unlink()
-    with pytest.raises(IntegrityError, match=r"2 of 3 shards.*without --extend"):
+    with pytest.raises(IntegrityError, match=r"2 of 3 shards.*without `extend`"):
         label_images(images, store, extending)
 
 

@@ -90,7 +90,7 @@ def test_dali_that_cannot_start_or_decodes_nothing_more_blames_no_image(monkeypa
     data = encoded(picture(0))
     with monkeypatch.context() as patch:
         patch.setattr(dali, "_teacher_input", fail)
-        with pytest.raises(LabelingError, match=r"too old.*--decoder cpu"):
+        with pytest.raises(LabelingError, match=r"too old.*`decoder=cpu`"):
             decoder([data])
     with monkeypatch.context() as patch:
         patch.setattr(decoder, "_run", fail)

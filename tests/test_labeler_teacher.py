@@ -371,10 +371,10 @@ def test_weights_that_cannot_be_fetched(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "/nonexistent")
     told = refusal(name)
     assert f"no pretrained weights for {name.split(':')[-1]} could be fetched" in told
-    assert told.endswith("Give --checkpoint FILE, or --random-weights to try out the tool.")
+    assert told.endswith("Give `checkpoint=FILE`, or `random_weights` to try out the tool.")
 
 
 def test_pretrained_head_of_another_size_is_refused_before_any_download() -> None:
-    assert "got --num-classes 10, expected 1000" in refusal("resnet18", num_classes=10)
-    assert "got --num-classes 10, expected 1000" in refusal("torchvision:resnet18", num_classes=10)
+    assert "got `num_classes=10`, expected 1000" in refusal("resnet18", num_classes=10)
+    assert "got `num_classes=10`, expected 1000" in refusal("torchvision:resnet18", num_classes=10)
     assert "published without a classification head" in refusal("vit_small_patch14_dinov2")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import labeler.__main__
+from labeler import InputError, label_images
+from labeler.base.command_line import with_flags
 from train import commands
 from train.commands import COMMANDS, main
 
@@ -97,3 +103,30 @@ def test_shells_complete_commands_and_options(shell, capsys):
     for text in ("import-token-labels", "--bytes-per-image", "--resume"):
         assert text in told
     assert main(["completion", "cmd"]) == 2
+
+
+def test_settings_in_an_error_are_names_in_python_and_flags_on_the_command_line(images, tmp_path, config, capsys):
+    with pytest.raises(InputError, match="Omit `extend`: that begins a store"):
+        label_images(images, tmp_path / "none", dataclasses.replace(config, extend=True))
+    command = ["label", str(images), "--store", str(tmp_path / "none"), "--teacher", "tiny:colour_teacher", "--extend"]
+    assert labeler.__main__.main(command) == 2
+    assert "Omit --extend: that begins a store" in capsys.readouterr().err
+
+
+def test_flags_have_values_and_other_names_stay():
+    parser = labeler.__main__.parser_of("label")
+    text = "use `decoder=cpu`, `input_size`, `ray status`, `run.out` or `images`"
+    assert with_flags(text, parser) == "use --decoder cpu, --input-size, `ray status`, `run.out` or `images`"
+
+
+@pytest.mark.parametrize("path", sorted(Path(labeler.__file__).parent.rglob("*.py")), ids=lambda path: path.name)
+def test_no_error_of_the_labeler_speaks_of_flags(path):
+    told = [
+        text.value
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Raise) or (isinstance(node, ast.keyword) and node.arg in ("got", "expected", "remedy"))
+        for text in ast.walk(node)
+        if isinstance(text, ast.Constant) and isinstance(text.value, str)
+    ]
+    commands_aside = [re.sub("`[^`]*`", "", text) for text in told]
+    assert not [text for text in commands_aside if re.search(r"--[a-z]", text)]

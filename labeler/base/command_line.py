@@ -6,6 +6,7 @@ import argparse
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -102,7 +103,7 @@ def add_command(
         The command's own parser.
     """
     parser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, own_parser=parser)
     parser.add_argument("--json", action="store_true", help=json)
     parser.add_argument("--quiet", action="store_true", help="hide the progress bar")
     return parser
@@ -112,6 +113,22 @@ def parser_of_command(parser: argparse.ArgumentParser, command: str) -> argparse
     """Returns the parser of one command of `parser`."""
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return commands.choices[command]
+
+
+def with_flags(text: str, parser: argparse.ArgumentParser) -> str:
+    """Returns a library's message as a user of a command knows its settings.
+
+    Args:
+        text: Settings stand between backticks, alone or with a value: `input_size`, `decoder=cpu`.
+        parser: The command's own parser, which knows their flags: --input-size, --decoder cpu. Others stay as they are.
+    """
+    flags = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+
+    def flag(match: re.Match[str]) -> str:
+        name, _, value = match[1].partition("=")
+        return f"{flags[name]} {value}".rstrip() if name in flags else match[0]
+
+    return re.sub(r"`(\w+(?:=[^`]*)?)`", flag, text)
 
 
 def run_command(options: argparse.Namespace, extra: str = "all") -> int:
@@ -133,7 +150,8 @@ def run_command(options: argparse.Namespace, extra: str = "all") -> int:
         sys.stdout.flush()
         return status
     except TokenLabelError as error:
-        print(f"error: {error}", file=sys.stderr)
+        parser = getattr(options, "own_parser", None)
+        print(f"error: {error if parser is None else with_flags(str(error), parser)}", file=sys.stderr)
         return error.exit_status
     except ModuleNotFoundError as error:
         if error.name not in IN_EXTRAS:

@@ -123,7 +123,7 @@ def audit_store(
         IntegrityError: Its teacher has changed, or an image can no longer be decoded.
     """
     labels = LabelStore(store, trusted=trusted)
-    refuse_foreign_teacher(labels.trusted, labels.plan, labels.path, "--audit")
+    refuse_foreign_teacher(labels.trusted, labels.plan, labels.path, "`audit`")
     return audit_labels(labels, images, count, device=device, seed=seed, progress=progress)[0]
 
 
@@ -146,7 +146,7 @@ def audit_labels(
     present = [i for i in range(len(rows)) if i not in source.problems]
     none = InputError(
         f"none of the images of {source.name!r} is one that was labeled", got=f"0 of {len(rows)}",
-        remedy="Give --images the folder that was labeled.",
+        remedy="Give `images` the folder that was labeled.",
     )  # fmt: skip
     if not present:
         raise none

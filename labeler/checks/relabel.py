@@ -41,7 +41,7 @@ def refuse_foreign_teacher(trusted: bool, plan: Plan, store: str | Path, option:
         raise InputError(
             f"{str(store)!r} was not written here in one run, and its teacher can be any code that it names",
             got=repr(plan.meta.teacher.get("name"))[:80],
-            remedy=f"Give --trusted if you trust this store, or omit {option}.",
+            remedy=f"Give `trusted` if you trust this store, or omit {option}.",
         )
 
 

@@ -44,13 +44,13 @@ def verify_store(
     """
     result = check_store(store, trusted=trusted, progress=progress)
     if relabel and images is None:
-        raise InputError("--relabel needs --images", remedy="Give the image root that was labeled.")
+        raise InputError("`relabel` needs `images`", remedy="Give the image root that was labeled.")
     if result.problems or images is None:
         return result
     opened = LabelStore(store, trusted=True)
     if relabel:
         own = all(check_known(part.folder) == WRITTEN for part in opened.parts)
-        refuse_foreign_teacher(trusted or own, opened.plan, opened.path, "--relabel")
+        refuse_foreign_teacher(trusted or own, opened.plan, opened.path, "`relabel`")
     checked, problems = opened.check_images(images, progress)
     result = replace(result, images_checked=checked, problems=problems)
     return _relabeled(result, opened, images, relabel, device, seed) if relabel and not problems else result

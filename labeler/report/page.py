@@ -109,14 +109,14 @@ def write_report(
     if not len(labels):
         raise InputError(f"{str(store)!r} has no rows", remedy="See its quarantine.jsonl.")
     if audit:
-        refuse_foreign_teacher(labels.trusted, labels.plan, labels.path, "--audit")
+        refuse_foreign_teacher(labels.trusted, labels.plan, labels.path, "`audit`")
     drawn = draw_sample(labels, sample, seed)
     source = open_images(images, drawn.keys)
     missing = len(source.problems)
     if missing == len(drawn.keys) and len(open_images(images, labels.keys).problems) == len(labels):
         raise InputError(
             f"none of the store's images is below {str(images)!r}", got=f"0 of {len(labels):,}",
-            expected=f"for example {drawn.keys[0]!r}", remedy="Give --images the folder that was labeled.",
+            expected=f"for example {drawn.keys[0]!r}", remedy="Give `images` the folder that was labeled.",
         )  # fmt: skip
     checked = None if truth is None else check_truth(drawn, Path(truth))
     result, costs = None, None

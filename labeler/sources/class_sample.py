@@ -31,7 +31,7 @@ def own_classes(images: ImageSource) -> tuple[str, ...]:
         raise InputError(
             f"a head needs images of two classes or more in {images.name!r}",
             got=f"{len(names)} {kind}", expected="a folder for each class, named after it, or labels",
-            remedy="Omit --fit-head for a teacher that has a head already.",
+            remedy="Omit `fit_head` for a teacher that has a head already.",
         )  # fmt: skip
     return tuple(names)
 
@@ -49,7 +49,7 @@ def choose_images(images: ImageSource, classes: tuple[str, ...], most: int) -> d
     """
     if most < 2 * len(classes):
         raise InputError(
-            "the head needs two images of each class or more", got=f"--head-images {most}",
+            "the head needs two images of each class or more", got=f"`head_images={most}`",
             expected=f"at least {2 * len(classes)} for {len(classes)} classes",
         )  # fmt: skip
     ids = true_classes(images, {name: i for i, name in enumerate(classes)}, len(classes)).tolist()

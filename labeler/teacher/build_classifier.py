@@ -33,7 +33,7 @@ log = logging.getLogger("labeler")
 TIMM_SOURCES = ("local-dir:", "hf-hub:", "hf_hub:")
 RUN_FOLDER = "timm"  # within the folder of a training run
 ENTRY_POINTS = "token_labeling.timm_models"  # packages whose import registers more names with timm
-NO_WEIGHTS_REMEDY = "Give --checkpoint FILE, or --random-weights to try out the tool."
+NO_WEIGHTS_REMEDY = "Give `checkpoint=FILE`, or `random_weights` to try out the tool."
 
 
 @dataclass(frozen=True)
@@ -223,18 +223,18 @@ def _create(factory: Callable[..., Any], arguments: dict[str, Any], size_name: s
         if arguments.get("pretrained") or arguments.get("weights"):
             problem = f"no pretrained weights for {name} could be fetched"
             raise TeacherError(problem, got=got, remedy=NO_WEIGHTS_REMEDY) from error
-        raise TeacherError(f"teacher {name} cannot be built", got=got, remedy="Check --input-size.") from error
+        raise TeacherError(f"teacher {name} cannot be built", got=got, remedy="Check `input_size`.") from error
 
 
 def _refuse_other_head(name: str, wanted: int | None, published: int) -> None:
     """Raises TeacherError if the published weights have no head, or one of another number of classes."""
     if published == 0:
-        remedy = f"Fit one for the classes of your folders with --fit-head. {NO_WEIGHTS_REMEDY}"
+        remedy = f"Fit one for the classes of your folders with `fit_head`. {NO_WEIGHTS_REMEDY}"
         raise TeacherError(f"{name} is published without a classification head", remedy=remedy)
     if wanted is not None and wanted != published:
         raise TeacherError(
-            f"the pretrained head of {name} has another number of classes", got=f"--num-classes {wanted}",
-            expected=published, remedy="Give --checkpoint FILE with weights that were trained on your classes.",
+            f"the pretrained head of {name} has another number of classes", got=f"`num_classes={wanted}`",
+            expected=published, remedy="Give `checkpoint=FILE` with weights that were trained on your classes.",
         )  # fmt: skip
 
 

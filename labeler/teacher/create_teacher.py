@@ -154,7 +154,7 @@ def create_teacher(config: TeacherConfig, device: str = "cpu") -> LoadedTeacher:
     if config.num_classes not in (None, report.num_classes):
         raise TeacherError(
             f"teacher {config.name} has another number of classes", got=report.num_classes, expected=config.num_classes,
-            remedy="Omit --num-classes, or give a --checkpoint with such a head.",
+            remedy="Omit `num_classes`, or give a `checkpoint` with such a head.",
         )  # fmt: skip
     compile_notes = _compile(dense) if config.compile else ()
     info = TeacherInfo(

@@ -202,7 +202,7 @@ def _classifier_logits(model: nn.Module, images: Tensor, name: str) -> Tensor:
         logits = model(images)
     except Exception as error:
         problem = f"does not run on {images.shape[-1]}×{images.shape[-1]} pixels"
-        remedy = "Give the --input-size that it was built for."
+        remedy = "Give the `input_size` that it was built for."
         raise _refusal(name, problem, first_line(error), remedy=remedy) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
         raise _refusal(name, "is not an image classifier", _described(logits), "logits [B, C]")
@@ -231,7 +231,7 @@ def _refuse_missing_head(model: Any, name: str) -> None:
     else:
         heads = [getattr(model, part, None) for part in HEADS]
     if getattr(model, "num_classes", None) == 0 or any(isinstance(head, nn.Identity) for head in heads):
-        remedy = "Choose a classifier, give --checkpoint with a trained head, or fit one with --fit-head."
+        remedy = "Choose a classifier, give `checkpoint` with a trained head, or fit one with `fit_head`."
         raise _refusal(name, "has no classification head", "features only", "logits of classes", remedy)
 
 

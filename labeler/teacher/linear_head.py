@@ -115,7 +115,7 @@ def read_head(path: str | Path) -> tuple[LinearHead, str]:
         head = LinearHead(weight, bias, classes, about["features_sha256"], dict(about["fitted_with"]), fit)
     except Exception as error:  # a damaged file can fail anywhere
         got = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-        raise TeacherError(f"{str(path)!r} is not a linear head", got=got, expected="what --fit-head wrote") from None
+        raise TeacherError(f"{str(path)!r} is not a linear head", got=got, expected="what `fit_head` wrote") from None
     return head, hashlib.sha256(data).hexdigest()
 
 
@@ -164,7 +164,7 @@ def set_head(model: Any, head: LinearHead, name: str) -> None:
     if digest != head.features_sha256:
         raise MismatchError(
             f"the linear head was fitted for another network than teacher {name}", got=f"weights {digest[:12]}",
-            expected=head.features_sha256[:12], remedy="Give the --teacher and --checkpoint that it was fitted with.",
+            expected=head.features_sha256[:12], remedy="Give the `teacher` and `checkpoint` that it was fitted with.",
         )  # fmt: skip
     give_head(model, len(head.classes), name)
     layer = linear_layer(model, name)

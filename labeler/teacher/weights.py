@@ -63,7 +63,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | None) -
         got = "; ".join(f"{len(names)} {fault} ({', '.join(names[:3])}…)" for fault, names in faults.items() if names)
         raise TeacherError(
             f"checkpoint {path} does not fit the model", got=f"weights {got}", expected="each weight once",
-            remedy="Check --teacher, --num-classes and --input-size.",
+            remedy="Check `teacher`, `num_classes` and `input_size`.",
         )  # fmt: skip
     model.load_state_dict(state, strict=False)
 

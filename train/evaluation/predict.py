@@ -92,9 +92,9 @@ def predict(
             head.
     """
     if top < 1:
-        raise InputError("--top must be 1 or more", got=top)
+        raise InputError("`top` must be 1 or more", got=top)
     if batch_size < 1:
-        raise InputError("--batch-size must be 1 or more", got=batch_size)
+        raise InputError("`batch_size` must be 1 or more", got=batch_size)
     trained = load_trained(checkpoint, ema, img_size, crop_pct)
     if maps is not None:
         _refuse_without_head(trained)

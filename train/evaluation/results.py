@@ -69,9 +69,9 @@ def _fields(one: Prediction) -> tuple[list[object], ...]:
 def check_result_files(out: Path | None, matrix: Path | None) -> None:
     """Raise InputError, before any work, if `write_validation` could not write these files."""
     if out is not None and out.suffix not in (".json", ".csv"):
-        raise InputError("--out has an unknown extension", got=str(out), expected="a name that ends in .json or .csv")
+        raise InputError("`out` has an unknown extension", got=str(out), expected="a name that ends in .json or .csv")
     if matrix is not None and matrix.suffix != ".csv":
-        raise InputError("--matrix has an unknown extension", got=str(matrix), expected="a name that ends in .csv")
+        raise InputError("`matrix` has an unknown extension", got=str(matrix), expected="a name that ends in .csv")
     for path in (out, matrix):
         if path is not None:
             _check(path, "result file")

@@ -106,7 +106,7 @@ def picture_names(folder: Path, images: Sequence[ImageFile], suffix: str = ".map
             raise InputError(
                 "pictures would be written among the images",
                 got=f"{printable(folder)!r} below {printable(searched)!r}",
-                remedy="Choose an --out elsewhere: the next run would take the pictures for images.",
+                remedy="Choose an `out` elsewhere: the next run would take the pictures for images.",
             )  # fmt: skip
     return _names(folder, images, suffix)
 

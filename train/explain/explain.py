@@ -114,7 +114,7 @@ def _pages(out: Path, files: Sequence[ImageFile]) -> list[Path]:
         if len(files) > 1:
             raise InputError(
                 "a page is about one image", got=f"{len(files)} images for {printable(out)!r}",
-                remedy="Give --out a folder.",
+                remedy="Give `out` a folder.",
             )  # fmt: skip
         pages = [out]
     else:
@@ -124,7 +124,7 @@ def _pages(out: Path, files: Sequence[ImageFile]) -> list[Path]:
         path = os.path.realpath(image.path)
         if path in written or os.path.dirname(path) in written:
             raise InputError(
-                "pictures would be written among the images", got=printable(image.path), remedy="Choose another --out."
+                "pictures would be written among the images", got=printable(image.path), remedy="Choose another `out`."
             )
     return pages
 

@@ -173,9 +173,9 @@ def _path(out: str | Path | None, checkpoint: Path, format: str, int8: str | Non
         return Path(f"{stem}{'' if int8 is None else '-int8'}{suffix}")
     path = Path(out)
     if path.suffix != suffix or path.is_dir():
-        raise InputError(f"--out is no name of a file of format {format}", got=repr(str(out)), expected=f"NAME{suffix}")
+        raise InputError(f"`out` is no name of a file of format {format}", got=repr(str(out)), expected=f"NAME{suffix}")
     if not path.parent.is_dir():
-        raise InputError("the folder of --out does not exist", got=repr(str(path.parent)))
+        raise InputError("the folder of `out` does not exist", got=repr(str(path.parent)))
     return path
 
 

@@ -39,6 +39,6 @@ def create_decoder(name: str, settings: DecodeSettings) -> Decoder:
         from labeler.sources.decoding.decode_dali import DaliDecoder
     except ImportError as error:
         raise InputError(
-            "DALI cannot be imported", got=str(error), remedy="Install it, or use --decoder cpu."
+            "DALI cannot be imported", got=str(error), remedy="Install it, or use `decoder=cpu`."
         ) from None
     return DaliDecoder(settings)

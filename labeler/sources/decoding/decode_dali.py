@@ -158,7 +158,7 @@ def _gpu(device: str) -> int | None:
 
 def _no_dali(error: RuntimeError) -> LabelingError:
     """Returns the error for when DALI does not work."""
-    remedy = "Free memory or check the driver, and run the same command again; or give --decoder cpu."
+    remedy = "Free memory or check the driver, and run the same command again; or give `decoder=cpu`."
     return LabelingError("DALI cannot decode images here", got=_error_line(error), remedy=remedy)
 
 

@@ -42,7 +42,7 @@ def refuse_other_settings(store: Path, existing: Plan, wanted: Plan) -> None:
         raise MismatchError(
             f"the store {str(store)!r} was begun with other settings",
             got="; ".join(differences),
-            remedy="Use the settings that it was begun with, or another --store.",
+            remedy="Use the settings that it was begun with, or another `store`.",
         )
 
 

@@ -146,13 +146,13 @@ def extension_of(images: ImageSource, store: Path) -> Piece | None:
     plan = load_plan(store)
     if plan is None:
         raise InputError(
-            f"there is no label store {str(store)!r} to extend", remedy="Omit --extend: that begins a store."
+            f"there is no label store {str(store)!r} to extend", remedy="Omit `extend`: that begins a store."
         )
     try:
         labels = LabelStore(store)
         known = labels.labeled_images(digests=True)
     except IntegrityError as error:
-        remedy = "Complete it first: label the images that it was begun with, without --extend."
+        remedy = "Complete it first: label the images that it was begun with, without `extend`."
         raise IntegrityError(error.problem, got=error.got, expected=error.expected, remedy=remedy) from None
     positions = new_images(images, known, store)
     folder = store / EXTENDING
