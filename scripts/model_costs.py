@@ -1,7 +1,8 @@
-"""What each family and each mixer costs on this machine: a table of `docs/models.md`.
+"""What each family and each mixer costs on this machine, and how costs grow with the image: tables of the docs.
 
     python -m scripts.model_costs                       # everything, some fifteen minutes on one core
     python -m scripts.model_costs --only mamba2 vim     # some rows again; the others keep their figures
+    python -m scripts.model_costs --growth              # DeMansia Tiny beside DeiT-Tiny, 224 to 1,248 pixels
     python -m scripts.model_costs --render              # write the table again, without measuring
 
 Every model and resolution is measured in a process of its own, with one thread. A training step is a forward and a
@@ -34,6 +35,7 @@ BATCH = 2  # batch norm in training wants more than one image
 ROUNDS = {224: 3}
 FEW = 2  # rounds at other sizes
 SIDES = (224, 512)
+GROWTH_SIDES = (224, 384, 512, 768, 1024, 1248)
 
 
 @dataclass(frozen=True)
@@ -65,24 +67,35 @@ ROWS = {
     "mambaout": Row("MambaOut-T (timm)", "mambaout_tiny"),
 }
 
+GROWTH = {"mamba": Row("DeMansia Tiny", "demansia_tiny"), "deit": Row("DeiT-Tiny (timm)", "deit_tiny_patch16_224")}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m scripts.model_costs", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
-    parser.add_argument("--sides", type=int, nargs="+", default=SIDES, help="sides of the images in pixels")
+    parser.add_argument("--growth", action="store_true", help=f"measure {' and '.join(GROWTH)} at {GROWTH_SIDES}")
+    parser.add_argument("--sides", type=int, nargs="+", help="sides of the images in pixels")
     parser.add_argument("--render", action="store_true", help="only write the table, from the figures that exist")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/costs/models.json"), help="(%(default)s)")
-    parser.add_argument("--page", type=Path, default=Path("docs/models.md"), help="page to write to (%(default)s)")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/costs/model.json, or growth.json")
+    parser.add_argument("--page", type=Path, help="page to write to (default: docs/models.md, or docs/evidence.md)")
     options = parser.parse_args(arguments)
-    found = json.loads(options.results.read_text()) if options.results.exists() else {"rows": {}}
-    for name in [] if options.render else options.only or ROWS:
-        for side in options.sides:
-            print(f"{name} at {side}²", file=sys.stderr, flush=True)
+    if options.growth and options.only:
+        parser.error("--growth has rows of its own: leave out --only")
+    name, page, rows, sides, text_of = (
+        ("growth", "evidence", GROWTH, GROWTH_SIDES, growth_table)
+        if options.growth
+        else ("model", "models", ROWS, SIDES, table)
+    )
+    results = options.results or Path(f"benchmarks/costs/{name}.json")
+    found = json.loads(results.read_text()) if results.exists() else {"rows": {}}
+    for row in [] if options.render else options.only or rows:
+        for side in options.sides or sides:
+            print(f"{row} at {side}²", file=sys.stderr, flush=True)
             found["machine"] = describe("cpu")
-            found["rows"].setdefault(name, {})[str(side)] = measured(name, side)
-            replace_file(options.results, json.dumps(found, indent=1).encode() + b"\n")
-    fill(options.page, "model costs", table(found))
-    print(table(found))
+            found["rows"].setdefault(row, {})[str(side)] = measured(row, side)
+            replace_file(results, json.dumps(found, indent=1).encode() + b"\n")
+    fill(options.page or Path(f"docs/{page}.md"), f"{name} costs", text_of(found))
+    print(text_of(found))
     return 0
 
 
@@ -98,7 +111,7 @@ def measure(name: str, side: int) -> dict[str, Any]:
     """Measure in this process; a model that refuses the size is an answer, too."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    row = ROWS[name]
+    row = {**ROWS, **GROWTH}[name]
     try:
         net = token_label(row.model, 1000, img_size=side, **row.arguments).train()
     except ModelError as error:
@@ -120,6 +133,7 @@ def measure(name: str, side: int) -> dict[str, Any]:
     train = take_turns({"ms": milliseconds(step)}, rounds)["ms"]
     memory = extra_memory(step)
     inference = take_turns({"ms": milliseconds(infer)}, rounds)["ms"]
+    infer_memory = extra_memory(infer)
     with torch.no_grad():
         macs = sum(multiply_adds(net, images).values())
     return {
@@ -128,6 +142,7 @@ def measure(name: str, side: int) -> dict[str, Any]:
         "train_ms": statistics.median(train) / BATCH,
         "infer_ms": statistics.median(inference) / BATCH,
         "memory_mb": memory,
+        "infer_memory_mb": infer_memory,
     }
 
 
@@ -149,6 +164,22 @@ def table(found: dict[str, Any]) -> str:
                 ]
         size = next((one["parameters"] for one in by_side.values() if "parameters" in one), 0)
         lines.append(f"| {ROWS[name].title} | {size / 1e6:.2f}M | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def growth_table(found: dict[str, Any]) -> str:
+    """A row for each size of the image, and the columns of each network."""
+    columns = {"infer_ms": "inference, ms", "infer_memory_mb": "MB", "train_ms": "training, ms", "memory_mb": "MB"}
+    names = [name for name in GROWTH if name in found["rows"]]
+    heads = []
+    for name in names:
+        first, *others = columns.values()
+        heads += [f"{GROWTH[name].title}: {first}", *others]
+    lines = [f"| pixels | {' | '.join(heads)} |", f"|{'---|' * (len(heads) + 1)}"]
+    for side in sorted({int(side) for name in names for side in found["rows"][name]}):
+        figures = [found["rows"][name].get(str(side), {}) for name in names]
+        cells = [f"{one[key]:,.0f}" if key in one else "" for one in figures for key in columns]
+        lines.append(f"| {side:,}² | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

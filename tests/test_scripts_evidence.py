@@ -233,6 +233,23 @@ def test_the_table_of_costs_says_what_was_not_measured():
     assert "not measured" in lines[3]
 
 
+def test_the_table_of_growth_has_a_row_for_each_size_of_the_image():
+    figures = {"infer_ms": 51.4, "infer_memory_mb": 20.0, "train_ms": 149.0, "memory_mb": 1_158.2}
+    found = {"rows": {"mamba": {"1024": figures, "224": figures}, "deit": {"224": figures, "1024": {"refused": "x"}}}}
+    lines = model_costs.growth_table(found).splitlines()
+    assert lines[0].startswith(
+        "| pixels | DeMansia Tiny: inference, ms | MB | training, ms | MB | DeiT-Tiny (timm): inf"
+    )
+    assert lines[2] == "| 224² | 51 | 20 | 149 | 1,158 | 51 | 20 | 149 | 1,158 |"
+    assert lines[3] == "| 1,024² | 51 | 20 | 149 | 1,158 |  |  |  |  |"
+
+
+def test_the_other_network_of_the_table_of_growth_is_measured_with_its_token_head():
+    figures = model_costs.measure("deit", 32)
+    assert figures["parameters"] > 5_700_000
+    assert min(figures["train_ms"], figures["infer_ms"]) > 0
+
+
 def test_a_size_that_a_model_refuses_is_an_answer():
     assert "multiples of" in model_costs.measure("mila", 100)["refused"]
 
@@ -242,6 +259,7 @@ def test_pages_have_a_place_for_each_table():
     for name in TABLES:
         assert f"<!-- table: {name} -->" in (docs / "evidence.md").read_text()
     assert "<!-- table: model costs -->" in (docs / "models.md").read_text()
+    assert "<!-- table: growth costs -->" in (docs / "evidence.md").read_text()
 
 
 def test_a_table_of_true_maps_says_nothing_of_a_teacher():
