@@ -27,7 +27,7 @@ import torch
 from conftest import SHARED
 
 SLIM, FULL = Path(__file__).parent / "fixtures", SHARED / "fixtures"
-# Triton's interpreter is chosen before triton is imported: `test_model_interpreter` does so in its own process.
+# Triton's interpreter is chosen before triton is imported: `tests/interpreter.py` does so in its own process.
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NUMBA = pytest.param("numba", marks=pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed"))
