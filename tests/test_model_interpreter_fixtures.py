@@ -1,4 +1,4 @@
-"""Fixtures on Triton's kernels, in its interpreter. A file of its own: another worker runs it beside the other tests."""
+"""Fixtures on Triton's kernels, in its interpreter: a file of its own, so that another worker can run it."""
 
 from __future__ import annotations
 
