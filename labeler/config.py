@@ -132,14 +132,14 @@ class LabelerConfig:
         check_options(self)
         if self.bytes_per_image is not None and (self.threshold is not None or self.precision == "float16"):
             raise InputError(
-                "bytes_per_image picks the threshold of uint8 codes itself",
+                "`bytes_per_image` picks the threshold of uint8 codes itself",
                 got=f"threshold {self.threshold}, precision {self.precision}", remedy="Give one or the other.",
             )  # fmt: skip
         if self.fit_head and (self.class_names or self.teacher.num_classes):
             raise InputError(
                 "the classes of a fitted head are the images' own: their folders, or labels",
-                got="fit_head with class_names or num_classes",
-                remedy="Omit them, or fit_head.",
+                got="`fit_head` with `class_names` or `num_classes`",
+                remedy="Omit them, or `fit_head`.",
             )  # fmt: skip
         if self.workers and ":" in self.device:
             raise InputError(
@@ -148,4 +148,4 @@ class LabelerConfig:
                 remedy="CUDA_VISIBLE_DEVICES says which GPUs of this machine Ray may give out.",
             )  # fmt: skip
         if not self.gpus_per_worker > 0:
-            raise InputError("gpus_per_worker must be positive", got=self.gpus_per_worker)
+            raise InputError("`gpus_per_worker` must be positive", got=self.gpus_per_worker)

@@ -279,7 +279,7 @@ def _threads(nodes: list[dict[str, float]], gpus: float, config: LabelerConfig) 
     if threads > most:
         log.warning(
             "waiting: no node of the Ray cluster has the %d CPU(s) and %g GPU(s) that a worker needs; the most are %d "
-            "and %g. Unless such a node will join, change --threads, --gpus-per-worker or --device",
+            "and %g. Unless such a node will join, change `threads`, `gpus_per_worker` or `device`",
             threads, gpus, max((int(node.get("CPU", 0)) for node in nodes), default=0),
             max((node.get("GPU", 0) for node in nodes), default=0),
         )  # fmt: skip

@@ -198,7 +198,7 @@ def _warn_of_other_folders(images: ImageSource, plan: Plan) -> None:
         log.warning(
             "the %d %s of %s (%s%s) are not the teacher's %d classes, so no image's true class is known and the labels "
             "cannot be checked against it; training gives the images' own classes a class head (data.classes=images). "
-            "If they are the teacher's: --class-names FILE lists its class names in order, one per line.",
+            "If they are the teacher's: `label --class-names FILE` lists its class names in order, one per line.",
             len(own), "folders" if images.labels is None else "labels", images.name, ", ".join(own[:3]),
             ", …" * (len(own) > 3), plan.meta.num_classes,
         )  # fmt: skip
@@ -212,7 +212,7 @@ def _warn_of_disagreement(summary: LabelSummary, plan: Plan) -> None:
     if summary.agreement <= chance + 3 * math.sqrt(chance * (1 - chance) / known):
         log.warning(
             "only %.1f %% of %d images are labeled with their folder's class, no better than chance among %d classes: "
-            "does the teacher have these classes, in this order? --class-names FILE gives the teacher's order.",
+            "does the teacher have these classes, in this order? `label --class-names FILE` gives the teacher's order.",
             100 * summary.agreement, known, plan.meta.num_classes,
         )  # fmt: skip
     elif summary.agreement < SELDOM:

@@ -20,9 +20,9 @@ from labeler.store.label_store import LabelStore
 from pipeline.config import LoaderConfig
 
 OTHER_FOLDERS = (
-    "Make one folder per class, in sorted order of the classes, or label with --class-names, which lists the folders' "
-    'names in order of the classes. If the folders are not the teacher\'s classes, use classes="images": then they are '
-    "the classes of the class head. In Python, class_folders maps folders to classes."
+    "Make one folder per class, in sorted order of the classes, or `label --class-names FILE`, which lists the "
+    "folders' names in order of the classes. If the folders are not the teacher's classes, use classes=\"images\": then "
+    "they are the classes of the class head. In Python, class_folders maps folders to classes."
 )
 
 

@@ -320,6 +320,6 @@ class TokenLabelLoader:
     def _targets(self, prepared: Prepared, labels: torch.Tensor) -> TokenTargets:
         """Returns the targets of a batch."""
         if self.row_reader is None or prepared.stored is None:
-            return label_targets(labels, self.config.grid, self.num_classes)
+            return label_targets(labels, self.config.grid)
         with one_thread() if self.device.type == "cpu" else nullcontext():  # beside those that decode images
             return self.backend.targets(self.row_reader, prepared.stored, prepared.draws)

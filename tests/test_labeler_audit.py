@@ -76,8 +76,8 @@ def test_the_mirror_error_of_a_one_sided_teacher_by_hand(images, tmp_path, confi
     assert found.mirror == pytest.approx(np.mean(between), rel=1e-3)
     assert found.mirror_averaged == pytest.approx(np.mean(to_average), rel=1e-3)
     assert found.flip == flip
-    assert ("--tta flip is on" in found.text()) == flip
-    assert ("less with --tta flip" in found.text()) != flip
+    assert ("`--tta flip` is on" in found.text()) == flip
+    assert ("less with `--tta flip`" in found.text()) != flip
     # What is stored is held against the map that this teacher stores: averaged or not.
     assert found.storage < 0.01
 

@@ -258,5 +258,5 @@ def test_a_teacher_without_any_finite_score_is_told_at_once(tmp_path, config):
     settings = dataclasses.replace(config, teacher=TeacherConfig("test_labeler_bad_images:standardising_teacher"))
     with pytest.raises(TeacherError, match="no finite scores for a whole batch"):
         label_images(tmp_path / "images", tmp_path / "labels", settings)
-    with pytest.raises(InputError, match="std must be positive"):
+    with pytest.raises(InputError, match="`std` must be positive"):
         TeacherConfig("tiny:colour_teacher", std=(0.5, 0.0, 0.5))

@@ -81,7 +81,7 @@ def test_too_few_bytes_are_refused_before_there_is_a_store(images, tmp_path, con
 
 @pytest.mark.parametrize("beside", [{"threshold": 0.1}, {"precision": "float16"}])
 def test_bytes_and_what_they_pick_exclude_each_other(beside):
-    with pytest.raises(InputError, match="bytes_per_image picks the threshold"):
+    with pytest.raises(InputError, match="`bytes_per_image` picks the threshold"):
         LabelerConfig(TEACHER, bytes_per_image=500, **beside)
 
 

@@ -73,7 +73,9 @@ def test_without_token_labels_both_heads_have_the_images_classes(settings):
     loader = create_loader(replace(settings, token_labels=False))
     assert (loader.num_classes, loader.aux_classes) == (3, None)
     targets = next(iter(loader)).targets
-    assert (targets.grid, targets.num_classes, targets.dense_tokens().shape) == ((4, 4), 3, (4, 16, 3))
+    assert (targets.grid, targets.dense_tokens(5).shape) == ((4, 4), (4, 16, 5))
+    with pytest.raises(InputError, match="do not know how many classes there are"):
+        targets.dense_tokens()
 
 
 @pytest.mark.parametrize("layout", ["class folders", "one class", "a loose image", "no folders", "known classes"])

@@ -59,6 +59,7 @@ def take(maps: ScoreMaps, index: list[int]) -> ScoreMaps:
 
 def assert_same(found: TokenTargets, expected: TokenTargets, atol: float) -> None:
     torch.testing.assert_close(found.tensors(), expected.tensors(), rtol=0, atol=atol)
+    assert (found.grid, found.num_classes) == (expected.grid, expected.num_classes)
 
 
 def square(affine: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,11 @@ import torch
 from labeler.base.errors import InputError
 from scripts import model_costs
 from scripts.evidence import plots
-from scripts.evidence.__main__ import main, results_to_keep
+from scripts.evidence.__main__ import main, with_result
 from scripts.evidence.ablations import TABLES
-from scripts.evidence.data import EPOCH, STEPS, Pictures, stores_needed, teacher_settings
+from scripts.evidence.data import EPOCH, STEPS, Pictures, teacher_settings
 from scripts.evidence.render import END, fill, markdown
-from scripts.evidence.runs import Run, parameters, plan
+from scripts.evidence.runs import Run, parameters, plan, stores_of
 from scripts.evidence.statistics import compare_all, gaps_of_halves, mean_and_error, pooled_deviation
 from scripts.evidence.tables import FAMILIES, IMAGE_LABEL, TOKEN_LABELS
 from train.optimization import LearningRate
@@ -157,10 +157,13 @@ def test_tables_share_the_runs_that_are_the_same(tmp_path):
 
 def test_results_of_other_seeds_rows_and_arms_stay(tmp_path):
     old = [*results(), result("a row of former times", ARMS[0], 0, 0.5)]
-    kept = results_to_keep(old, FAMILIES, plan(FAMILIES, ARMS[1:], [0], tmp_path, ["vim"]))
+    new = result("vim", ARMS[1], 0, 0.99)
+    kept = with_result(old, new, FAMILIES)
     assert [one for one in results() if one not in kept] == [result("vim", ARMS[1], 0, 0.31)]
-    assert len(kept) == len(results()) - 1
-    assert results_to_keep(old, FAMILIES, plan(FAMILIES, None, [0, 1, 2], tmp_path)) == []
+    assert (kept[-1], len(kept)) == (new, len(results()))
+    other = result("vim", ARMS[1], 7, 0.5)
+    assert with_result(results(), other, FAMILIES) == [*results(), other]
+    assert [run.row.name for run in plan(FAMILIES, ARMS[1:], [0], tmp_path, ["vim"])] == ["vim"]
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -168,7 +171,7 @@ def test_every_table_is_of_valid_recipes(name, tmp_path):
     table = TABLES[name]
     for run in plan(table, [arm.name for arm in table.arms], [0], tmp_path):
         load_recipe(table.recipe, run.settings(pictures(tmp_path)))
-    assert stores_needed(table, [table.arms[-1].name])
+    assert stores_of(plan(table, [table.arms[-1].name], [0], tmp_path))
 
 
 def test_every_teacher_is_a_valid_recipe_that_ends_far_below_its_highest_rate(tmp_path):
@@ -183,8 +186,11 @@ def test_every_teacher_is_a_valid_recipe_that_ends_far_below_its_highest_rate(tm
         assert rates[-1] < max(rates) / 10
 
 
-def test_labels_are_not_needed_where_no_arm_has_any():
-    assert not stores_needed(FAMILIES, ["image-label"])
+def test_only_the_stores_of_what_is_trained_are_needed(tmp_path):
+    assert not stores_of(plan(FAMILIES, ["image-label"], [0], tmp_path))
+    ways = TABLES["ways"]
+    assert not stores_of(plan(ways, None, [0], tmp_path, ["image-label"]))
+    assert [labels.name for labels in stores_of(plan(ways, None, [0, 1], tmp_path))] == ["maps", "whole"]
 
 
 @pytest.mark.parametrize("row", FAMILIES.rows, ids=lambda row: row.name)

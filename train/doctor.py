@@ -129,7 +129,7 @@ def _package(name: str) -> str:
             return f"not installed; pip install {project}"
         return f"{version}, cannot be imported ({_reason(error)})"
     except (Exception, SystemExit) as error:  # a build for another system fails in many ways
-        return f"{version}, cannot be imported ({_reason(error)}); pip install --force-reinstall {project}"
+        return f"{version}, cannot be imported ({_reason(error)}); `pip install --force-reinstall {project}`"
     return str(getattr(module, "__version__", version or "unknown version"))
 
 

@@ -139,7 +139,7 @@ class Trainer:
             if stop or save:
                 self._save(must=stop or self.step == self.steps)
             if stop:
-                raise Stopped(f"stopped after step {self.step}", remedy="--resume auto continues from there.")
+                raise Stopped(f"stopped after step {self.step}", remedy="`resume=auto` continues from there.")
             if evaluation:
                 with self.speed.paused():
                     self._evaluate(signals)

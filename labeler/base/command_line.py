@@ -116,19 +116,26 @@ def parser_of_command(parser: argparse.ArgumentParser, command: str) -> argparse
 
 
 def with_flags(text: str, parser: argparse.ArgumentParser) -> str:
-    """Returns a library's message as a user of a command knows its settings.
+    """Returns a library's message with a command's flags in place of the settings' names.
 
     Args:
         text: Settings stand between backticks, alone or with a value: `input_size`, `decoder=cpu`.
         parser: The command's own parser, which knows their flags: --input-size, --decoder cpu. Others stay as they are.
     """
-    flags = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+    long = {action.dest: [flag for flag in action.option_strings if flag[:2] == "--"] for action in parser._actions}
+    flags = {name: options[0] for name, options in long.items() if options}
 
     def flag(match: re.Match[str]) -> str:
         name, _, value = match[1].partition("=")
         return f"{flags[name]} {value}".rstrip() if name in flags else match[0]
 
     return re.sub(r"`(\w+(?:=[^`]*)?)`", flag, text)
+
+
+def shown(error: TokenLabelError, options: argparse.Namespace) -> str:
+    """Returns the text of an error as the command that has these options shows it."""
+    parser = getattr(options, "own_parser", None)
+    return str(error) if parser is None else with_flags(str(error), parser)
 
 
 def run_command(options: argparse.Namespace, extra: str = "all") -> int:
@@ -150,8 +157,7 @@ def run_command(options: argparse.Namespace, extra: str = "all") -> int:
         sys.stdout.flush()
         return status
     except TokenLabelError as error:
-        parser = getattr(options, "own_parser", None)
-        print(f"error: {error if parser is None else with_flags(str(error), parser)}", file=sys.stderr)
+        print(f"error: {shown(error, options)}", file=sys.stderr)
         return error.exit_status
     except ModuleNotFoundError as error:
         if error.name not in IN_EXTRAS:

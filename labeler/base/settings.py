@@ -81,7 +81,7 @@ def check_options(config: Any) -> None:
         if value is None and type(None) in get_args(hints[field.name]):
             continue
         if limits["choices"] and value not in limits["choices"]:
-            raise InputError(f"{field.name} is not known", got=repr(value), expected=" or ".join(limits["choices"]))
+            raise InputError(f"`{field.name}` is not known", got=repr(value), expected=" or ".join(limits["choices"]))
         if limits["lowest"] is not None:
             _check_number(field.name, value, int in (hints[field.name], *get_args(hints[field.name])), limits)
 
@@ -94,7 +94,7 @@ def _check_number(name: str, value: Any, whole: bool, limits: Any) -> None:
         return
     kind = "a whole number" if whole else "a number"
     bounds = f"{lowest:g} or more" if highest is None else f"{lowest:g} to {highest:g}"
-    raise InputError(f"{name} must be {kind}", got=repr(value), expected=bounds)
+    raise InputError(f"`{name}` must be {kind}", got=repr(value), expected=bounds)
 
 
 @dataclass(frozen=True)

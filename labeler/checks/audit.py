@@ -67,12 +67,12 @@ class Audit:
 
     def advice(self) -> dict[str, str]:
         """Returns how to lower each error, in a few words."""
-        finer = "--quality high or --bytes-per-image N" if self.precision == "uint8" else "a larger --palette"
-        both = "--tta flip is on: the store keeps the average of both passes"
+        finer = "`--quality high` or `--bytes-per-image N`" if self.precision == "uint8" else "a larger `--palette`"
+        both = "`--tta flip` is on: the store keeps the average of both passes"
         return {
             "storage": f"less with more bytes: {finer}",
-            "mirror": both if self.flip else "less with --tta flip, which stores the average of both passes",
-            "crop": f"an --input-size above {self.input_size} is better for small crops, and worse for large ones",
+            "mirror": both if self.flip else "less with `--tta flip`, which stores the average of both passes",
+            "crop": f"an `--input-size` above {self.input_size} is better for small crops, and worse for large ones",
         }
 
     def text(self) -> str:
@@ -146,7 +146,7 @@ def audit_labels(
     present = [i for i in range(len(rows)) if i not in source.problems]
     none = InputError(
         f"none of the images of {source.name!r} is one that was labeled", got=f"0 of {len(rows)}",
-        remedy="Give `images` the folder that was labeled.",
+        remedy="Set `images` to the folder that was labeled.",
     )  # fmt: skip
     if not present:
         raise none

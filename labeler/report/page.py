@@ -116,7 +116,7 @@ def write_report(
     if missing == len(drawn.keys) and len(open_images(images, labels.keys).problems) == len(labels):
         raise InputError(
             f"none of the store's images is below {str(images)!r}", got=f"0 of {len(labels):,}",
-            expected=f"for example {drawn.keys[0]!r}", remedy="Give `images` the folder that was labeled.",
+            expected=f"for example {drawn.keys[0]!r}", remedy="Set `images` to the folder that was labeled.",
         )  # fmt: skip
     checked = None if truth is None else check_truth(drawn, Path(truth))
     result, costs = None, None

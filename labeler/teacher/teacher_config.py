@@ -70,8 +70,8 @@ class TeacherConfig:
         check_options(self)
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != 3:
-                raise InputError(f"{name} takes one number per color", got=values, expected="three numbers")
+                raise InputError(f"`{name}` takes one number per color", got=values, expected="three numbers")
         if self.std is not None and not min(self.std) > 0:
-            raise InputError("std must be positive: pixels are divided by it", got=self.std)
+            raise InputError("`std` must be positive: pixels are divided by it", got=self.std)
         if self.checkpoint and self.random_weights:
-            raise InputError("checkpoint and random_weights exclude each other", remedy="Give one of them.")
+            raise InputError("`checkpoint` and `random_weights` exclude each other", remedy="Give one of them.")

@@ -35,7 +35,7 @@ class TokenTargets:
         cls_background: float32 [B]: score of every other class for the whole crop.
         tail_classes: int64 [B, R]: classes that share the background; −1 where unused; None: no tail.
         tail_offsets: float32 [B, R]: nats that such a class is above the background, in all tokens and in the crop.
-        grid: h, w of the tokens; None: not known, and the loss needs it for mixing alone.
+        grid: h, w of the tokens; None: not known. Only mixing needs it.
         num_classes: C; None: not known.
     """
 
@@ -106,20 +106,19 @@ class TokenTargets:
         return dataclasses.replace(self, **changed)
 
 
-def label_targets(labels: torch.Tensor, tokens: int | tuple[int, int], num_classes: int | None = None) -> TokenTargets:
+def label_targets(labels: torch.Tensor, tokens: int | tuple[int, int]) -> TokenTargets:
     """Creates targets with the image's true class in every token and for the whole crop.
 
     Args:
         labels: int64 [B]: true classes, none negative.
         tokens: h, w of their grid, or T alone.
-        num_classes: C; None: not known.
 
     Returns:
-        The targets.
+        The targets. They do not know C: the labels at hand say only how many classes there are at least.
     """
     n, grid = len(labels), None if isinstance(tokens, int) else tokens
     count = tokens if isinstance(tokens, int) else tokens[0] * tokens[1]
     scores = torch.zeros(n, 1, count, device=labels.device)
     excluded = torch.full((n, count), NOTHING, device=labels.device)
     whole = scores[:, :, 0], excluded[:, 0]
-    return TokenTargets(labels[:, None], scores, excluded, *whole, grid=grid, num_classes=num_classes)
+    return TokenTargets(labels[:, None], scores, excluded, *whole, grid=grid)

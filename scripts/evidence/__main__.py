@@ -3,8 +3,8 @@
     python -m scripts.evidence families --data cifar10-24k.zip --teacher-weights lite1.safetensors --seeds 0 1 2
     python -m scripts.evidence families --render           # write the table again, without training
 
-Run again, it keeps what is done and goes on; results of other seeds, rows and arms stay in the table. Runs and labels
-lie below --out, results in benchmarks/evidence; docs/evidence.png shows all tables.
+Run again, it keeps what is done and goes on; results of other seeds, rows and arms stay in the table until the file of
+results is removed. Runs and labels lie below --out, results in benchmarks/evidence; docs/evidence.png shows all tables.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 from labeler.base.errors import InputError
 from labeler.base.whole_files import replace_file
 from scripts.evidence.ablations import TABLES
-from scripts.evidence.data import Teachers, label_all, stores_needed, unpack_pictures
+from scripts.evidence.data import Teachers, label_all, unpack_pictures
 from scripts.evidence.plots import draw
 from scripts.evidence.render import markdown, write
-from scripts.evidence.runs import Run, plan, train_all
+from scripts.evidence.runs import plan, stores_of, train_all
 from scripts.evidence.tables import Table
 
 PICTURE = "evidence.png"  # beside the page
@@ -69,8 +69,8 @@ def collect(table: Table, options: argparse.Namespace, results: Path) -> None:
     runs = plan(table, options.arms, options.seeds, options.out, options.rows)
     if options.data is None:
         raise InputError("nothing to train on", got="no --data", expected="the archive of CIFAR-10")
-    labeled = stores_needed(table, [run.arm.name for run in runs])
-    taught = labeled and any(labels.true_cells is None for labels in table.stores())
+    stores = stores_of(runs)
+    taught = any(labels.true_cells is None for labels in stores)
     if taught and (options.teacher_weights is None) == (options.teacher is None):
         got = "neither" if options.teacher is None else "both"
         raise InputError("one teacher makes the labels", got=got, expected="--teacher-weights or --teacher")
@@ -78,22 +78,22 @@ def collect(table: Table, options: argparse.Namespace, results: Path) -> None:
     pictures = unpack_pictures(options.data, options.out, table.pictures)
     before = json.loads(results.read_text()) if results.exists() else {"labels": {}, "results": []}
     teachers = Teachers(options.teacher_weights, options.teacher)
-    labels = label_all(pictures, table, teachers, options.out) if labeled else {}
-    known = results_to_keep(before["results"], table, runs)
-    found = {"labels": {**before["labels"], **labels}, "results": known}
+    labels = label_all(pictures, stores, teachers, options.out)
+    known = before["results"]
     for one in train_all(runs, pictures, options.jobs, options.minutes):
-        known.append(one)
+        known = with_result(known, one, table)
+        # Where earlier results stay, so do the figures of the labels that they had.
+        found = {"labels": {**labels, **before["labels"]}, "results": known}
         print(f"{one['row']:20}{one['arm']:14}seed {one['seed']}  {one['top1']:.2%}", file=sys.stderr, flush=True)
         results.parent.mkdir(parents=True, exist_ok=True)
         replace_file(results, json.dumps(found, indent=1).encode() + b"\n")
 
 
-def results_to_keep(before: Sequence[dict[str, Any]], table: Table, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Earlier results of the table's rows and arms that `runs` do not give anew."""
-    anew = {(run.row.name, run.arm.name, run.seed) for run in runs}
+def with_result(known: Sequence[dict[str, Any]], one: dict[str, Any], table: Table) -> list[dict[str, Any]]:
+    """Results with one more, in the place of an earlier one of the same run; without those of rows that are gone."""
     places = {(row.name, arm.name) for row in table.rows for arm in table.arms}
-    kept = [one for one in before if (one["row"], one["arm"]) in places]
-    return [one for one in kept if (one["row"], one["arm"], one["seed"]) not in anew]
+    kept = [other for other in known if (other["row"], other["arm"]) in places]
+    return [*(other for other in kept if any(other[key] != one[key] for key in ("row", "arm", "seed"))), one]
 
 
 if __name__ == "__main__":

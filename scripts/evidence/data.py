@@ -15,13 +15,15 @@ import train.__main__
 from labeler.base.errors import InputError
 from scripts.cifar10 import command, unpack
 from scripts.evidence.mosaics import draw_all
-from scripts.evidence.tables import Labels, Table
+from scripts.evidence.tables import Labels
 from scripts.evidence.teachers import NETWORK
 from scripts.evidence.true_maps import true_store
+from train.recipes.recipe import load_recipe
+from train.record.continuation import differences
 from train.record.fit_summary import read_summary
 
 PER_CLASS = 800  # images that are labeled and that students see, the first of each class
-EPOCH = 312  # steps of 64 of CIFAR-10's 20,000 images
+EPOCH = 312  # steps of 64 images in an epoch of the 20,000
 STEPS = 624  # two epochs of 20,000 images
 WARMUP = 0.2  # epochs, or a fifth of all steps
 TEACHER_SIDE = 96  # pixels of the pictures that the teacher is fine-tuned on
@@ -97,12 +99,12 @@ def unpack_pictures(archive: Path, out: Path, name: str) -> Pictures:
     return Pictures(name, images / "train", images / "test", listed, out / "labels" / name)
 
 
-def label_all(pictures: Pictures, table: Table, teachers: Teachers, out: Path) -> dict[str, dict[str, Any]]:
-    """Makes the stores of a table.
+def label_all(pictures: Pictures, stores: Sequence[Labels], teachers: Teachers, out: Path) -> dict[str, dict[str, Any]]:
+    """Makes label stores.
 
     Args:
         pictures: what is labeled.
-        table: says which stores.
+        stores: which stores.
         teachers: where they come from.
         out: folder of CIFAR-10 and of the teachers that are trained.
 
@@ -113,7 +115,7 @@ def label_all(pictures: Pictures, table: Table, teachers: Teachers, out: Path) -
     Raises:
         InputError: there is no such teacher.
     """
-    return {labels.name: label(pictures, labels, teachers, out) for labels in table.stores()}
+    return {labels.name: label(pictures, labels, teachers, out) for labels in stores}
 
 
 def label(pictures: Pictures, labels: Labels, teachers: Teachers, out: Path) -> dict[str, Any]:
@@ -143,10 +145,12 @@ def label(pictures: Pictures, labels: Labels, teachers: Teachers, out: Path) -> 
 
 
 def fine_tune(images: Path, weights: Path, out: Path, steps: int) -> None:
-    """Fine-tunes EfficientNet-Lite1 on CIFAR-10, unless that is done."""
-    if (summary := read_summary(out)) is not None and summary.steps >= steps:
-        return
+    """Fine-tunes EfficientNet-Lite1 on CIFAR-10, unless that is done with these settings."""
     settings = teacher_settings(images, weights, out, steps)
+    if read_summary(out) is not None and not differences(
+        load_recipe(out / "config.toml"), load_recipe("teacher", settings)
+    ):
+        return
     command(train.__main__, ["fit", "teacher", *settings, "--resume", "auto", "--json"])
 
 
@@ -166,9 +170,3 @@ def accuracy_of(run: Path) -> float:
             "this is not a finished run", got=str(run), expected="the folder of a teacher that was trained"
         )
     return summary.top1
-
-
-def stores_needed(table: Table, arms: Sequence[str]) -> bool:
-    """Whether any run of these arms trains from labels."""
-    chosen = [arm for arm in table.arms if arm.name in arms]
-    return any("data.store=none" not in (*row.overrides, *arm.overrides) for row in table.rows for arm in chosen)

@@ -34,7 +34,7 @@ def markdown(table: Table, found: dict[str, Any]) -> str:
         notes.append(f"Mean difference of the {len(rows)} rows: {100 * mean:+.1f}{_plus_minus(error)} points.")
     if not math.isnan(deviation):
         notes.append(f"From seed to seed a difference varies by {100 * deviation:.1f} points.")
-    if len(gaps := gaps_of_halves(rows)) and not math.isnan(gaps[0][1]):
+    if gaps := gaps_of_halves(rows):
         agree, largest = sum(gap < 2 * error for gap, error in gaps), max(gaps)
         notes.append(
             f"Seeds below {HALF} and from {HALF} on, apart: {agree} of {len(gaps)} differences agree within two "

@@ -22,7 +22,7 @@ from labeler.base.whole_files import replace_file
 from scripts.cifar10 import command
 from scripts.evidence.data import Pictures
 from scripts.evidence.swapped import swapped_crops
-from scripts.evidence.tables import Choice, Table
+from scripts.evidence.tables import Choice, Labels, Table
 from train.network import build_network, set_classes
 from train.recipes.config import TrainConfig
 from train.recipes.recipe import load_recipe
@@ -83,6 +83,12 @@ class Run:
         ):
             return None
         return {**json.loads(found.read_text()), "row": self.row.name, "arm": self.arm.name}
+
+
+def stores_of(runs: Sequence[Run]) -> list[Labels]:
+    """The stores that runs train from, each once."""
+    labels = {run.table.labels_of(run.row, run.arm): None for run in runs if "data.store=none" not in run.overrides()}
+    return list(labels)
 
 
 def plan(

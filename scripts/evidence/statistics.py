@@ -15,7 +15,7 @@ from typing import Any
 from scripts.evidence.tables import Table
 
 Key = tuple[str, str]  # row and arm of a table
-HALF = 3  # seeds from this one on were trained later, by a further command
+HALF = 3  # seeds below it and from it on are compared: tables of six seeds were trained by two commands
 
 
 @dataclass(frozen=True)

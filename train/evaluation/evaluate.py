@@ -86,7 +86,7 @@ def evaluate(
         for batch in bar:
             if not wanted():
                 raise Stopped(
-                    "stopped during an evaluation", remedy="All steps are saved: --resume auto continues from there."
+                    "stopped during an evaluation", remedy="All steps are saved: `resume=auto` continues from there."
                 )
             right = _right_classes(batch, loader.num_classes, real)
             images = batch.images.contiguous(memory_format=torch.channels_last) if channels_last else batch.images

@@ -152,9 +152,9 @@ def _first(probabilities: torch.Tensor, top: int, trained: Trained) -> tuple[Cla
 
 def _refuse_without_head(trained: Trained) -> None:
     if trained.net.aux_head is None:
-        raise InputError(f"{trained.name} has no auxiliary head, so no map of its tokens", remedy="Omit --map.")
+        raise InputError(f"{trained.name} has no auxiliary head, so no map of its tokens", remedy="Leave out the maps.")
     if not trained.dense_trained:
         log.warning(
-            "%s was trained without its auxiliary head (loss.dense_weight=0): --map draws an untrained head",
+            "%s was trained without its auxiliary head (loss.dense_weight=0): its maps are an untrained head's",
             trained.name,
         )

@@ -60,7 +60,7 @@ class Trained:
             mean = ", ".join(f"{value:g}" for value in self.transform["mean"])
             log.info(
                 "%s has no record beside it; assumed: %d×%d pixels, %s, mean %s, weight of the auxiliary head %g; "
-                "--img-size and --crop-pct change the first two",
+                "`img_size` and `crop_pct` change the first two",
                 self.name, self.side, self.side, crop, mean, self.net.aux_weight,
             )  # fmt: skip
 

@@ -200,7 +200,7 @@ def _split(outputs: Any, batch: Batch, own_classes: bool) -> tuple[torch.Tensor,
             "the logits have another number of classes than the targets",
             got=of_targets.shape[-1],
             expected=batch.targets.num_classes,
-            remedy="The head on the store's classes needs as many as the store has.",
+            remedy="Give that head as many: num_classes, or aux_classes where the class head has others.",
         )
     if aux_logits is None:
         return cls_logits, None

@@ -115,7 +115,7 @@ def _join(rank: int, world: int, device: torch.device) -> None:
         if "EADDRINUSE" in str(error) or "in use" in str(error):
             raise InputError(
                 f"port {port} of {address} is in use", got=_first_line(error),
-                remedy="Choose another with torchrun --master-port (or MASTER_PORT); `--standalone` finds a free one.",
+                remedy="Choose another: `torchrun --master-port` or MASTER_PORT; `--standalone` finds a free one.",
             ) from None  # fmt: skip
         raise InputError(f"the first rank cannot be reached at {address}:{port}", got=_first_line(error)) from None
 
@@ -123,7 +123,7 @@ def _join(rank: int, world: int, device: torch.device) -> None:
 def _lost(error: Exception) -> TrainError:
     return TrainError(
         "another rank is gone", got=_first_line(error),
-        remedy="See its output for the reason; start all of them again with --resume auto.",
+        remedy="See its output for the reason; start all of them again with `resume=auto`.",
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from labeler.base.command_line import shown
 from labeler.base.errors import TokenLabelError
 
 HEAD_START_S = 2.0
@@ -24,7 +25,7 @@ def first_rank_first(run: Callable[[argparse.Namespace], int]) -> Callable[[argp
         except TokenLabelError as error:
             if os.environ.get("RANK", "0") != "0":
                 time.sleep(HEAD_START_S)
-            _write_torchrun_error(str(error))
+            _write_torchrun_error(shown(error, options))
             raise
 
     return run_then_wait

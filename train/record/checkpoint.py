@@ -221,7 +221,7 @@ def read_weights(folder: Path, info: CheckpointInfo, ema: bool = False, merged: 
     name = EMA if ema else WEIGHTS
     if name not in info.files:
         raise InputError(
-            f"{folder} has no averaged weights", remedy="Use its plain weights, without --ema or model.weights_ema."
+            f"{folder} has no averaged weights", remedy="Use its plain weights, without `ema` or model.weights_ema."
         )
     state = _read_tensors(folder, name, info.files[name])
     if info.adapter is None:

@@ -194,7 +194,7 @@ def starting_point(folder: Path, resume: str | Path | None) -> tuple[Path, Check
         if existing := checkpoints(folder):
             raise InputError(
                 f"{str(folder)!r} already contains a run", got=existing[0].name,
-                remedy="Continue it with --resume auto, or choose another folder with run.out=….",
+                remedy="Continue it with `resume=auto`, or choose another folder with run.out=….",
             )  # fmt: skip
         return None
     if str(resume) == "auto":
@@ -204,7 +204,7 @@ def starting_point(folder: Path, resume: str | Path | None) -> tuple[Path, Check
     if (existing := checkpoints(folder)) and home.resolve() != folder.resolve():
         raise InputError(
             f"{str(folder)!r} contains another run than the one to continue from", got=existing[0].name,
-            remedy="Continue it with --resume auto, or choose another folder with run.out=….",
+            remedy="Continue it with `resume=auto`, or choose another folder with run.out=….",
         )  # fmt: skip
     if path.parent.name == FOLDER:
         return path, check_checkpoint(path)

@@ -91,6 +91,6 @@ def _what_to_try(config: TrainConfig, precision: torch.dtype) -> str:
         return f"No checkpoint was saved before. Start again and {advice}"
     allowed = max(3, 2 * config.run.skip_non_finite)
     return (
-        f"{older[0]} is kept: --resume auto run.skip_non_finite={allowed} continues from there and skips up to "
+        f"{older[0]} is kept: `resume=auto` run.skip_non_finite={allowed} continues from there and skips up to "
         f"{allowed} such steps in a row. Or start in a new run.out, perhaps with model.weights= of it, and {advice}"
     )

@@ -131,7 +131,7 @@ def evaluate_segmentation(
     for position, pixels in tqdm(_ahead(images, own), "evaluation", len(own), leave=False, disable=not progress):
         if not wanted():
             raise Stopped(
-                "stopped during an evaluation", remedy="All steps are saved: --resume auto continues from there."
+                "stopped during an evaluation", remedy="All steps are saved: `resume=auto` continues from there."
             )
         mask = torch.from_numpy(masks.read(images.samples[position], pixels.shape[:2]))
         for table, net in zip(tables, networks.values(), strict=True):

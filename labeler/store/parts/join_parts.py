@@ -78,7 +78,7 @@ def _joined_folders(parts: Sequence[Part]) -> Mapping[str, int]:
             if folders.setdefault(name, number) != number:
                 raise MismatchError(
                     f"the folder {name!r} is another class in {str(part.place)!r}", got=f"class {number}",
-                    expected=f"class {folders[name]}", remedy="Label both with the same `class_names`.",
+                    expected=f"class {folders[name]}", remedy="Label both with the same `label --class-names`.",
                 )  # fmt: skip
     return folders
 

@@ -107,7 +107,7 @@ def _is_there(target: Path, fingerprint: str) -> bool:
     if not same:
         raise InputError(
             f"{str(target)!r} is not empty", got=", ".join(sorted(found)[:3]), expected="an empty or a new folder",
-            remedy="Choose another `store`.",
+            remedy="Choose another folder.",
         )  # fmt: skip
     return True
 

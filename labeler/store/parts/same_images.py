@@ -72,7 +72,7 @@ def refuse_other_images(images: ImageSource, parts: Sequence[LabeledImages], sto
         f"the images of {images.name!r} are not those of the store {str(store)!r}",
         got=f"fingerprint {images.fingerprint[:12]}, " * one + difference(images, keys),
         expected=f"fingerprint {parts[0].fingerprint[:12]}" if one else f"the {len(keys):,} images of its parts",
-        remedy="Label the new ones too with `extend`, or all of them into a new store."
+        remedy="Label the new ones too with `label --extend`, or all of them into a new store."
         if only_new
         else "Restore the images, or label these into a new store.",
     )
