@@ -22,7 +22,7 @@ from pipeline.config import LoaderConfig
 OTHER_FOLDERS = (
     "Make one folder per class, in sorted order of the classes, or `label --class-names FILE`, which lists the "
     "folders' names in order of the classes. If the folders are not the teacher's classes, use "
-    'classes="images": then they are the classes of the class head. In Python, class_folders maps folders to classes.
+    'classes="images": then they are the classes of the class head. In Python, class_folders maps folders to classes.'
 )
 
 
