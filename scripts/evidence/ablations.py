@@ -7,15 +7,17 @@ from dataclasses import replace
 from scripts.evidence.tables import FAMILIES, IMAGE_LABEL, MAPS, TOKEN_LABELS, Choice, Labels, Table
 
 WHOLE = Labels("whole", teacher="whole")
+TUNED = Labels("tuned", side=128, own_pictures=True)
 TRUE = {cells: Labels(f"true-{cells}", true_cells=cells) for cells in (1, 2, 4, 8, 16)}
 
+POOLED = ("loss.dense_weight=0",)
 EVERY_TOKEN = Choice("every-token", "image label on every token", ("data.token_labels=false",))
 
 # The last row of each table is what `fit` does with a store, without any choice.
 WAYS = (
     IMAGE_LABEL,
     EVERY_TOKEN,
-    Choice("pooled", "teacher's pooled answer for the crop, class token only", ("loss.dense_weight=0",)),
+    Choice("pooled", "teacher's pooled answer for the crop, class token only", POOLED),
     Choice("placeless", "teacher's answer for the picture on every token", labels=WHOLE),
     TOKEN_LABELS,
 )
@@ -53,12 +55,17 @@ TABLES = {
     for table in (
         FAMILIES,
         on_cifar("ways", *WAYS),
-        on_mosaics("mosaics", *WAYS),
+        on_mosaics(
+            "mosaics",
+            *WAYS,
+            Choice("tuned-pooled", "pooled answer of a teacher of mosaics, class token only", POOLED, TUNED),
+            Choice("tuned", "token labels of a teacher of mosaics", labels=TUNED),
+        ),
         on_mosaics(
             "truth",
             replace(IMAGE_LABEL, labels=TRUE[8]),
             replace(EVERY_TOKEN, labels=TRUE[8]),
-            Choice("pooled", "true shares of the crop, class token only", ("loss.dense_weight=0",), TRUE[8]),
+            Choice("pooled", "true shares of the crop, class token only", POOLED, TRUE[8]),
             Choice("placeless", "true shares of the picture on every token", labels=TRUE[1]),
             Choice("swapped", "true maps of 8×8 cells, cropped with swapped axes", labels=TRUE[8], swapped=True),
             *(Choice(f"{cells}", f"true maps of {cells}×{cells} cells", labels=TRUE[cells]) for cells in (2, 4, 8, 16)),

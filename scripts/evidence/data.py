@@ -25,13 +25,13 @@ from train.record.fit_summary import read_summary
 PER_CLASS = 800  # images that are labeled and that students see, the first of each class
 EPOCH = 312  # steps of 64 images in an epoch of the 20,000
 STEPS = 624  # two epochs of 20,000 images
+FURTHER = 250  # steps on a table's own pictures
 WARMUP = 0.2  # epochs, or a fifth of all steps
 TEACHER_SIDE = 96  # pixels of the pictures that the teacher is fine-tuned on
 SIDES = {"cifar10": TEACHER_SIDE, "mosaics": 256}  # pixels that the teacher sees
 SETTINGS = (
     f"model.name={NETWORK}",
     "model.args.pretrained=none",
-    f"model.img_size={TEACHER_SIDE}",
     "model.drop_path_rate=0",
     "augment.auto_augment=none",
     "augment.erase_prob=0",
@@ -131,6 +131,9 @@ def label(pictures: Pictures, labels: Labels, teachers: Teachers, out: Path) -> 
             raise InputError("no teacher to fine-tune", got="--teacher", remedy=remedy)
         run = out / ("teacher" if labels.steps is None else f"teacher-{labels.steps}")
         fine_tune(out / "images", teachers.weights, run, labels.steps or STEPS)
+    if labels.own_pictures:
+        first, run = run, out / f"teacher-{pictures.name}"
+        fine_tune(pictures.train.parent, first / "timm" / "model.safetensors", run, FURTHER, labels.side)
     what = [str(pictures.train), "--image-list", str(pictures.listed), "--store", str(store)]
     side = str(labels.side or SIDES[pictures.name])
     how = ["--teacher", str(run), "--input-size", side, "--tta", "none", "--threads", "2", *labels.options]
@@ -144,9 +147,9 @@ def label(pictures: Pictures, labels: Labels, teachers: Teachers, out: Path) -> 
     return {"teacher": accuracy_of(run), "agreement": made["agreement"], "bytes": made["bytes_per_image"]}
 
 
-def fine_tune(images: Path, weights: Path, out: Path, steps: int) -> None:
-    """Fine-tunes EfficientNet-Lite1 on CIFAR-10, unless that is done with these settings."""
-    settings = teacher_settings(images, weights, out, steps)
+def fine_tune(images: Path, weights: Path, out: Path, steps: int, side: int | None = None) -> None:
+    """Fine-tunes EfficientNet-Lite1, unless that is done with these settings; arguments as of `teacher_settings`."""
+    settings = teacher_settings(images, weights, out, steps, side)
     if read_summary(out) is not None and not differences(
         load_recipe(out / "config.toml"), load_recipe("teacher", settings)
     ):
@@ -154,12 +157,23 @@ def fine_tune(images: Path, weights: Path, out: Path, steps: int) -> None:
     command(train.__main__, ["fit", "teacher", *settings, "--resume", "auto", "--json"])
 
 
-def teacher_settings(images: Path, weights: Path, out: Path, steps: int) -> list[str]:
-    """The overrides of the recipe `teacher`."""
+def teacher_settings(images: Path, weights: Path, out: Path, steps: int, side: int | None = None) -> list[str]:
+    """The overrides of the recipe `teacher`.
+
+    Args:
+        images: folder of `train/` and `test/`.
+        weights: what it begins with.
+        out: folder of the run.
+        steps: how long.
+        side: pixels that it sees; None: `TEACHER_SIDE`.
+
+    Returns:
+        Texts, `section.key=value`.
+    """
     places = [f"data.images={images / 'train'}", f"data.validation={images / 'test'}", f"run.out={out}"]
     warmup = min(WARMUP, steps / 5 / EPOCH)
     length = [f"schedule.steps={steps}", f"schedule.warmup_epochs={warmup}"]
-    return [*places, f"model.weights={weights}", *length, *SETTINGS]
+    return [*places, f"model.weights={weights}", f"model.img_size={side or TEACHER_SIDE}", *length, *SETTINGS]
 
 
 def accuracy_of(run: Path) -> float:

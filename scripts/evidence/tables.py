@@ -16,6 +16,7 @@ class Labels:
         options: further options of `label`.
         steps: of the teacher's fine-tuning; None: the usual number.
         true_cells: cells of a side of mosaics' true maps; None: a teacher makes the maps.
+        own_pictures: fine-tune the teacher further, on the table's own pictures, at `side` pixels.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Labels:
     options: tuple[str, ...] = ()
     steps: int | None = None
     true_cells: int | None = None
+    own_pictures: bool = False
 
 
 MAPS = Labels("maps")
