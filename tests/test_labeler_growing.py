@@ -178,13 +178,13 @@ def test_a_grown_store_is_complete_for_a_plain_run_and_names_extend_for_new_imag
     assert (summary.labeled_now, summary.rows) == (0, 19)
     assert identities(grown) == before
     add_images(images, ("class1/more.jpg",), 300)
-    with pytest.raises(MismatchError, match=r"1 new \('class1/more.jpg'\).*`extend`"):
+    with pytest.raises(MismatchError, match=r"1 new \('class1/more.jpg'\).*`label --extend`"):
         label_images(images, grown, config)
 
 
 def test_new_images_of_a_store_without_parts_are_pointed_to_extend(store, images, config):
     add_images(images, SECOND, 200)
-    with pytest.raises(MismatchError, match=r"2 new.*`extend`"):
+    with pytest.raises(MismatchError, match=r"2 new.*`label --extend`"):
         label_images(images, store, config)
 
 
