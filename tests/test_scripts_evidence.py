@@ -151,8 +151,9 @@ def test_tables_share_the_runs_that_are_the_same(tmp_path):
     assert one == runs["crops"]["right", 0].folder != runs["mosaics"][TOKEN_LABELS.name, 0].folder
     assert one == runs["settings"]["default", 0].folder == runs["teachers"]["624", 0].folder
     assert one == runs["budget"]["steps-600", 0].folder
+    assert runs["ways"]["image-label", 0].folder == runs["teachers"]["image-label", 0].folder
     folders = [run.folder for runs in runs.values() for run in runs.values()]
-    assert len(folders) - len(set(folders)) == 2 * 4  # only those, for each seed
+    assert len(folders) - len(set(folders)) == 2 * 5  # only those, for each seed
 
 
 def test_results_of_other_seeds_rows_and_arms_stay(tmp_path):

@@ -90,12 +90,13 @@ TABLES = {
         ),
         on_cifar(
             "teachers",
+            IMAGE_LABEL,
             *(
-                Choice(str(steps), f"after {steps} steps", labels=Labels(f"teacher-{steps}", steps=steps))
+                Choice(str(steps), f"teacher of {steps} steps", labels=Labels(f"teacher-{steps}", steps=steps))
                 for steps in (20, 80, 250)
             ),
-            Choice("624", "after 624 steps", labels=MAPS),
-            Choice("1250", "after 1,250 steps", labels=Labels("teacher-1250", steps=1250)),
+            Choice("624", "teacher of 624 steps", labels=MAPS),
+            Choice("1250", "teacher of 1,250 steps", labels=Labels("teacher-1250", steps=1250)),
         ),
         on_cifar(
             "stores",
