@@ -92,11 +92,11 @@ def test_new_heads_are_told_only_where_trained_ones_are_lost(data, tmp_path, cap
     assert "new heads for 6 classes replace trained ones for 7" in caplog.text
 
 
-def test_missing_averages_name_the_flags_that_asked_for_them(data, run, tmp_path):
-    with pytest.raises(InputError, match=r"no averaged weights.*Use its plain weights, without --ema or"):
+def test_missing_averages_name_the_settings_that_asked_for_them(data, run, tmp_path):
+    with pytest.raises(InputError, match=r"no averaged weights.*Use its plain weights, without `ema` or"):
         load_trained(run, ema=True)
     settings = {"model.weights": str(checkpoints(run)[0]), "model.weights_ema": True}
-    with pytest.raises(InputError, match=r"without --ema or model\.weights_ema"):
+    with pytest.raises(InputError, match=r"without `ema` or model\.weights_ema"):
         build_network(tiny_config(*data, tmp_path / "next", **settings).model)
 
 
