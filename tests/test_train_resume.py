@@ -400,7 +400,7 @@ def test_another_class_count_is_refused(tmp_path):
 
 
 def test_a_folder_that_holds_a_run_is_refused_without_resume(stopped):
-    with pytest.raises(InputError, match=r"already contains a run: got step-00000004. Continue it with --resume auto"):
+    with pytest.raises(InputError, match=r"already contains a run: got step-00000004. Continue it with `resume=auto`"):
         fit(stopped)
 
 
