@@ -75,11 +75,6 @@ class Table:
         """The store of a run: the row's, unless it has none of its own."""
         return row.labels if row.labels != MAPS else arm.labels
 
-    def stores(self) -> list[Labels]:
-        """All stores that its runs need."""
-        found = {labels.name: labels for row in self.rows for arm in self.arms for labels in [self.labels_of(row, arm)]}
-        return list(found.values())
-
 
 IMAGE_LABEL = Choice("image-label", "image label", ("data.store=none",))
 TOKEN_LABELS = Choice("token-labels", "token labels")
